@@ -1,0 +1,6589 @@
+/* cvms.c: a CVMS server for Cocos agents, in one file.
+ *
+ * An agent in a confidential VM opens a gRPC stream, cvms.Service/Process, gets the computation manifest over it, and
+ * sends back its attestation report, logs and events.  This program is the server's side of that, with its own HTTP/2
+ * (RFC 9113), HPACK (RFC 7541) and gRPC framing, and nothing but libc behind it.
+ *
+ *   socket --read--> conn_recv --frames--> streams --DATA--> grpc_data --messages--> a service --lines--> stdout
+ *   socket <--send-- conn_peek <--frames-- streams <--blobs-- grpc_send <--messages-- a service
+ *
+ * Sections 2 to 15 hold no descriptor, read no clock and never block (those that read the user's files, 11 to 13, run
+ * before the port opens, and again only when a file has changed).  The event loop, section 16, owns every descriptor.
+ *
+ *    1  this map, includes                       10  options: one table for every command
+ *    2  errors and formatted appends             11  checksums of files and folders
+ *    3  HPACK                                    12  PEM and public keys
+ *    4  frames                                   13  the manifest
+ *    5  the core's shared state, safe text       14  services; how messages are shown
+ *    6  streams and flow control                 15  TLS
+ *    7  connections                              16  event loop
+ *    8  gRPC                                     17  the client commands: stand-in agent, health
+ *    9  message tables                           18  the server command, main
+ *
+ * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
+ */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE                   /* accept4 */
+#elif !defined(__linux__)
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
+
+#include "proto_wire.h"
+#include "sha3.h"
+
+#define CVMS_VERSION "0.1.0"
+
+enum {
+    CLIENT_MAX_MESSAGE = 2 << 20,     /* cvms agent, cvms health: a 1 MiB chunk and its frame, with room to spare */
+};
+
+/* ==== 2. Bytes, buffers, errors =====================================================================================
+ * Owns: one-line error texts, formatted appends, big-endian numbers.  Byte strings and buffers stand in proto_wire.h.
+ * Never: prints.
+ */
+
+/* One clear line for the user: what is wrong and what to do, without a newline.  Empty means no error. */
+struct err {
+    char text[600];
+};
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
+#define MUST_USE __attribute__((warn_unused_result))
+#else
+#define PRINTF_LIKE(fmt, args)
+#define MUST_USE
+#endif
+
+/* Sets the text and returns false, so that a function can end with `return err_set(...)`. */
+PRINTF_LIKE(2, 3) static bool err_set(struct err *e, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(e->text, sizeof e->text, fmt, ap);
+    va_end(ap);
+    return false;
+}
+
+/* Appends formatted text of any length. */
+PRINTF_LIKE(2, 3) static void buf_printf(struct buf *b, const char *fmt, ...)
+{
+    va_list ap, again;
+    va_start(ap, fmt);
+    va_copy(again, ap);
+    int n = vsnprintf(NULL, 0, fmt, ap);
+    va_end(ap);
+    uint8_t *to = n < 0 ? NULL : buf_room(b, (size_t)n + 1);
+    if (to) {
+        vsnprintf((char *)to, (size_t)n + 1, fmt, again);
+        b->len += (size_t)n;
+    }
+    va_end(again);
+}
+
+/* Lower-case hex, with its end. */
+static void hex_text(char *to, const uint8_t *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        snprintf(to + 2 * i, 3, "%02x", p[i]);
+}
+
+static uint32_t get_be32(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+static void put_be32(uint8_t *p, uint32_t v)
+{
+    p[0] = (uint8_t)(v >> 24);
+    p[1] = (uint8_t)(v >> 16);
+    p[2] = (uint8_t)(v >> 8);
+    p[3] = (uint8_t)v;
+}
+
+/* ==== 3. HPACK (RFC 7541) ==========================================================================================
+ * Owns: the static table (appendix A), the Huffman code (appendix B, 5.2), the dynamic table of one direction (2.3, 4),
+ * decoding of whole field blocks (3, 6), and an encoder that uses the static table only.
+ * Never: judges names or values (RFC 9113 8), allocates by what a peer claims, or keeps more than the dynamic table.
+ */
+
+#define HPACK_TABLE_SIZE 4096 /* SETTINGS_HEADER_TABLE_SIZE both ways: the value in force when nobody sends one */
+#define HPACK_OVERHEAD 32     /* RFC 7541 4.1 and RFC 9113 6.5.2: what a field counts beyond its octets */
+#define HPACK_STATIC 61
+#define HUFFMAN_EOS 256
+#define HUFFMAN_MIN 5 /* bits of the shortest and of the longest code */
+#define HUFFMAN_MAX 30
+
+/* Appendix A.  Name and value stand in `text` one after the other, so a row holds no pointer. */
+struct hpack_row {
+    uint8_t name_len, value_len;
+    char text[30];
+};
+
+#define ROW(name, value) { sizeof(name) - 1, sizeof(value) - 1, name value }
+static const struct hpack_row hpack_static[HPACK_STATIC] = {
+    ROW(":authority", ""), ROW(":method", "GET"), ROW(":method", "POST"), ROW(":path", "/"),
+    ROW(":path", "/index.html"), ROW(":scheme", "http"), ROW(":scheme", "https"), ROW(":status", "200"),
+    ROW(":status", "204"), ROW(":status", "206"), ROW(":status", "304"), ROW(":status", "400"),
+    ROW(":status", "404"), ROW(":status", "500"), ROW("accept-charset", ""), ROW("accept-encoding", "gzip, deflate"),
+    ROW("accept-language", ""), ROW("accept-ranges", ""), ROW("accept", ""), ROW("access-control-allow-origin", ""),
+    ROW("age", ""), ROW("allow", ""), ROW("authorization", ""), ROW("cache-control", ""),
+    ROW("content-disposition", ""), ROW("content-encoding", ""), ROW("content-language", ""), ROW("content-length", ""),
+    ROW("content-location", ""), ROW("content-range", ""), ROW("content-type", ""), ROW("cookie", ""),
+    ROW("date", ""), ROW("etag", ""), ROW("expect", ""), ROW("expires", ""),
+    ROW("from", ""), ROW("host", ""), ROW("if-match", ""), ROW("if-modified-since", ""),
+    ROW("if-none-match", ""), ROW("if-range", ""), ROW("if-unmodified-since", ""), ROW("last-modified", ""),
+    ROW("link", ""), ROW("location", ""), ROW("max-forwards", ""), ROW("proxy-authenticate", ""),
+    ROW("proxy-authorization", ""), ROW("range", ""), ROW("referer", ""), ROW("refresh", ""),
+    ROW("retry-after", ""), ROW("server", ""), ROW("set-cookie", ""), ROW("strict-transport-security", ""),
+    ROW("transfer-encoding", ""), ROW("user-agent", ""), ROW("vary", ""), ROW("via", ""),
+    ROW("www-authenticate", ""),
+};
+#undef ROW
+
+/* Appendix B.  The code is canonical, so the lengths in bits, by symbol, are the whole of it. */
+static const uint8_t huffman_bits[HUFFMAN_EOS + 1] = {
+    13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 30, 28, 28, 28, 28, 28, 28,
+    28, 28, 28, 6,  10, 10, 12, 13, 6,  8,  11, 10, 10, 8,  11, 8,  6,  6,  6,  5,  5,  5,  6,  6,  6,  6,  6,  6,  6,
+    7,  8,  15, 6,  12, 10, 13, 6,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,  7,
+    7,  8,  7,  8,  13, 19, 13, 14, 6,  15, 5,  6,  5,  6,  5,  6,  6,  6,  5,  7,  7,  6,  6,  6,  5,  6,  7,  6,  5,
+    5,  6,  7,  7,  7,  7,  7,  15, 11, 14, 13, 28, 20, 22, 20, 20, 22, 22, 22, 23, 22, 23, 23, 23, 23, 23, 24, 23, 24,
+    24, 22, 23, 24, 23, 23, 23, 23, 21, 22, 23, 22, 23, 23, 24, 22, 21, 20, 22, 22, 23, 23, 21, 23, 22, 22, 24, 21, 22,
+    23, 23, 21, 21, 22, 21, 23, 22, 23, 23, 20, 22, 22, 22, 23, 22, 22, 23, 26, 26, 20, 19, 22, 23, 22, 25, 26, 26, 26,
+    27, 27, 26, 24, 25, 19, 21, 26, 27, 27, 26, 27, 24, 21, 21, 26, 26, 28, 27, 27, 27, 20, 24, 20, 21, 22, 21, 21, 23,
+    22, 22, 25, 25, 24, 24, 26, 23, 26, 27, 26, 26, 27, 27, 27, 27, 27, 28, 27, 27, 27, 27, 27, 26, 30,
+};
+
+/* What decoding needs, by length: the first code, how many there are, and where their symbols start in `symbol`. */
+struct huffman {
+    struct {
+        uint32_t first;
+        uint16_t count, index;
+    } len[HUFFMAN_MAX + 1];
+    uint16_t symbol[HUFFMAN_EOS + 1];
+};
+
+/* Derives the tables; one copy serves any number of connections. */
+static void huffman_init(struct huffman *h)
+{
+    uint32_t code = 0;
+    uint16_t k = 0;
+    for (unsigned n = 0; n <= HUFFMAN_MAX; n++) {
+        h->len[n].first = code <<= 1;
+        h->len[n].index = k;
+        for (uint16_t s = 0; s <= HUFFMAN_EOS; s++)
+            if (huffman_bits[s] == n)
+                h->symbol[k++] = s;
+        h->len[n].count = (uint16_t)(k - h->len[n].index);
+        code += h->len[n].count;
+    }
+}
+
+/* Decodes a whole string (RFC 7541 5.2).  Stores at most room octets and sets *len to the full decoded length, which
+ * may be more.  False: EOS in the string, or padding that is over 7 bits or not the start of EOS. */
+MUST_USE static bool huffman_decode(const struct huffman *h, struct bytes in, uint8_t *out, size_t room, size_t *len)
+{
+    uint64_t acc = 0; /* the next `bits` bits, at the top */
+    unsigned bits = 0;
+    for (*len = 0;; ++*len) {
+        for (; bits < 32 && in.n > 0; bits += 8, in.n--)
+            acc |= (uint64_t)*in.p++ << (56 - bits);
+        /* Ones follow the string, so that padding reads as EOS and a code cut short is longer than what is left. */
+        uint32_t window = (uint32_t)((acc | UINT64_MAX >> bits) >> 32);
+        unsigned n = HUFFMAN_MIN;
+        while ((window >> (32 - n)) - h->len[n].first >= h->len[n].count)
+            n++; /* ends at 30 at the latest: the code is complete */
+        unsigned symbol = h->symbol[h->len[n].index + (window >> (32 - n)) - h->len[n].first];
+        if (symbol == HUFFMAN_EOS)
+            return bits <= 7;
+        if (n > bits)
+            return false;
+        if (*len < room)
+            out[*len] = (uint8_t)symbol;
+        acc <<= n;
+        bits -= n;
+    }
+}
+
+/* One direction's dynamic table.  `table` holds the entries, newest first, each as two octets of name length, two of
+ * value length, name, value, and four with the length of all this, so that the oldest is found from the end.  Nothing
+ * is allocated before the first entry, and at most HPACK_TABLE_SIZE: an entry takes 24 octets less than it counts. */
+struct hpack {
+    uint8_t *table;
+    uint32_t len, cap; /* octets used and allocated */
+    uint32_t count;    /* entries */
+    uint32_t max;      /* maximum size in force (RFC 7541 4.2) */
+};
+
+#define HPACK_SAVED (HPACK_OVERHEAD - 8)
+
+static void hpack_init(struct hpack *h)
+{
+    *h = (struct hpack){ .max = HPACK_TABLE_SIZE };
+}
+
+static void hpack_free(struct hpack *h)
+{
+    free(h->table);
+    hpack_init(h);
+}
+
+/* Drops the oldest entries until the size is at most `size` (RFC 7541 4.3). */
+static void hpack_evict(struct hpack *h, size_t size)
+{
+    for (; h->len + h->count * HPACK_SAVED > size; h->count--)
+        h->len -= get_be32(h->table + h->len - 4);
+}
+
+/* Adds an entry; one that is larger than the table empties it (RFC 7541 4.4).  The strings lie outside the table.
+ * False: out of memory. */
+MUST_USE static bool hpack_insert(struct hpack *h, struct bytes name, struct bytes value)
+{
+    size_t size = name.n + value.n + HPACK_OVERHEAD;
+    hpack_evict(h, size > h->max ? 0 : h->max - size);
+    if (size > h->max)
+        return true;
+    uint32_t n = (uint32_t)size - HPACK_SAVED;
+    if (h->cap - h->len < n) {
+        uint32_t cap = (h->len + n + 255) & ~(uint32_t)255; /* small steps: most peers stay under 512 octets */
+        uint8_t *table = realloc(h->table, cap);
+        if (!table)
+            return false;
+        h->table = table;
+        h->cap = cap;
+    }
+    memmove(h->table + n, h->table, h->len);
+    put_be32(h->table, (uint32_t)(name.n << 16 | value.n));
+    memcpy(h->table + 4, name.p, name.n);
+    memcpy(h->table + 4 + name.n, value.p, value.n);
+    put_be32(h->table + n - 4, n);
+    h->len += n;
+    h->count++;
+    return true;
+}
+
+/* Looks an index up (RFC 7541 2.3.3).  False: there is no such entry. */
+MUST_USE static bool hpack_lookup(const struct hpack *h, uint64_t index, struct bytes *name, struct bytes *value)
+{
+    if (index < 1 || index > HPACK_STATIC + h->count)
+        return false;
+    if (index <= HPACK_STATIC) {
+        const struct hpack_row *row = &hpack_static[index - 1];
+        *name = (struct bytes){ (const uint8_t *)row->text, row->name_len };
+        *value = (struct bytes){ name->p + name->n, row->value_len };
+    }
+    for (const uint8_t *e = h->table; index > HPACK_STATIC; index--) {
+        *name = (struct bytes){ e + 4, get_be32(e) >> 16 };
+        *value = (struct bytes){ name->p + name->n, get_be32(e) & 0xffff };
+        e = value->p + value->n + 4;
+    }
+    return true;
+}
+
+/* The error code COMPRESSION_ERROR covers every way in which a field block can be wrong. */
+enum hpack_error { HPACK_OK, HPACK_COMPRESSION_ERROR, HPACK_NO_MEMORY };
+
+/* What hpack_decode is lent and asked for.  Everything here may serve all connections in turn. */
+struct hpack_reader {
+    const struct huffman *huffman;
+    uint8_t *scratch;  /* HPACK_SCRATCH(list_limit) octets for decoded strings */
+    size_t list_limit; /* RFC 9113 6.5.2: the octets of names and values, and 32 for each field */
+    void (*field)(void *arg, struct bytes name, struct bytes value); /* the strings are valid during the call only */
+    void *arg;
+    bool too_large; /* the answer: the list went over the limit, and from there on nothing was delivered */
+
+    struct bytes in; /* private: what remains of the block, of the limit, and of the scratch area for this field */
+    size_t left, room;
+    uint8_t *free;
+};
+
+#define HPACK_SCRATCH(limit) ((limit) > HPACK_TABLE_SIZE ? (limit) : HPACK_TABLE_SIZE)
+
+/* Takes an integer with a prefix of that many bits (RFC 7541 5.1).  Five further octets are enough for any 32-bit
+ * value; more are an error, as is an end within it. */
+MUST_USE static bool hpack_int(struct bytes *in, unsigned prefix, uint64_t *v)
+{
+    uint64_t mask = ((uint64_t)1 << prefix) - 1;
+    if (in->n == 0)
+        return false;
+    *v = *in->p & mask;
+    bool more = *v == mask;
+    in->p++, in->n--;
+    for (unsigned shift = 0; more && shift < 35 && in->n > 0; shift += 7) {
+        *v += (uint64_t)(*in->p & 127) << shift;
+        more = *in->p & 128;
+        in->p++, in->n--;
+    }
+    return !more;
+}
+
+/* Takes a string literal (RFC 7541 5.2); a Huffman-coded one is decoded to the scratch area.  One that does not fit
+ * keeps its true length though its octets are lost: with what else is there it is over the list limit and too large
+ * for the table, so nobody will look at them. */
+MUST_USE static bool hpack_string(struct hpack_reader *r, struct bytes *s)
+{
+    bool coded = r->in.n > 0 && *r->in.p & 128;
+    uint64_t n;
+    if (!hpack_int(&r->in, 7, &n) || n > r->in.n)
+        return false;
+    *s = (struct bytes){ r->in.p, (size_t)n };
+    r->in.p += s->n;
+    r->in.n -= s->n;
+    if (!coded)
+        return true;
+    if (!huffman_decode(r->huffman, *s, r->free, r->room, &s->n))
+        return false;
+    s->p = r->free;
+    size_t used = s->n < r->room ? s->n : r->room;
+    r->free += used;
+    r->room -= used;
+    return true;
+}
+
+/* Decodes one field: indexed (prefix 7, RFC 7541 6.1), or a literal that enters the table (6, 6.2.1) or does not (4,
+ * 6.2.2; 6.2.3 concerns forwarders). */
+MUST_USE static enum hpack_error hpack_field(struct hpack *h, struct hpack_reader *r, unsigned prefix)
+{
+    struct bytes name, value;
+    uint64_t index;
+    r->free = r->scratch;
+    r->room = HPACK_SCRATCH(r->list_limit);
+    if (!hpack_int(&r->in, prefix, &index))
+        return HPACK_COMPRESSION_ERROR;
+    if (index == 0 && prefix < 7 ? !hpack_string(r, &name) : !hpack_lookup(h, index, &name, &value))
+        return HPACK_COMPRESSION_ERROR;
+    if (index > HPACK_STATIC && prefix == 6) { /* the entry that lends its name may be evicted: RFC 7541 4.4 */
+        memcpy(r->free, name.p, name.n);
+        name.p = r->free;
+        r->free += name.n;
+        r->room -= name.n;
+    }
+    if (prefix < 7 && !hpack_string(r, &value))
+        return HPACK_COMPRESSION_ERROR;
+    size_t size = name.n + value.n + HPACK_OVERHEAD;
+    r->too_large |= size > r->left;
+    if (!r->too_large) {
+        r->left -= size;
+        r->field(r->arg, name, value);
+    }
+    return prefix == 6 && !hpack_insert(h, name, value) ? HPACK_NO_MEMORY : HPACK_OK;
+}
+
+/* Decodes a complete field block.  A list over the limit is decoded to its end all the same, to keep the dynamic table
+ * right.  After an error the table is no longer the peer's: the connection has to go (RFC 9113 4.3). */
+MUST_USE static enum hpack_error hpack_decode(struct hpack *h, struct bytes block, struct hpack_reader *r)
+{
+    enum hpack_error error = HPACK_OK;
+    unsigned updates = 2; /* at most two, before the first field: RFC 7541 4.2 */
+    r->in = block;
+    r->left = r->list_limit;
+    r->too_large = false;
+    while (r->in.n > 0 && error == HPACK_OK) {
+        uint8_t first = *r->in.p;
+        if ((first & 0xe0) == 0x20) {
+            uint64_t max;
+            if (updates-- == 0 || !hpack_int(&r->in, 5, &max) || max > HPACK_TABLE_SIZE)
+                return HPACK_COMPRESSION_ERROR;
+            h->max = (uint32_t)max;
+            hpack_evict(h, h->max);
+        } else {
+            updates = 0;
+            error = hpack_field(h, r, first & 0x80 ? 7 : first & 0x40 ? 6 : 4);
+        }
+    }
+    return error;
+}
+
+/* Appends an integer with an N-bit prefix (RFC 7541 5.1); `pattern` are the bits above the prefix. */
+static void hpack_put_int(struct buf *out, unsigned pattern, unsigned prefix, size_t v)
+{
+    size_t mask = ((size_t)1 << prefix) - 1;
+    if (v < mask) {
+        buf_putc(out, (int)(pattern | v));
+        return;
+    }
+    buf_putc(out, (int)(pattern | mask));
+    for (v -= mask; v >= 128; v >>= 7)
+        buf_putc(out, (int)(v & 127) | 128);
+    buf_putc(out, (int)v);
+}
+
+static void hpack_put_string(struct buf *out, struct bytes s)
+{
+    hpack_put_int(out, 0, 7, s.n);
+    buf_put(out, s.p, s.n);
+}
+
+/* Appends one field: indexed if the static table has it, else a literal that leaves the peer's table alone. */
+static void hpack_encode_field(struct buf *out, struct bytes name, struct bytes value)
+{
+    unsigned index = 0; /* the first row with the name */
+    for (unsigned i = 1; i <= HPACK_STATIC; i++) {
+        const struct hpack_row *row = &hpack_static[i - 1];
+        const uint8_t *text = (const uint8_t *)row->text;
+        if (!bytes_eq(name, (struct bytes){ text, row->name_len }))
+            continue;
+        if (bytes_eq(value, (struct bytes){ text + row->name_len, row->value_len })) {
+            hpack_put_int(out, 0x80, 7, i);
+            return;
+        }
+        if (index == 0)
+            index = i;
+    }
+    hpack_put_int(out, 0, 4, index);
+    if (index == 0)
+        hpack_put_string(out, name);
+    hpack_put_string(out, value);
+}
+
+/* Tells the peer a new maximum for the table that this encoder does not use: needed at the start of the next field
+ * block once the peer's SETTINGS_HEADER_TABLE_SIZE has gone under it (RFC 7541 4.2). */
+static void hpack_encode_size_update(struct buf *out, uint32_t max)
+{
+    hpack_put_int(out, 0x20, 5, max);
+}
+
+/* ==== 4. Frames (RFC 9113 4, 6) ====================================================================================
+ * Owns: the nine-byte frame header, what each type must look like, the names and codes of the standard.
+ * Never: knows a stream's state; a frame that passes frame_check is well formed, no more.
+ */
+enum {
+    FRAME_HEADER_LEN = 9,
+    MAX_FRAME_SIZE = 16384,        /* ours to receive, and the most we send: the default of RFC 9113 6.5.2 */
+    DEFAULT_WINDOW = 65535,        /* RFC 9113 6.9.2 */
+    MAX_WINDOW = 0x7fffffff,
+};
+
+enum frame_type {
+    FRAME_DATA, FRAME_HEADERS, FRAME_PRIORITY, FRAME_RST_STREAM, FRAME_SETTINGS, FRAME_PUSH_PROMISE, FRAME_PING,
+    FRAME_GOAWAY, FRAME_WINDOW_UPDATE, FRAME_CONTINUATION, FRAME_TYPES
+};
+
+enum frame_flag { END_STREAM = 0x1, ACK = 0x1, END_HEADERS = 0x4, PADDED = 0x8, PRIORITY = 0x20 };
+
+enum h2_error {
+    NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, FRAME_SIZE_ERROR,
+    REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM, INADEQUATE_SECURITY,
+    HTTP_1_1_REQUIRED, H2_ERRORS
+};
+
+static const char *const h2_error_names[H2_ERRORS] = {
+    "NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "FLOW_CONTROL_ERROR", "SETTINGS_TIMEOUT", "STREAM_CLOSED",
+    "FRAME_SIZE_ERROR", "REFUSED_STREAM", "CANCEL", "COMPRESSION_ERROR", "CONNECT_ERROR", "ENHANCE_YOUR_CALM",
+    "INADEQUATE_SECURITY", "HTTP_1_1_REQUIRED",
+};
+
+enum setting {
+    SETTINGS_HEADER_TABLE_SIZE = 1, SETTINGS_ENABLE_PUSH, SETTINGS_MAX_CONCURRENT_STREAMS,
+    SETTINGS_INITIAL_WINDOW_SIZE, SETTINGS_MAX_FRAME_SIZE, SETTINGS_MAX_HEADER_LIST_SIZE, SETTINGS_COUNT
+};
+
+/* RFC 9113 6.5.2: the values that a peer may send, and the error for one outside. */
+static const struct {
+    uint32_t min, max;
+    enum h2_error error;
+} setting_rules[SETTINGS_COUNT] = {
+    [SETTINGS_HEADER_TABLE_SIZE] = { 0, UINT32_MAX, NO_ERROR },
+    [SETTINGS_ENABLE_PUSH] = { 0, 1, PROTOCOL_ERROR },
+    [SETTINGS_MAX_CONCURRENT_STREAMS] = { 0, UINT32_MAX, NO_ERROR },
+    [SETTINGS_INITIAL_WINDOW_SIZE] = { 0, MAX_WINDOW, FLOW_CONTROL_ERROR },
+    [SETTINGS_MAX_FRAME_SIZE] = { MAX_FRAME_SIZE, (1 << 24) - 1, PROTOCOL_ERROR },
+    [SETTINGS_MAX_HEADER_LIST_SIZE] = { 0, UINT32_MAX, NO_ERROR },
+};
+
+struct frame {
+    uint32_t len, stream_id;
+    uint8_t type, flags;
+};
+
+enum { ON_CONNECTION = 1, ON_STREAM = 2, SIZE_ERROR_IS_STREAM = 4 };
+
+static const struct {
+    const char *name;
+    uint32_t min, max;
+    unsigned where;
+} frame_rules[FRAME_TYPES] = {
+    [FRAME_DATA]          = { "DATA",          0, MAX_FRAME_SIZE, ON_STREAM },
+    [FRAME_HEADERS]       = { "HEADERS",       0, MAX_FRAME_SIZE, ON_STREAM },
+    [FRAME_PRIORITY]      = { "PRIORITY",      5, 5,              ON_STREAM | SIZE_ERROR_IS_STREAM },
+    [FRAME_RST_STREAM]    = { "RST_STREAM",    4, 4,              ON_STREAM },
+    [FRAME_SETTINGS]      = { "SETTINGS",      0, MAX_FRAME_SIZE, ON_CONNECTION },
+    [FRAME_PUSH_PROMISE]  = { "PUSH_PROMISE",  4, MAX_FRAME_SIZE, ON_STREAM },
+    [FRAME_PING]          = { "PING",          8, 8,              ON_CONNECTION },
+    [FRAME_GOAWAY]        = { "GOAWAY",        8, MAX_FRAME_SIZE, ON_CONNECTION },
+    [FRAME_WINDOW_UPDATE] = { "WINDOW_UPDATE", 4, 4,              ON_CONNECTION | ON_STREAM },
+    [FRAME_CONTINUATION]  = { "CONTINUATION",  0, MAX_FRAME_SIZE, ON_STREAM },
+};
+
+/* Reads the nine bytes of a frame header; the reserved bit is ignored (RFC 9113 4.1). */
+static struct frame frame_parse(const uint8_t *p)
+{
+    return (struct frame){
+        .len = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 8 | p[2],
+        .type = p[3],
+        .flags = p[4],
+        .stream_id = get_be32(p + 5) & 0x7fffffff,
+    };
+}
+
+/* The error of a frame header taken alone, NO_ERROR if there is none.  Unknown types pass (RFC 9113 4.1, 5.5);
+ * *stream_scope tells that only the frame's stream is to suffer. */
+static enum h2_error frame_check(const struct frame *f, bool *stream_scope)
+{
+    *stream_scope = false;
+    if (f->len > MAX_FRAME_SIZE)
+        return FRAME_SIZE_ERROR;
+    if (f->type >= FRAME_TYPES)
+        return NO_ERROR;
+    unsigned where = frame_rules[f->type].where;
+    if (!(where & (f->stream_id ? ON_STREAM : ON_CONNECTION)))
+        return PROTOCOL_ERROR;
+    if (f->len < frame_rules[f->type].min || f->len > frame_rules[f->type].max) {
+        *stream_scope = where & SIZE_ERROR_IS_STREAM;
+        return FRAME_SIZE_ERROR;
+    }
+    if (f->type == FRAME_SETTINGS && (f->flags & ACK ? f->len != 0 : f->len % 6 != 0))
+        return FRAME_SIZE_ERROR;
+    return NO_ERROR;
+}
+
+/* Appends a frame header; the caller appends the len bytes of payload. */
+static void frame_put(struct buf *out, uint32_t len, enum frame_type type, unsigned flags, uint32_t stream_id)
+{
+    uint8_t h[FRAME_HEADER_LEN] = { (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len, (uint8_t)type,
+                                    (uint8_t)flags };
+    put_be32(h + 5, stream_id);
+    buf_put(out, h, sizeof h);
+}
+
+/* Appends a frame whose payload is one 32-bit number: RST_STREAM, WINDOW_UPDATE. */
+static void frame_put_u32(struct buf *out, enum frame_type type, uint32_t stream_id, uint32_t value)
+{
+    uint8_t v[4];
+    put_be32(v, value);
+    frame_put(out, sizeof v, type, 0, stream_id);
+    buf_put(out, v, sizeof v);
+}
+
+static void frame_put_setting(struct buf *out, enum setting id, uint32_t value)
+{
+    uint8_t s[6] = { 0, (uint8_t)id };
+    put_be32(s + 2, value);
+    buf_put(out, s, sizeof s);
+}
+
+static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error code, const char *why)
+{
+    uint8_t g[8];
+    put_be32(g, last_id);
+    put_be32(g + 4, code);
+    frame_put(out, (uint32_t)(sizeof g + strlen(why)), FRAME_GOAWAY, 0, 0);
+    buf_put(out, g, sizeof g);
+    buf_puts(out, why);
+}
+
+/* ==== 5. The core's shared state; log lines and safe text ==========================================================
+ * Owns: what all connections share (time, scratch space, the lines that wait for stdout and stderr), and the one
+ * function that makes foreign text safe to show.
+ * Never: writes; the event loop does.
+ */
+enum {
+    CAP_LOGS = 8,
+    STAMP_LEN = 24,
+    MAX_HEADER_LIST = 16384,          /* bytes as RFC 9113 6.5.2 counts them; more gets 431 */
+};
+
+struct core {
+    int64_t now_ms;                   /* monotonic; set by the loop before it calls anything here */
+    int64_t wall_ms;                  /* Unix time, for what is shown */
+    bool held;                        /* stdout is behind: no flow-control credit is given back */
+    bool color, json;                 /* how messages are shown on stdout */
+    struct buf out, err;              /* lines on their way to stdout and stderr */
+    struct buf spare;                 /* an output buffer for the next connection that needs one */
+    const struct grpc_method *methods;
+    size_t method_count, max_message;
+    struct manifest *manifest;        /* what Process serves */
+    void *app;                        /* the client commands' own state */
+    int64_t stamp_s;
+    char stamp[STAMP_LEN + 1];
+    struct {
+        const char *name;
+        int64_t at_ms;
+    } cap_log[CAP_LOGS];
+    struct pb_arena arena;            /* one decoded message */
+    struct huffman huffman;
+    uint8_t hpack_scratch[HPACK_SCRATCH(MAX_HEADER_LIST)];
+    uint8_t field_bytes[MAX_HEADER_LIST];
+};
+
+/* The wall clock as RFC 3339 UTC with milliseconds, STAMP_LEN characters. */
+static const char *core_stamp(struct core *core)
+{
+    int64_t s = core->wall_ms / 1000;
+    if (core->stamp[0] == 0 || s != core->stamp_s) {
+        struct buf b = { 0 };
+        pb_timestamp(&b, s, 1000000);
+        if (b.len == STAMP_LEN)
+            memcpy(core->stamp, b.p, STAMP_LEN);
+        core->stamp_s = s;
+        buf_free(&b);
+    }
+    int ms = (int)(core->wall_ms % 1000);
+    core->stamp[20] = (char)('0' + ms / 100);
+    core->stamp[21] = (char)('0' + ms / 10 % 10);
+    core->stamp[22] = (char)('0' + ms % 10);
+    return core->stamp;
+}
+
+/* Appends foreign text so that a terminal cannot be fooled: control characters, escapes, bidirectional overrides and
+ * bytes that are not UTF-8 appear as \t, \x1b, \u202e.  With indent, a newline in the text starts a new line that
+ * begins with it, and one newline at the very end is dropped; without, it appears as \n. */
+static void put_text(struct buf *out, struct bytes t, const char *indent)
+{
+    static const char names[] = "\n\r\t", letters[] = "nrt";
+    if (indent && t.n && t.p[t.n - 1] == '\n')
+        t.n--;
+    const uint8_t *p = t.p, *end = t.n ? t.p + t.n : t.p, *plain = p;
+    while (p < end) {
+        if (end - p >= 8 && pb_plain8(p)) {
+            p += 8;
+            continue;
+        }
+        uint32_t c = *p;
+        size_t n = pb_utf8_char(p, end, &c);
+        if (n && !pb_is_unsafe(c)) {
+            p += n;
+            continue;
+        }
+        buf_put(out, plain, (size_t)(p - plain));
+        const char *name = n && c && c < 0x80 ? strchr(names, (int)c) : NULL;
+        if (name && *name == '\n' && indent)
+            buf_putc(out, '\n'), buf_puts(out, indent);
+        else if (name)
+            buf_putc(out, '\\'), buf_putc(out, letters[name - names]);
+        else
+            buf_printf(out, c < 0x80 || n == 0 ? "\\x%02x" : "\\u%04x", n ? (unsigned)c : *p);
+        p += n ? n : 1;
+        plain = p;
+    }
+    buf_put(out, plain, (size_t)(p - plain));
+}
+
+/* One line on stderr: time, whom it is about, what.  Arguments that come from a peer must have gone through put_text. */
+PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
+{
+    char text[1024];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    buf_put(&core->err, core_stamp(core), STAMP_LEN);
+    buf_printf(&core->err, " %s%s%s\n", peer ? peer : "", peer ? " " : "", text);
+}
+
+/* A peer has met a cap: one line a second for each. */
+static void core_cap(struct core *core, const char *peer, const char *name)
+{
+    for (int i = 0; i < CAP_LOGS; i++) {
+        if (core->cap_log[i].name && core->cap_log[i].name != name)
+            continue;
+        if (core->cap_log[i].name && core->now_ms - core->cap_log[i].at_ms < 1000)
+            return;
+        core->cap_log[i].name = name;
+        core->cap_log[i].at_ms = core->now_ms;
+        break;
+    }
+    core_note(core, peer, "too many or too large: %s; the peer is cut off", name);
+}
+
+/* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
+ * Owns: what a connection and its streams are, the queue of what a stream has yet to send, both directions' windows.
+ * Never: reads or writes a descriptor, looks at a clock, knows what the bytes mean.
+ */
+enum {
+    MAX_CONCURRENT_STREAMS = 100,
+    MAX_FIELD_BLOCK = 32768,          /* bytes of HEADERS and its CONTINUATIONs */
+    MAX_CONTINUATIONS = 16,
+    MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
+    OUT_TARGET = 65536,               /* DATA is put into the output up to here: one large write */
+    OUT_HIGH = 262144,                /* output waiting on one connection, above which it is not read */
+    CREDIT_STEP = DEFAULT_WINDOW / 2, /* flow-control credit is given back in steps of this */
+    CLOSED_IDS = 16,                  /* closed streams whose end is remembered */
+    PREFACE_MS = 10000,               /* from accept to the client's SETTINGS */
+    STUCK_MS = 30000,                 /* output that makes no progress for so long ends the connection */
+    LINGER_MS = 2000,                 /* after a GOAWAY: how long the peer has to read it */
+};
+
+/* What a peer may do so many times at once and so many times a second.  The first stops rapid reset
+ * (CVE-2023-44487) and MadeYouReset (CVE-2025-8671), the second floods of frames that carry no data. */
+enum cap { CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAPS };
+static const struct {
+    const char *name;
+    int32_t burst, per_s;
+} caps[CAPS] = {
+    [CAP_STREAM_ERRORS] = { "stream errors and resets", 200, 50 },
+    [CAP_CONTROL_FRAMES] = { "SETTINGS, PING, PRIORITY, empty and unknown frames", 1000, 100 },
+};
+
+struct bucket {
+    int32_t used;
+    int64_t at_ms;
+};
+
+/* Bytes that several streams send at once: the manifest, a descriptor.  Freed with its last reference. */
+struct blob {
+    uint32_t refs;
+    size_t n;
+    uint8_t p[];
+};
+
+enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_TRAILERS };
+
+struct item {
+    struct item *next;
+    struct blob *blob;
+    size_t sent;
+    enum item_kind kind;
+};
+
+struct conn;
+struct grpc_method;
+
+struct stream {
+    struct stream *next;
+    struct conn *conn;
+    struct item *head, *tail;
+    uint32_t id, queued;
+    int32_t send_window, recv_window;
+    uint32_t recv_credit;             /* DATA dealt with and not yet given back by WINDOW_UPDATE */
+    bool remote_closed, local_closed, dead;
+    /* gRPC, section 7 */
+    bool headers_sent, headers_seen, finishing, encoded, no_body, answered;
+    uint8_t prefix[5], prefix_len;
+    uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
+    uint32_t plain_body, message_len;
+    struct buf message;               /* a message whose bytes came in several pieces */
+    int64_t content_length;           /* -1: not given; else what is still to come */
+    int64_t deadline_ms;              /* grpc-timeout; INT64_MAX: none */
+    const struct grpc_method *method;
+    void *user;                       /* the service's own state */
+};
+
+enum conn_phase { CONN_PREFACE, CONN_OPEN, CONN_CLOSING, CONN_DEAD };
+
+struct fields;
+struct h2_handler {
+    void (*headers)(struct stream *, const struct fields *, bool end);  /* request; at a client response or trailers */
+    void (*data)(struct stream *, struct bytes);                        /* DATA, cut anywhere */
+    void (*end)(struct stream *);                                       /* the peer sent END_STREAM */
+    void (*drained)(struct stream *);                                   /* all that was queued is in the output */
+    void (*abort)(struct stream *, unsigned grpc_status, const char *text);
+    void (*closed)(struct stream *);                                    /* last call: the stream is freed after it */
+};
+
+struct core;
+struct conn {
+    struct core *core;
+    const struct h2_handler *on;
+    void *user;
+    enum conn_phase phase;
+    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, pad_known, skip;
+    /* input */
+    uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
+    uint8_t continuations;
+    uint8_t block_flags;              /* END_STREAM of the HEADERS frame whose block is being joined */
+    struct frame frame;
+    uint32_t left;                    /* payload bytes of `frame` still to come */
+    uint32_t block_id, block_dependency;  /* stream of the open field block, 0: none */
+    struct buf in, block;             /* a control frame in pieces; a field block in pieces */
+    struct hpack hpack;
+    /* output */
+    struct buf out;
+    size_t out_sent;
+    uint32_t peer_initial_window, last_id, next_id, stream_count, queued;
+    int32_t send_window, recv_window;
+    uint32_t recv_credit;
+    struct stream *streams, *current, *turn, *big;
+    uint32_t closed[CLOSED_IDS], closed_at;   /* top bit: we reset it, so frames in flight are to be ignored */
+    struct bucket bucket[CAPS];
+    int64_t opened_ms, progress_ms, closing_ms;
+    enum h2_error error;
+    const char *why;
+    char peer[56];
+};
+
+static struct blob *blob_new(size_t n)
+{
+    struct blob *b = n > SIZE_MAX - sizeof *b ? NULL : malloc(sizeof *b + n);
+    if (b)
+        *b = (struct blob){ .refs = 1, .n = n };
+    return b;
+}
+
+static struct blob *blob_copy(struct bytes from)
+{
+    struct blob *b = blob_new(from.n);
+    if (b && from.n)
+        memcpy(b->p, from.p, from.n);
+    return b;
+}
+
+static struct blob *blob_ref(struct blob *b)
+{
+    b->refs++;
+    return b;
+}
+
+static void blob_unref(struct blob *b)
+{
+    if (b && --b->refs == 0)
+        free(b);
+}
+
+/* Takes the output buffer for appending; an idle connection has none and borrows the core's spare one. */
+static struct buf *conn_out(struct conn *c)
+{
+    if (!c->out.p && c->core->spare.p) {
+        c->out = c->core->spare;
+        c->core->spare = (struct buf){ 0 };
+    }
+    if (c->out.len == c->out_sent)
+        c->progress_ms = c->core->now_ms;
+    return &c->out;
+}
+
+static void conn_remember_closed(struct conn *c, uint32_t id, bool we_reset)
+{
+    c->closed[c->closed_at++ % CLOSED_IDS] = id | (we_reset ? 0x80000000 : 0);
+}
+
+/* How a stream that is no longer in the list ended: 0 unknown, 1 by the peer or normally, 2 reset by us. */
+static int conn_how_closed(const struct conn *c, uint32_t id)
+{
+    for (unsigned i = 0; i < CLOSED_IDS; i++)
+        if ((c->closed[i] & 0x7fffffff) == id)
+            return c->closed[i] >> 31 ? 2 : 1;
+    return 0;
+}
+
+/* The connection ends: the first reason is the true one.  GOAWAY is queued; the loop flushes it, then closes. */
+static void conn_fail(struct conn *c, enum h2_error code, const char *why)
+{
+    if (c->phase >= CONN_CLOSING)
+        return;
+    c->error = code;
+    c->why = why;
+    if (c->phase == CONN_OPEN)
+        core_note(c->core, c->peer, "the connection ends: %s: %s", h2_error_names[code], why);
+    if (c->phase == CONN_OPEN || c->preface_len)
+        frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
+    c->phase = CONN_CLOSING;
+    c->closing_ms = c->core->now_ms;
+}
+
+/* Takes a token of a cap.  False: none left, and the connection has been ended with ENHANCE_YOUR_CALM. */
+static bool conn_spend(struct conn *c, enum cap cap)
+{
+    struct bucket *b = &c->bucket[cap];
+    int64_t back = (c->core->now_ms - b->at_ms) * caps[cap].per_s / 1000;
+    if (back > 0) {
+        b->used = back >= b->used ? 0 : b->used - (int32_t)back;
+        b->at_ms = c->core->now_ms;
+    }
+    if (b->used < caps[cap].burst) {
+        b->used++;
+        return true;
+    }
+    core_cap(c->core, c->peer, caps[cap].name);
+    conn_fail(c, ENHANCE_YOUR_CALM, caps[cap].name);
+    return false;
+}
+
+static struct stream *stream_find(struct conn *c, uint32_t id)
+{
+    if (c->current && c->current->id == id)
+        return c->current;
+    for (struct stream *s = c->streams; s; s = s->next)
+        if (s->id == id)
+            return c->current = s;
+    return NULL;
+}
+
+/* A new open stream, or NULL without memory.  Owned by the connection. */
+static struct stream *stream_new(struct conn *c, uint32_t id)
+{
+    struct stream *s = calloc(1, sizeof *s);
+    if (!s)
+        return NULL;
+    s->conn = c;
+    s->id = id;
+    s->send_window = (int32_t)c->peer_initial_window;
+    s->recv_window = DEFAULT_WINDOW;
+    s->content_length = -1;
+    s->deadline_ms = INT64_MAX;
+    s->next = c->streams;
+    c->streams = c->current = s;
+    c->stream_count++;
+    return s;
+}
+
+static void stream_drop_queue(struct stream *s)
+{
+    while (s->head) {
+        struct item *i = s->head;
+        s->head = i->next;
+        blob_unref(i->blob);
+        free(i);
+        s->conn->queued--;
+    }
+    s->tail = NULL;
+    s->queued = 0;
+}
+
+/* Marks a stream that has ended both ways; conn_reap frees it when no caller holds it any more. */
+static void stream_done(struct stream *s)
+{
+    s->dead = true;
+    s->conn->reap = true;
+    stream_drop_queue(s);
+}
+
+/* RST_STREAM (RFC 9113 5.4.2). */
+static void stream_reset(struct stream *s, enum h2_error code)
+{
+    if (s->dead)
+        return;
+    frame_put_u32(conn_out(s->conn), FRAME_RST_STREAM, s->id, code);
+    conn_remember_closed(s->conn, s->id, true);
+    stream_done(s);
+}
+
+/* A stream error that the peer brought about: RST_STREAM, against the cap on such errors. */
+static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
+{
+    if (!conn_spend(c, CAP_STREAM_ERRORS))
+        return;
+    struct stream *s = stream_find(c, id);
+    if (s && !s->dead) {
+        stream_reset(s, code);
+        return;
+    }
+    frame_put_u32(conn_out(c), FRAME_RST_STREAM, id, code);
+    conn_remember_closed(c, id, true);
+}
+
+/* Frees the streams that are done. */
+static void conn_reap(struct conn *c)
+{
+    c->reap = false;
+    for (struct stream **at = &c->streams, *s; (s = *at);) {
+        if (!s->dead) {
+            at = &s->next;
+            continue;
+        }
+        c->on->closed(s);
+        *at = s->next;
+        if (c->turn == s)
+            c->turn = s->next;
+        if (c->big == s)
+            c->big = NULL;
+        c->current = NULL;
+        if (!conn_how_closed(c, s->id))
+            conn_remember_closed(c, s->id, false);
+        stream_drop_queue(s);
+        buf_free(&s->message);
+        free(s);
+        c->stream_count--;
+    }
+}
+
+/* Our END_STREAM is in the output.  A server that has said all it has to say stops the client's side too
+ * (RFC 9113 8.1). */
+static void stream_local_end(struct stream *s)
+{
+    s->local_closed = true;
+    if (s->remote_closed)
+        stream_done(s);
+    else if (!s->conn->client)
+        stream_reset(s, NO_ERROR);
+}
+
+/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included). */
+static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
+{
+    struct item *i = blob && !s->dead && !s->local_closed ? malloc(sizeof *i) : NULL;
+    if (!i) {
+        blob_unref(blob);
+        if (!s->dead && !s->local_closed)
+            stream_reset(s, INTERNAL_ERROR);
+        return;
+    }
+    *i = (struct item){ .blob = blob, .kind = kind };
+    if (s->tail)
+        s->tail->next = i;
+    else
+        s->head = i;
+    s->tail = i;
+    s->queued++;
+    s->conn->queued++;
+}
+
+static bool stream_sendable(const struct stream *s)
+{
+    const struct item *i = s->head;
+    return i && (i->kind == ITEM_TRAILERS || i->sent == i->blob->n || (s->send_window > 0 && s->conn->send_window > 0));
+}
+
+static size_t min_size(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Puts one frame of the stream's queue into the output. */
+static void stream_emit(struct stream *s)
+{
+    struct conn *c = s->conn;
+    struct item *i = s->head;
+    size_t n = i->blob->n - i->sent;
+    bool trailers = i->kind == ITEM_TRAILERS;
+    if (!trailers && n) {
+        n = min_size(min_size(n, MAX_FRAME_SIZE), (size_t)(s->send_window < c->send_window ? s->send_window
+                                                                                          : c->send_window));
+        s->send_window -= (int32_t)n;
+        c->send_window -= (int32_t)n;
+    }
+    bool whole = i->sent + n == i->blob->n;
+    bool end = whole && i->kind != ITEM_DATA;
+    frame_put(&c->out, (uint32_t)n, trailers ? FRAME_HEADERS : FRAME_DATA,
+              (trailers ? END_HEADERS : 0u) | (end ? END_STREAM : 0u), s->id);
+    buf_put(&c->out, i->blob->p + i->sent, n);
+    i->sent += n;
+    if (!whole)
+        return;
+    s->head = i->next;
+    if (!s->head)
+        s->tail = NULL;
+    s->queued--;
+    c->queued--;
+    blob_unref(i->blob);
+    free(i);
+    if (end)
+        stream_local_end(s);
+    else if (!s->head)
+        c->on->drained(s);
+}
+
+/* The next stream, in turn, that can send now. */
+static struct stream *conn_next_sendable(struct conn *c)
+{
+    struct stream *s = c->turn ? c->turn : c->streams;
+    for (uint32_t n = c->stream_count; n && s; n--, s = s->next ? s->next : c->streams)
+        if (stream_sendable(s)) {
+            c->turn = s->next;
+            return s;
+        }
+    return NULL;
+}
+
+/* Gives back what has been dealt with, once it is worth a frame (RFC 9113 6.9.1).  A stream in the middle of a
+ * message longer than a window keeps it in memory: one stream of a connection at a time is let past its window. */
+static void stream_give_credit(struct stream *s)
+{
+    struct conn *c = s->conn;
+    if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->held)
+        return;
+    if (s->message.len > CREDIT_STEP) {
+        if (c->big && c->big != s)
+            return;
+        c->big = s;
+    }
+    frame_put_u32(conn_out(c), FRAME_WINDOW_UPDATE, s->id, s->recv_credit);
+    s->recv_window += (int32_t)s->recv_credit;
+    s->recv_credit = 0;
+}
+
+static void conn_give_credit(struct conn *c)
+{
+    if (c->recv_credit < CREDIT_STEP || c->core->held || c->phase != CONN_OPEN)
+        return;
+    frame_put_u32(conn_out(c), FRAME_WINDOW_UPDATE, 0, c->recv_credit);
+    c->recv_window += (int32_t)c->recv_credit;
+    c->recv_credit = 0;
+}
+
+/* n bytes of the stream's DATA have been dealt with (s may be NULL: DATA that nobody wanted). */
+static void conn_consumed(struct conn *c, struct stream *s, size_t n)
+{
+    c->recv_credit += (uint32_t)n;
+    conn_give_credit(c);
+    if (s) {
+        s->recv_credit += (uint32_t)n;
+        stream_give_credit(s);
+    }
+}
+
+/* The long message of c->big is complete or gone: the others may go on. */
+static void conn_release_big(struct conn *c)
+{
+    c->big = NULL;
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_give_credit(s);
+}
+
+/* stdout has caught up: gives all credit that was held back. */
+static void conn_release(struct conn *c)
+{
+    conn_give_credit(c);
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_give_credit(s);
+}
+
+/* ==== 7. Connections: preface, fields, dispatch, errors (RFC 9113 3.4, 5.4, 6, 8) ==================================
+ * Owns: the state machine from bytes to frames to calls of the handler, the rules for fields, GOAWAY and deadlines.
+ * Never: holds a descriptor or reads a clock; time is core->now_ms.
+ */
+static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+enum { PREFACE_LEN = sizeof preface - 1 };
+
+/* The fields that we look at; all others are checked for form and passed over. */
+enum field_id {
+    F_METHOD, F_SCHEME, F_AUTHORITY, F_PATH, F_STATUS, F_PSEUDO_END,
+    F_CONTENT_TYPE = F_PSEUDO_END, F_CONTENT_LENGTH, F_TE, F_GRPC_ENCODING, F_GRPC_TIMEOUT, F_GRPC_STATUS,
+    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_KNOWN,
+    F_FORBIDDEN = F_KNOWN, FIELD_RULES = F_FORBIDDEN + 5
+};
+
+static const char *const field_names[FIELD_RULES] = {
+    [F_METHOD] = ":method", [F_SCHEME] = ":scheme", [F_AUTHORITY] = ":authority", [F_PATH] = ":path",
+    [F_STATUS] = ":status", [F_CONTENT_TYPE] = "content-type", [F_CONTENT_LENGTH] = "content-length", [F_TE] = "te",
+    [F_GRPC_ENCODING] = "grpc-encoding", [F_GRPC_TIMEOUT] = "grpc-timeout", [F_GRPC_STATUS] = "grpc-status",
+    [F_GRPC_MESSAGE] = "grpc-message", [F_USER_AGENT] = "user-agent", [F_JOB_ID] = "job-id",
+    [F_CONNECTION_TYPE] = "connection-type",
+    /* RFC 9113 8.2.2 */
+    [F_FORBIDDEN] = "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade",
+};
+
+/* A decoded field block.  Values stand in core->field_bytes and hold until the next block is decoded. */
+struct fields {
+    struct core *core;
+    struct bytes value[F_KNOWN];      /* p NULL: not there */
+    size_t used;
+    bool regular_seen, too_large;
+    const char *malformed;            /* RFC 9113 8.1.1; the first reason */
+};
+
+static int field_lookup(struct bytes name)
+{
+    for (int i = 0; i < FIELD_RULES; i++)
+        if (bytes_eq(name, bytes_of(field_names[i])))
+            return i;
+    return FIELD_RULES;
+}
+
+/* RFC 9113 8.2.1: a name of lower-case visible characters, a colon only in front. */
+static bool field_name_ok(struct bytes name)
+{
+    for (size_t i = 0; i < name.n; i++) {
+        uint8_t ch = name.p[i];
+        if (ch <= ' ' || ch >= 0x7f || (ch >= 'A' && ch <= 'Z') || (ch == ':' && i > 0))
+            return false;
+    }
+    return name.n > 0;
+}
+
+static bool field_value_ok(struct bytes v)
+{
+    for (size_t i = 0; i < v.n; i++)
+        if (v.p[i] == 0 || v.p[i] == '\r' || v.p[i] == '\n')
+            return false;
+    return v.n == 0 || !(strchr(" \t", v.p[0]) || strchr(" \t", v.p[v.n - 1]));
+}
+
+/* RFC 9113 8.2, 8.3: why this field makes the message malformed, or NULL. */
+static const char *field_fault(const struct fields *f, int id, struct bytes name, struct bytes value)
+{
+    if (!field_name_ok(name))
+        return "a field name with a forbidden character";
+    if (!field_value_ok(value))
+        return "a field value with a forbidden character";
+    if (name.p[0] == ':' && id >= F_PSEUDO_END)
+        return "an unknown pseudo-header field";
+    if (id < F_PSEUDO_END && f->regular_seen)
+        return "a pseudo-header field after a regular one";
+    if (id < F_PSEUDO_END && f->value[id].p)
+        return "a pseudo-header field twice";
+    if (id >= F_FORBIDDEN && id < FIELD_RULES)
+        return "a connection-specific field";
+    if (id == F_TE && !bytes_eq(value, BYTES("trailers")))
+        return "a te field other than trailers";
+    if (id == F_CONTENT_LENGTH && f->value[id].p && !bytes_eq(f->value[id], value))
+        return "two content-length fields that differ";
+    return NULL;
+}
+
+/* Called by HPACK for each field of a block. */
+static void fields_add(void *arg, struct bytes name, struct bytes value)
+{
+    struct fields *f = arg;
+    int id = field_lookup(name);
+    const char *fault = field_fault(f, id, name, value);
+    if (fault && !f->malformed)
+        f->malformed = fault;
+    if (name.n && name.p[0] != ':')
+        f->regular_seen = true;
+    if (id >= F_KNOWN || f->value[id].p || value.n > sizeof f->core->field_bytes - f->used)
+        return;
+    uint8_t *copy = f->core->field_bytes + f->used;
+    if (value.n)
+        memcpy(copy, value.p, value.n);
+    f->used += value.n;
+    f->value[id] = (struct bytes){ copy, value.n };
+}
+
+/* RFC 9113 8.3.1, 8.3.2: the pseudo-header fields that a message must and must not have. */
+static const char *fields_fault(const struct fields *f, bool response, bool trailers)
+{
+    const struct bytes *v = f->value;
+    if (f->malformed)
+        return f->malformed;
+    if (trailers || response) {
+        for (int i = 0; i < F_PSEUDO_END; i++)
+            if (v[i].p && (trailers || i != F_STATUS))
+                return "a pseudo-header field that does not belong there";
+        return trailers || v[F_STATUS].n == 3 ? NULL : "no :status";
+    }
+    if (v[F_STATUS].p)
+        return ":status in a request";
+    if (!v[F_METHOD].n)
+        return "no :method";
+    if (bytes_eq(v[F_METHOD], BYTES("CONNECT")))
+        return v[F_SCHEME].p || v[F_PATH].p || !v[F_AUTHORITY].n ? "CONNECT with the wrong fields" : NULL;
+    if (!v[F_SCHEME].n)
+        return "no :scheme";
+    if (!v[F_PATH].n || (v[F_PATH].p[0] != '/' && !bytes_eq(v[F_PATH], BYTES("*"))))
+        return "no :path";
+    return NULL;
+}
+
+/* Decimal digits only, up to 18 of them; -1 if it is anything else. */
+static int64_t parse_decimal(struct bytes b)
+{
+    int64_t v = 0;
+    if (b.n == 0 || b.n > 18)
+        return -1;
+    for (size_t i = 0; i < b.n; i++) {
+        if (b.p[i] < '0' || b.p[i] > '9')
+            return -1;
+        v = v * 10 + (b.p[i] - '0');
+    }
+    return v;
+}
+
+/* Starts a connection.  peer is its name in log lines; the handler's calls get conn->user. */
+static void conn_init(struct conn *c, struct core *core, const struct h2_handler *on, bool client, const char *peer)
+{
+    *c = (struct conn){
+        .core = core, .on = on, .client = client, .peer_initial_window = DEFAULT_WINDOW, .send_window = DEFAULT_WINDOW,
+        .recv_window = DEFAULT_WINDOW, .next_id = 1, .opened_ms = core->now_ms, .progress_ms = core->now_ms,
+    };
+    snprintf(c->peer, sizeof c->peer, "%s", peer);
+    hpack_init(&c->hpack);
+    if (client) {
+        buf_put(&c->out, preface, PREFACE_LEN);
+        frame_put(&c->out, 6, FRAME_SETTINGS, 0, 0);
+        frame_put_setting(&c->out, SETTINGS_ENABLE_PUSH, 0);
+        c->phase = CONN_OPEN;
+    }
+}
+
+static void conn_free(struct conn *c)
+{
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_done(s);
+    conn_reap(c);
+    buf_free(&c->in);
+    buf_free(&c->block);
+    buf_free(&c->out);
+    hpack_free(&c->hpack);
+}
+
+/* The stream with this id is not in the list: idle, closed, or closed by us with frames still in flight. */
+static bool conn_is_idle(const struct conn *c, uint32_t id)
+{
+    return c->client ? (id & 1) == 0 || id >= c->next_id : (id & 1) == 0 || id > c->last_id;
+}
+
+/* The peer has sent END_STREAM (RFC 9113 5.1, 8.1.1 for the length). */
+static void conn_remote_end(struct stream *s)
+{
+    if (s->content_length > 0) {
+        conn_stream_error(s->conn, s->id, PROTOCOL_ERROR);
+        return;
+    }
+    s->remote_closed = true;
+    s->conn->on->end(s);
+    if (s->local_closed && !s->dead)
+        stream_done(s);
+}
+
+static void conn_trailers(struct conn *c, struct stream *s, const struct fields *f, bool end)
+{
+    bool response = c->client && !s->headers_seen;
+    const char *fault = fields_fault(f, response, !response);
+    if (s->remote_closed) {
+        conn_stream_error(c, s->id, STREAM_CLOSED);
+    } else if (fault || f->too_large || (!response && !end)) {
+        conn_stream_error(c, s->id, PROTOCOL_ERROR);
+    } else {
+        if (c->client)
+            c->on->headers(s, f, end);
+        s->headers_seen = true;
+        if (end && !s->dead)
+            conn_remote_end(s);
+    }
+}
+
+/* A request on a new stream (RFC 9113 5.1.1, 5.1.2, 8.3.1). */
+static void conn_request(struct conn *c, uint32_t id, const struct fields *f, bool end)
+{
+    c->last_id = id;
+    if (c->goaway_sent || c->stream_count >= MAX_CONCURRENT_STREAMS) {
+        conn_stream_error(c, id, REFUSED_STREAM);
+        return;
+    }
+    const char *fault = fields_fault(f, false, false);
+    int64_t length = f->value[F_CONTENT_LENGTH].p ? parse_decimal(f->value[F_CONTENT_LENGTH]) : -1;
+    if (!f->too_large && (fault || (f->value[F_CONTENT_LENGTH].p && length < 0))) {
+        conn_stream_error(c, id, PROTOCOL_ERROR);
+        return;
+    }
+    struct stream *s = stream_new(c, id);
+    if (!s) {
+        conn_stream_error(c, id, REFUSED_STREAM);
+        return;
+    }
+    s->content_length = length;
+    c->on->headers(s, f, end);
+    if (end && !s->dead)
+        conn_remote_end(s);
+}
+
+/* A complete field block: decoded whatever becomes of its stream, since the table is shared (RFC 9113 4.3). */
+static void conn_block(struct conn *c, struct bytes block)
+{
+    uint32_t id = c->block_id;
+    bool end = c->block_flags & END_STREAM;
+    struct fields f = { .core = c->core };
+    struct hpack_reader reader = { .huffman = &c->core->huffman, .scratch = c->core->hpack_scratch,
+                                   .list_limit = MAX_HEADER_LIST, .field = fields_add, .arg = &f };
+    enum hpack_error err = hpack_decode(&c->hpack, block, &reader);
+    f.too_large = reader.too_large;
+    c->block_id = 0;
+    if (err != HPACK_OK) {
+        conn_fail(c, err == HPACK_NO_MEMORY ? INTERNAL_ERROR : COMPRESSION_ERROR, "a field block that does not decode");
+        return;
+    }
+    struct stream *s = stream_find(c, id);
+    if (c->block_dependency == id)
+        conn_stream_error(c, id, PROTOCOL_ERROR);      /* RFC 7540 5.3.1: a stream that depends on itself */
+    else if (s)
+        conn_trailers(c, s, &f, end);
+    else if (c->client || (id & 1) == 0)
+        conn_fail(c, PROTOCOL_ERROR, "HEADERS on a stream that nobody opened");
+    else if (id > c->last_id)
+        conn_request(c, id, &f, end);
+    else if (conn_how_closed(c, id) == 0)
+        conn_fail(c, PROTOCOL_ERROR, "a stream identifier that is not above the last one");
+    else if (conn_how_closed(c, id) == 1)
+        conn_fail(c, STREAM_CLOSED, "HEADERS on a closed stream");
+}
+
+static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
+{
+    bool whole = flags & END_HEADERS;
+    if (whole && c->block.len == 0) {
+        conn_block(c, part);
+        return;
+    }
+    if (c->block.len + part.n > MAX_FIELD_BLOCK || c->continuations > MAX_CONTINUATIONS) {
+        core_cap(c->core, c->peer, "field block");
+        conn_fail(c, ENHANCE_YOUR_CALM, "a field block that is too long");
+        return;
+    }
+    buf_put(&c->block, part.p, part.n);
+    if (c->block.failed) {
+        conn_fail(c, INTERNAL_ERROR, "out of memory");
+    } else if (whole) {
+        conn_block(c, (struct bytes){ c->block.p, c->block.len });
+        buf_free(&c->block);
+    }
+}
+
+/* The handlers below get a frame that frame_check has passed, with its whole payload. */
+
+static void on_headers(struct conn *c, struct bytes p)
+{
+    uint8_t flags = c->frame.flags;
+    size_t pad = 0;
+    if (flags & PADDED) {
+        if (p.n == 0) {
+            conn_fail(c, FRAME_SIZE_ERROR, "a padded HEADERS frame without a pad length");
+            return;
+        }
+        pad = p.p[0];
+        p.p++, p.n--;
+    }
+    size_t fixed = flags & PRIORITY ? 5 : 0;
+    if (p.n < fixed || p.n - fixed < pad) {
+        conn_fail(c, p.n < fixed ? FRAME_SIZE_ERROR : PROTOCOL_ERROR, "HEADERS shorter than its padding or priority");
+        return;
+    }
+    c->block_dependency = fixed ? get_be32(p.p) & 0x7fffffff : 0;
+    c->block_id = c->frame.stream_id;
+    c->block_flags = flags;
+    c->continuations = 0;
+    conn_block_part(c, (struct bytes){ p.p + fixed, p.n - fixed - pad }, flags);
+}
+
+static void on_continuation(struct conn *c, struct bytes p)
+{
+    c->continuations++;
+    conn_block_part(c, p, c->frame.flags);
+}
+
+static void on_priority(struct conn *c, struct bytes p)
+{
+    if ((get_be32(p.p) & 0x7fffffff) == c->frame.stream_id)
+        conn_stream_error(c, c->frame.stream_id, PROTOCOL_ERROR);
+}
+
+static void on_rst_stream(struct conn *c, struct bytes p)
+{
+    (void)p;
+    struct stream *s = stream_find(c, c->frame.stream_id);
+    if (!s && conn_is_idle(c, c->frame.stream_id)) {
+        conn_fail(c, PROTOCOL_ERROR, "RST_STREAM on an idle stream");
+    } else if (s && conn_spend(c, CAP_STREAM_ERRORS)) {
+        conn_remember_closed(c, s->id, false);
+        stream_done(s);
+    }
+}
+
+/* SETTINGS_INITIAL_WINDOW_SIZE moves every stream's window, below zero if need be (RFC 9113 6.9.2). */
+static bool conn_initial_window(struct conn *c, uint32_t value)
+{
+    int64_t delta = (int64_t)value - c->peer_initial_window;
+    for (struct stream *s = c->streams; s; s = s->next) {
+        if (s->send_window + delta > MAX_WINDOW)
+            return false;
+        s->send_window = (int32_t)(s->send_window + delta);
+    }
+    c->peer_initial_window = value;
+    return true;
+}
+
+static void on_settings(struct conn *c, struct bytes p)
+{
+    if (c->frame.flags & ACK)
+        return;
+    for (size_t at = 0; at < p.n; at += 6) {
+        unsigned id = (unsigned)(p.p[at] << 8 | p.p[at + 1]);
+        uint32_t value = get_be32(p.p + at + 2);
+        if (id == 0 || id >= SETTINGS_COUNT)
+            continue;
+        if (value < setting_rules[id].min || value > setting_rules[id].max) {
+            conn_fail(c, setting_rules[id].error, "a setting outside its range");
+            return;
+        }
+        if (id == SETTINGS_HEADER_TABLE_SIZE)
+            c->size_update_due = true;
+        if (id == SETTINGS_INITIAL_WINDOW_SIZE && !conn_initial_window(c, value)) {
+            conn_fail(c, FLOW_CONTROL_ERROR, "SETTINGS_INITIAL_WINDOW_SIZE overflows a window");
+            return;
+        }
+    }
+    c->settings_seen = true;
+    frame_put(conn_out(c), 0, FRAME_SETTINGS, ACK, 0);
+}
+
+static void on_push_promise(struct conn *c, struct bytes p)
+{
+    (void)p;
+    conn_fail(c, PROTOCOL_ERROR, "PUSH_PROMISE");
+}
+
+static void on_ping(struct conn *c, struct bytes p)
+{
+    if (c->frame.flags & ACK)
+        return;
+    frame_put(conn_out(c), 8, FRAME_PING, ACK, 0);
+    buf_put(&c->out, p.p, 8);
+}
+
+static void on_goaway(struct conn *c, struct bytes p)
+{
+    (void)p;
+    c->goaway_seen = true;
+}
+
+static void on_window_update(struct conn *c, struct bytes p)
+{
+    uint32_t id = c->frame.stream_id, add = get_be32(p.p) & 0x7fffffff;
+    struct stream *s = id ? stream_find(c, id) : NULL;
+    if (id && !s) {
+        if (conn_is_idle(c, id))
+            conn_fail(c, PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream");
+        return;
+    }
+    int32_t *window = s ? &s->send_window : &c->send_window;
+    enum h2_error err = add == 0 ? PROTOCOL_ERROR : *window > MAX_WINDOW - (int32_t)add ? FLOW_CONTROL_ERROR : NO_ERROR;
+    if (err == NO_ERROR)
+        *window += (int32_t)add;
+    else if (s)
+        conn_stream_error(c, id, err);
+    else
+        conn_fail(c, err, "a WINDOW_UPDATE of nothing or of too much");
+}
+
+static void (*const frame_handlers[FRAME_TYPES])(struct conn *, struct bytes) = {
+    [FRAME_HEADERS] = on_headers, [FRAME_PRIORITY] = on_priority, [FRAME_RST_STREAM] = on_rst_stream,
+    [FRAME_SETTINGS] = on_settings, [FRAME_PUSH_PROMISE] = on_push_promise, [FRAME_PING] = on_ping,
+    [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update, [FRAME_CONTINUATION] = on_continuation,
+};
+
+/* A DATA frame has begun: its whole length, padding included, counts against the windows (RFC 9113 6.1, 6.9). */
+static void conn_data_begin(struct conn *c)
+{
+    const struct frame *f = &c->frame;
+    struct stream *s = stream_find(c, f->stream_id);
+    c->pad_known = !(f->flags & PADDED);
+    c->pad_left = 0;
+    if (!c->pad_known && f->len == 0) {
+        conn_fail(c, FRAME_SIZE_ERROR, "a padded DATA frame without a pad length");
+    } else if (f->len > (uint32_t)c->recv_window) {
+        conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the connection's window");
+    } else if (!s && conn_is_idle(c, f->stream_id)) {
+        conn_fail(c, PROTOCOL_ERROR, "DATA on an idle stream");
+    } else if (!s && conn_how_closed(c, f->stream_id) == 1) {
+        conn_fail(c, STREAM_CLOSED, "DATA on a closed stream");
+    } else {
+        c->recv_window -= (int32_t)f->len;
+        if (!s)
+            return;
+        if (s->remote_closed)
+            conn_stream_error(c, s->id, STREAM_CLOSED);
+        else if ((int64_t)f->len > s->recv_window)
+            conn_stream_error(c, s->id, FLOW_CONTROL_ERROR);
+        else if (f->len == 0 && !(f->flags & END_STREAM))
+            conn_spend(c, CAP_CONTROL_FRAMES);
+        else
+            s->recv_window -= (int32_t)f->len;
+    }
+}
+
+/* DATA of an open stream, without padding. */
+static void conn_data_bytes(struct conn *c, struct stream *s, struct bytes p)
+{
+    if (s->content_length >= 0 && (uint64_t)s->content_length < p.n) {
+        conn_stream_error(c, s->id, PROTOCOL_ERROR);
+        return;
+    }
+    if (s->content_length >= 0)
+        s->content_length -= (int64_t)p.n;
+    if (c->bucket[CAP_CONTROL_FRAMES].used)
+        c->bucket[CAP_CONTROL_FRAMES].used--;
+    c->on->data(s, p);
+}
+
+/* The next bytes of a DATA frame's payload, as many as there are. */
+static void conn_data_part(struct conn *c, struct bytes p)
+{
+    struct stream *s = stream_find(c, c->frame.stream_id);
+    size_t taken = p.n;
+    if (s && s->dead)
+        s = NULL;
+    if (!c->pad_known) {
+        c->pad_known = true;
+        c->pad_left = p.p[0];
+        p.p++, p.n--, c->left--;
+        if (c->pad_left > c->left) {
+            conn_fail(c, PROTOCOL_ERROR, "padding longer than its frame");
+            return;
+        }
+    }
+    size_t data = min_size(p.n, c->left - c->pad_left);
+    c->left -= (uint32_t)p.n;
+    if (c->left < c->pad_left)
+        c->pad_left = (uint8_t)c->left;
+    if (s && data)
+        conn_data_bytes(c, s, (struct bytes){ p.p, data });
+    if (c->phase == CONN_OPEN)
+        conn_consumed(c, s && !s->dead ? s : NULL, taken);
+}
+
+/* A frame header is complete: what RFC 9113 4.3, 6.10 and the tables say of it before its payload comes. */
+static void conn_frame_begin(struct conn *c)
+{
+    bool stream_scope;
+    const struct frame *f = &c->frame;
+    c->frame = frame_parse(c->header);
+    c->left = c->frame.len;
+    enum h2_error err = frame_check(f, &stream_scope);
+    if (err && !stream_scope)
+        conn_fail(c, err, "a frame of the wrong size or on the wrong stream");
+    else if (!c->settings_seen && (f->type != FRAME_SETTINGS || f->flags & ACK))
+        conn_fail(c, PROTOCOL_ERROR, "the first frame is not SETTINGS");
+    else if (c->block_id ? f->type != FRAME_CONTINUATION || f->stream_id != c->block_id : f->type == FRAME_CONTINUATION)
+        conn_fail(c, PROTOCOL_ERROR, "a field block that is interrupted, or a CONTINUATION of none");
+    else if (err)
+        conn_stream_error(c, f->stream_id, err);
+    else if (f->type == FRAME_DATA)
+        conn_data_begin(c);
+    else if (f->type == FRAME_SETTINGS || f->type == FRAME_PING || f->type == FRAME_PRIORITY || f->type >= FRAME_TYPES)
+        conn_spend(c, CAP_CONTROL_FRAMES);
+    c->skip = err || f->type >= FRAME_TYPES;
+}
+
+/* All of a frame's payload has come. */
+static void conn_frame_end(struct conn *c, struct bytes payload)
+{
+    c->header_len = 0;
+    if (c->frame.type == FRAME_DATA) {
+        struct stream *s = c->frame.flags & END_STREAM ? stream_find(c, c->frame.stream_id) : NULL;
+        if (s && !s->dead && !s->remote_closed)
+            conn_remote_end(s);
+    } else if (!c->skip) {
+        frame_handlers[c->frame.type](c, payload);
+    }
+    if (c->reap)
+        conn_reap(c);
+}
+
+/* Payload bytes: DATA as it comes, other frames whole.  Returns how many were taken. */
+static size_t conn_payload(struct conn *c, struct bytes p)
+{
+    size_t n = min_size(p.n, c->left);
+    p.n = n;
+    if (c->frame.type == FRAME_DATA) {
+        conn_data_part(c, p);
+        if (c->left == 0 && c->phase == CONN_OPEN)
+            conn_frame_end(c, (struct bytes){ 0 });
+        return n;
+    }
+    c->left -= (uint32_t)n;
+    if (c->left == 0 && c->in.len == 0) {
+        conn_frame_end(c, p);
+        return n;
+    }
+    if (!c->skip)
+        buf_put(&c->in, p.p, n);
+    if (c->in.failed) {
+        conn_fail(c, INTERNAL_ERROR, "out of memory");
+    } else if (c->left == 0) {
+        conn_frame_end(c, (struct bytes){ c->in.p, c->in.len });
+        buf_free(&c->in);
+    }
+    return n;
+}
+
+/* What came instead of the preface: a line for the log, and for an HTTP/1 request an answer that it understands. */
+static void conn_no_preface(struct conn *c, struct bytes p)
+{
+    static const char body[] = "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
+    size_t word = 0;
+    while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
+        word++;
+    if (p.n > word + 1 && word >= 3 && p.p[word] == ' ' && (p.p[word + 1] == '/' || p.p[word + 1] == '*')) {
+        core_note(c->core, c->peer, "an HTTP/1.1 client; this port speaks gRPC over HTTP/2");
+        buf_printf(conn_out(c), "HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
+                                "content-type: text/plain\r\ncontent-length: %zu\r\n\r\n%s", sizeof body - 1, body);
+    } else if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03) {
+        core_note(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: "
+                                    "set SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
+    } else {
+        core_note(c->core, c->peer, "not an HTTP/2 client: no connection preface");
+        frame_put(conn_out(c), 0, FRAME_SETTINGS, 0, 0);
+        frame_put_goaway(&c->out, 0, PROTOCOL_ERROR, "no connection preface");
+    }
+    conn_fail(c, PROTOCOL_ERROR, "no connection preface");
+}
+
+/* The client's 24 bytes (RFC 9113 3.4); ours follow once they have begun well.  Returns how many were taken. */
+static size_t conn_preface(struct conn *c, struct bytes p)
+{
+    size_t n = min_size(p.n, PREFACE_LEN - c->preface_len);
+    if (memcmp(p.p, preface + c->preface_len, n) != 0) {
+        struct buf all = { 0 };
+        buf_put(&all, preface, c->preface_len);
+        buf_put(&all, p.p, min_size(p.n, 64));
+        c->preface_len = 0;
+        conn_no_preface(c, (struct bytes){ all.p, all.len });
+        buf_free(&all);
+        return p.n;
+    }
+    c->preface_len = (uint8_t)(c->preface_len + n);
+    if (c->preface_len == PREFACE_LEN) {
+        frame_put(conn_out(c), 12, FRAME_SETTINGS, 0, 0);
+        frame_put_setting(&c->out, SETTINGS_MAX_CONCURRENT_STREAMS, MAX_CONCURRENT_STREAMS);
+        frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
+        c->phase = CONN_OPEN;
+    }
+    return n;
+}
+
+/* Takes n bytes from the peer, all of them; what follows the end of the connection is dropped.  The caller asks
+ * conn_wants_input first, so that the answers stay bounded. */
+static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
+{
+    while (n && c->phase < CONN_CLOSING) {
+        struct bytes rest = { p, n };
+        size_t taken;
+        if (c->phase == CONN_PREFACE) {
+            taken = conn_preface(c, rest);
+        } else if (c->header_len < FRAME_HEADER_LEN) {
+            taken = min_size(n, FRAME_HEADER_LEN - (size_t)c->header_len);
+            memcpy(c->header + c->header_len, p, taken);
+            c->header_len = (uint8_t)(c->header_len + taken);
+            if (c->header_len == FRAME_HEADER_LEN) {
+                conn_frame_begin(c);
+                if (c->left == 0 && c->phase == CONN_OPEN)
+                    conn_frame_end(c, (struct bytes){ 0 });
+            }
+        } else {
+            taken = conn_payload(c, rest);
+        }
+        p += taken;
+        n -= taken;
+    }
+}
+
+static size_t conn_pending(const struct conn *c)
+{
+    return c->out.len - c->out_sent;
+}
+
+static bool conn_wants_input(const struct conn *c)
+{
+    return c->phase <= CONN_CLOSING && conn_pending(c) < OUT_HIGH;
+}
+
+/* Puts more DATA behind what waits, in turn from the streams that may send. */
+static void conn_fill(struct conn *c)
+{
+    if (!c->queued || c->phase != CONN_OPEN || conn_pending(c) >= OUT_TARGET / 2)
+        return;
+    struct buf *out = conn_out(c);
+    if (c->out_sent) {
+        memmove(out->p, out->p + c->out_sent, conn_pending(c));
+        out->len -= c->out_sent;
+        c->out_sent = 0;
+    }
+    struct stream *s;
+    while (out->len < OUT_TARGET && !out->failed && (s = conn_next_sendable(c)))
+        stream_emit(s);
+    if (c->reap)
+        conn_reap(c);
+}
+
+/* The bytes that wait to go out, and how many; they hold until the next call on this connection. */
+static size_t conn_peek(struct conn *c, const uint8_t **p)
+{
+    conn_fill(c);
+    if (c->out.failed)
+        c->phase = CONN_DEAD;
+    *p = c->out.p ? c->out.p + c->out_sent : NULL;
+    return conn_pending(c);
+}
+
+/* The first n of them are on their way.  A drained buffer is lent on to the next connection. */
+static void conn_sent(struct conn *c, size_t n)
+{
+    c->out_sent += n;
+    c->progress_ms = c->core->now_ms;
+    if (c->out_sent < c->out.len)
+        return;
+    c->out.len = c->out_sent = 0;
+    if (!c->core->spare.p && !c->out.failed)
+        c->core->spare = c->out;
+    else
+        free(c->out.p);
+    c->out = (struct buf){ .failed = c->out.failed };
+}
+
+/* The peer will send no more.  Streams that it had ended get their answer all the same. */
+static void conn_eof(struct conn *c)
+{
+    c->eof = true;
+    for (struct stream *s = c->streams; s; s = s->next)
+        if (!s->remote_closed)
+            stream_done(s);
+    conn_reap(c);
+}
+
+/* Ends in good order: GOAWAY, and every stream gets this status (RFC 9113 6.8). */
+static void conn_shutdown(struct conn *c, unsigned status, const char *text)
+{
+    if (c->phase == CONN_PREFACE)
+        c->phase = CONN_DEAD;
+    if (c->phase != CONN_OPEN || c->goaway_sent)
+        return;
+    frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
+    c->goaway_sent = true;
+    for (struct stream *s = c->streams; s; s = s->next)
+        c->on->abort(s, status, text);
+}
+
+/* Everything has been said, or can't be: the loop closes the connection. */
+static bool conn_finished(const struct conn *c)
+{
+    if (c->phase == CONN_DEAD)
+        return true;
+    if (conn_pending(c))
+        return false;
+    if (c->eof)                       /* what no window lets out now never will be: the peer can't open one */
+        return true;
+    return c->phase == CONN_OPEN && (c->goaway_sent || c->goaway_seen) && c->stream_count == 0;
+}
+
+/* When conn_tick has something to do; INT64_MAX: nothing to wait for. */
+static int64_t conn_deadline(const struct conn *c)
+{
+    if (c->phase == CONN_CLOSING)
+        return c->closing_ms + LINGER_MS;
+    int64_t at = INT64_MAX;
+    if (!c->settings_seen)
+        at = c->opened_ms + PREFACE_MS;
+    if (conn_pending(c) && c->progress_ms + STUCK_MS < at)
+        at = c->progress_ms + STUCK_MS;
+    for (const struct stream *s = c->streams; s; s = s->next)
+        if (s->deadline_ms < at)
+            at = s->deadline_ms;
+    return at;
+}
+
+static void conn_tick(struct conn *c)
+{
+    int64_t now = c->core->now_ms;
+    if (now < conn_deadline(c))
+        return;
+    if (c->phase == CONN_CLOSING || (conn_pending(c) && now >= c->progress_ms + STUCK_MS)) {
+        c->phase = CONN_DEAD;
+    } else if (!c->settings_seen && now >= c->opened_ms + PREFACE_MS) {
+        core_note(c->core, c->peer, "no HTTP/2 preface within %d s", PREFACE_MS / 1000);
+        conn_fail(c, PROTOCOL_ERROR, "no preface in time");
+        if (!conn_pending(c))
+            c->phase = CONN_DEAD;
+    }
+    for (struct stream *s = c->streams; s && c->phase == CONN_OPEN; s = s->next)
+        if (now >= s->deadline_ms) {
+            s->deadline_ms = INT64_MAX;
+            c->on->abort(s, 4, "the call's deadline has passed");
+        }
+}
+
+/* ==== 8. gRPC over HTTP/2: request check, messages, trailers =======================================================
+ * Owns: the rules of gRPC's HTTP/2 protocol, both sides: length-prefixed messages, status, deadlines, metadata.
+ * Never: looks into a message.
+ */
+enum grpc_status {
+    GRPC_OK, GRPC_CANCELLED, GRPC_UNKNOWN, GRPC_INVALID_ARGUMENT, GRPC_DEADLINE_EXCEEDED, GRPC_NOT_FOUND,
+    GRPC_ALREADY_EXISTS, GRPC_PERMISSION_DENIED, GRPC_RESOURCE_EXHAUSTED, GRPC_FAILED_PRECONDITION, GRPC_ABORTED,
+    GRPC_OUT_OF_RANGE, GRPC_UNIMPLEMENTED, GRPC_INTERNAL, GRPC_UNAVAILABLE, GRPC_DATA_LOSS, GRPC_UNAUTHENTICATED,
+    GRPC_STATUSES
+};
+
+static const char *const grpc_status_names[GRPC_STATUSES] = {
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+};
+
+/* One row a method; NULL: nothing to do.  A server's row has open, a client's has status. */
+struct grpc_method {
+    const char *path;
+    void (*open)(struct stream *, const struct fields *);     /* the request is good; before any message */
+    void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
+    void (*end)(struct stream *);                             /* the client has sent all */
+    void (*drained)(struct stream *);                         /* all that was queued is on its way */
+    void (*status)(struct stream *, unsigned status, struct bytes text);  /* at a client: the call has ended */
+    void (*closed)(struct stream *);                          /* last call */
+};
+
+enum { PLAIN_BODY_MAX = 16384 };      /* body of a request that is not gRPC: read so far, then answered */
+
+/* Appends a field block as a HEADERS frame. */
+static void conn_put_headers(struct conn *c, uint32_t id, const struct buf *block, unsigned flags)
+{
+    if (block->failed) {
+        conn_fail(c, INTERNAL_ERROR, "out of memory");
+        return;
+    }
+    frame_put(conn_out(c), (uint32_t)block->len, FRAME_HEADERS, END_HEADERS | flags, id);
+    buf_put(&c->out, block->p, block->len);
+}
+
+/* The start of each field block of ours: the table size update that a peer's SETTINGS asked for.  We add nothing to the
+ * table, so nought is always right (RFC 7541 4.2). */
+static void block_begin(struct conn *c, struct buf *block)
+{
+    if (c->size_update_due)
+        hpack_encode_size_update(block, 0);
+    c->size_update_due = false;
+}
+
+static void put_field(struct buf *block, const char *name, struct bytes value)
+{
+    hpack_encode_field(block, bytes_of(name), value);
+}
+
+/* Sends the response's HEADERS, once. */
+static void grpc_send_headers(struct stream *s)
+{
+    if (s->headers_sent || s->dead)
+        return;
+    struct buf block = { 0 };
+    s->headers_sent = true;
+    block_begin(s->conn, &block);
+    put_field(&block, ":status", BYTES("200"));
+    put_field(&block, "content-type", BYTES("application/grpc"));
+    conn_put_headers(s->conn, s->id, &block, 0);
+    buf_free(&block);
+}
+
+/* grpc-message: everything but visible ASCII is percent-encoded. */
+static void percent_encode(struct buf *out, const char *text)
+{
+    for (; *text; text++) {
+        unsigned char ch = (unsigned char)*text;
+        if (ch >= ' ' && ch < 0x7f && ch != '%')
+            buf_putc(out, ch);
+        else
+            buf_printf(out, "%%%02X", ch);
+    }
+}
+
+/* Ends the stream with a status: trailers behind what is queued, or alone when nothing has been sent yet. */
+static void grpc_finish(struct stream *s, unsigned status, const char *text)
+{
+    if (s->dead || s->local_closed || s->finishing)
+        return;
+    struct buf block = { 0 }, message = { 0 };
+    char number[12];
+    bool alone = !s->headers_sent;
+    s->finishing = true;
+    buf_free(&s->message);
+    snprintf(number, sizeof number, "%u", status);
+    block_begin(s->conn, &block);
+    if (alone) {
+        s->headers_sent = true;
+        put_field(&block, ":status", BYTES("200"));
+        put_field(&block, "content-type", BYTES("application/grpc"));
+    }
+    put_field(&block, "grpc-status", bytes_of(number));
+    if (*text) {
+        percent_encode(&message, text);
+        put_field(&block, "grpc-message", (struct bytes){ message.p, message.len });
+    }
+    if (status == GRPC_UNIMPLEMENTED)
+        put_field(&block, "grpc-accept-encoding", BYTES("identity"));
+    stream_queue(s, block.failed ? NULL : blob_copy((struct bytes){ block.p, block.len }), ITEM_TRAILERS);
+    buf_free(&block);
+    buf_free(&message);
+}
+
+/* Answers a request that is not gRPC in plain HTTP. */
+static void plain_answer(struct stream *s)
+{
+    static const char body[] = "This port speaks gRPC (cvms, the CVMS server for Cocos agents): POST with content-type "
+                               "application/grpc.\n";
+    struct buf block = { 0 };
+    char number[12];
+    bool with_body = !s->no_body;
+    s->finishing = s->headers_sent = true;
+    block_begin(s->conn, &block);
+    snprintf(number, sizeof number, "%u", s->plain);
+    put_field(&block, ":status", bytes_of(number));
+    put_field(&block, "content-type", BYTES("text/plain"));
+    snprintf(number, sizeof number, "%zu", sizeof body - 1);
+    put_field(&block, "content-length", bytes_of(number));
+    if (s->plain == 405)
+        put_field(&block, "allow", BYTES("POST"));
+    conn_put_headers(s->conn, s->id, &block, with_body ? 0 : END_STREAM);
+    buf_free(&block);
+    if (with_body)
+        stream_queue(s, blob_copy(BYTES(body)), ITEM_LAST_DATA);
+    else
+        stream_local_end(s);
+}
+
+/* Queues one message; takes over the reference to a blob that holds it with its five-byte prefix. */
+static void grpc_send_blob(struct stream *s, struct blob *b)
+{
+    if (!s->conn->client)
+        grpc_send_headers(s);
+    if (s->queued >= MAX_QUEUED_ITEMS) {
+        blob_unref(b);
+        stream_drop_queue(s);
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
+        return;
+    }
+    stream_queue(s, b, ITEM_DATA);
+}
+
+static void grpc_put_prefix(uint8_t p[5], size_t n)
+{
+    p[0] = 0;
+    put_be32(p + 1, (uint32_t)n);
+}
+
+/* Encodes a message and queues it. */
+static void grpc_send(struct stream *s, const struct pb_message *type, const void *msg)
+{
+    struct buf b = { 0 };
+    struct bytes wire = pb_encode(&b, type, msg);
+    struct blob *blob = b.failed ? NULL : blob_new(wire.n + 5);
+    if (blob) {
+        grpc_put_prefix(blob->p, wire.n);
+        if (wire.n)
+            memcpy(blob->p + 5, wire.p, wire.n);
+    }
+    buf_free(&b);
+    grpc_send_blob(s, blob);
+}
+
+/* grpc-timeout: at most eight digits and a unit.  Milliseconds, rounded up; -1 if it is malformed. */
+static int64_t grpc_timeout(struct bytes v)
+{
+    static const struct {
+        char unit;
+        int64_t mul, div;
+    } units[] = { { 'H', 3600000, 1 }, { 'M', 60000, 1 }, { 'S', 1000, 1 },
+                  { 'm', 1, 1 }, { 'u', 1, 1000 }, { 'n', 1, 1000000 } };
+    int64_t n = v.n >= 2 && v.n <= 9 ? parse_decimal((struct bytes){ v.p, v.n - 1 }) : -1;
+    for (size_t i = 0; n >= 0 && i < sizeof units / sizeof *units; i++)
+        if (units[i].unit == v.p[v.n - 1])
+            return (n * units[i].mul + units[i].div - 1) / units[i].div;
+    return -1;
+}
+
+/* The service part of "/service/method", for an error text of bounded length. */
+static void grpc_unknown(struct stream *s, struct bytes path)
+{
+    struct core *core = s->conn->core;
+    struct buf text = { 0 };
+    const char *what = "service";
+    for (size_t i = 0; i < core->method_count; i++) {
+        const char *known = core->methods[i].path;
+        size_t n = (size_t)(strrchr(known, '/') - known) + 1;
+        if (path.n >= n && memcmp(path.p, known, n) == 0)
+            what = "method";
+    }
+    buf_printf(&text, "unknown %s ", what);
+    put_text(&text, (struct bytes){ path.p, min_size(path.n, 200) }, NULL);
+    buf_putc(&text, 0);
+    grpc_finish(s, GRPC_UNIMPLEMENTED, text.failed ? "unknown method" : (char *)text.p);
+    buf_free(&text);
+}
+
+/* The HTTP status of a request that is not gRPC, 0 if it is. */
+static unsigned grpc_http_status(const struct fields *f)
+{
+    const struct bytes type = f->value[F_CONTENT_TYPE];
+    const struct bytes grpc = BYTES("application/grpc");
+    if (f->too_large)
+        return 431;
+    if (!bytes_eq(f->value[F_METHOD], BYTES("POST")))
+        return 405;
+    if (type.n < grpc.n || memcmp(type.p, grpc.p, grpc.n) != 0 || (type.n > grpc.n && !strchr("+;", type.p[grpc.n])))
+        return 415;
+    return 0;
+}
+
+/* A request: which method, how long it may take, how it is encoded. */
+static void grpc_request(struct stream *s, const struct fields *f, bool end)
+{
+    struct core *core = s->conn->core;
+    const struct bytes *v = f->value;
+    s->plain = (uint16_t)grpc_http_status(f);
+    s->no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
+    if (s->plain) {
+        if (f->too_large && !end)
+            plain_answer(s);
+        return;
+    }
+    s->encoded = v[F_GRPC_ENCODING].n && !bytes_eq(v[F_GRPC_ENCODING], BYTES("identity"));
+    int64_t timeout = v[F_GRPC_TIMEOUT].p ? grpc_timeout(v[F_GRPC_TIMEOUT]) : INT64_MAX - core->now_ms;
+    if (timeout < 0) {
+        grpc_finish(s, GRPC_INTERNAL, "malformed grpc-timeout");
+        return;
+    }
+    s->deadline_ms = core->now_ms + timeout;
+    for (size_t i = 0; i < core->method_count; i++)
+        if (bytes_eq(v[F_PATH], bytes_of(core->methods[i].path))) {
+            s->method = &core->methods[i];
+            s->method->open(s, f);
+            return;
+        }
+    grpc_unknown(s, v[F_PATH]);
+}
+
+/* The five bytes before a message are complete: false, and the stream ends, if the message can't be had. */
+static bool grpc_prefix(struct stream *s)
+{
+    char text[100];
+    size_t max = s->conn->core->max_message;
+    s->message_len = get_be32(s->prefix + 1);
+    if (s->prefix[0] == 1 && s->encoded) {
+        s->conn->on->abort(s, GRPC_UNIMPLEMENTED, "grpc: no decompressor for the message's encoding is installed");
+    } else if (s->prefix[0] != 0) {
+        s->conn->on->abort(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
+    } else if (s->message_len > max) {
+        snprintf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
+                 (unsigned long)s->message_len, max);
+        s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, text);
+    } else {
+        return true;
+    }
+    return false;
+}
+
+static void grpc_deliver(struct stream *s, struct bytes message)
+{
+    s->prefix_len = 0;
+    if (s->method && s->method->message)
+        s->method->message(s, message);
+}
+
+/* Takes bytes of a message whose prefix is known; a message that lies whole in p is not copied. */
+static size_t grpc_message_part(struct stream *s, struct bytes p)
+{
+    size_t n = min_size(p.n, s->message_len - s->message.len);
+    if (s->message.len == 0 && n == s->message_len) {
+        grpc_deliver(s, (struct bytes){ p.p, n });
+        return n;
+    }
+    buf_put(&s->message, p.p, n);
+    if (s->message.failed) {
+        s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+    } else if (s->message.len == s->message_len) {
+        struct buf whole = s->message;
+        s->message = (struct buf){ 0 };
+        grpc_deliver(s, (struct bytes){ whole.p, whole.len });
+        buf_free(&whole);
+        if (s->conn->big == s)
+            conn_release_big(s->conn);
+    }
+    return n;
+}
+
+/* DATA: length-prefixed messages, cut anywhere. */
+static void grpc_data(struct stream *s, struct bytes p)
+{
+    if (s->plain && !s->finishing) {
+        s->plain_body += (uint32_t)p.n;
+        if (s->plain_body > PLAIN_BODY_MAX)
+            plain_answer(s);
+        return;
+    }
+    while (p.n && !s->dead && !s->finishing) {
+        size_t n;
+        if (s->prefix_len < sizeof s->prefix) {
+            n = min_size(p.n, sizeof s->prefix - s->prefix_len);
+            memcpy(s->prefix + s->prefix_len, p.p, n);
+            s->prefix_len = (uint8_t)(s->prefix_len + n);
+            if (s->prefix_len == sizeof s->prefix && grpc_prefix(s) && s->message_len == 0)
+                grpc_deliver(s, (struct bytes){ 0 });
+        } else {
+            n = grpc_message_part(s, p);
+        }
+        p.p += n;
+        p.n -= n;
+    }
+}
+
+static void grpc_server_end(struct stream *s)
+{
+    if (s->finishing)
+        return;
+    if (s->plain)
+        plain_answer(s);
+    else if (s->prefix_len)
+        grpc_finish(s, GRPC_INTERNAL, "grpc: the stream ends inside a message");
+    else if (s->method && s->method->end)
+        s->method->end(s);
+}
+
+static void grpc_drained(struct stream *s)
+{
+    if (s->method && s->method->drained)
+        s->method->drained(s);
+}
+
+static void grpc_closed(struct stream *s)
+{
+    if (s->method && s->method->closed)
+        s->method->closed(s);
+    s->method = NULL;
+}
+
+/* Ends a stream early: what waits to be sent is dropped, so that the status is seen. */
+static void grpc_abort(struct stream *s, unsigned status, const char *text)
+{
+    stream_drop_queue(s);
+    if (s->plain && !s->finishing)
+        plain_answer(s);
+    else
+        grpc_finish(s, status, text);
+}
+
+static const struct h2_handler grpc_server = {
+    .headers = grpc_request, .data = grpc_data, .end = grpc_server_end, .drained = grpc_drained, .abort = grpc_abort,
+    .closed = grpc_closed,
+};
+
+/* ---- The client's side, for `cvms agent` and `cvms health` ---- */
+
+/* Opens a call; metadata is a list of name, value, ..., NULL.  NULL without memory. */
+static struct stream *grpc_call(struct conn *c, const struct grpc_method *m, const char *authority,
+                                const char *const *metadata)
+{
+    struct stream *s = stream_new(c, c->next_id);
+    struct buf block = { 0 };
+    if (!s)
+        return NULL;
+    c->next_id += 2;
+    s->method = m;
+    block_begin(c, &block);
+    put_field(&block, ":method", BYTES("POST"));
+    put_field(&block, ":scheme", c->secure ? BYTES("https") : BYTES("http"));
+    put_field(&block, ":path", bytes_of(m->path));
+    put_field(&block, ":authority", bytes_of(authority));
+    put_field(&block, "content-type", BYTES("application/grpc"));
+    put_field(&block, "te", BYTES("trailers"));
+    put_field(&block, "user-agent", BYTES("cvms/" CVMS_VERSION));
+    for (; metadata && *metadata; metadata += 2)
+        put_field(&block, metadata[0], bytes_of(metadata[1]));
+    conn_put_headers(c, s->id, &block, 0);
+    buf_free(&block);
+    return s;
+}
+
+/* The client has sent all: an empty DATA frame with END_STREAM behind what is queued. */
+static void grpc_half_close(struct stream *s)
+{
+    stream_queue(s, blob_new(0), ITEM_LAST_DATA);
+}
+
+static void grpc_client_status(struct stream *s, unsigned status, struct bytes text)
+{
+    const struct grpc_method *m = s->method;
+    s->finishing = true;
+    if (m && m->status)
+        m->status(s, status, text);
+}
+
+/* Response HEADERS, then trailers; either may carry the status. */
+static void grpc_response(struct stream *s, const struct fields *f, bool end)
+{
+    const struct bytes *v = f->value;
+    if (v[F_STATUS].p && !bytes_eq(v[F_STATUS], BYTES("200"))) {
+        grpc_client_status(s, GRPC_UNAVAILABLE, BYTES("the server's HTTP status is not 200: no gRPC server there"));
+        stream_reset(s, CANCEL);
+    } else if (v[F_STATUS].p && (v[F_CONTENT_TYPE].n < 16 || memcmp(v[F_CONTENT_TYPE].p, "application/grpc", 16) != 0)) {
+        grpc_client_status(s, GRPC_UNKNOWN, BYTES("the response is not gRPC"));
+        stream_reset(s, CANCEL);
+    } else if (end) {
+        int64_t status = parse_decimal(v[F_GRPC_STATUS]);
+        grpc_client_status(s, status < 0 || status >= GRPC_STATUSES ? GRPC_UNKNOWN : (unsigned)status,
+                           v[F_GRPC_MESSAGE]);
+    }
+}
+
+static void grpc_client_end(struct stream *s)
+{
+    if (!s->finishing)
+        grpc_client_status(s, GRPC_INTERNAL, BYTES("the server ended the stream without a status"));
+    if (!s->local_closed && !s->dead)
+        stream_reset(s, CANCEL);
+}
+
+static void grpc_client_abort(struct stream *s, unsigned status, const char *text)
+{
+    if (!s->finishing)
+        grpc_client_status(s, status, bytes_of(text));
+    stream_reset(s, CANCEL);
+}
+
+static void grpc_client_closed(struct stream *s)
+{
+    if (!s->finishing)
+        grpc_client_status(s, GRPC_UNAVAILABLE, BYTES("the connection or stream was closed by the server"));
+    grpc_closed(s);
+}
+
+static const struct h2_handler grpc_client = {
+    .headers = grpc_response, .data = grpc_data, .end = grpc_client_end, .drained = grpc_drained,
+    .abort = grpc_client_abort, .closed = grpc_client_closed,
+};
+
+/* ==== 9. Message tables: cvms, health, reflection ==================================================================
+ * Owns: every message and service on the wire, one row for each field; proto_wire.h does the work from these rows.
+ *       agent/cvms/cvms.proto, google/protobuf/timestamp.proto, grpc/health/v1/health.proto and
+ *       grpc/reflection/{v1,v1alpha}/reflection.proto.
+ * Never: code.  Names are spelled as in the .proto files, their mixed case included.
+ */
+
+/* ---- google.protobuf ---- */
+struct Timestamp {
+    int64_t seconds;
+    int32_t nanos;
+};
+static const struct pb_field Timestamp_fields[] = {
+    PB_ROW(Timestamp, 1, INT64, 0, seconds, NULL),
+    PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL),
+};
+static const struct pb_message Timestamp_message = PB_TYPE_FORM(Timestamp, PB_TIMESTAMP);
+
+/* ---- cvms: from the agent ---- */
+struct AgentLog {
+    struct bytes message, computation_id, level;
+    struct Timestamp *timestamp;
+};
+static const struct pb_field AgentLog_fields[] = {
+    PB_ROW(AgentLog, 1, STRING,  0, message,        NULL),
+    PB_ROW(AgentLog, 2, STRING,  0, computation_id, NULL),
+    PB_ROW(AgentLog, 3, STRING,  0, level,          NULL),
+    PB_ROW(AgentLog, 4, MESSAGE, 0, timestamp,      &Timestamp_message),
+};
+static const struct pb_message AgentLog_message = PB_TYPE(AgentLog);
+
+struct AgentEvent {
+    struct bytes event_type, computation_id, details, originator, status;
+    struct Timestamp *timestamp;
+};
+static const struct pb_field AgentEvent_fields[] = {
+    PB_ROW(AgentEvent, 1, STRING,  0, event_type,     NULL),
+    PB_ROW(AgentEvent, 2, MESSAGE, 0, timestamp,      &Timestamp_message),
+    PB_ROW(AgentEvent, 3, STRING,  0, computation_id, NULL),
+    PB_ROW(AgentEvent, 4, BYTES,   0, details,        NULL),
+    PB_ROW(AgentEvent, 5, STRING,  0, originator,     NULL),
+    PB_ROW(AgentEvent, 6, STRING,  0, status,         NULL),
+};
+static const struct pb_message AgentEvent_message = PB_TYPE(AgentEvent);
+
+struct RunResponse { struct bytes computation_id, error; };
+static const struct pb_field RunResponse_fields[] = {
+    PB_ROW(RunResponse, 1, STRING, 0, computation_id, NULL),
+    PB_ROW(RunResponse, 2, STRING, 0, error,          NULL),
+};
+static const struct pb_message RunResponse_message = PB_TYPE(RunResponse);
+
+struct StopComputationResponse { struct bytes computation_id, message; };
+static const struct pb_field StopComputationResponse_fields[] = {
+    PB_ROW(StopComputationResponse, 1, STRING, 0, computation_id, NULL),
+    PB_ROW(StopComputationResponse, 2, STRING, 0, message,        NULL),
+};
+static const struct pb_message StopComputationResponse_message = PB_TYPE(StopComputationResponse);
+
+struct AgentStateRes { struct bytes id, state; };
+static const struct pb_field AgentStateRes_fields[] = {
+    PB_ROW(AgentStateRes, 1, STRING, 0, id,    NULL),
+    PB_ROW(AgentStateRes, 2, STRING, 0, state, NULL),
+};
+static const struct pb_message AgentStateRes_message = PB_TYPE(AgentStateRes);
+
+struct AttestationResponse { struct bytes file, certSerialNumber; };
+static const struct pb_field AttestationResponse_fields[] = {
+    PB_ROW(AttestationResponse, 1, BYTES,  0, file,             NULL),
+    PB_ROW(AttestationResponse, 2, STRING, 0, certSerialNumber, NULL),
+};
+static const struct pb_message AttestationResponse_message = PB_TYPE(AttestationResponse);
+
+struct azureAttestationToken { struct bytes file, certSerialNumber; };
+static const struct pb_field azureAttestationToken_fields[] = {
+    PB_ROW(azureAttestationToken, 1, BYTES,  0, file,             NULL),
+    PB_ROW(azureAttestationToken, 2, STRING, 0, certSerialNumber, NULL),
+};
+static const struct pb_message azureAttestationToken_message = PB_TYPE(azureAttestationToken);
+
+struct ClientStreamMessage {
+    struct AgentLog *agent_log;
+    struct AgentEvent *agent_event;
+    struct RunResponse *run_res;
+    struct StopComputationResponse *stopComputationRes;
+    struct AgentStateRes *agentStateRes;
+    struct AttestationResponse *vTPMattestationReport;
+    struct azureAttestationToken *azureAttestationToken;
+};
+static const struct pb_field ClientStreamMessage_fields[] = {
+    PB_ROW(ClientStreamMessage, 1, MESSAGE, PB_ONEOF, agent_log,             &AgentLog_message),
+    PB_ROW(ClientStreamMessage, 2, MESSAGE, PB_ONEOF, agent_event,           &AgentEvent_message),
+    PB_ROW(ClientStreamMessage, 3, MESSAGE, PB_ONEOF, run_res,               &RunResponse_message),
+    PB_ROW(ClientStreamMessage, 4, MESSAGE, PB_ONEOF, stopComputationRes,    &StopComputationResponse_message),
+    PB_ROW(ClientStreamMessage, 5, MESSAGE, PB_ONEOF, agentStateRes,         &AgentStateRes_message),
+    PB_ROW(ClientStreamMessage, 6, MESSAGE, PB_ONEOF, vTPMattestationReport, &AttestationResponse_message),
+    PB_ROW(ClientStreamMessage, 7, MESSAGE, PB_ONEOF, azureAttestationToken, &azureAttestationToken_message),
+};
+static const struct pb_message ClientStreamMessage_message = PB_TYPE_ONEOF(ClientStreamMessage, message);
+
+/* ---- cvms: to the agent ---- */
+struct StopComputation { struct bytes computation_id; };
+static const struct pb_field StopComputation_fields[] = { PB_ROW(StopComputation, 1, STRING, 0, computation_id, NULL) };
+static const struct pb_message StopComputation_message = PB_TYPE(StopComputation);
+
+struct AgentStateReq { struct bytes id; };
+static const struct pb_field AgentStateReq_fields[] = { PB_ROW(AgentStateReq, 1, STRING, 0, id, NULL) };
+static const struct pb_message AgentStateReq_message = PB_TYPE(AgentStateReq);
+
+struct DisconnectReq { struct bytes id; };
+static const struct pb_field DisconnectReq_fields[] = { PB_ROW(DisconnectReq, 1, STRING, 0, id, NULL) };
+static const struct pb_message DisconnectReq_message = PB_TYPE(DisconnectReq);
+
+struct RunReqChunks { struct bytes data, id; bool is_last; };
+static const struct pb_field RunReqChunks_fields[] = {
+    PB_ROW(RunReqChunks, 1, BYTES,  0, data,    NULL),
+    PB_ROW(RunReqChunks, 2, STRING, 0, id,      NULL),
+    PB_ROW(RunReqChunks, 3, BOOL,   0, is_last, NULL),
+};
+static const struct pb_message RunReqChunks_message = PB_TYPE(RunReqChunks);
+
+struct ResultConsumer { struct bytes userKey; };
+static const struct pb_field ResultConsumer_fields[] = { PB_ROW(ResultConsumer, 1, BYTES, 0, userKey, NULL) };
+static const struct pb_message ResultConsumer_message = PB_TYPE(ResultConsumer);
+
+struct Source { struct bytes type, url, kbs_resource_path; bool encrypted; };
+static const struct pb_field Source_fields[] = {
+    PB_ROW(Source, 1, STRING, 0, type,              NULL),
+    PB_ROW(Source, 2, STRING, 0, url,               NULL),
+    PB_ROW(Source, 3, STRING, 0, kbs_resource_path, NULL),
+    PB_ROW(Source, 4, BOOL,   0, encrypted,         NULL),
+};
+static const struct pb_message Source_message = PB_TYPE(Source);
+
+struct KBSConfig { struct bytes url; bool enabled; };
+static const struct pb_field KBSConfig_fields[] = {
+    PB_ROW(KBSConfig, 1, STRING, 0, url,     NULL),
+    PB_ROW(KBSConfig, 2, BOOL,   0, enabled, NULL),
+};
+static const struct pb_message KBSConfig_message = PB_TYPE(KBSConfig);
+
+struct Dataset {
+    struct bytes hash, userKey, filename;
+    struct Source *source;
+    struct KBSConfig *kbs;
+    bool decompress;
+};
+static const struct pb_field Dataset_fields[] = {
+    PB_ROW(Dataset, 1, BYTES,   0, hash,       NULL),
+    PB_ROW(Dataset, 2, BYTES,   0, userKey,    NULL),
+    PB_ROW(Dataset, 3, STRING,  0, filename,   NULL),
+    PB_ROW(Dataset, 4, MESSAGE, 0, source,     &Source_message),
+    PB_ROW(Dataset, 5, BOOL,    0, decompress, NULL),
+    PB_ROW(Dataset, 6, MESSAGE, 0, kbs,        &KBSConfig_message),
+};
+static const struct pb_message Dataset_message = PB_TYPE(Dataset);
+
+struct Algorithm {
+    struct bytes hash, userKey, algo_type;
+    struct Source *source;
+    struct pb_list algo_args;           /* struct bytes */
+    struct KBSConfig *kbs;
+};
+static const struct pb_field Algorithm_fields[] = {
+    PB_ROW(Algorithm, 1, BYTES,   0,           hash,      NULL),
+    PB_ROW(Algorithm, 2, BYTES,   0,           userKey,   NULL),
+    PB_ROW(Algorithm, 3, MESSAGE, 0,           source,    &Source_message),
+    PB_ROW(Algorithm, 4, STRING,  0,           algo_type, NULL),
+    PB_ROW(Algorithm, 5, STRING,  PB_REPEATED, algo_args, NULL),
+    PB_ROW(Algorithm, 6, MESSAGE, 0,           kbs,       &KBSConfig_message),
+};
+static const struct pb_message Algorithm_message = PB_TYPE(Algorithm);
+
+struct AgentConfig {
+    struct bytes port, cert_file, key_file, client_ca_file, server_ca_file, log_level;
+    bool attested_tls;
+};
+static const struct pb_field AgentConfig_fields[] = {
+    PB_ROW(AgentConfig, 1, STRING, 0, port,           NULL),
+    PB_ROW(AgentConfig, 2, STRING, 0, cert_file,      NULL),
+    PB_ROW(AgentConfig, 3, STRING, 0, key_file,       NULL),
+    PB_ROW(AgentConfig, 4, STRING, 0, client_ca_file, NULL),
+    PB_ROW(AgentConfig, 5, STRING, 0, server_ca_file, NULL),
+    PB_ROW(AgentConfig, 6, STRING, 0, log_level,      NULL),
+    PB_ROW(AgentConfig, 7, BOOL,   0, attested_tls,   NULL),
+};
+static const struct pb_message AgentConfig_message = PB_TYPE(AgentConfig);
+
+struct ComputationRunReq {
+    struct bytes id, name, description;
+    struct pb_list datasets;            /* struct Dataset */
+    struct Algorithm *algorithm;
+    struct pb_list result_consumers;    /* struct ResultConsumer */
+    struct AgentConfig *agent_config;
+    struct KBSConfig *kbs;
+};
+static const struct pb_field ComputationRunReq_fields[] = {
+    PB_ROW(ComputationRunReq, 1, STRING,  0,           id,               NULL),
+    PB_ROW(ComputationRunReq, 2, STRING,  0,           name,             NULL),
+    PB_ROW(ComputationRunReq, 3, STRING,  0,           description,      NULL),
+    PB_ROW(ComputationRunReq, 4, MESSAGE, PB_REPEATED, datasets,         &Dataset_message),
+    PB_ROW(ComputationRunReq, 5, MESSAGE, 0,           algorithm,        &Algorithm_message),
+    PB_ROW(ComputationRunReq, 6, MESSAGE, PB_REPEATED, result_consumers, &ResultConsumer_message),
+    PB_ROW(ComputationRunReq, 7, MESSAGE, 0,           agent_config,     &AgentConfig_message),
+    PB_ROW(ComputationRunReq, 8, MESSAGE, 0,           kbs,              &KBSConfig_message),
+};
+static const struct pb_message ComputationRunReq_message = PB_TYPE(ComputationRunReq);
+
+struct ServerStreamMessage {
+    struct RunReqChunks *runReqChunks;
+    struct ComputationRunReq *runReq;
+    struct StopComputation *stopComputation;
+    struct AgentStateReq *agentStateReq;
+    struct DisconnectReq *disconnectReq;
+};
+static const struct pb_field ServerStreamMessage_fields[] = {
+    PB_ROW(ServerStreamMessage, 1, MESSAGE, PB_ONEOF, runReqChunks,    &RunReqChunks_message),
+    PB_ROW(ServerStreamMessage, 2, MESSAGE, PB_ONEOF, runReq,          &ComputationRunReq_message),
+    PB_ROW(ServerStreamMessage, 3, MESSAGE, PB_ONEOF, stopComputation, &StopComputation_message),
+    PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
+    PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message),
+};
+static const struct pb_message ServerStreamMessage_message = PB_TYPE_ONEOF(ServerStreamMessage, message);
+
+/* ---- grpc.health.v1 ---- */
+enum ServingStatus { UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN };
+static const char *const ServingStatus_values[] = { "UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" };
+static const struct pb_enum ServingStatus_enum = {
+    "ServingStatus", ServingStatus_values, PB_COUNT(ServingStatus_values)
+};
+
+struct HealthCheckRequest { struct bytes service; };
+static const struct pb_field HealthCheckRequest_fields[] = { PB_ROW(HealthCheckRequest, 1, STRING, 0, service, NULL) };
+static const struct pb_message HealthCheckRequest_message = PB_TYPE(HealthCheckRequest);
+
+struct HealthCheckResponse { int32_t status; };
+static const struct pb_field HealthCheckResponse_fields[] = {
+    PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum)
+};
+static const struct pb_message HealthCheckResponse_message = PB_TYPE(HealthCheckResponse);
+
+struct HealthListRequest { char empty; };
+static const struct pb_message HealthListRequest_message = {
+    "HealthListRequest", NULL, 0, sizeof(struct HealthListRequest), PB_PLAIN, NULL
+};
+
+struct StatusesEntry { struct bytes key; struct HealthCheckResponse *value; };
+static const struct pb_field StatusesEntry_fields[] = {
+    PB_ROW(StatusesEntry, 1, STRING,  0, key,   NULL),
+    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message),
+};
+static const struct pb_message StatusesEntry_message = PB_TYPE_FORM(StatusesEntry, PB_MAP_ENTRY);
+
+struct HealthListResponse { struct pb_list statuses; };         /* struct StatusesEntry */
+static const struct pb_field HealthListResponse_fields[] = {
+    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message)
+};
+static const struct pb_message HealthListResponse_message = PB_TYPE(HealthListResponse);
+
+/* ---- grpc.reflection, v1 and v1alpha: two packages, the same messages ---- */
+struct ExtensionRequest { struct bytes containing_type; int32_t extension_number; };
+static const struct pb_field ExtensionRequest_fields[] = {
+    PB_ROW(ExtensionRequest, 1, STRING, 0, containing_type,  NULL),
+    PB_ROW(ExtensionRequest, 2, INT32,  0, extension_number, NULL),
+};
+static const struct pb_message ExtensionRequest_message = PB_TYPE(ExtensionRequest);
+
+struct ServerReflectionRequest {
+    struct bytes host, file_by_filename, file_containing_symbol;
+    struct ExtensionRequest *file_containing_extension;
+    struct bytes all_extension_numbers_of_type, list_services;
+};
+static const struct pb_field ServerReflectionRequest_fields[] = {
+    PB_ROW(ServerReflectionRequest, 1, STRING,  0,        host,                          NULL),
+    PB_ROW(ServerReflectionRequest, 3, STRING,  PB_ONEOF, file_by_filename,              NULL),
+    PB_ROW(ServerReflectionRequest, 4, STRING,  PB_ONEOF, file_containing_symbol,        NULL),
+    PB_ROW(ServerReflectionRequest, 5, MESSAGE, PB_ONEOF, file_containing_extension,     &ExtensionRequest_message),
+    PB_ROW(ServerReflectionRequest, 6, STRING,  PB_ONEOF, all_extension_numbers_of_type, NULL),
+    PB_ROW(ServerReflectionRequest, 7, STRING,  PB_ONEOF, list_services,                 NULL),
+};
+static const struct pb_message ServerReflectionRequest_message =
+    PB_TYPE_ONEOF(ServerReflectionRequest, message_request);
+
+struct FileDescriptorResponse { struct pb_list file_descriptor_proto; };       /* struct bytes */
+static const struct pb_field FileDescriptorResponse_fields[] = {
+    PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL)
+};
+static const struct pb_message FileDescriptorResponse_message = PB_TYPE(FileDescriptorResponse);
+
+struct ExtensionNumberResponse { struct bytes base_type_name; struct pb_list extension_number; };      /* int32_t */
+static const struct pb_field ExtensionNumberResponse_fields[] = {
+    PB_ROW(ExtensionNumberResponse, 1, STRING, 0,           base_type_name,   NULL),
+    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL),
+};
+static const struct pb_message ExtensionNumberResponse_message = PB_TYPE(ExtensionNumberResponse);
+
+struct ServiceResponse { struct bytes name; };
+static const struct pb_field ServiceResponse_fields[] = { PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL) };
+static const struct pb_message ServiceResponse_message = PB_TYPE(ServiceResponse);
+
+struct ListServiceResponse { struct pb_list service; };         /* struct ServiceResponse */
+static const struct pb_field ListServiceResponse_fields[] = {
+    PB_ROW(ListServiceResponse, 1, MESSAGE, PB_REPEATED, service, &ServiceResponse_message)
+};
+static const struct pb_message ListServiceResponse_message = PB_TYPE(ListServiceResponse);
+
+struct ErrorResponse { int32_t error_code; struct bytes error_message; };
+static const struct pb_field ErrorResponse_fields[] = {
+    PB_ROW(ErrorResponse, 1, INT32,  0, error_code,    NULL),
+    PB_ROW(ErrorResponse, 2, STRING, 0, error_message, NULL),
+};
+static const struct pb_message ErrorResponse_message = PB_TYPE(ErrorResponse);
+
+struct ServerReflectionResponse {
+    struct bytes valid_host;
+    struct ServerReflectionRequest *original_request;
+    struct FileDescriptorResponse *file_descriptor_response;
+    struct ExtensionNumberResponse *all_extension_numbers_response;
+    struct ListServiceResponse *list_services_response;
+    struct ErrorResponse *error_response;
+};
+#define REFLECTION_ROW(number, kind, flags, member, sub) \
+    PB_ROW(ServerReflectionResponse, number, kind, flags, member, sub)
+static const struct pb_field ServerReflectionResponse_fields[] = {
+    REFLECTION_ROW(1, STRING,  0,        valid_host,                     NULL),
+    REFLECTION_ROW(2, MESSAGE, 0,        original_request,               &ServerReflectionRequest_message),
+    REFLECTION_ROW(4, MESSAGE, PB_ONEOF, file_descriptor_response,       &FileDescriptorResponse_message),
+    REFLECTION_ROW(5, MESSAGE, PB_ONEOF, all_extension_numbers_response, &ExtensionNumberResponse_message),
+    REFLECTION_ROW(6, MESSAGE, PB_ONEOF, list_services_response,         &ListServiceResponse_message),
+    REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message),
+};
+static const struct pb_message ServerReflectionResponse_message =
+    PB_TYPE_ONEOF(ServerReflectionResponse, message_response);
+
+/* ---- Files and services, as reflection lists them ---- */
+static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
+static const struct pb_file timestamp_file = {
+    .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
+    .messages = timestamp_messages, .n_messages = PB_COUNT(timestamp_messages),
+};
+
+static const struct pb_file *const cvms_deps[] = { &timestamp_file };
+static const struct pb_message *const cvms_messages[] = {
+    &AgentStateReq_message, &AgentStateRes_message, &DisconnectReq_message, &StopComputation_message,
+    &StopComputationResponse_message, &RunResponse_message, &AttestationResponse_message,
+    &azureAttestationToken_message, &AgentEvent_message, &AgentLog_message, &ClientStreamMessage_message,
+    &ServerStreamMessage_message, &RunReqChunks_message, &ComputationRunReq_message, &ResultConsumer_message,
+    &Dataset_message, &Algorithm_message, &Source_message, &KBSConfig_message, &AgentConfig_message,
+};
+static const struct pb_method cvms_methods[] = {
+    { "Process", &ClientStreamMessage_message, &ServerStreamMessage_message, true, true },
+};
+static const struct pb_service cvms_services[] = { { "Service", cvms_methods, PB_COUNT(cvms_methods) } };
+static const struct pb_file cvms_file = {
+    .name = "agent/cvms/cvms.proto", .package = "cvms", .deps = cvms_deps, .n_deps = PB_COUNT(cvms_deps),
+    .messages = cvms_messages, .n_messages = PB_COUNT(cvms_messages),
+    .services = cvms_services, .n_services = PB_COUNT(cvms_services),
+};
+
+static const struct pb_message *const health_messages[] = {
+    &HealthCheckRequest_message, &HealthCheckResponse_message, &HealthListRequest_message, &HealthListResponse_message,
+};
+static const struct pb_method health_methods[] = {
+    { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
+    { "List",  &HealthListRequest_message,  &HealthListResponse_message,  false, false },
+    { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true },
+};
+static const struct pb_service health_services[] = { { "Health", health_methods, PB_COUNT(health_methods) } };
+static const struct pb_file health_file = {
+    .name = "grpc/health/v1/health.proto", .package = "grpc.health.v1",
+    .messages = health_messages, .n_messages = PB_COUNT(health_messages),
+    .services = health_services, .n_services = PB_COUNT(health_services),
+};
+
+static const struct pb_message *const reflection_messages[] = {
+    &ServerReflectionRequest_message, &ExtensionRequest_message, &ServerReflectionResponse_message,
+    &FileDescriptorResponse_message, &ExtensionNumberResponse_message, &ListServiceResponse_message,
+    &ServiceResponse_message, &ErrorResponse_message,
+};
+static const struct pb_method reflection_methods[] = {
+    { "ServerReflectionInfo", &ServerReflectionRequest_message, &ServerReflectionResponse_message, true, true },
+};
+static const struct pb_service reflection_services[] = {
+    { "ServerReflection", reflection_methods, PB_COUNT(reflection_methods) },
+};
+#define REFLECTION_FILE(version) { \
+    .name = "grpc/reflection/" version "/reflection.proto", .package = "grpc.reflection." version, \
+    .messages = reflection_messages, .n_messages = PB_COUNT(reflection_messages), \
+    .services = reflection_services, .n_services = PB_COUNT(reflection_services), \
+}
+static const struct pb_file reflection_v1_file = REFLECTION_FILE("v1");
+static const struct pb_file reflection_v1alpha_file = REFLECTION_FILE("v1alpha");
+
+static const struct pb_file *const all_files[] = {
+    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file,
+};
+
+/* ==== 10. Options: one table for every command (Go's flag syntax) ==================================================
+ * Owns: names, defaults, help, parsing of values; the mistakes that are told together.
+ * Never: opens a file.
+ */
+enum command { CMD_SERVE = 1, CMD_AGENT = 2, CMD_MANIFEST = 4, CMD_CHECKSUM = 8, CMD_HEALTH = 16 };
+
+/* Values of a flag as given: one string a use of it. */
+struct values {
+    const char **v;
+    size_t n;
+};
+
+struct options {
+    enum command command;
+    const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
+        *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
+        *output, *ready_file, *fail, *service, *out_file, *job_id;
+    struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress;
+    int64_t max_message, wait_ms, repeat;
+    bool once, base64, help, version;
+    const char **args;
+    size_t arg_count;
+    struct pb_arena arena;            /* everything that is made of the words, until the end */
+};
+
+enum option_kind { OPT_TEXT, OPT_LIST, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
+
+struct option {
+    const char *name, *arg, *preset;
+    enum option_kind kind;
+    unsigned commands;
+    size_t offset;
+    const char *help;
+};
+
+#define AT(member) offsetof(struct options, member)
+enum { BOTH = CMD_SERVE | CMD_MANIFEST };
+
+static const struct option option_table[] = {
+    { "public-key-path", "FILE", NULL, OPT_TEXT, BOTH, AT(public_key_path),
+      "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
+    { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
+      "whether the agent is to serve attested TLS: true or false; required" },
+    { "algo-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_path), "algorithm that is uploaded directly: a file or folder to hash" },
+    { "data-paths", "PATH,...", NULL, OPT_LIST, BOTH, AT(data_paths), "datasets that are uploaded directly: files or folders to hash" },
+    { "algo-type", "TYPE", NULL, OPT_TEXT, BOTH, AT(algo_type), "bin, python, wasm or docker" },
+    { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args), "arguments of the algorithm; an empty element is an empty argument" },
+    { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url), "where the agent fetches the algorithm; needs -algo-kbs-path" },
+    { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path), "the algorithm's key at the key broker; needs -algo-source-url" },
+    { "algo-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(algo_hash), "SHA3-256 of the remote algorithm, 64 hex digits (default: 32 zero bytes)" },
+    { "algo-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(algo_source_type), "Source.type of the remote algorithm" },
+    { "dataset-source-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_source_urls), "where the agent fetches the datasets; needs -dataset-kbs-paths" },
+    { "dataset-kbs-paths", "PATH,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_paths), "the datasets' keys at the key broker, as many as URLs" },
+    { "dataset-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(dataset_hash), "SHA3-256 of all remote datasets, 64 hex digits (default: 32 zero bytes)" },
+    { "dataset-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(dataset_source_type), "Source.type of the remote datasets" },
+    { "dataset-decompress", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_decompress), "per remote dataset, whether the agent unpacks it (default false)" },
+    { "kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(kbs_url), "key broker of the whole computation" },
+    { "algo-kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_kbs_url), "key broker of the algorithm (newer agents; default -kbs-url)" },
+    { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls), "key brokers of the datasets, as many as URLs (default -kbs-url)" },
+    { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file), "AgentConfig.client_ca_file: a path on the agent's machine" },
+    { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat), "manifest dialect: all (every agent), or exactly that of seed or head" },
+    { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output), "how messages are shown on stdout: text, or json (one object a line)" },
+    { "ready-file", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message), "longest message that an agent may send" },
+    { "o", "FILE", NULL, OPT_TEXT, CMD_MANIFEST, AT(out_file), "write the manifest's bytes to FILE instead of printing JSON" },
+    { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
+    { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
+    { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
+    { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
+    { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail), "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
+    { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id), "send this as the metadata job-id, as the newest agents do" },
+    { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for" },
+    { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
+    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
+    { "h", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
+    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version" },
+    { "dataset-type", "TYPE", NULL, OPT_IGNORED, BOTH, 0, "deprecated: without effect" },
+    { "ca-url", "URL", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; the agent's CA is -client-ca-file" },
+    { "cvm-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
+    { "cmv-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
+};
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
+
+static const struct {
+    const char *name;
+    enum command command;
+    const char *synopsis;
+} command_table[] = {
+    { "serve", CMD_SERVE, "FLAGS                    serve the manifest to agents (the default command)" },
+    { "agent", CMD_AGENT, "[FLAGS] [ADDR]           play an agent and its log-forwarder against a server" },
+    { "manifest", CMD_MANIFEST, "FLAGS                 print the manifest that these flags give" },
+    { "checksum", CMD_CHECKSUM, "[-b] PATH...          SHA3-256 of files and folders" },
+    { "health", CMD_HEALTH, "[FLAGS] [ADDR]          exit 0 only if the server is SERVING" },
+};
+enum { COMMANDS = sizeof command_table / sizeof *command_table };
+
+static const char *const environment_table[][2] = {
+    { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
+    { "PORT", "port to listen on (default 7001; 0: any free one)" },
+    { "NO_COLOR", "if set, no colour, also on a terminal" },
+};
+
+/* Mistakes of a user, told together before anything starts. */
+struct report {
+    bool usage, start, warned;
+};
+
+/* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
+enum severity { USAGE, START, WARNING };
+
+PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
+{
+    char text[1400];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    struct buf line = { 0 };
+    buf_puts(&line, kind == WARNING ? "cvms: warning: " : "cvms: ");
+    put_text(&line, bytes_of(text), NULL);
+    buf_putc(&line, '\n');
+    fwrite(line.p ? line.p : (const uint8_t *)"cvms: out of memory\n", 1, line.p ? line.len : 20, stderr);
+    buf_free(&line);
+    r->usage |= kind == USAGE;
+    r->start |= kind == START;
+    r->warned |= kind == WARNING;
+}
+
+/* A line that is no mistake, before the loop runs. */
+PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("cvms: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+}
+
+/* Go's strconv.ParseBool.  1, 0, or -1. */
+static int parse_bool(const char *s)
+{
+    static const char *const yes[] = { "1", "t", "T", "TRUE", "true", "True" };
+    static const char *const no[] = { "0", "f", "F", "FALSE", "false", "False" };
+    for (int i = 0; i < 6; i++) {
+        if (strcmp(s, yes[i]) == 0)
+            return 1;
+        if (strcmp(s, no[i]) == 0)
+            return 0;
+    }
+    return -1;
+}
+
+/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds; -1 if it is none, or over ten years. */
+static int64_t parse_duration(const char *s)
+{
+    static const struct {
+        const char *unit;
+        double ms;
+    } units[] = { { "ns", 1e-6 }, { "us", 1e-3 }, { "ms", 1 }, { "s", 1e3 }, { "m", 6e4 }, { "h", 3.6e6 } };
+    double total = 0;
+    if (strcmp(s, "0") == 0)
+        return 0;
+    if (!*s)
+        return -1;
+    while (*s) {
+        double v = 0, place = 1;
+        size_t digits = strspn(s, "0123456789"), i = 0;
+        for (; i < digits; i++)
+            v = v * 10 + (*s++ - '0');
+        if (*s == '.')
+            for (s++; *s >= '0' && *s <= '9'; digits++)
+                v += (*s++ - '0') * (place /= 10);
+        size_t unit = strcspn(s, "0123456789.");
+        for (i = 0; i < 6 && (strlen(units[i].unit) != unit || strncmp(s, units[i].unit, unit) != 0);)
+            i++;
+        if (!digits || i == 6)
+            return -1;
+        total += v * units[i].ms;
+        s += unit;
+    }
+    return total > 10 * 365.25 * 86400e3 ? -1 : (int64_t)total;
+}
+
+/* Letters to change, add or drop to make one word of the other (Levenshtein), for words under 40 letters. */
+static unsigned edit_distance(const char *a, const char *b)
+{
+    unsigned row[40];
+    size_t n = strlen(b), m = strlen(a);
+    if (n >= 40 || m >= 40)
+        return 40;
+    for (unsigned j = 0; j <= n; j++)
+        row[j] = j;
+    for (unsigned i = 1; i <= m; i++) {
+        unsigned diagonal = row[0];
+        row[0] = i;
+        for (unsigned j = 1; j <= n; j++) {
+            unsigned change = diagonal + (a[i - 1] != b[j - 1]);
+            unsigned shift = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            diagonal = row[j];
+            row[j] = change < shift ? change : shift;
+        }
+    }
+    return row[n];
+}
+
+static const struct option *option_find(const char *name, size_t n, unsigned command)
+{
+    for (size_t i = 0; i < OPTIONS; i++)
+        if (option_table[i].commands & command && strlen(option_table[i].name) == n &&
+            memcmp(option_table[i].name, name, n) == 0)
+            return &option_table[i];
+    return NULL;
+}
+
+/* An unknown flag: the nearest one of this command, or the commands that know it. */
+static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
+{
+    char word[40];
+    const struct option *near = NULL, *other = option_find(name, n, ~0u);
+    unsigned best = 4;
+    snprintf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
+    for (size_t i = 0; i < OPTIONS; i++) {
+        unsigned d = edit_distance(word, option_table[i].name);
+        if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
+            best = d, near = &option_table[i];
+    }
+    if (near)
+        tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
+    else if (other)
+        tell(r, USAGE, "-%s is not a flag of this command; see cvms -help", word);
+    else
+        tell(r, USAGE, "unknown flag -%s; see cvms -help", word);
+}
+
+/* p, or the end of the program if there is no memory.  Only before the port opens. */
+static void *need(void *p)
+{
+    if (!p) {
+        fputs("cvms: out of memory\n", stderr);
+        exit(1);
+    }
+    return p;
+}
+
+/* Zeroed memory that lasts as long as the options. */
+static void *keep(struct options *o, size_t n)
+{
+    return need(pb_arena_alloc(&o->arena, n));
+}
+
+static void values_add(struct options *o, struct values *list, const char *value)
+{
+    if ((list->n & (list->n - 1)) == 0) {   /* full at each power of two */
+        const char **v = keep(o, (list->n ? 2 * list->n : 1) * sizeof *v);
+        if (list->n)
+            memcpy(v, list->v, list->n * sizeof *v);
+        list->v = v;
+    }
+    list->v[list->n++] = value;
+}
+
+/* Stores one flag's value; NULL for a flag without one. */
+static void option_set(struct report *r, struct options *o, const struct option *opt, const char *value)
+{
+    void *at = (char *)o + opt->offset;
+    int64_t n;
+    switch (opt->kind) {
+    case OPT_TEXT:
+        *(const char **)at = value;
+        break;
+    case OPT_LIST:
+        values_add(o, at, value);
+        break;
+    case OPT_FLAG:
+        n = value ? parse_bool(value) : 1;
+        if (n < 0)
+            tell(r, USAGE, "-%s: \"%s\" is not a boolean; use true or false", opt->name, value);
+        *(bool *)at = n > 0;
+        break;
+    case OPT_COUNT:
+        n = parse_decimal(bytes_of(value));
+        if (n <= 0 || n > UINT32_MAX)
+            tell(r, USAGE, "-%s: \"%s\" is not a number from 1 to %lu", opt->name, value, (unsigned long)UINT32_MAX);
+        *(int64_t *)at = n;
+        break;
+    case OPT_DURATION:
+        n = parse_duration(value);
+        if (n < 0)
+            tell(r, USAGE, "-%s: \"%s\" is not a duration; write it like 90s or 2m30s", opt->name, value);
+        *(int64_t *)at = n;
+        break;
+    case OPT_IGNORED:
+        tell(r, WARNING, "-%s is %s", opt->name, opt->help);
+    }
+}
+
+/* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
+ * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags. */
+static void options_parse(struct report *r, struct options *o, char **words, size_t n)
+{
+    for (size_t i = 0; i < OPTIONS; i++)
+        if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
+            option_set(r, o, &option_table[i], option_table[i].preset);
+    size_t i = 0;
+    for (; i < n && words[i][0] == '-' && words[i][1]; i++) {
+        const char *name = words[i] + 1 + (words[i][1] == '-');
+        if (!*name) {
+            i++;
+            break;
+        }
+        size_t len = strcspn(name, "=");
+        const struct option *opt = option_find(name, len, o->command);
+        const char *value = name[len] ? name + len + 1 : NULL;
+        if (!opt) {
+            option_unknown(r, name, len, o->command);
+            if (!value && i + 1 < n && words[i + 1][0] != '-')
+                i++;
+        } else if (opt->kind == OPT_FLAG || value) {
+            option_set(r, o, opt, value);
+        } else if (i + 1 < n) {
+            option_set(r, o, opt, words[++i]);
+        } else {
+            tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
+        }
+    }
+    o->args = (const char **)(words + i);
+    o->arg_count = n - i;
+}
+
+/* -help on stdout. */
+static void options_help(void)
+{
+    puts("cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:");
+    for (size_t i = 0; i < COMMANDS; i++)
+        printf("  cvms %s%s%s\n", command_table[i].command == CMD_SERVE ? "" : command_table[i].name,
+               command_table[i].command == CMD_SERVE ? "" : " ", command_table[i].synopsis);
+    for (size_t c = 0; c < COMMANDS; c++) {
+        unsigned command = command_table[c].command;
+        if (command == CMD_MANIFEST)
+            printf("\nFlags of cvms manifest: those of the manifest above, and\n");
+        else
+            printf("\nFlags of cvms%s%s:\n", command == CMD_SERVE ? "" : " ",
+                   command == CMD_SERVE ? "" : command_table[c].name);
+        for (size_t i = 0; i < OPTIONS; i++) {
+            const struct option *o = &option_table[i];
+            if (!(o->commands & command) || (command != CMD_SERVE && (o->commands & CMD_SERVE)))
+                continue;
+            char flag[48];
+            snprintf(flag, sizeof flag, "-%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+            bool tell_preset = o->preset && *o->preset;
+            printf("  %-31s %s%s%s%s\n", flag, o->help, tell_preset ? " (default " : "", tell_preset ? o->preset : "",
+                   tell_preset ? ")" : "");
+        }
+    }
+    puts("\nEnvironment:");
+    for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
+        printf("  %-31s %s\n", environment_table[i][0], environment_table[i][1]);
+    puts("\nADDR is HOST:PORT (default localhost:7001).  Exit status: 0 good, 1 cannot start or failed, 2 usage.");
+}
+
+/* ==== 11. Checksums: files and folders =============================================================================
+ * Owns: the SHA3-256 of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
+ * descriptors, Zip64 where needed), streamed through the hash; and the identity that tells whether it still holds.
+ * Never: writes a file, maps one (a file may shrink under us), follows a link to a folder, waits on a pipe or device.
+ */
+
+enum {
+    CHECKSUM_READ = 512 * SHA3_256_RATE, /* one read, in bytes: whole blocks and whole pages (17 of 4 KiB) */
+    CHECKSUM_LANES = 8,                  /* the most that sha3_256_lanes() answers */
+    ZIP_NAME_MAX = 0xffff,               /* APPNOTE 4.4.10: a 16-bit length */
+    ZIP_VERSION = 20,
+    ZIP_VERSION_ZIP64 = 45,
+};
+
+#define ZIP_32_MAX UINT32_C(0xffffffff) /* stands in a 32-bit field whose value is in the Zip64 record */
+
+/* What stat tells of one file.  No padding: it is hashed and compared as bytes. */
+struct file_stat {
+    uint64_t dev, ino, size, mtime_ns, ctime_ns;
+};
+
+/* What identifies an unchanged input.  tree: for a folder, the digest of the names and stats of all its entries
+ * (then size and times of st are 0, as they say nothing more); for a file, zeros. */
+struct file_id {
+    struct file_stat st;
+    uint8_t tree[32];
+};
+
+/* One path to hash, and the answer: hash and id if ok, else e. */
+struct checksum {
+    const char *path;
+    bool ok;
+    uint8_t hash[32];
+    struct file_id id;
+    struct err e;
+};
+
+/* "PATH: reason", with the end of a long path and without control characters; returns false. */
+static bool file_err(struct err *e, const char *path, const char *why)
+{
+    enum { KEEP = 400 };
+    size_t n = strlen(path);
+    err_set(e, "%s%s: %s", n > KEEP ? "..." : "", n > KEEP ? path + n - KEEP : path, why);
+    for (char *c = e->text; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
+    return false;
+}
+
+/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
+static uint64_t file_ns(struct timespec t)
+{
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static struct file_stat file_stat_of(const struct stat *st)
+{
+    return (struct file_stat){ (uint64_t)st->st_dev, (uint64_t)st->st_ino, (uint64_t)st->st_size,
+                               file_ns(st->st_mtim), file_ns(st->st_ctim) };
+}
+
+static struct file_id file_id_of(const struct stat *st)
+{
+    struct file_id id = { .st = file_stat_of(st) };
+    if (S_ISDIR(st->st_mode))
+        id.st.size = id.st.mtime_ns = id.st.ctime_ns = 0;
+    return id;
+}
+
+/* Opens a regular file or, if `folder`, a folder too, without waiting for a pipe's writer.  Returns the descriptor
+ * and fills st, or -1 and the reason. */
+static int file_open(const char *path, bool folder, struct stat *st, struct err *e)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    const char *why = fd < 0 || fstat(fd, st) ? strerror(errno)
+                    : S_ISREG(st->st_mode) || (folder && S_ISDIR(st->st_mode)) ? NULL
+                    : S_ISDIR(st->st_mode) ? "is a folder now"
+                    : "not a regular file or a folder";
+    if (!why)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    file_err(e, path, why);
+    return -1;
+}
+
+/* Reads until p is full or the file ends.  Returns the bytes read, or -1 and errno. */
+static ssize_t file_read(int fd, uint8_t *p, size_t n)
+{
+    size_t len = 0;
+    while (len < n) {
+        ssize_t got = read(fd, p + len, n - len);
+        if (got == 0)
+            break;
+        if (got > 0)
+            len += (size_t)got;
+        else if (errno != EINTR)
+            return -1;
+    }
+    return (ssize_t)len;
+}
+
+/* ---- The files of a folder ---- */
+
+/* One file of a folder.  During the walk its name is at `at` in tree.names; `name` is set when they have settled. */
+struct tree_entry {
+    struct file_stat st;
+    size_t at;
+    const char *name; /* relative to the folder */
+    bool folder;
+    uint32_t crc, mode;    /* from here on: what went into the zip */
+    uint64_t size, offset;
+};
+
+/* All zero but root is a tree before its walk.  After it: `n` files in the order of their names' bytes. */
+struct tree {
+    const char *root;
+    struct buf names, entries, path;
+    struct tree_entry *entry; /* in entries */
+    size_t n;
+};
+
+static void tree_free(struct tree *t)
+{
+    buf_free(&t->names);
+    buf_free(&t->entries);
+    buf_free(&t->path);
+}
+
+/* The path of a name in the tree, until the next call; NULL without memory. */
+static const char *tree_path(struct tree *t, const char *name)
+{
+    t->path.len = 0;
+    buf_puts(&t->path, t->root);
+    if (*name && t->path.len && t->path.p[t->path.len - 1] != '/')
+        buf_putc(&t->path, '/');
+    buf_put(&t->path, name, strlen(name) + 1);
+    return t->path.failed ? NULL : (const char *)t->path.p;
+}
+
+/* Appends the entry `name` of the folder whose own name is at `parent`; false without memory. */
+static bool tree_push(struct tree *t, size_t parent, const char *name, const struct stat *st)
+{
+    size_t above = t->names.len ? strlen((const char *)t->names.p + parent) : 0, n = strlen(name) + 1;
+    struct tree_entry entry = { .st = file_stat_of(st), .at = t->names.len, .folder = S_ISDIR(st->st_mode) };
+    uint8_t *to = buf_room(&t->names, above + 1 + n);
+    if (!to)
+        return false;
+    if (above) {
+        memcpy(to, t->names.p + parent, above);
+        to[above++] = '/';
+    }
+    memcpy(to + above, name, n);
+    t->names.len += above + n;
+    buf_put(&t->entries, &entry, sizeof entry);
+    return !t->entries.failed;
+}
+
+/* Adds what the folder at `parent`, open as d, calls `name`.  A link counts as the file it leads to. */
+static bool tree_add(struct tree *t, size_t parent, DIR *d, const char *name, struct err *e)
+{
+    struct stat st = { .st_mode = 0 };
+    const char *why = NULL;
+    bool link = fstatat(dirfd(d), name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
+    if (!st.st_mode || (link && fstatat(dirfd(d), name, &st, 0)))
+        why = strerror(errno);
+    else if (link && S_ISDIR(st.st_mode))
+        why = "is a link to a folder";
+    else if (!S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode))
+        why = "not a regular file or a folder";
+    size_t at = t->names.len;
+    if (!tree_push(t, parent, name, &st))
+        return file_err(e, t->root, "out of memory");
+    if (!why && t->names.len - at - 1 > ZIP_NAME_MAX)
+        why = "name too long for a zip";
+    if (!why)
+        return true;
+    const char *path = tree_path(t, (const char *)t->names.p + at);
+    return file_err(e, path ? path : t->root, why);
+}
+
+/* Adds all that stands in the folder whose name is at `at`.  Only the root may be reached through a link. */
+static bool tree_list(struct tree *t, size_t at, struct err *e)
+{
+    const char *path = tree_path(t, (const char *)t->names.p + at);
+    if (!path)
+        return file_err(e, t->root, "out of memory");
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (at ? O_NOFOLLOW : 0));
+    DIR *d = fd < 0 ? NULL : fdopendir(fd);
+    if (!d) {
+        file_err(e, path, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    bool ok = true;
+    struct dirent *found;
+    while (errno = 0, ok && (found = readdir(d)))
+        if (strcmp(found->d_name, ".") != 0 && strcmp(found->d_name, "..") != 0)
+            ok = tree_add(t, at, d, found->d_name, e);
+    if (ok && errno)
+        ok = file_err(e, path, strerror(errno));
+    closedir(d);
+    return ok;
+}
+
+static int tree_order(const void *a, const void *b)
+{
+    return strcmp(((const struct tree_entry *)a)->name, ((const struct tree_entry *)b)->name);
+}
+
+/* Finds the files under t->root.  The entries are their own list of work, so depth costs neither stack nor
+ * descriptors.  The caller frees the tree, also after an error. */
+static bool tree_walk(struct tree *t, struct err *e)
+{
+    struct stat root = { .st_mode = S_IFDIR };
+    if (!tree_push(t, 0, "", &root))
+        return file_err(e, t->root, "out of memory");
+    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
+        struct tree_entry entry;
+        memcpy(&entry, t->entries.p + i * sizeof entry, sizeof entry);
+        if (entry.folder && !tree_list(t, entry.at, e))
+            return false;
+    }
+    t->entry = (void *)t->entries.p;
+    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
+        if (t->entry[i].folder)
+            continue;
+        t->entry[t->n] = t->entry[i];
+        t->entry[t->n].name = (const char *)t->names.p + t->entry[i].at;
+        t->n++;
+    }
+    qsort(t->entry, t->n, sizeof *t->entry, tree_order);
+    return true;
+}
+
+static void tree_digest(const struct tree *t, uint8_t digest[32])
+{
+    struct sha3_256 h;
+    sha3_256_init(&h);
+    for (size_t i = 0; i < t->n; i++) {
+        sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
+        sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
+    }
+    sha3_256_final(&h, digest);
+}
+
+/* ---- The zip of a folder ---- */
+
+/* A zip on its way into the hash; len is the offset of the next byte. */
+struct zip {
+    struct sha3_256 h;
+    uint64_t len;
+    uint16_t dos_time, dos_date;
+    uint32_t crc_table[16][256]; /* [k][b]: the CRC of byte b and k zeros after it */
+    uint8_t data[CHECKSUM_READ];
+};
+
+static void crc32_init(uint32_t table[16][256])
+{
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t crc = b;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? UINT32_C(0xedb88320) : 0);
+        table[0][b] = crc;
+    }
+    for (int k = 1; k < 16; k++)
+        for (int b = 0; b < 256; b++)
+            table[k][b] = table[k - 1][b] >> 8 ^ table[0][table[k - 1][b] & 0xff];
+}
+
+/* The CRC-32 of APPNOTE 4.4.7, sixteen bytes a step; start with crc 0. */
+static uint32_t crc32_update(const uint32_t table[16][256], uint32_t crc, const uint8_t *p, size_t n)
+{
+    crc = ~crc;
+    for (; n >= 16; n -= 16, p += 16) {
+        uint32_t next = 0;
+        for (int k = 0; k < 4; k++)
+            next ^= table[15 - k][(crc >> 8 * k & 0xff) ^ p[k]];
+        for (int k = 4; k < 16; k++)
+            next ^= table[15 - k][p[k]];
+        crc = next;
+    }
+    for (; n; n--)
+        crc = crc >> 8 ^ table[0][(crc & 0xff) ^ *p++];
+    return ~crc;
+}
+
+static void zip_put(struct zip *z, const void *p, size_t n)
+{
+    sha3_256_update(&z->h, p, n);
+    z->len += n;
+}
+
+/* Writes the n low bytes of v, least significant first, and returns the place after them. */
+static uint8_t *put_le(uint8_t *p, int n, uint64_t v)
+{
+    for (; n; n--, v >>= 8)
+        *p++ = (uint8_t)v;
+    return p;
+}
+
+/* The length of the UTF-8 sequence at p (RFC 3629 4), or 0 if there is none.  Stops at a NUL. */
+static size_t utf8_sequence(const uint8_t *p)
+{
+    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
+    uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xbf)
+        if (p[i] < low || p[i] > high)
+            return 0;
+    return n;
+}
+
+/* General purpose bits (APPNOTE 4.4.4): 3, a data descriptor follows; 11, the name is UTF-8, set as Go does: if it is
+ * valid and has a character that a reader could take for another one in some code page. */
+static uint16_t zip_flags(const char *name)
+{
+    uint16_t flags = 1 << 3;
+    size_t n;
+    for (const uint8_t *p = (const uint8_t *)name; *p; p += n) {
+        n = utf8_sequence(p);
+        if (n == 0)
+            return 1 << 3;
+        if (*p < 0x20 || *p > 0x7d || *p == '\\')
+            flags |= 1 << 11;
+    }
+    return flags;
+}
+
+/* Method Store and the modification time: the same for every entry, in both headers. */
+static uint8_t *zip_method_and_time(const struct zip *z, uint8_t *p)
+{
+    p = put_le(p, 2, 0);
+    p = put_le(p, 2, z->dos_time);
+    return put_le(p, 2, z->dos_date);
+}
+
+/* The extended timestamp extra field: modification time Unix 0. */
+static uint8_t *zip_timestamp(uint8_t *p)
+{
+    p = put_le(p, 2, 0x5455);
+    p = put_le(p, 2, 5);
+    p = put_le(p, 1, 1);
+    return put_le(p, 4, 0);
+}
+
+/* APPNOTE 4.3.7: the local file header, before the sizes are known. */
+static void zip_local_header(struct zip *z, const char *name)
+{
+    uint8_t header[30], extra[9], *p = header;
+    p = put_le(p, 4, 0x04034b50);
+    p = put_le(p, 2, ZIP_VERSION);
+    p = put_le(p, 2, zip_flags(name));
+    p = zip_method_and_time(z, p);
+    p = put_le(p, 4, 0); /* CRC-32 and both sizes: see the data descriptor */
+    p = put_le(p, 8, 0);
+    p = put_le(p, 2, strlen(name));
+    p = put_le(p, 2, sizeof extra);
+    zip_put(z, header, (size_t)(p - header));
+    zip_put(z, name, strlen(name));
+    zip_put(z, extra, (size_t)(zip_timestamp(extra) - extra));
+}
+
+/* APPNOTE 4.3.9: the data descriptor. */
+static void zip_descriptor(struct zip *z, const struct tree_entry *entry)
+{
+    int width = entry->size >= ZIP_32_MAX ? 8 : 4;
+    uint8_t descriptor[24], *p = descriptor;
+    p = put_le(p, 4, 0x08074b50);
+    p = put_le(p, 4, entry->crc);
+    p = put_le(p, width, entry->size);
+    p = put_le(p, width, entry->size);
+    zip_put(z, descriptor, (size_t)(p - descriptor));
+}
+
+/* One file: header, what can be read of it, descriptor.  Fills the entry's crc, mode, size and offset. */
+static bool zip_file(struct zip *z, const char *path, struct tree_entry *entry, struct err *e)
+{
+    struct stat st;
+    int fd = file_open(path, false, &st, e);
+    if (fd < 0)
+        return false;
+    entry->offset = z->len;
+    entry->mode = (uint32_t)st.st_mode & 07777;
+    zip_local_header(z, entry->name);
+    ssize_t n;
+    do {
+        n = file_read(fd, z->data, sizeof z->data);
+        if (n < 0)
+            break;
+        entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, z->data, (size_t)n);
+        entry->size += (uint64_t)n;
+        zip_put(z, z->data, (size_t)n);
+    } while ((size_t)n == sizeof z->data);
+    if (n < 0)
+        file_err(e, path, strerror(errno));
+    else
+        zip_descriptor(z, entry);
+    close(fd);
+    return n >= 0;
+}
+
+/* APPNOTE 4.3.12: the entry's header in the central directory. */
+static void zip_central_header(struct zip *z, const struct tree_entry *entry)
+{
+    bool big = entry->size >= ZIP_32_MAX, zip64 = big || entry->offset >= ZIP_32_MAX;
+    uint8_t header[46], extra[9 + 28], *p = zip_timestamp(extra);
+    if (zip64) { /* APPNOTE 4.5.3; always with all three values */
+        p = put_le(p, 2, 1);
+        p = put_le(p, 2, 24);
+        p = put_le(p, 8, entry->size);
+        p = put_le(p, 8, entry->size);
+        p = put_le(p, 8, entry->offset);
+    }
+    size_t extra_len = (size_t)(p - extra);
+    p = put_le(header, 4, 0x02014b50);
+    p = put_le(p, 2, 3 << 8 | ZIP_VERSION); /* made by: Unix */
+    p = put_le(p, 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION);
+    p = put_le(p, 2, zip_flags(entry->name));
+    p = zip_method_and_time(z, p);
+    p = put_le(p, 4, entry->crc);
+    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
+    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
+    p = put_le(p, 2, strlen(entry->name));
+    p = put_le(p, 2, extra_len);
+    p = put_le(p, 6, 0); /* no comment, disk 0, no internal attributes */
+    p = put_le(p, 2, entry->mode & 0200 ? 0 : 1); /* external attributes: MS-DOS read-only, Unix mode */
+    p = put_le(p, 2, 0100000 | entry->mode);
+    p = put_le(p, 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX);
+    zip_put(z, header, (size_t)(p - header));
+    zip_put(z, entry->name, strlen(entry->name));
+    zip_put(z, extra, extra_len);
+}
+
+/* APPNOTE 4.3.14 to 4.3.16: the end of a central directory of n entries that begins at `start`. */
+static void zip_end(struct zip *z, uint64_t start, uint64_t n)
+{
+    uint8_t record[56 + 20 + 22], *p = record;
+    uint64_t end = z->len, size = end - start;
+    if (n >= 0xffff || size >= ZIP_32_MAX || start >= ZIP_32_MAX) {
+        p = put_le(p, 4, 0x06064b50);
+        p = put_le(p, 8, 56 - 12);
+        p = put_le(p, 2, ZIP_VERSION_ZIP64);
+        p = put_le(p, 2, ZIP_VERSION_ZIP64);
+        p = put_le(p, 8, 0); /* disks */
+        p = put_le(p, 8, n);
+        p = put_le(p, 8, n);
+        p = put_le(p, 8, size);
+        p = put_le(p, 8, start);
+        p = put_le(p, 4, 0x07064b50);
+        p = put_le(p, 4, 0);
+        p = put_le(p, 8, end);
+        p = put_le(p, 4, 1);
+        n = 0xffff;
+        size = start = ZIP_32_MAX;
+    }
+    p = put_le(p, 4, 0x06054b50);
+    p = put_le(p, 4, 0);
+    p = put_le(p, 2, n);
+    p = put_le(p, 2, n);
+    p = put_le(p, 4, size);
+    p = put_le(p, 4, start);
+    p = put_le(p, 2, 0);
+    zip_put(z, record, (size_t)(p - record));
+}
+
+/* APPNOTE 4.4.6: Unix time 0 as the local clock showed it, which may be in 1969: the year then wraps as Go's does. */
+static void zip_init(struct zip *z)
+{
+    time_t zero = 0;
+    struct tm tm = { .tm_year = 70, .tm_mday = 1 };
+    tzset();
+    localtime_r(&zero, &tm);
+    z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
+    z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
+    z->len = 0;
+    sha3_256_init(&z->h);
+    crc32_init(z->crc_table);
+}
+
+static bool zip_tree(struct zip *z, struct tree *t, struct err *e)
+{
+    for (size_t i = 0; i < t->n; i++) {
+        const char *path = tree_path(t, t->entry[i].name);
+        if (!path)
+            return file_err(e, t->root, "out of memory");
+        if (!zip_file(z, path, &t->entry[i], e))
+            return false;
+    }
+    uint64_t start = z->len;
+    for (size_t i = 0; i < t->n; i++)
+        zip_central_header(z, &t->entry[i]);
+    zip_end(z, start, t->n);
+    return true;
+}
+
+static bool checksum_folder(struct checksum *c)
+{
+    struct tree t = { .root = c->path };
+    struct zip *z = malloc(sizeof *z);
+    bool ok = z ? tree_walk(&t, &c->e) : file_err(&c->e, c->path, "out of memory");
+    if (ok) {
+        tree_digest(&t, c->id.tree);
+        zip_init(z);
+        ok = zip_tree(z, &t, &c->e);
+    }
+    if (ok)
+        sha3_256_final(&z->h, c->hash);
+    tree_free(&t);
+    free(z);
+    return ok;
+}
+
+/* ---- Many paths at once ---- */
+
+/* A file on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
+struct lane {
+    struct checksum *c;
+    int fd;
+    size_t at, len;
+    struct sha3_256 h;
+    uint8_t data[CHECKSUM_READ];
+};
+
+/* Takes up a path.  A folder is hashed here and now, and a path that cannot be opened is done as well. */
+static void lane_start(struct lane *l, struct checksum *c)
+{
+    struct stat st;
+    l->fd = file_open(c->path, true, &st, &c->e);
+    if (l->fd < 0)
+        return;
+    c->id = file_id_of(&st);
+    if (S_ISDIR(st.st_mode)) {
+        close(l->fd);
+        c->ok = checksum_folder(c);
+        return;
+    }
+    l->c = c;
+    l->at = l->len = sizeof l->data;
+    sha3_256_init(&l->h);
+}
+
+/* Sees to it that a whole block waits.  If there is none left, the file is done and the lane free: returns false. */
+static bool lane_fill(struct lane *l)
+{
+    ssize_t n = 0;
+    while (l->len - l->at < SHA3_256_RATE) {
+        if (l->len == sizeof l->data && (n = file_read(l->fd, l->data, sizeof l->data)) >= 0) {
+            l->at = 0;
+            l->len = (size_t)n;
+            continue;
+        }
+        l->c->ok = n >= 0;
+        if (l->c->ok) {
+            sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
+            sha3_256_final(&l->h, l->c->hash);
+        } else {
+            file_err(&l->c->e, l->c->path, strerror(errno));
+        }
+        close(l->fd);
+        l->c = NULL;
+        return false;
+    }
+    return true;
+}
+
+/* Hashes n paths on `width` lanes: a lane whose file ends takes up the next path. */
+static void lanes_run(struct lane *lanes, unsigned width, struct checksum *c, size_t n)
+{
+    for (size_t next = 0;;) {
+        struct lane *busy[CHECKSUM_LANES];
+        struct sha3_256 *h[CHECKSUM_LANES];
+        const uint8_t *data[CHECKSUM_LANES];
+        size_t step = CHECKSUM_READ;
+        unsigned some = 0;
+        for (unsigned i = 0; i < width; i++) {
+            struct lane *l = &lanes[i];
+            while (!(l->c && lane_fill(l)) && next < n)
+                lane_start(l, &c[next++]);
+            if (!l->c)
+                continue;
+            size_t whole = (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE;
+            step = whole < step ? whole : step;
+            busy[some] = l;
+            h[some] = &l->h;
+            data[some++] = l->data + l->at;
+        }
+        if (some == 0)
+            return;
+        sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
+        for (unsigned i = 0; i < some; i++)
+            busy[i]->at += step;
+    }
+}
+
+/* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
+static void checksum_files(struct checksum *c, size_t n)
+{
+    unsigned width = sha3_256_lanes() < n ? sha3_256_lanes() : (unsigned)n;
+    struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
+    for (size_t i = 0; i < n; i++) {
+        c[i] = (struct checksum){ .path = c[i].path };
+        if (!lanes)
+            file_err(&c[i].e, c[i].path, "out of memory");
+    }
+    if (lanes)
+        lanes_run(lanes, width, c, n);
+    free(lanes);
+}
+
+/* Whether the path no longer is what had this identity, or can no longer be looked at.  One stat for a file, one walk
+ * for a folder; no content is read. */
+static bool checksum_changed(const char *path, const struct file_id *id)
+{
+    struct stat st;
+    struct err ignored;
+    if (stat(path, &st))
+        return true;
+    struct file_id now = file_id_of(&st);
+    bool ok = true;
+    if (S_ISDIR(st.st_mode)) {
+        struct tree t = { .root = path };
+        ok = tree_walk(&t, &ignored);
+        if (ok)
+            tree_digest(&t, now.tree);
+        tree_free(&t);
+    }
+    return !ok || memcmp(&now, id, sizeof now) != 0;
+}
+
+/* ---- cvms checksum ---- */
+
+/* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
+static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
+{
+    if (strpbrk(c->path, "\\\n"))
+        buf_putc(b, '\\');
+    if (base64)
+        pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
+    else
+        for (size_t i = 0; i < sizeof c->hash; i++)
+            buf_printf(b, "%02x", c->hash[i]);
+    buf_puts(b, "  ");
+    for (const char *p = c->path; *p; p++)
+        if (*p == '\n')
+            buf_puts(b, "\\n");
+        else if (*p == '\\')
+            buf_puts(b, "\\\\");
+        else
+            buf_putc(b, *p);
+    buf_putc(b, '\n');
+}
+
+/* Prints the checksum of each path, in order, and says on stderr which failed.  Returns the exit status. */
+static int cmd_checksum(bool base64, char *const *paths, size_t n)
+{
+    struct checksum *c = calloc(n ? n : 1, sizeof *c);
+    struct buf line = { 0 };
+    int status = 0;
+    if (!c) {
+        fprintf(stderr, "cvms: checksum: out of memory\n");
+        return 1;
+    }
+    for (size_t i = 0; i < n; i++)
+        c[i].path = paths[i];
+    checksum_files(c, n);
+    for (size_t i = 0; i < n; i++) {
+        if (c[i].ok) {
+            line.len = 0;
+            checksum_line(&line, &c[i], base64);
+            fwrite(line.p, 1, line.len, stdout);
+        } else {
+            fprintf(stderr, "cvms: checksum: %s\n", c[i].e.text);
+            status = 1;
+        }
+    }
+    if (fflush(stdout) || ferror(stdout) || line.failed) {
+        fprintf(stderr, "cvms: checksum: cannot write the results\n");
+        status = 1;
+    }
+    buf_free(&line);
+    free(c);
+    return status;
+}
+
+/* ==== 12. PEM and public keys ======================================================================================
+ * Owns: whole small files, PEM blocks (RFC 7468, read laxly), DER elements (X.690), the -public-key-path file.
+ * Never: judges a key's strength, asks for a passphrase, or looks past the first PEM block of a public key file.
+ */
+
+enum {
+    PEM_FILE_MAX = 1 << 20, /* a key, a chain or a list of authorities; the system's whole bundle is a quarter of it */
+    PEM_LABEL = 64
+};
+
+#define PEM_PUBLIC_KEY "PUBLIC KEY" /* RFC 7468 13 */
+
+/* Reads a whole file, FIFO or device of at most PEM_FILE_MAX bytes into `out`, which is empty before and is allocated
+ * once, so that no second copy of a secret is left in freed memory. */
+MUST_USE static bool file_load(const char *path, struct buf *out, struct err *e)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0)
+        return err_set(e, "%s: cannot be read: %s", path, strerror(errno));
+    if (fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) {
+        close(fd);
+        return err_set(e, "%s: is a directory; name the PEM file in it", path);
+    }
+    ssize_t n = -1;
+    errno = ENOMEM;
+    while (buf_room(out, PEM_FILE_MAX + 1 - out->len) && out->len <= PEM_FILE_MAX) {
+        n = read(fd, out->p + out->len, PEM_FILE_MAX + 1 - out->len);
+        if (n > 0)
+            out->len += (size_t)n;
+        else if (n == 0 || errno != EINTR)
+            break;
+    }
+    int why = errno;
+    close(fd);
+    if (n < 0)
+        return err_set(e, "%s: cannot be read: %s", path, strerror(why));
+    if (out->len > PEM_FILE_MAX)
+        return err_set(e, "%s: is larger than 1 MiB, so it is no PEM file of keys or certificates", path);
+    return true;
+}
+
+static bool bytes_start(struct bytes b, const char *prefix)
+{
+    size_t n = strlen(prefix);
+    return b.n >= n && memcmp(b.p, prefix, n) == 0;
+}
+
+static struct bytes bytes_from(struct bytes b, size_t n)
+{
+    return n ? (struct bytes){ b.p + n, b.n - n } : b;
+}
+
+/* Takes one line, ended by LF, CRLF, CR or the end of the text, and trims blanks at both its ends. */
+static struct bytes pem_line(struct bytes *in)
+{
+    size_t n = 0;
+    while (n < in->n && in->p[n] != '\n' && in->p[n] != '\r')
+        n++;
+    struct bytes line = { in->p, n };
+    *in = bytes_from(*in, n);
+    *in = bytes_from(*in, bytes_start(*in, "\r\n") ? 2 : in->n > 0);
+    while (line.n && strchr(" \t\v\f", line.p[0]))
+        line = bytes_from(line, 1);
+    while (line.n && strchr(" \t\v\f", line.p[line.n - 1]))
+        line.n--;
+    return line;
+}
+
+/* True if the line is an encapsulation boundary, e.g. "-----BEGIN X-----" for the prefix "-----BEGIN ": label is then X.
+ * A label that is too long or not printable ASCII makes the line ordinary text. */
+static bool pem_boundary(struct bytes line, const char *prefix, char label[PEM_LABEL])
+{
+    size_t start = strlen(prefix);
+    if (!bytes_start(line, prefix) || line.n < start + 5 || line.n - start - 5 >= PEM_LABEL)
+        return false;
+    size_t n = line.n - start - 5;
+    if (memcmp(line.p + start + n, "-----", 5) != 0)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (line.p[start + i] < ' ' || line.p[start + i] > '~')
+            return false;
+    memcpy(label, line.p + start, n);
+    label[n] = '\0';
+    return true;
+}
+
+/* Base64 (RFC 4648 4) across lines: `count` digits so far, pads included. */
+struct base64 {
+    uint32_t bits;
+    size_t count, pads;
+    bool bad;
+};
+
+static int base64_digit(int c)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const char *at = c ? strchr(digits, c) : NULL;
+    return at ? (int)(at - digits) : -1;
+}
+
+static void base64_line(struct base64 *b, struct bytes line, struct buf *out)
+{
+    for (size_t i = 0; i < line.n; i++) {
+        int c = line.p[i], digit = base64_digit(c);
+        if (c == ' ' || c == '\t')
+            continue;
+        if (c == '=')
+            b->pads++;
+        else if (digit < 0 || b->pads)
+            b->bad = true;
+        b->bits = b->bits << 6 | (uint32_t)(digit < 0 ? 0 : digit);
+        if (++b->count % 4)
+            continue;
+        buf_putc(out, (int)(b->bits >> 16 & 255));
+        if (b->pads < 2)
+            buf_putc(out, (int)(b->bits >> 8 & 255));
+        if (b->pads < 1)
+            buf_putc(out, (int)(b->bits & 255));
+    }
+}
+
+/* Moves *in past the next PEM block.  Returns 1 with its label and its bytes in `der` (overwritten, and allocated at
+ * most once per call), 0 when no block is left, -1 when the block whose label is given has damaged base64, a wrong
+ * END line or none.  Text between blocks is skipped, and so are RFC 1421 headers, except that "Proc-Type:
+ * 4,ENCRYPTED" puts "ENCRYPTED " before the label, as the PKCS#8 label has it.  A failed allocation shows in der. */
+static int pem_next(struct bytes *in, char label[PEM_LABEL], struct buf *der)
+{
+    char end[PEM_LABEL];
+    struct base64 base64 = { 0 };
+    bool encrypted = false;
+    do {
+        if (in->n == 0)
+            return 0;
+    } while (!pem_boundary(pem_line(in), "-----BEGIN ", label));
+    der->len = 0;
+    buf_room(der, in->n / 4 * 3 + 3);
+    for (;;) {
+        if (in->n == 0)
+            return -1;
+        struct bytes line = pem_line(in);
+        if (pem_boundary(line, "-----END ", end))
+            break;
+        if (base64.count == 0 && line.n && memchr(line.p, ':', line.n))
+            encrypted |= bytes_eq(line, BYTES("Proc-Type: 4,ENCRYPTED"));
+        else
+            base64_line(&base64, line, der);
+    }
+    if (strcmp(label, end) != 0 || base64.bad || base64.pads > 2 || base64.count % 4 != 0)
+        return -1;
+    if (encrypted) {
+        memmove(label + 10, label, strnlen(label, PEM_LABEL - 11) + 1);
+        memcpy(label, "ENCRYPTED ", 10);
+        label[PEM_LABEL - 1] = '\0';
+    }
+    return 1;
+}
+
+enum { /* X.690 8.1.2: the identifier octets that are looked for here */
+    DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_OID = 0x06,
+    DER_SEQUENCE = 0x30, DER_SET = 0x31
+};
+
+/* Takes one element off the front of *in and returns its identifier octet, with its contents in *value; or -1, with
+ * nothing taken, when *in is empty or cut off, or the length is indefinite or longer than it need be (X.690 10.1). */
+static int der_next(struct bytes *in, struct bytes *value)
+{
+    if (in->n < 2 || (in->p[0] & 31) == 31)
+        return -1;
+    size_t head = 2, n = in->p[1];
+    if (n >= 128) {
+        size_t more = n - 128;
+        if (more < 1 || more > 3 || in->n < 2 + more)
+            return -1;
+        for (n = 0; head < 2 + more; head++)
+            n = n << 8 | in->p[head];
+        if (n < 128 || n >> 8 * (more - 1) == 0)
+            return -1;
+    }
+    if (in->n - head < n)
+        return -1;
+    int tag = in->p[0];
+    *value = (struct bytes){ in->p + head, n };
+    *in = bytes_from(*in, head + n);
+    return tag;
+}
+
+/* SubjectPublicKeyInfo (RFC 5280 4.1): SEQUENCE { SEQUENCE { OID, parameters at most once }, BIT STRING }. */
+static bool der_is_spki(struct bytes in)
+{
+    struct bytes body, algorithm, part;
+    if (der_next(&in, &body) != DER_SEQUENCE || in.n || der_next(&body, &algorithm) != DER_SEQUENCE)
+        return false;
+    if (der_next(&algorithm, &part) != DER_OID || part.n == 0)
+        return false;
+    if (algorithm.n && (der_next(&algorithm, &part) < 0 || algorithm.n))
+        return false;
+    return der_next(&body, &part) == DER_BIT_STRING && body.n == 0 && part.n > 1 && part.p[0] < 8;
+}
+
+/* RSAPublicKey (RFC 8017 A.1.1): SEQUENCE { INTEGER, INTEGER }. */
+static bool der_is_pkcs1_public(struct bytes in)
+{
+    struct bytes body, part;
+    if (der_next(&in, &body) != DER_SEQUENCE || in.n)
+        return false;
+    return der_next(&body, &part) == DER_INTEGER && der_next(&body, &part) == DER_INTEGER && body.n == 0;
+}
+
+/* What stands where a public key should, and the command that makes one of it: `before`, the path, `after`; no path
+ * when `after` is NULL. */
+struct key_mistake {
+    const char *sign; /* the end of the label, or the beginning of a file without any PEM block */
+    const char *what, *before, *after;
+};
+
+static const struct key_mistake label_mistakes[] = { /* the first that fits */
+    { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in ", " -pubout" },
+    { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in ", " -pubout" },
+    { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in ", " -pubout" },
+    { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in ", " -pubkey -noout" },
+    { "CERTIFICATE", "a certificate", "openssl x509 -in ", " -pubkey -noout" },
+};
+
+static const struct key_mistake text_mistakes[] = {
+    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM",
+      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
+    { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII ", "" },
+    { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 ", "" },
+};
+
+static const struct key_mistake der_mistakes[] = {
+    { "", "a public key in binary DER", "openssl pkey -pubin -inform DER -in ", "" },
+    { "", "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in ", " -pubout" },
+};
+
+/* The path as a shell word; cut short rather than overflowing. */
+static void shell_word(char *to, size_t cap, const char *path)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
+    if (*path && path[strspn(path, plain)] == '\0') {
+        snprintf(to, cap, "%s", path);
+        return;
+    }
+    size_t n = 0;
+    to[n++] = '\'';
+    for (; *path && n + 6 < cap; path++)
+        if (*path == '\'') {
+            memcpy(to + n, "'\\''", 4);
+            n += 4;
+        } else {
+            to[n++] = *path;
+        }
+    memcpy(to + n, "'", 2);
+}
+
+static bool mistake_set(struct err *e, const char *path, const struct key_mistake *m)
+{
+    char word[256] = "";
+    if (m->after)
+        shell_word(word, sizeof word, path);
+    return err_set(e, "%s: is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one with: %s%s%s", path, m->what,
+                   m->before, word, m->after ? m->after : "");
+}
+
+/* A PEM block of another label than PUBLIC KEY. */
+static bool label_mistake(const char *path, const char *label, struct err *e)
+{
+    size_t len = strlen(label);
+    for (size_t i = 0; i < sizeof label_mistakes / sizeof label_mistakes[0]; i++) {
+        const struct key_mistake *m = &label_mistakes[i];
+        size_t n = strlen(m->sign);
+        if (len >= n && strcmp(label + len - n, m->sign) == 0)
+            return mistake_set(e, path, m);
+    }
+    return err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
+                   "openssl pkey -in PRIVATE.pem -pubout", path, label);
+}
+
+/* A file without any PEM block. */
+static bool text_mistake(const char *path, struct bytes text, struct err *e)
+{
+    if (text.n == 0)
+        return err_set(e, "%s: is empty; make a public key with: openssl pkey -in PRIVATE.pem -pubout", path);
+    if (der_is_spki(text))
+        return mistake_set(e, path, &der_mistakes[0]);
+    if (der_is_pkcs1_public(text))
+        return mistake_set(e, path, &der_mistakes[1]);
+    for (size_t i = 0; i < sizeof text_mistakes / sizeof text_mistakes[0]; i++) {
+        const struct key_mistake *m = &text_mistakes[i];
+        if (bytes_start(text, m->sign))
+            return mistake_set(e, path, m);
+    }
+    return err_set(e, "%s: has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key with: "
+                   "openssl pkey -in PRIVATE.pem -pubout", path);
+}
+
+/* Judges a public key file's text; its DER is left in `der`. */
+MUST_USE static bool public_key_parse(const char *path, struct bytes text, struct buf *der, struct err *e)
+{
+    char label[PEM_LABEL];
+    struct bytes rest = text;
+    int got = pem_next(&rest, label, der);
+    if (got == 0)
+        return text_mistake(path, text, e);
+    if (der->failed)
+        return err_set(e, "%s: no memory for the key", path);
+    if (strcmp(label, PEM_PUBLIC_KEY) != 0)
+        return label_mistake(path, label, e);
+    struct bytes key = { der->p, der->len };
+    if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
+        return err_set(e, "%s: its PEM block is damaged or cut off; make it again from the private key with: "
+                       "openssl pkey -in PRIVATE.pem -pubout", path);
+    if (!der_is_spki(key)) {
+        char word[256];
+        shell_word(word, sizeof word, path);
+        return err_set(e, "%s: is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right with: "
+                       "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' %s | openssl rsa -RSAPublicKey_in -pubout", path, word);
+    }
+    return true;
+}
+
+/* Reads the DER inside the first PEM block of the file, which must be a SubjectPublicKeyInfo (anything else makes the
+ * agent answer with an error).  `der` is empty before; the caller frees it, on failure too. */
+MUST_USE static bool public_key_load(const char *path, struct buf *der, struct err *e)
+{
+    struct buf text = { 0 };
+    bool ok = file_load(path, &text, e) && public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
+    buf_free(&text);
+    return ok;
+}
+
+/* ==== 13. The manifest: from options to finished bytes =============================================================
+ * Owns: the ComputationRunReq, its inputs and their hashes, its chunks as gRPC messages, encoded once for all streams.
+ * Never: opens a port.
+ */
+enum {
+    CHUNK_LEN = 1 << 20,              /* bytes of the manifest in one RunReqChunks */
+    SHA3_256_LEN = 32,
+};
+enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
+static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
+static const char *const algo_types[] = { "bin", "python", "wasm", "docker" };
+static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs://", "https://", "http://" };
+
+/* A manifest and what it was made of.  Everything that req points to is owned here or by the options. */
+struct manifest {
+    struct ComputationRunReq req;
+    struct Algorithm algorithm;
+    struct Source algorithm_source;
+    struct KBSConfig kbs, algorithm_kbs;
+    struct AgentConfig agent_config;
+    struct ResultConsumer consumer;
+    struct Dataset *datasets;
+    struct Source *dataset_sources;
+    struct KBSConfig *dataset_kbs;
+    char (*names)[40];
+    struct buf key;
+    uint8_t algo_hash[SHA3_256_LEN], dataset_hash[SHA3_256_LEN];
+    struct checksum *inputs;          /* of datasets in their order, then of the algorithm */
+    size_t input_count, dataset_count;
+    bool algo_remote, data_remote;
+    enum compat compat;
+    struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
+};
+
+/* The elements of a list flag: given once it is split at its commas; "" is no element at all. */
+static struct values list_split(struct options *o, const struct values *given)
+{
+    struct values list = { 0 };
+    const char *s = given->n ? given->v[given->n - 1] : "";
+    while (*s) {
+        size_t n = strcspn(s, ",");
+        char *word = keep(o, n + 1);
+        memcpy(word, s, n);
+        values_add(o, &list, word);
+        s += n;
+        if (!*s)
+            break;
+        if (!*++s)
+            values_add(o, &list, "");
+    }
+    return list;
+}
+
+static bool present(const char *s)
+{
+    return s && *s;
+}
+
+/* Text of an option as a proto string; absent is empty. */
+static struct bytes field_text(const char *s)
+{
+    return s ? bytes_of(s) : (struct bytes){ 0 };
+}
+
+static bool in_list(const char *s, const char *const *list, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(s, list[i]) == 0)
+            return true;
+    return false;
+}
+
+/* 64 hex digits; an absent hash is 32 zero bytes, with a warning when something remote should have one. */
+static void parse_hash(struct report *r, const char *flag, const char *s, bool wanted, uint8_t hash[SHA3_256_LEN])
+{
+    memset(hash, 0, SHA3_256_LEN);
+    if (!present(s)) {
+        if (wanted)
+            tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches",
+                 flag);
+        return;
+    }
+    if (strlen(s) != 64 || strspn(s, "0123456789abcdefABCDEF") != 64) {
+        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
+                       "cvms checksum FILE prints one", flag, s, strlen(s));
+        return;
+    }
+    for (size_t i = 0; i < SHA3_256_LEN; i++) {
+        char two[3] = { s[2 * i], s[2 * i + 1], 0 };
+        hash[i] = (uint8_t)strtoul(two, NULL, 16);
+    }
+}
+
+static void check_url(struct report *r, const char *flag, const char *url)
+{
+    for (size_t i = 0; i < sizeof source_schemes / sizeof *source_schemes; i++)
+        if (strncmp(url, source_schemes[i], strlen(source_schemes[i])) == 0)
+            return;
+    tell(r, WARNING, "-%s: \"%s\" has a scheme that no agent fetches; they know docker:// oci: s3:// gs:// https:// "
+                     "http://", flag, url);
+}
+
+/* The options that go together: both of a pair or neither. */
+static bool check_pair(struct report *r, const char *a, bool has_a, const char *b, bool has_b)
+{
+    if (has_a && !has_b)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", a, b);
+    if (has_b && !has_a)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", b, a);
+    return has_a && has_b;
+}
+
+static void check_count(struct report *r, const char *flag, size_t n, size_t want)
+{
+    if (n && n != want)
+        tell(r, USAGE, "-%s has %zu element%s, -dataset-source-urls has %zu: give one for each", flag, n,
+             n == 1 ? "" : "s", want);
+}
+
+static void check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
+{
+    struct buf all = { 0 };
+    if (in_list(value, list, n))
+        return;
+    for (size_t i = 0; i < n; i++)
+        buf_printf(&all, "%s%s", i == 0 ? "" : i + 1 == n ? " or " : ", ", list[i]);
+    tell(r, USAGE, "-%s: \"%s\" is not known; use %.*s", flag, value, (int)all.len, (char *)all.p);
+    buf_free(&all);
+}
+
+/* The key broker that a resource's own field 6 gets, "" for none. */
+static const char *resource_kbs(struct options *o, enum compat compat, const char *own)
+{
+    if (compat == COMPAT_SEED)
+        return "";
+    return present(own) ? own : compat == COMPAT_ALL && o->kbs_url ? o->kbs_url : "";
+}
+
+static struct KBSConfig *set_kbs(struct KBSConfig *kbs, const char *url)
+{
+    if (!*url)
+        return NULL;
+    *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
+    return kbs;
+}
+
+static struct Source *set_source(struct Source *s, const struct manifest *m, const char *type, const char *url,
+                                 const char *kbs_path)
+{
+    *s = (struct Source){ .type = m->compat == COMPAT_SEED ? BYTES("oci-image") : field_text(type),
+                          .url = bytes_of(url), .kbs_resource_path = bytes_of(kbs_path), .encrypted = *kbs_path != 0 };
+    return s;
+}
+
+/* The last component of a path, as an agent's user will upload it. */
+static struct bytes base_name(const char *path)
+{
+    size_t n = strlen(path), from;
+    while (n > 1 && path[n - 1] == '/')
+        n--;
+    for (from = n; from > 0 && path[from - 1] != '/';)
+        from--;
+    return (struct bytes){ (const uint8_t *)path + from, n - from };
+}
+
+static void remote_datasets(struct manifest *m, struct options *o, struct report *r, const struct values *urls)
+{
+    struct values paths = list_split(o, &o->dataset_kbs_paths), brokers = list_split(o, &o->dataset_kbs_urls);
+    struct values unpack = list_split(o, &o->dataset_decompress);
+    check_count(r, "dataset-kbs-paths", paths.n, urls->n);
+    check_count(r, "dataset-kbs-urls", brokers.n, urls->n);
+    if (unpack.n > urls->n)
+        tell(r, WARNING, "-dataset-decompress has more elements than there are datasets; the rest is not used");
+    if (urls->n > 1 && present(o->dataset_hash))
+        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
+             urls->n);
+    for (size_t i = 0; i < urls->n && i < paths.n; i++) {
+        const char *own = i < brokers.n ? brokers.v[i] : NULL, *kbs = resource_kbs(o, m->compat, own);
+        int flag = i < unpack.n ? parse_bool(unpack.v[i]) : 0;
+        if (flag < 0)
+            tell(r, WARNING, "-dataset-decompress: \"%s\" is not a boolean and counts as false", unpack.v[i]);
+        check_url(r, "dataset-source-urls", urls->v[i]);
+        if (!*kbs && !present(o->kbs_url))
+            tell(r, WARNING, "the remote dataset %s has no key broker: give -dataset-kbs-urls or -kbs-url",
+                 urls->v[i]);
+        snprintf(m->names[i], sizeof m->names[i], "dataset_%lu.csv", (unsigned long)i);
+        m->datasets[i] = (struct Dataset){
+            .hash = { m->dataset_hash, SHA3_256_LEN }, .userKey = { m->key.p, m->key.len },
+            .filename = bytes_of(m->names[i]), .decompress = flag > 0, .kbs = set_kbs(&m->dataset_kbs[i], kbs),
+            .source = set_source(&m->dataset_sources[i], m, o->dataset_source_type, urls->v[i], paths.v[i]),
+        };
+    }
+}
+
+static void direct_datasets(struct manifest *m, struct report *r, const struct values *paths)
+{
+    for (size_t i = 0; i < paths->n; i++) {
+        if (!*paths->v[i])
+            tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
+        m->inputs[m->input_count++] = (struct checksum){ .path = paths->v[i] };
+        m->datasets[i] = (struct Dataset){ .hash = { m->inputs[i].hash, SHA3_256_LEN },
+                                           .userKey = { m->key.p, m->key.len } };
+        if (m->compat == COMPAT_ALL)
+            m->datasets[i].filename = base_name(paths->v[i]);
+    }
+}
+
+static void set_datasets(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values urls = list_split(o, &o->dataset_source_urls), paths = list_split(o, &o->data_paths);
+    bool has_kbs = o->dataset_kbs_paths.n && *o->dataset_kbs_paths.v[o->dataset_kbs_paths.n - 1];
+    m->data_remote = check_pair(r, "dataset-source-urls", urls.n > 0, "dataset-kbs-paths", has_kbs);
+    if (m->data_remote && paths.n)
+        tell(r, WARNING, "-data-paths is not used: the datasets are remote");
+    parse_hash(r, "dataset-hash", o->dataset_hash, m->data_remote, m->dataset_hash);
+    size_t n = m->data_remote ? urls.n : paths.n;
+    m->dataset_count = n;
+    m->datasets = keep(o, (n + 1) * sizeof *m->datasets);
+    m->dataset_sources = keep(o, (n + 1) * sizeof *m->dataset_sources);
+    m->dataset_kbs = keep(o, (n + 1) * sizeof *m->dataset_kbs);
+    m->names = keep(o, (n + 1) * sizeof *m->names);
+    m->inputs = keep(o, (n + 2) * sizeof *m->inputs);
+    if (m->data_remote)
+        remote_datasets(m, o, r, &urls);
+    else
+        direct_datasets(m, r, &paths);
+}
+
+static void set_algorithm(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values args = list_split(o, &o->algo_args);
+    m->algo_remote = check_pair(r, "algo-source-url", present(o->algo_source_url), "algo-kbs-path",
+                                present(o->algo_kbs_path));
+    parse_hash(r, "algo-hash", o->algo_hash, m->algo_remote, m->algo_hash);
+    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, sizeof algo_types / sizeof *algo_types))
+        tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
+    m->algorithm = (struct Algorithm){ .userKey = { m->key.p, m->key.len }, .algo_type = field_text(o->algo_type) };
+    struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
+    for (size_t i = 0; i < args.n; i++)
+        arg[i] = bytes_of(args.v[i]);
+    m->algorithm.algo_args.items = arg;
+    m->algorithm.algo_args.n = args.n;
+    if (m->algo_remote) {
+        const char *kbs = resource_kbs(o, m->compat, o->algo_kbs_url);
+        if (present(o->algo_path))
+            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
+        if (!*kbs && !present(o->kbs_url))
+            tell(r, WARNING, "the remote algorithm has no key broker: give -algo-kbs-url or -kbs-url");
+        check_url(r, "algo-source-url", o->algo_source_url);
+        m->algorithm.hash = (struct bytes){ m->algo_hash, SHA3_256_LEN };
+        m->algorithm.source = set_source(&m->algorithm_source, m, o->algo_source_type, o->algo_source_url,
+                                         o->algo_kbs_path);
+        m->algorithm.kbs = set_kbs(&m->algorithm_kbs, kbs);
+    } else if (present(o->algo_path)) {
+        struct checksum *input = &m->inputs[m->input_count++];
+        *input = (struct checksum){ .path = o->algo_path };
+        m->algorithm.hash = (struct bytes){ input->hash, SHA3_256_LEN };
+    } else {
+        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
+    }
+}
+
+/* Field 8, for the oldest agents: -kbs-url, and for `all` whatever broker the flags name. */
+static const char *computation_kbs(struct options *o, const struct manifest *m)
+{
+    if (m->compat == COMPAT_HEAD)
+        return "";
+    if (present(o->kbs_url) || m->compat == COMPAT_SEED)
+        return o->kbs_url ? o->kbs_url : "";
+    if (m->algorithm.kbs)
+        return o->algo_kbs_url;
+    struct values brokers = list_split(o, &o->dataset_kbs_urls);
+    return m->data_remote && brokers.n ? brokers.v[0] : "";
+}
+
+static void warn_dialect(const struct manifest *m, struct options *o, struct report *r)
+{
+    if (m->compat == COMPAT_SEED && (o->algo_kbs_url || o->dataset_kbs_urls.n))
+        tell(r, WARNING, "-compat seed has no key broker of a resource's own: -algo-kbs-url and -dataset-kbs-urls are "
+                         "not used");
+    if (m->compat == COMPAT_HEAD && present(o->kbs_url))
+        tell(r, WARNING, "-compat head has no key broker of the whole computation: -kbs-url is not used");
+}
+
+/* Hashes every file and folder; each gets its mistake or its line. */
+static void hash_inputs(struct manifest *m, struct report *r)
+{
+    checksum_files(m->inputs, m->input_count);
+    for (size_t i = 0; i < m->input_count; i++) {
+        const struct checksum *in = &m->inputs[i];
+        bool algo = !m->algo_remote && i + 1 == m->input_count;
+        char hex[2 * SHA3_256_LEN + 1];
+        hex_text(hex, in->hash, SHA3_256_LEN);
+        if (in->ok)
+            tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
+        else
+            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", in->e.text);
+    }
+}
+
+/* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory). */
+static struct blob *manifest_chunks(struct bytes id, struct bytes manifest)
+{
+    size_t at = 0, pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
+    struct blob *b = blob_new(manifest.n + (pieces + 1) * (64 + id.n));
+    struct buf scratch = { 0 };
+    for (size_t i = 0; b && i <= pieces; i++) {
+        struct RunReqChunks chunk = { .id = id, .is_last = i == pieces };
+        struct ServerStreamMessage msg = { .runReqChunks = &chunk };
+        if (i < pieces)
+            chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN, min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
+        scratch.len = 0;
+        struct bytes wire = pb_encode(&scratch, &ServerStreamMessage_message, &msg);
+        if (scratch.failed) {
+            blob_unref(b);
+            b = NULL;
+            break;
+        }
+        grpc_put_prefix(b->p + at, wire.n);
+        memcpy(b->p + at + 5, wire.p, wire.n);
+        at += 5 + wire.n;
+    }
+    if (b)
+        b->n = at;
+    buf_free(&scratch);
+    return b;
+}
+
+/* Encodes req anew, after inputs have changed.  False without memory: the old bytes stay. */
+static bool manifest_encode(struct manifest *m)
+{
+    struct buf b = { 0 };
+    struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
+    struct blob *stream = b.failed ? NULL : manifest_chunks(m->req.id, wire);
+    buf_free(&b);
+    if (!stream)
+        return false;
+    blob_unref(m->stream);
+    m->stream = stream;
+    return true;
+}
+
+/* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
+static void manifest_build(struct manifest *m, struct options *o, struct report *r)
+{
+    struct err e;
+    check_choice(r, "compat", o->compat, compat_names, COMPATS);
+    for (m->compat = COMPAT_ALL; m->compat < COMPAT_HEAD && strcmp(o->compat, compat_names[m->compat]) != 0;)
+        m->compat++;
+    if (!present(o->public_key_path))
+        tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
+    else if (!public_key_load(o->public_key_path, &m->key, &e))
+        tell(r, START, "-public-key-path: %s", e.text);
+    int attested = o->attested_tls ? parse_bool(o->attested_tls) : -1;
+    if (!o->attested_tls)
+        tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
+    else if (attested < 0)
+        tell(r, USAGE, "-attested-tls-bool: \"%s\" is not a boolean; use true or false", o->attested_tls);
+    set_datasets(m, o, r);
+    set_algorithm(m, o, r);
+    warn_dialect(m, o, r);
+    hash_inputs(m, r);
+    m->consumer.userKey = (struct bytes){ m->key.p, m->key.len };
+    m->agent_config = (struct AgentConfig){ .port = BYTES("7002"), .attested_tls = attested > 0,
+                                            .client_ca_file = field_text(o->client_ca_file) };
+    m->req = (struct ComputationRunReq){
+        .id = BYTES("1"), .name = BYTES("sample computation"), .description = BYTES("sample descrption"),
+        .datasets = { .items = m->datasets, .n = m->dataset_count }, .algorithm = &m->algorithm,
+        .result_consumers = { .items = &m->consumer, .n = 1 }, .agent_config = &m->agent_config,
+        .kbs = set_kbs(&m->kbs, computation_kbs(o, m)),
+    };
+    if (!r->usage && !r->start && !manifest_encode(m))
+        tell(r, START, "out of memory for the manifest");
+}
+
+/* What is not the options' own. */
+static void manifest_free(struct manifest *m)
+{
+    blob_unref(m->stream);
+    buf_free(&m->key);
+}
+
+/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log. */
+static void manifest_refresh(struct manifest *m, struct core *core)
+{
+    bool changed = false;
+    for (size_t i = 0; i < m->input_count; i++) {
+        struct checksum *in = &m->inputs[i];
+        if (!checksum_changed(in->path, &in->id))
+            continue;
+        struct checksum again = { .path = in->path };
+        struct buf path = { 0 };
+        put_text(&path, bytes_of(in->path), NULL);
+        checksum_files(&again, 1);
+        if (again.ok) {
+            char hex[2 * SHA3_256_LEN + 1];
+            hex_text(hex, again.hash, SHA3_256_LEN);
+            core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
+            changed |= memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
+            *in = again;
+        } else {
+            core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
+                      (int)path.len, (char *)path.p);
+            in->id = again.id;
+        }
+        buf_free(&path);
+    }
+    if (changed && !manifest_encode(m))
+        core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
+}
+
+/* ==== 14. Services: Process, Health, Reflection; how messages are shown ============================================
+ * Owns: what each method answers, and the lines on stdout that an agent's messages become.
+ * Never: touches frames; it sends messages and a status.
+ */
+enum stream_kind { KIND_UNKNOWN, KIND_AGENT, KIND_FORWARDER };
+static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
+
+/* One Process stream.  It is named when its kind is known: by metadata, or by its first message. */
+struct session {
+    enum stream_kind kind;
+    uint64_t messages, bytes;
+    char *job_id;                     /* safe to print; NULL: none was sent */
+};
+
+/* How one kind of message is headed in text: LEVEL or WORD, up to two fields joined by a slash, then the text. */
+static const struct shown {
+    enum stream_kind kind;            /* the stream that sends it */
+    const char *word;
+    uint32_t head, head2, text;       /* field numbers; 0: none */
+} shown[] = {
+    [1] = { KIND_FORWARDER, "",            3, 0, 1 },
+    [2] = { KIND_FORWARDER, "EVENT",       1, 6, 0 },
+    [3] = { KIND_AGENT,     "RUN_RES",     0, 0, 2 },
+    [4] = { KIND_AGENT,     "STOP_RES",    0, 0, 2 },
+    [5] = { KIND_AGENT,     "STATE",       2, 0, 0 },
+    [6] = { KIND_AGENT,     "ATTESTATION", 0, 0, 0 },
+    [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 0 },
+};
+
+enum { TEXT_BYTES = 48 };             /* of a bytes field, as many are shown in text */
+#define COLOR_DIM "\x1b[2m"
+#define COLOR_OFF "\x1b[0m"
+static const struct {
+    const char *word, *color;
+} colors[] = {
+    { "ERROR", "\x1b[31m" }, { "Failed", "\x1b[31m" }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
+    { "Completed", "\x1b[32m" }, { "Ready", "\x1b[32m" },
+};
+
+static bool bytes_printable(struct bytes b)
+{
+    for (size_t i = 0; i < b.n; i++)
+        if (b.p[i] < ' ' || b.p[i] > '~')
+            return false;
+    return true;
+}
+
+/* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
+static void put_bytes_field(struct buf *out, struct bytes b)
+{
+    if (bytes_printable(b)) {
+        buf_put(out, b.p, b.n);
+        return;
+    }
+    buf_printf(out, "%zu bytes ", b.n);
+    for (size_t i = 0; i < b.n && i < TEXT_BYTES; i++)
+        buf_printf(out, "%02x", b.p[i]);
+    if (b.n > TEXT_BYTES)
+        buf_puts(out, "...");
+}
+
+/* name=value of a field that is set and not in the head. */
+static void put_field_text(struct buf *out, const struct pb_field *f, const void *msg, bool *first)
+{
+    const void *at = (const char *)msg + f->offset;
+    if (!pb_is_set(f, at))
+        return;
+    buf_puts(out, *first ? "  (" : " ");
+    *first = false;
+    buf_puts(out, f->name);
+    buf_putc(out, '=');
+    if (f->kind == PB_STRING) {
+        put_text(out, *(const struct bytes *)at, NULL);
+    } else if (f->kind == PB_BYTES) {
+        put_bytes_field(out, *(const struct bytes *)at);
+    } else {
+        const struct Timestamp *t = pb_pointer(at);
+        if (!pb_timestamp(out, t->seconds, t->nanos))
+            buf_printf(out, "%lld.%09ld", (long long)t->seconds, (long)t->nanos);
+    }
+}
+
+static const struct pb_field *field_by_number(const struct pb_message *m, uint32_t number)
+{
+    for (size_t i = 0; i < m->n; i++)
+        if (m->fields[i].number == number)
+            return &m->fields[i];
+    return NULL;
+}
+
+static struct bytes string_field(const struct pb_message *m, const void *msg, uint32_t number)
+{
+    const struct pb_field *f = field_by_number(m, number);
+    return f ? *(const struct bytes *)(const void *)((const char *)msg + f->offset) : (struct bytes){ 0 };
+}
+
+static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
+{
+    struct buf *out = arg;
+    buf_printf(out, "  (unknown field %s: ", path);
+    if (wire == PB_LEN || wire == PB_SGROUP)
+        put_bytes_field(out, value);
+    else
+        buf_printf(out, "%llu", (unsigned long long)number);
+    buf_putc(out, ')');
+}
+
+/* The word in front of an entry, padded; coloured by what it says. */
+static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
+{
+    struct buf *out = &core->out;
+    const char *color = NULL;
+    struct bytes telling = head2.n ? head2 : head;
+    for (size_t i = 0; core->color && i < PB_COUNT(colors); i++)
+        if (bytes_eq(telling, bytes_of(colors[i].word)))
+            color = colors[i].color;
+    buf_puts(out, color ? color : "");
+    size_t start = out->len;
+    buf_puts(out, how->word);
+    if (head.n && *how->word)
+        buf_putc(out, ' ');
+    put_text(out, head, NULL);
+    if (how->head2)
+        buf_putc(out, '/'), put_text(out, head2, NULL);
+    for (size_t n = out->len - start; n < 5; n++)
+        buf_putc(out, ' ');
+    buf_puts(out, color ? COLOR_OFF : "");
+}
+
+static void put_origin(struct core *core, const struct stream *s)
+{
+    const struct session *session = s->user;
+    struct buf *out = &core->out;
+    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_putc(out, ' ');
+    buf_puts(out, s->conn->peer);
+    buf_putc(out, ' ');
+    buf_puts(out, kind_names[session->kind]);
+    if (session->job_id)
+        buf_putc(out, '['), buf_puts(out, session->job_id), buf_putc(out, ']');
+    buf_putc(out, ' ');
+}
+
+/* One entry a message: time, peer, kind of stream, head, text; every other field that is set follows in brackets. */
+static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    struct buf *out = &core->out;
+    const struct pb_message *m = member->sub;
+    const struct shown *how = &shown[member->number];
+    bool first = true;
+    put_origin(core, s);
+    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
+    struct bytes text = string_field(m, msg, how->text);
+    if (member->number == 3)
+        buf_puts(out, text.n ? " error: " : " accepted");
+    else if (how->text)
+        buf_putc(out, ' ');
+    put_text(out, text, "    ");
+    buf_puts(out, core->color ? COLOR_DIM : "");
+    for (size_t i = 0; i < m->n; i++) {
+        uint32_t number = m->fields[i].number;
+        if (number != how->head && number != how->head2 && number != how->text)
+            put_field_text(out, &m->fields[i], msg, &first);
+    }
+    buf_puts(out, first ? "" : ")");
+    if (unknown)
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
+    buf_puts(out, core->color ? COLOR_OFF "\n" : "\n");
+}
+
+static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
+{
+    struct buf *out = arg;
+    buf_puts(out, out->p[out->len - 1] == '[' ? "" : ",");
+    buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
+    if (wire == PB_LEN || wire == PB_SGROUP) {
+        buf_putc(out, '"');
+        pb_base64(out, value);
+        buf_puts(out, "\"}");
+    } else {
+        buf_printf(out, "\"%llu\"}", (unsigned long long)number);
+    }
+}
+
+/* One JSON object a line; `message` is the canonical JSON of the ClientStreamMessage. */
+static void show_json(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    const struct session *session = s->user;
+    struct buf *out = &core->out;
+    buf_puts(out, "{\"time\":\"");
+    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
+    if (session->job_id) {
+        buf_puts(out, ",\"job_id\":");
+        pb_json_string(out, bytes_of(session->job_id));
+    }
+    buf_puts(out, ",\"message\":");
+    pb_json(out, &ClientStreamMessage_message, msg, 0);
+    if (unknown) {
+        buf_puts(out, ",\"unknown\":[");
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown_json, out);
+        buf_putc(out, ']');
+    }
+    buf_puts(out, "}\n");
+}
+
+/* The oneof member that is set; NULL for an empty message, or one whose only field we don't know. */
+static const struct pb_field *message_member(const struct ClientStreamMessage *msg)
+{
+    for (size_t i = 0; i < PB_COUNT(ClientStreamMessage_fields); i++)
+        if (pb_is_set(&ClientStreamMessage_fields[i], (const char *)msg + ClientStreamMessage_fields[i].offset))
+            return &ClientStreamMessage_fields[i];
+    return NULL;
+}
+
+static void show_message(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    const struct pb_field *member = message_member(msg);
+    if (core->json) {
+        show_json(s, msg, wire, unknown);
+    } else if (member) {
+        show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
+    } else {
+        put_origin(core, s);
+        buf_puts(&core->out, "an empty message");
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &core->out);
+        buf_putc(&core->out, '\n');
+    }
+}
+
+/* ---- cvms.Service/Process ---- */
+
+/* Names the stream on a log line: kind and job-id. */
+static void process_note(struct stream *s, const char *text)
+{
+    const struct session *session = s->user;
+    const char *job = session->job_id;
+    core_note(s->conn->core, s->conn->peer, "%s%s%s%s: %s", session->kind ? kind_names[session->kind] : "stream",
+              job ? "[" : "", job ? job : "", job ? "]" : "", text);
+}
+
+static void process_open(struct stream *s, const struct fields *f)
+{
+    struct core *core = s->conn->core;
+    struct session *session = calloc(1, sizeof *session);
+    if (!session) {
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        return;
+    }
+    s->user = session;
+    if (f->value[F_JOB_ID].n) {
+        struct buf name = { 0 };
+        put_text(&name, (struct bytes){ f->value[F_JOB_ID].p, min_size(f->value[F_JOB_ID].n, 200) }, NULL);
+        buf_putc(&name, 0);
+        session->job_id = (char *)name.p;
+        session->kind = KIND_AGENT;
+    }
+    if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
+        session->kind = KIND_FORWARDER;
+    process_note(s, "connected");
+    manifest_refresh(core->manifest, core);
+    grpc_send_blob(s, blob_ref(core->manifest->stream));
+}
+
+static void process_message(struct stream *s, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    struct session *session = s->user;
+    struct ClientStreamMessage msg = { 0 };
+    bool unknown = false;
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(&ClientStreamMessage_message, &msg, wire, &core->arena, &unknown);
+    if (err != PB_OK) {
+        char text[160];
+        snprintf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
+                 (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
+        process_note(s, text);
+        grpc_finish(s, GRPC_INTERNAL, text);
+        return;
+    }
+    const struct pb_field *member = message_member(&msg);
+    if (session->kind == KIND_UNKNOWN && member)
+        session->kind = shown[member->number].kind;
+    session->messages++;
+    session->bytes += wire.n;
+    show_message(s, &msg, wire, unknown);
+}
+
+static void process_drained(struct stream *s)
+{
+    struct session *session = s->user;
+    if (session && !s->finishing)
+        process_note(s, "computation run request sent successfully");
+}
+
+static void process_end(struct stream *s)
+{
+    grpc_finish(s, GRPC_OK, "");
+}
+
+static void process_closed(struct stream *s)
+{
+    struct session *session = s->user;
+    if (!session)
+        return;
+    char text[100];
+    snprintf(text, sizeof text, "stream ended after %llu message%s, %llu bytes", (unsigned long long)session->messages,
+             session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
+    process_note(s, text);
+    free(session->job_id);
+    free(session);
+    s->user = NULL;
+}
+
+/* ---- grpc.health.v1.Health ---- */
+static const char *const healthy_services[] = { "", "cvms_test_server" };
+
+static bool health_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    bool unknown;
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(type, msg, wire, &core->arena, &unknown);
+    if (err != PB_OK)
+        grpc_finish(s, GRPC_INTERNAL, pb_error_text(err));
+    return err == PB_OK;
+}
+
+static int32_t health_status(struct bytes service)
+{
+    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
+        if (bytes_eq(service, bytes_of(healthy_services[i])))
+            return SERVING;
+    return SERVICE_UNKNOWN;
+}
+
+/* A unary call takes one message; its answer waits for the client's END_STREAM. */
+static bool unary_first(struct stream *s)
+{
+    if (s->answered)
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
+    bool first = !s->answered;
+    s->answered = true;
+    return first;
+}
+
+static void unary_end(struct stream *s)
+{
+    if (s->answered)
+        grpc_finish(s, GRPC_OK, "");
+    else
+        grpc_finish(s, GRPC_INTERNAL, "a unary call without a message");
+}
+
+static void ignore_open(struct stream *s, const struct fields *f)
+{
+    (void)s, (void)f;
+}
+
+static void health_check(struct stream *s, struct bytes wire)
+{
+    struct HealthCheckRequest req = { 0 };
+    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+        return;
+    struct HealthCheckResponse res = { .status = health_status(req.service) };
+    if (res.status == SERVING)
+        grpc_send(s, &HealthCheckResponse_message, &res);
+    else
+        grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
+}
+
+static void health_watch(struct stream *s, struct bytes wire)
+{
+    struct HealthCheckRequest req = { 0 };
+    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+        return;
+    struct HealthCheckResponse res = { .status = health_status(req.service) };
+    grpc_send(s, &HealthCheckResponse_message, &res);
+}
+
+static void health_watch_end(struct stream *s)
+{
+    if (!s->answered)
+        unary_end(s);                 /* else the stream stays open: the status may change */
+}
+
+static void health_list(struct stream *s, struct bytes wire)
+{
+    struct HealthListRequest req = { 0 };
+    struct HealthCheckResponse ok = { .status = SERVING };
+    struct StatusesEntry entry[PB_COUNT(healthy_services)];
+    if (!unary_first(s) || !health_decode(s, &HealthListRequest_message, &req, wire))
+        return;
+    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
+        entry[i] = (struct StatusesEntry){ .key = bytes_of(healthy_services[i]), .value = &ok };
+    struct HealthListResponse res = { .statuses = { .items = entry, .n = PB_COUNT(healthy_services) } };
+    grpc_send(s, &HealthListResponse_message, &res);
+}
+
+/* ---- grpc.reflection ---- */
+
+/* Whether "package.name" is the symbol, or the symbol lies inside it. */
+static bool symbol_in(struct bytes symbol, const char *package, const char *name)
+{
+    size_t p = strlen(package), n = strlen(name);
+    return symbol.n > p + n && memcmp(symbol.p, package, p) == 0 && symbol.p[p] == '.' &&
+           memcmp(symbol.p + p + 1, name, n) == 0 && (symbol.n == p + 1 + n || symbol.p[p + 1 + n] == '.');
+}
+
+static bool file_has(const struct pb_file *f, struct bytes symbol)
+{
+    for (size_t i = 0; i < f->n_messages; i++)
+        if (symbol_in(symbol, f->package, f->messages[i]->name))
+            return true;
+    for (size_t i = 0; i < f->n_services; i++)
+        if (symbol_in(symbol, f->package, f->services[i].name))
+            return true;
+    return false;
+}
+
+/* The file that a request asks for, or NULL. */
+static const struct pb_file *reflection_file(const struct ServerReflectionRequest *req)
+{
+    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
+        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(all_files[i]->name))
+                                    : req->file_containing_symbol.p && file_has(all_files[i], req->file_containing_symbol))
+            return all_files[i];
+    }
+    return NULL;
+}
+
+/* Answers with the file and what it imports. */
+static void reflection_send_file(struct stream *s, struct ServerReflectionResponse *res, const struct pb_file *file)
+{
+    struct buf made[PB_COUNT(all_files)] = { { 0 } };
+    struct bytes wire[PB_COUNT(all_files)] = { pb_file_descriptor(&made[0], file) };
+    size_t n = 1;
+    for (size_t i = 0; i < file->n_deps && n < PB_COUNT(all_files); i++, n++)
+        wire[n] = pb_file_descriptor(&made[n], file->deps[i]);
+    struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
+    res->file_descriptor_response = &files;
+    grpc_send(s, &ServerReflectionResponse_message, res);
+    for (size_t i = 0; i < n; i++)
+        buf_free(&made[i]);
+}
+
+static void reflection_send_services(struct stream *s, struct ServerReflectionResponse *res)
+{
+    struct ServiceResponse list[PB_COUNT(all_files)];
+    char names[PB_COUNT(all_files)][64];
+    size_t n = 0;
+    for (size_t i = 0; i < PB_COUNT(all_files); i++)
+        for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
+            snprintf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
+            list[n].name = bytes_of(names[n]);
+        }
+    struct ListServiceResponse services = { .service = { .items = list, .n = n } };
+    res->list_services_response = &services;
+    grpc_send(s, &ServerReflectionResponse_message, res);
+}
+
+static void reflection_message(struct stream *s, struct bytes wire)
+{
+    struct ServerReflectionRequest req = { 0 };
+    if (!health_decode(s, &ServerReflectionRequest_message, &req, wire))
+        return;
+    struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
+    const struct pb_file *file = reflection_file(&req);
+    struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
+    struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
+    if (file) {
+        reflection_send_file(s, &res, file);
+        return;
+    }
+    if (req.list_services.p) {
+        reflection_send_services(s, &res);
+        return;
+    }
+    bool known = false;
+    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
+        known |= file_has(all_files[i], req.all_extension_numbers_of_type);
+    if (known)
+        res.all_extension_numbers_response = &numbers;
+    else
+        res.error_response = &error;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
+}
+
+static const struct grpc_method server_methods[] = {
+    { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
+      .drained = process_drained, .closed = process_closed },
+    { .path = "/grpc.health.v1.Health/Check", .open = ignore_open, .message = health_check, .end = unary_end },
+    { .path = "/grpc.health.v1.Health/List", .open = ignore_open, .message = health_list, .end = unary_end },
+    { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
+    { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
+      .message = reflection_message, .end = process_end },
+    { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
+      .message = reflection_message, .end = process_end },
+};
+
+/* ==== 16. Event loop: descriptors, clocks, signals =================================================================
+ * Owns: every descriptor, the clock, the only place that waits.  epoll where there is one, poll elsewhere.
+ * Never: looks into bytes; it carries them between sockets, the core and stdout.
+ */
+enum {
+    READ_LEN = 65536,                 /* one read serves one connection; then it is the others' turn */
+    WRITE_TURN = 1 << 20,             /* bytes that one connection may send before it is the others' turn */
+    HOLD_BYTES = 1 << 20,             /* output waiting for stdout, above which senders get no more credit, */
+    PAUSE_BYTES = 16 << 20,           /* and above which no connection is read */
+    MAX_LISTENERS = 8,
+    ACCEPT_TURN = 64,
+    STOP_MS = 5000,                   /* from the first signal to the end */
+    RETRY_MS = 100,
+};
+
+enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
+
+struct loop;
+struct watch {
+    int fd;
+    unsigned interest;                /* 0: not registered */
+    void (*ready)(struct loop *, struct watch *, unsigned events);
+    size_t index;                     /* poll: where it stands in the list */
+};
+
+/* A socket and its connection. */
+struct link {
+    struct watch watch;               /* first: a watch of a link is the link */
+    struct loop *loop;
+    struct link *prev, *next;
+    size_t heap_at;                   /* place in the heap of deadlines, from 1; 0: not in it */
+    int64_t deadline_ms;
+    bool connecting, shut, dead;
+    struct conn conn;
+};
+
+/* stdout or stderr: lines wait in the core's buffer until the descriptor takes them. */
+struct sink {
+    struct watch watch;
+    struct buf *lines;
+    size_t sent;
+    bool regular, broken;
+};
+
+struct loop {
+    struct core core;
+    struct watch signals, listeners[MAX_LISTENERS];
+    struct sink out, err;
+    size_t listener_count, link_count;
+    struct link *links, *graveyard;
+    struct link **heap;
+    size_t heap_len, heap_cap;
+    bool accept_full, paused, stopping, hurry;
+    bool touched;                     /* something was sent outside a link's own turn */
+    int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants a call; INT64_MAX: never */
+    int exit_status, signal_number;
+    void (*timer)(struct loop *);
+    void (*link_up)(struct link *);   /* a connect has succeeded */
+    void (*link_down)(struct link *, const char *why);
+#ifdef __linux__
+    int epoll;
+#else
+    struct pollfd *polls;
+    struct watch **watches;
+    size_t watch_count, watch_cap;
+#endif
+    uint8_t read_buf[READ_LEN];
+};
+
+/* The only global: a signal handler can reach nothing else.  The writing end of the loop's own pipe. */
+static volatile sig_atomic_t signal_pipe = -1;
+
+static int64_t clock_ms(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void loop_clock(struct loop *l)
+{
+    l->core.now_ms = clock_ms(CLOCK_MONOTONIC);
+    l->core.wall_ms = clock_ms(CLOCK_REALTIME);
+}
+
+#ifdef __linux__
+static bool poller_init(struct loop *l)
+{
+    l->epoll = epoll_create1(EPOLL_CLOEXEC);
+    return l->epoll >= 0;
+}
+
+/* Sets what a watch waits for; 0 takes it out.  False: the descriptor can't be waited for (a regular file). */
+static bool poller_set(struct loop *l, struct watch *w, unsigned interest)
+{
+    if (w->interest == interest)
+        return true;
+    struct epoll_event e = { .events = (interest & WATCH_IN ? (uint32_t)EPOLLIN : 0) |
+                                       (interest & WATCH_OUT ? (uint32_t)EPOLLOUT : 0), .data.ptr = w };
+    int op = !interest ? EPOLL_CTL_DEL : w->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    if (epoll_ctl(l->epoll, op, w->fd, &e) != 0)
+        return false;
+    w->interest = interest;
+    return true;
+}
+
+/* Waits up to timeout_ms (-1: for ever) and calls what is ready. */
+static void poller_wait(struct loop *l, int timeout_ms)
+{
+    struct epoll_event e[64];
+    int n = epoll_wait(l->epoll, e, 64, timeout_ms);
+    loop_clock(l);
+    for (int i = 0; i < n; i++) {
+        struct watch *w = e[i].data.ptr;
+        unsigned events = (e[i].events & EPOLLIN ? WATCH_IN : 0u) | (e[i].events & EPOLLOUT ? WATCH_OUT : 0u) |
+                          (e[i].events & (EPOLLERR | EPOLLHUP) ? WATCH_ERROR : 0u);
+        if (w->interest)
+            w->ready(l, w, events);
+    }
+}
+
+static void poller_free(struct loop *l)
+{
+    close(l->epoll);
+}
+#else
+static bool poller_init(struct loop *l)
+{
+    (void)l;
+    return true;
+}
+
+static bool poller_grow(struct loop *l)
+{
+    size_t cap = l->watch_cap ? 2 * l->watch_cap : 16;
+    struct pollfd *p = realloc(l->polls, cap * sizeof *p);
+    struct watch **w = p ? realloc(l->watches, cap * sizeof *w) : NULL;
+    l->polls = p ? p : l->polls;
+    if (!w)
+        return false;
+    l->watches = w;
+    l->watch_cap = cap;
+    return true;
+}
+
+static bool poller_set(struct loop *l, struct watch *w, unsigned interest)
+{
+    short events = (short)((interest & WATCH_IN ? POLLIN : 0) | (interest & WATCH_OUT ? POLLOUT : 0));
+    if (!w->interest && interest) {
+        if (l->watch_count == l->watch_cap && !poller_grow(l))
+            return false;
+        w->index = l->watch_count++;
+        l->watches[w->index] = w;
+    } else if (w->interest && !interest) {
+        struct watch *last = l->watches[--l->watch_count];
+        l->watches[w->index] = last;
+        l->polls[w->index] = l->polls[l->watch_count];
+        last->index = w->index;
+    }
+    if (interest)
+        l->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = events };
+    w->interest = interest;
+    return true;
+}
+
+static void poller_wait(struct loop *l, int timeout_ms)
+{
+    int n = poll(l->polls, (nfds_t)l->watch_count, timeout_ms);
+    loop_clock(l);
+    for (size_t i = l->watch_count; n > 0 && i-- > 0;) {
+        if (i >= l->watch_count)
+            continue;
+        short got = l->polls[i].revents;
+        unsigned events = (got & POLLIN ? WATCH_IN : 0u) | (got & POLLOUT ? WATCH_OUT : 0u) |
+                          (got & (POLLERR | POLLHUP | POLLNVAL) ? WATCH_ERROR : 0u);
+        l->polls[i].revents = 0;
+        if (events)
+            l->watches[i]->ready(l, l->watches[i], events);
+    }
+}
+
+static void poller_free(struct loop *l)
+{
+    free(l->polls);
+    free(l->watches);
+}
+#endif
+
+/* ---- Deadlines: a binary heap of links, the earliest first ---- */
+
+static void heap_put(struct loop *l, size_t at, struct link *k)
+{
+    l->heap[at] = k;
+    k->heap_at = at;
+}
+
+static void heap_sift(struct loop *l, struct link *k, size_t at)
+{
+    for (; at > 1 && l->heap[at / 2]->deadline_ms > k->deadline_ms; at /= 2)
+        heap_put(l, at, l->heap[at / 2]);
+    for (size_t child; (child = 2 * at) <= l->heap_len; at = child) {
+        if (child < l->heap_len && l->heap[child + 1]->deadline_ms < l->heap[child]->deadline_ms)
+            child++;
+        if (l->heap[child]->deadline_ms >= k->deadline_ms)
+            break;
+        heap_put(l, at, l->heap[child]);
+    }
+    heap_put(l, at, k);
+}
+
+/* Room is made when a link is made, so that this can't fail. */
+static void heap_set(struct loop *l, struct link *k, int64_t deadline_ms)
+{
+    bool in = k->heap_at != 0, want = deadline_ms != INT64_MAX;
+    if (in && deadline_ms == k->deadline_ms)
+        return;
+    k->deadline_ms = deadline_ms;
+    if (want) {
+        heap_sift(l, k, in ? k->heap_at : ++l->heap_len);
+    } else if (in) {
+        struct link *last = l->heap[l->heap_len--];
+        if (last != k)
+            heap_sift(l, last, k->heap_at);
+        k->heap_at = 0;
+    }
+}
+
+/* ---- stdout and stderr ---- */
+
+static size_t sink_pending(const struct sink *s)
+{
+    return s->lines->len - s->sent;
+}
+
+static void loop_stop(struct loop *l, const char *why);
+
+/* Writing has failed for good: what waits is dropped.  Without stdout the program has no purpose: it ends. */
+static void sink_fail(struct loop *l, struct sink *s, int error)
+{
+    s->broken = true;
+    s->lines->len = s->sent = 0;
+    poller_set(l, &s->watch, 0);
+    if (s != &l->out)
+        return;
+    core_note(&l->core, NULL, "stdout: %s: no message can be shown any more, so cvms ends", strerror(error));
+    l->exit_status = 1;
+    loop_stop(l, "the server ends");
+}
+
+/* Writes as much as the descriptor takes without blocking.  A pipe or terminal is asked first, and gets no more than
+ * PIPE_BUF, which it can take at once when it says that it is writable; a file gets all. */
+static void sink_flush(struct loop *l, struct sink *s)
+{
+    while (sink_pending(s) && !s->broken) {
+        size_t n = sink_pending(s);
+        if (!s->regular) {
+            struct pollfd p = { .fd = s->watch.fd, .events = POLLOUT };
+            if (poll(&p, 1, 0) == 0) {
+                if (!poller_set(l, &s->watch, WATCH_OUT))
+                    s->regular = true;
+                return;
+            }
+            n = min_size(n, PIPE_BUF);
+        }
+        ssize_t k = write(s->watch.fd, s->lines->p + s->sent, n);
+        if (k >= 0)
+            s->sent += (size_t)k;
+        else if (errno == EAGAIN && poller_set(l, &s->watch, WATCH_OUT))
+            return;
+        else if (errno != EINTR)
+            sink_fail(l, s, errno);
+    }
+    poller_set(l, &s->watch, 0);
+    s->lines->len = s->sent = 0;
+    if (s->broken || s->lines->cap > 4 * READ_LEN)
+        buf_free(s->lines);
+}
+
+/* Moves what waits to the front, so that a long wait does not grow the buffer without bound. */
+static void sink_compact(struct sink *s)
+{
+    if (s->sent < HOLD_BYTES / 4)
+        return;
+    memmove(s->lines->p, s->lines->p + s->sent, sink_pending(s));
+    s->lines->len -= s->sent;
+    s->sent = 0;
+}
+
+static void sink_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    (void)events;
+    sink_flush(l, (struct sink *)w);
+}
+
+static void sink_init(struct sink *s, int fd, struct buf *lines)
+{
+    struct stat st;
+    *s = (struct sink){ .watch = { .fd = fd, .ready = sink_ready }, .lines = lines };
+    s->regular = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+/* ---- Links ---- */
+
+static struct link *link_new(struct loop *l, int fd, void (*ready)(struct loop *, struct watch *, unsigned))
+{
+    if (l->link_count + 2 > l->heap_cap) {
+        size_t cap = 2 * l->heap_cap + 16;
+        struct link **heap = realloc(l->heap, cap * sizeof *heap);
+        if (!heap)
+            return NULL;
+        l->heap = heap;
+        l->heap_cap = cap;
+    }
+    struct link *k = calloc(1, sizeof *k);
+    if (!k)
+        return NULL;
+    k->watch = (struct watch){ .fd = fd, .ready = ready };
+    k->loop = l;
+    k->deadline_ms = INT64_MAX;
+    k->next = l->links;
+    if (l->links)
+        l->links->prev = k;
+    l->links = k;
+    l->link_count++;
+    return k;
+}
+
+/* Takes the link out; it is freed at the end of the turn, when no event can name it any more. */
+static void link_close(struct link *k, const char *why)
+{
+    struct loop *l = k->loop;
+    if (k->dead)
+        return;
+    k->dead = true;
+    if (l->link_down)
+        l->link_down(k, why);
+    heap_set(l, k, INT64_MAX);
+    poller_set(l, &k->watch, 0);
+    close(k->watch.fd);
+    *(k->prev ? &k->prev->next : &l->links) = k->next;
+    if (k->next)
+        k->next->prev = k->prev;
+    l->link_count--;
+    if (!k->connecting)
+        conn_free(&k->conn);
+    k->next = l->graveyard;
+    l->graveyard = k;
+}
+
+static void link_interest(struct link *k, bool blocked)
+{
+    bool in = !k->conn.eof && !k->loop->paused && conn_wants_input(&k->conn);
+    poller_set(k->loop, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u));
+    heap_set(k->loop, k, conn_deadline(&k->conn));
+}
+
+/* Sends what the connection has to say, closes it when all is said. */
+static void link_flush(struct link *k)
+{
+    const uint8_t *p;
+    bool blocked = false;
+    for (size_t n, turn = 0; !blocked && (n = conn_peek(&k->conn, &p)) != 0; turn += n) {
+        ssize_t sent = send(k->watch.fd, p, n, MSG_NOSIGNAL);
+        if (sent > 0) {
+            conn_sent(&k->conn, (size_t)sent);
+            blocked = turn > WRITE_TURN;
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            blocked = true;
+        } else if (errno != EINTR) {
+            link_close(k, strerror(errno));
+            return;
+        }
+    }
+    if (k->conn.phase == CONN_CLOSING && !k->shut && !conn_pending(&k->conn)) {
+        shutdown(k->watch.fd, SHUT_WR);
+        k->shut = true;
+    }
+    if (conn_finished(&k->conn))
+        link_close(k, k->conn.why ? k->conn.why : "closed");
+    else
+        link_interest(k, blocked);
+}
+
+static void link_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    struct link *k = (struct link *)w;
+    if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && conn_wants_input(&k->conn)) {
+        ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
+        if (n > 0) {
+            conn_recv(&k->conn, l->read_buf, (size_t)n);
+        } else if (n == 0) {
+            conn_eof(&k->conn);
+        } else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
+            link_close(k, strerror(errno));
+            return;
+        }
+    } else if (events & WATCH_ERROR) {
+        link_close(k, "the connection was reset");
+        return;
+    }
+    link_flush(k);
+    if (sink_pending(&l->out) > READ_LEN)
+        sink_flush(l, &l->out);
+}
+
+/* "1.2.3.4:5" or "[::1]:5"; an IPv4 address in IPv6 form is shown as IPv4. */
+static void peer_name(char out[56], const struct sockaddr_storage *sa)
+{
+    char ip[INET6_ADDRSTRLEN] = "?";
+    if (sa->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *a = (const struct sockaddr_in6 *)(const void *)sa;
+        bool v4 = IN6_IS_ADDR_V4MAPPED(&a->sin6_addr);
+        inet_ntop(v4 ? AF_INET : AF_INET6, a->sin6_addr.s6_addr + (v4 ? 12 : 0), ip, sizeof ip);
+        snprintf(out, 56, v4 ? "%s:%u" : "[%s]:%u", ip, ntohs(a->sin6_port));
+    } else {
+        const struct sockaddr_in *a = (const struct sockaddr_in *)(const void *)sa;
+        inet_ntop(AF_INET, &a->sin_addr, ip, sizeof ip);
+        snprintf(out, 56, "%s:%u", ip, ntohs(a->sin_port));
+    }
+}
+
+static bool fd_prepare(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
+}
+
+static int accept_nonblocking(int fd, struct sockaddr_storage *sa, socklen_t *len)
+{
+#ifdef __linux__
+    return accept4(fd, (struct sockaddr *)sa, len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+    int on = 1, s = accept(fd, (struct sockaddr *)sa, len);
+    if (s >= 0 && !fd_prepare(s)) {
+        close(s);
+        return -1;
+    }
+    if (s >= 0)
+        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return s;
+#endif
+}
+
+/* accept's errors: passing ones concern one client; when descriptors or memory are short the listeners rest until a
+ * connection has closed or a second has gone by. */
+static void accept_error(struct loop *l)
+{
+    if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
+        return;
+    core_cap(&l->core, NULL, "connections (descriptors or memory)");
+    l->accept_full = true;
+    for (size_t i = 0; i < l->listener_count; i++)
+        poller_set(l, &l->listeners[i], 0);
+}
+
+static void accept_resume(struct loop *l)
+{
+    l->accept_full = false;
+    for (size_t i = 0; i < l->listener_count && !l->stopping; i++)
+        poller_set(l, &l->listeners[i], WATCH_IN);
+}
+
+static void listener_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    (void)events;
+    for (int i = 0; i < ACCEPT_TURN && !l->stopping; i++) {
+        struct sockaddr_storage sa;
+        socklen_t len = sizeof sa;
+        char name[56];
+        int fd = accept_nonblocking(w->fd, &sa, &len);
+        if (fd < 0) {
+            if (errno == EINTR || errno == ECONNABORTED)
+                continue;
+            accept_error(l);
+            return;
+        }
+        struct link *k = link_new(l, fd, link_ready);
+        if (!k) {
+            close(fd);
+            continue;
+        }
+        peer_name(name, &sa);
+        conn_init(&k->conn, &l->core, &grpc_server, false, name);
+        link_ready(l, &k->watch, WATCH_IN);   /* a client speaks first, and mostly has */
+    }
+}
+
+/* ---- Connecting, for the client commands ---- */
+
+static void connect_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    (void)events;
+    struct link *k = (struct link *)w;
+    int error = 0;
+    socklen_t len = sizeof error;
+    if (getsockopt(w->fd, SOL_SOCKET, SO_ERROR, &error, &len) != 0)
+        error = errno;
+    if (error) {
+        link_close(k, strerror(error));
+        return;
+    }
+    k->connecting = false;
+    w->ready = link_ready;
+    conn_init(&k->conn, &l->core, &grpc_client, true, "server");
+    l->link_up(k);
+    link_flush(k);
+}
+
+/* Begins to connect; link_up or link_down tells what became of it.  NULL, and errno, if it can't even begin. */
+static struct link *link_connect(struct loop *l, const struct addrinfo *to)
+{
+    int on = 1, fd = socket(to->ai_family, to->ai_socktype, to->ai_protocol);
+    if (fd < 0)
+        return NULL;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    struct link *k = fd_prepare(fd) ? link_new(l, fd, connect_ready) : NULL;
+    if (!k) {
+        close(fd);
+        return NULL;
+    }
+    k->connecting = true;
+    if (connect(fd, to->ai_addr, to->ai_addrlen) != 0 && errno != EINPROGRESS) {
+        link_close(k, strerror(errno));
+        return NULL;
+    }
+    poller_set(l, &k->watch, WATCH_OUT);
+    return k;
+}
+
+/* ---- Listening ---- */
+
+static int listen_on(const struct addrinfo *a, unsigned port)
+{
+    struct sockaddr_storage sa;
+    int on = 1, off = 0, fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+    if (fd < 0)
+        return -1;
+    memcpy(&sa, a->ai_addr, a->ai_addrlen);
+    if (sa.ss_family == AF_INET6)
+        ((struct sockaddr_in6 *)(void *)&sa)->sin6_port = htons((uint16_t)port);
+    else
+        ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (sa.ss_family == AF_INET6)     /* "all interfaces" is one socket for both families; ::1 is itself only */
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, a->ai_flags & AI_PASSIVE ? &off : &on, sizeof off);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
+    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, SOMAXCONN) != 0 || !fd_prepare(fd)) {
+        int error = errno;
+        close(fd);
+        errno = error;
+        return -1;
+    }
+    return fd;
+}
+
+static unsigned port_of(int fd)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = sizeof sa;
+    if (getsockname(fd, (struct sockaddr *)&sa, &len) != 0)
+        return 0;
+    return sa.ss_family == AF_INET6 ? ntohs(((struct sockaddr_in6 *)(void *)&sa)->sin6_port)
+                                    : ntohs(((struct sockaddr_in *)(void *)&sa)->sin_port);
+}
+
+/* Listens on every address in the list, on one port.  Addresses that this machine does not have are passed over, as
+ * long as one is left.  Returns the port, 0 on failure with errno set. */
+static unsigned listen_all(struct loop *l, const struct addrinfo *list, unsigned port)
+{
+    unsigned real = port;
+    int error = EADDRNOTAVAIL;
+    for (const struct addrinfo *a = list; a && l->listener_count < MAX_LISTENERS; a = a->ai_next) {
+        if (a->ai_family != AF_INET && a->ai_family != AF_INET6)
+            continue;
+        if (a->ai_flags & AI_PASSIVE && l->listener_count)
+            break;
+        int fd = listen_on(a, real);
+        if (fd >= 0) {
+            l->listeners[l->listener_count++] = (struct watch){ .fd = fd, .ready = listener_ready };
+            real = port_of(fd);
+            continue;
+        }
+        error = errno;
+        if (error == EADDRNOTAVAIL || error == EAFNOSUPPORT)
+            continue;
+        while (l->listener_count)
+            close(l->listeners[--l->listener_count].fd);
+        break;
+    }
+    errno = error;
+    return l->listener_count ? real : 0;
+}
+
+/* All interfaces: the IPv6 wildcard first, since it takes IPv4 as well. */
+static struct addrinfo *wildcard_first(struct addrinfo *list)
+{
+    for (struct addrinfo **at = &list, *a; (a = *at); at = &a->ai_next)
+        if (a->ai_family == AF_INET6) {
+            *at = a->ai_next;
+            a->ai_next = list;
+            return a;
+        }
+    return list;
+}
+
+/* ---- Signals and the loop itself ---- */
+
+static void on_signal(int number)
+{
+    int saved = errno;
+    uint8_t byte = (uint8_t)number;
+    ssize_t n = write((int)signal_pipe, &byte, 1);
+    (void)n;
+    errno = saved;
+}
+
+/* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
+static void loop_stop(struct loop *l, const char *why)
+{
+    if (l->stopping)
+        return;
+    l->stopping = true;
+    l->stop_ms = l->core.now_ms + STOP_MS;
+    for (size_t i = 0; i < l->listener_count; i++) {
+        poller_set(l, &l->listeners[i], 0);
+        close(l->listeners[i].fd);
+    }
+    l->listener_count = 0;
+    for (struct link *k = l->links, *next; k; k = next) {
+        next = k->next;
+        if (k->connecting) {
+            link_close(k, why);
+            continue;
+        }
+        conn_shutdown(&k->conn, GRPC_UNAVAILABLE, why);
+        link_flush(k);
+    }
+}
+
+static void signals_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    uint8_t number;
+    (void)events;
+    while (read(w->fd, &number, 1) == 1) {
+        if (l->stopping) {
+            l->hurry = true;
+            l->signal_number = number;
+            return;
+        }
+        core_note(&l->core, NULL, "signal %d (%s): saying goodbye to %zu connection%s", number, strsignal(number),
+                  l->link_count, l->link_count == 1 ? "" : "s");
+        l->signal_number = number;
+        loop_stop(l, "the server is shutting down");
+    }
+}
+
+static bool signals_init(struct loop *l)
+{
+    static const int stops[] = { SIGINT, SIGTERM, SIGQUIT, SIGABRT };
+    int fds[2];
+    if (pipe(fds) != 0)
+        return false;
+    if (!fd_prepare(fds[0]) || !fd_prepare(fds[1]))
+        return false;
+    signal_pipe = fds[1];
+    l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
+    struct sigaction sa = { .sa_handler = on_signal };
+    sigemptyset(&sa.sa_mask);
+    sa.sa_flags = SA_RESTART;
+    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
+        sigaction(stops[i], &sa, NULL);
+    sa.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &sa, NULL);
+    return poller_set(l, &l->signals, WATCH_IN);
+}
+
+/* A loop with nothing in it but stdout, stderr and signals.  Exits the program if the system has nothing to give. */
+static struct loop *loop_new(void)
+{
+    struct loop *l = need(calloc(1, sizeof *l));
+    l->stop_ms = l->timer_ms = INT64_MAX;
+    huffman_init(&l->core.huffman);
+    pb_arena_init(&l->core.arena, NULL, 0, 64 << 20);
+    sink_init(&l->out, STDOUT_FILENO, &l->core.out);
+    sink_init(&l->err, STDERR_FILENO, &l->core.err);
+    loop_clock(l);
+    if (!poller_init(l) || !signals_init(l)) {
+        fprintf(stderr, "cvms: can't start: %s\n", strerror(errno));
+        exit(1);
+    }
+    return l;
+}
+
+/* stdout is behind, or has caught up: senders are held back, then let go (see HOLD_BYTES). */
+static void loop_pressure(struct loop *l)
+{
+    size_t waiting = sink_pending(&l->out);
+    bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES, free = l->core.held && waiting < HOLD_BYTES / 4;
+    sink_compact(&l->out);
+    if (paused == l->paused && !(held && !l->core.held) && !free)
+        return;
+    bool touch = paused != l->paused || free;
+    l->paused = paused;
+    l->core.held = free ? false : l->core.held || held;
+    for (struct link *k = l->links, *next; touch && k; k = next) {
+        next = k->next;
+        if (k->connecting)
+            continue;
+        if (free)
+            conn_release(&k->conn);
+        link_flush(k);
+    }
+}
+
+/* Sends what was put on other links than the one whose turn it was. */
+static void loop_flush_all(struct loop *l)
+{
+    l->touched = false;
+    for (struct link *k = l->links, *next; k; k = next) {
+        next = k->next;
+        if (!k->connecting)
+            link_flush(k);
+    }
+}
+
+static void loop_bury(struct loop *l)
+{
+    while (l->graveyard) {
+        struct link *k = l->graveyard;
+        l->graveyard = k->next;
+        free(k);
+        if (l->accept_full)
+            accept_resume(l);
+    }
+}
+
+static void loop_deadlines(struct loop *l)
+{
+    while (l->heap_len && l->heap[1]->deadline_ms <= l->core.now_ms) {
+        struct link *k = l->heap[1];
+        conn_tick(&k->conn);
+        link_flush(k);
+        if (!k->dead && k->deadline_ms <= l->core.now_ms)
+            link_close(k, "timed out");
+    }
+    if (l->timer && l->core.now_ms >= l->timer_ms) {
+        l->timer_ms = INT64_MAX;
+        l->timer(l);
+    }
+    if (l->accept_full)
+        accept_resume(l);
+}
+
+static int loop_timeout(const struct loop *l)
+{
+    int64_t at = l->heap_len ? l->heap[1]->deadline_ms : INT64_MAX;
+    if (l->timer_ms < at)
+        at = l->timer_ms;
+    if (l->stop_ms < at)
+        at = l->stop_ms;
+    if (l->accept_full && l->core.now_ms + 1000 < at)
+        at = l->core.now_ms + 1000;
+    int64_t wait = at - l->core.now_ms;
+    return at == INT64_MAX ? -1 : wait < 0 ? 0 : wait > 3600000 ? 3600000 : (int)wait;
+}
+
+static bool loop_done(const struct loop *l)
+{
+    if (!l->stopping)
+        return false;
+    return l->hurry || l->core.now_ms >= l->stop_ms ||
+           (l->link_count == 0 && sink_pending(&l->out) == 0 && sink_pending(&l->err) == 0);
+}
+
+/* Runs until it is stopped and all is said.  Returns the exit status. */
+static int loop_run(struct loop *l)
+{
+    while (!loop_done(l)) {
+        if (l->touched)
+            loop_flush_all(l);
+        sink_flush(l, &l->out);
+        sink_flush(l, &l->err);
+        loop_pressure(l);
+        loop_bury(l);
+        if (loop_done(l))
+            break;
+        poller_wait(l, loop_timeout(l));
+        loop_deadlines(l);
+    }
+    if (sink_pending(&l->out) && !l->out.broken)
+        fprintf(stderr, "cvms: %zu bytes of messages could not be written to stdout in time\n", sink_pending(&l->out));
+    if (l->hurry)
+        return 128 + l->signal_number;
+    return l->exit_status;
+}
+
+static void loop_free(struct loop *l)
+{
+    for (struct link *k = l->links, *next; k; k = next) {
+        next = k->next;
+        link_close(k, "the program ends");
+    }
+    loop_bury(l);
+    poller_free(l);
+    close(l->signals.fd);
+    close((int)signal_pipe);
+    signal_pipe = -1;
+    buf_free(&l->core.out);
+    buf_free(&l->core.err);
+    buf_free(&l->core.spare);
+    pb_arena_free(&l->core.arena);
+    free(l->heap);
+    free(l);
+}
+
+/* ==== 17. The client commands: a stand-in agent, and health ========================================================
+ * Owns: what a real agent host sends, in its order and on its two streams; the check of the manifest that it gets.
+ * Never: runs a computation.
+ */
+enum { AGENT, FORWARDER, STREAMS };
+
+/* The log-forwarder's lines of a run, in the reference's order.  One of the two is set. */
+struct step {
+    const char *event, *status, *originator;
+    const char *level, *text;
+    bool with_data;                   /* only if the manifest has datasets */
+};
+
+static const struct step run_steps[] = {
+    { .level = "INFO", .text = "stand-in agent: manifest received" },
+    { .level = "WARN", .text = "No Confidential Computing platform detected" },
+    { .event = "ReceivingAlgorithm", .status = "InProgress" },
+    { .event = "ReceivingData", .status = "InProgress", .with_data = true },
+    { .event = "Running", .status = "Starting" },
+    { .event = "Running", .status = "InProgress" },
+    { .level = "DEBUG", .text = "the algorithm's output comes as it was written:\n\tepoch 1  loss 0.53\n\tepoch 2  loss 0.21" },
+    { .event = "AlgorithmRun", .status = "Warning", .originator = "computation-runner" },
+    { .level = "ERROR", .text = "UserWarning: what an algorithm writes to stderr is logged as an error\n" },
+    { .event = "Running", .status = "Completed" },
+    { .event = "ConsumingResults", .status = "Ready" },
+    { .event = "Complete", .status = "Completed" },
+};
+
+/* -fail STATE: the run goes as far as this event, then fails. */
+static const struct {
+    const char *state, *last;
+    bool own_failure;                 /* STATE/Failed comes before Failed/Failed */
+} failures[] = {
+    { "ReceivingManifest", NULL, false },
+    { "ReceivingAlgorithm", "ReceivingAlgorithm", false },
+    { "ReceivingData", "ReceivingData", false },
+    { "Running", "InProgress", true },
+};
+
+struct agent {
+    struct loop *loop;
+    const struct options *o;
+    const struct addrinfo *addresses, *next;
+    const char *authority;
+    struct link *link[STREAMS];
+    struct stream *stream[STREAMS];
+    bool done[STREAMS];
+    int64_t give_up_ms, run;
+    size_t chunks, datasets;
+    bool whole, failed, short_chunk;
+    struct buf manifest, id;
+    const char *state;
+    int fail;                         /* row of failures, -1: none */
+};
+
+/* One line of the stand-in's own on stderr. */
+PRINTF_LIKE(2, 3) static void agent_note(struct agent *a, const char *fmt, ...)
+{
+    char text[1024];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    core_note(&a->loop->core, NULL, "cvms agent: %s", text);
+}
+
+PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
+{
+    char text[900];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    struct buf safe = { 0 };
+    put_text(&safe, bytes_of(text), NULL);
+    agent_note(a, "FAILED: %.*s", (int)safe.len, (char *)safe.p);
+    buf_free(&safe);
+    a->failed = true;
+    a->loop->exit_status = 1;
+    loop_stop(a->loop, "the stand-in agent ends");
+}
+
+static void agent_send(struct agent *a, int which, const struct ClientStreamMessage *msg)
+{
+    if (a->stream[which])
+        grpc_send(a->stream[which], &ClientStreamMessage_message, msg);
+}
+
+static struct Timestamp agent_time(const struct agent *a)
+{
+    int64_t ms = a->loop->core.wall_ms;
+    return (struct Timestamp){ .seconds = ms / 1000, .nanos = (int32_t)(ms % 1000 * 1000000) };
+}
+
+static void agent_log(struct agent *a, const char *level, const char *text)
+{
+    struct Timestamp t = agent_time(a);
+    struct AgentLog log = { .message = bytes_of(text), .computation_id = { a->id.p, a->id.len },
+                            .level = bytes_of(level), .timestamp = &t };
+    agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_log = &log });
+}
+
+static void agent_event(struct agent *a, const char *type, const char *status, const char *originator)
+{
+    struct Timestamp t = agent_time(a);
+    struct AgentEvent event = { .event_type = bytes_of(type), .status = bytes_of(status), .timestamp = &t,
+                                .computation_id = { a->id.p, a->id.len }, .details = BYTES("{}"),
+                                .originator = bytes_of(originator ? originator : "agent") };
+    agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_event = &event });
+    if (!originator)
+        a->state = type;
+}
+
+/* 32 bytes, as an agent needs them, or it panics. */
+static void check_hash(struct agent *a, const char *what, size_t i, struct bytes hash)
+{
+    if (hash.n != SHA3_256_LEN)
+        agent_fail(a, "%s %zu: its hash has %zu bytes, not %d", what, i, hash.n, SHA3_256_LEN);
+}
+
+static void check_key(struct agent *a, const char *what, size_t i, struct bytes key)
+{
+    if (!der_is_spki(key))
+        agent_fail(a, "%s %zu: its userKey is not a SubjectPublicKeyInfo", what, i);
+}
+
+/* The joined chunks: shown, and held to what a real agent needs of them. */
+static size_t agent_check_manifest(struct agent *a)
+{
+    struct pb_arena arena;
+    struct ComputationRunReq req = { 0 };
+    bool unknown;
+    size_t datasets = 0;
+    pb_arena_init(&arena, NULL, 0, SIZE_MAX / 2);
+    enum pb_error err = pb_decode(&ComputationRunReq_message, &req, (struct bytes){ a->manifest.p, a->manifest.len },
+                                  &arena, &unknown);
+    if (err != PB_OK) {
+        agent_fail(a, "the manifest of %zu bytes does not parse: %s", a->manifest.len, pb_error_text(err));
+    } else {
+        const struct Dataset *d = req.datasets.items;
+        const struct ResultConsumer *r = req.result_consumers.items;
+        datasets = req.datasets.n;
+        agent_note(a, "manifest received: %zu bytes in %zu chunks, %zu dataset%s", a->manifest.len, a->chunks, datasets,
+                   datasets == 1 ? "" : "s");
+        pb_json(&a->loop->core.out, &ComputationRunReq_message, &req, 2);
+        buf_putc(&a->loop->core.out, '\n');
+        if (!bytes_eq(req.id, (struct bytes){ a->id.p, a->id.len }))
+            agent_fail(a, "the chunks and the manifest name different computations");
+        if (!req.algorithm)
+            agent_fail(a, "the manifest has no algorithm");
+        for (size_t i = 0; i < datasets; i++)
+            check_hash(a, "dataset", i, d[i].hash), check_key(a, "dataset", i, d[i].userKey);
+        for (size_t i = 0; i < req.result_consumers.n; i++)
+            check_key(a, "result consumer", i, r[i].userKey);
+        if (req.algorithm)
+            check_hash(a, "algorithm", 0, req.algorithm->hash), check_key(a, "algorithm", 0, req.algorithm->userKey);
+    }
+    pb_arena_free(&arena);
+    return datasets;
+}
+
+/* The rest of the run. */
+static void agent_play(struct agent *a)
+{
+    const char *error = a->fail == 0 ? "stand-in agent: told to fail" : "";
+    struct RunResponse res = { .computation_id = { a->id.p, a->id.len }, .error = bytes_of(error) };
+    agent_send(a, AGENT, &(struct ClientStreamMessage){ .run_res = &res });
+    for (size_t i = 0; i < PB_COUNT(run_steps) && a->fail != 0; i++) {
+        const struct step *step = &run_steps[i];
+        if (step->with_data && !a->datasets)
+            continue;
+        if (step->level)
+            agent_log(a, step->level, step->text);
+        else
+            agent_event(a, step->event, step->status, step->originator);
+        const char *last = a->fail > 0 ? failures[a->fail].last : NULL;
+        if (last && step->event && (strcmp(last, step->event) == 0 || strcmp(last, step->status) == 0) &&
+            (a->fail < 3 || strcmp(step->event, "Running") == 0))
+            break;
+    }
+    if (a->fail > 0) {
+        agent_log(a, "ERROR", "stand-in agent: told to fail");
+        if (failures[a->fail].own_failure)
+            agent_event(a, failures[a->fail].state, "Failed", NULL);
+        agent_event(a, "Failed", "Failed", NULL);
+    }
+}
+
+/* Goes on once the manifest is whole and both streams are up. */
+static void agent_go(struct agent *a)
+{
+    if (!a->whole || a->failed || (!a->o->once && !a->stream[FORWARDER]))
+        return;
+    if (!a->o->once)
+        agent_play(a);
+    for (int i = 0; i < STREAMS; i++)
+        if (a->stream[i])
+            grpc_half_close(a->stream[i]);
+    a->loop->touched = true;
+}
+
+/* A chunk of the manifest, in the agent's order: full ones, a shorter one, an empty one that is the last. */
+static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
+{
+    if (a->whole)
+        return;
+    if (a->chunks++ == 0)
+        buf_put(&a->id, c->id.p, c->id.n);
+    if (!bytes_eq(c->id, (struct bytes){ a->id.p, a->id.len }))
+        agent_fail(a, "chunk %zu belongs to another computation", a->chunks);
+    if (c->data.n && a->short_chunk)
+        agent_fail(a, "chunk %zu has data behind a short chunk", a->chunks);
+    a->short_chunk = c->data.n != CHUNK_LEN;
+    buf_put(&a->manifest, c->data.p, c->data.n);
+    if (a->manifest.failed)
+        agent_fail(a, "out of memory for the manifest");
+    if (!c->is_last || a->failed)
+        return;
+    a->whole = true;
+    a->datasets = agent_check_manifest(a);
+    agent_go(a);
+}
+
+/* What a server may ask of a running agent. */
+static void agent_asked(struct agent *a, const struct ServerStreamMessage *msg)
+{
+    if (msg->agentStateReq) {
+        struct AgentStateRes res = { .id = msg->agentStateReq->id, .state = bytes_of(a->state) };
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .agentStateRes = &res });
+    } else if (msg->stopComputation) {
+        struct StopComputationResponse res = { .computation_id = msg->stopComputation->computation_id };
+        agent_event(a, "Stopped", "Stopped", NULL);
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .stopComputationRes = &res });
+    } else if (msg->runReq) {
+        agent_fail(a, "the server sent a plain runReq: real agents take chunks only");
+    }
+}
+
+static void agent_message(struct stream *s, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    struct agent *a = core->app;
+    struct ServerStreamMessage msg = { 0 };
+    bool unknown;
+    if (s->user != &a->stream[AGENT])
+        return;                       /* a log-forwarder takes no notice of what it gets */
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+    if (err != PB_OK)
+        agent_fail(a, "a message of %zu bytes does not parse: %s", wire.n, pb_error_text(err));
+    else if (msg.runReqChunks)
+        agent_chunk(a, msg.runReqChunks);
+    else
+        agent_asked(a, &msg);
+}
+
+static void agent_begin(struct agent *a);
+
+static void agent_status(struct stream *s, unsigned status, struct bytes text)
+{
+    struct agent *a = s->conn->core->app;
+    int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
+    if (a->failed || a->loop->stopping)
+        return;
+    if (status != GRPC_OK || !a->whole) {
+        agent_fail(a, "the server ended the %s's stream: %s %.*s", which == AGENT ? "agent" : "log-forwarder",
+                   grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
+        return;
+    }
+    a->done[which] = true;
+    if (!a->done[AGENT] || !(a->done[FORWARDER] || a->o->once))
+        return;
+    agent_note(a, "run %lld of %lld is over: the server has taken everything", (long long)a->run,
+               (long long)a->o->repeat);
+    if (a->run == a->o->repeat)
+        loop_stop(a->loop, "done");
+    else
+        a->loop->timer_ms = 0;        /* the next run begins outside this call */
+}
+
+static void agent_stream_closed(struct stream *s)
+{
+    struct agent *a = s->conn->core->app;
+    *(struct stream **)s->user = NULL;
+    (void)a;
+}
+
+static const struct grpc_method agent_method = {
+    .path = "/cvms.Service/Process", .message = agent_message, .status = agent_status, .closed = agent_stream_closed,
+};
+
+static const char *addr_text(const struct options *o)
+{
+    return o->arg_count ? o->args[0] : "localhost:7001";
+}
+
+/* A connection is up: opens its Process stream.  The attestation report is the agent's first message. */
+static void agent_up(struct link *k)
+{
+    struct agent *a = k->loop->core.app;
+    int which = k == a->link[AGENT] ? AGENT : FORWARDER;
+    const char *metadata[5] = { 0 };
+    size_t n = 0;
+    if (present(a->o->job_id)) {
+        metadata[n++] = "job-id", metadata[n++] = a->o->job_id;
+        if (which == FORWARDER)
+            metadata[n++] = "connection-type", metadata[n++] = "log-forwarder";
+    }
+    struct stream *s = grpc_call(&k->conn, &agent_method, a->authority, metadata);
+    if (!s) {
+        agent_fail(a, "out of memory");
+        return;
+    }
+    a->stream[which] = s;
+    s->user = &a->stream[which];
+    if (which == AGENT && !a->o->once) {
+        a->link[FORWARDER] = NULL;
+        agent_begin(a);               /* the log-forwarder's connection */
+    }
+    struct AttestationResponse report = { .certSerialNumber = BYTES("") };
+    if (which == AGENT)
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .vTPMattestationReport = &report });
+    else
+        agent_go(a);
+}
+
+/* A connection is gone, or did not come about: tries the next address, then again until -wait is over. */
+static void agent_down(struct link *k, const char *why)
+{
+    struct agent *a = k->loop->core.app;
+    if (a->failed || a->loop->stopping)
+        return;
+    if (!k->connecting)
+        return;                       /* its streams have told */
+    a->next = a->next ? a->next->ai_next : NULL;
+    for (int i = 0; i < STREAMS; i++)
+        if (a->link[i] == k)
+            a->link[i] = NULL;
+    if (a->next) {
+        agent_begin(a);
+    } else if (a->loop->core.now_ms >= a->give_up_ms) {
+        agent_fail(a, "can't connect to %s: %s", a->authority, why);
+    } else {
+        a->loop->timer_ms = a->loop->core.now_ms + RETRY_MS;
+    }
+}
+
+/* Connects what is not connected: the agent first, its log-forwarder once that is up. */
+static void agent_begin(struct agent *a)
+{
+    int which = a->link[AGENT] ? FORWARDER : AGENT;
+    if (a->link[which])
+        return;
+    if (!a->next)
+        a->next = a->addresses;
+    struct link *k = link_connect(a->loop, a->next);
+    if (k)
+        a->link[which] = k;
+    else if (!a->failed && a->loop->timer_ms == INT64_MAX)
+        a->loop->timer_ms = a->loop->core.now_ms + RETRY_MS;
+}
+
+/* Retries a connection, or begins the next run. */
+static void agent_timer(struct loop *l)
+{
+    struct agent *a = l->core.app;
+    if (a->done[AGENT]) {
+        for (struct link *k = l->links, *next; k; k = next) {
+            next = k->next;
+            link_close(k, "the run is over");
+        }
+        a->run++;
+        a->chunks = 0;
+        a->whole = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
+        a->link[AGENT] = a->link[FORWARDER] = NULL;
+        a->state = "ReceivingManifest";
+        buf_free(&a->manifest);
+        buf_free(&a->id);
+    }
+    agent_begin(a);
+}
+
+/* Resolves ADDR; the list is the caller's.  NULL, and a line on stderr, if that can't be done. */
+static struct addrinfo *resolve(const char *addr)
+{
+    char host[256];
+    const char *colon = strrchr(addr, ':'), *port = colon ? colon + 1 : "7001";
+    size_t n = colon ? (size_t)(colon - addr) : strlen(addr);
+    struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC }, *list = NULL;
+    if (n >= 2 && addr[0] == '[' && addr[n - 1] == ']')
+        addr++, n -= 2;
+    int64_t number = parse_decimal(bytes_of(port));
+    if (n >= sizeof host || number < 1 || number > 65535) {
+        fprintf(stderr, "cvms: \"%s\" is not an address; write it like localhost:7001 or [::1]:7001\n", addr);
+        return NULL;
+    }
+    snprintf(host, sizeof host, "%.*s", (int)n, addr);
+    int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
+    if (error)
+        fprintf(stderr, "cvms: can't resolve \"%s\": %s\n", host, gai_strerror(error));
+    return error ? NULL : list;
+}
+
+static int cmd_agent(struct options *o)
+{
+    struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest", .fail = -1 };
+    struct report r = { 0 };
+    for (size_t i = 0; o->fail && i < PB_COUNT(failures); i++)
+        if (strcmp(o->fail, failures[i].state) == 0)
+            a.fail = (int)i;
+    if (o->fail && a.fail < 0)
+        tell(&r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
+                        "ReceivingData or Running", o->fail);
+    if (o->arg_count > 1)
+        tell(&r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
+    if (r.usage)
+        return 2;
+    struct addrinfo *list = resolve(addr_text(o));
+    if (!list)
+        return 1;
+    a.addresses = list;
+    a.authority = addr_text(o);
+    a.loop = loop_new();
+    a.loop->core.app = &a;
+    a.loop->core.max_message = CLIENT_MAX_MESSAGE;
+    a.loop->link_up = agent_up;
+    a.loop->link_down = agent_down;
+    a.loop->timer = agent_timer;
+    a.give_up_ms = a.loop->core.now_ms + o->wait_ms;
+    agent_begin(&a);
+    int status = loop_run(a.loop);
+    if (a.loop->signal_number && !status)
+        status = 128 + a.loop->signal_number;
+    loop_free(a.loop);
+    buf_free(&a.manifest);
+    buf_free(&a.id);
+    freeaddrinfo(list);
+    return status;
+}
+
+/* ---- cvms health ---- */
+struct health {
+    struct loop *loop;
+    const struct options *o;
+    const struct addrinfo *addresses, *next;
+    const char *authority;
+    int64_t give_up_ms;
+    bool answered;
+};
+
+static void health_end(struct health *h, int status, const char *text)
+{
+    if (h->loop->stopping)
+        return;
+    core_note(&h->loop->core, NULL, "cvms health: %s: %s", h->authority, text);
+    h->loop->exit_status = status;
+    loop_stop(h->loop, "done");
+}
+
+static void health_answer(struct stream *s, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    struct HealthCheckResponse res = { 0 };
+    bool unknown;
+    enum pb_error err = pb_decode(&HealthCheckResponse_message, &res, wire, &core->arena, &unknown);
+    bool known = err == PB_OK && res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values);
+    health_end(core->app, known && res.status == SERVING ? 0 : 1, known ? ServingStatus_values[res.status] : "no status");
+}
+
+static void health_status_end(struct stream *s, unsigned status, struct bytes text)
+{
+    char line[400];
+    struct buf safe = { 0 };
+    put_text(&safe, (struct bytes){ text.p, min_size(text.n, 300) }, NULL);
+    snprintf(line, sizeof line, "%s %.*s", grpc_status_names[status], (int)safe.len, safe.len ? (char *)safe.p : "");
+    buf_free(&safe);
+    health_end(s->conn->core->app, 1, line);
+}
+
+static const struct grpc_method health_method = {
+    .path = "/grpc.health.v1.Health/Check", .message = health_answer, .status = health_status_end,
+};
+
+static void health_up(struct link *k)
+{
+    struct health *h = k->loop->core.app;
+    struct HealthCheckRequest req = { .service = bytes_of(h->o->service) };
+    struct stream *s = grpc_call(&k->conn, &health_method, h->authority, NULL);
+    if (!s) {
+        health_end(h, 1, "out of memory");
+        return;
+    }
+    grpc_send(s, &HealthCheckRequest_message, &req);
+    grpc_half_close(s);
+}
+
+static void health_begin(struct loop *l)
+{
+    struct health *h = l->core.app;
+    for (h->next = h->next ? h->next : h->addresses; h->next; h->next = h->next->ai_next)
+        if (link_connect(l, h->next))
+            return;
+    if (l->core.now_ms >= h->give_up_ms)
+        health_end(h, 1, strerror(errno));
+    else
+        l->timer_ms = l->core.now_ms + RETRY_MS;
+}
+
+static void health_down(struct link *k, const char *why)
+{
+    struct health *h = k->loop->core.app;
+    if (h->loop->stopping || !k->connecting)
+        return;
+    h->next = h->next ? h->next->ai_next : NULL;
+    if (h->next)
+        health_begin(h->loop);
+    else if (h->loop->core.now_ms >= h->give_up_ms)
+        health_end(h, 1, why);
+    else
+        h->loop->timer_ms = h->loop->core.now_ms + RETRY_MS;
+}
+
+static int cmd_health(struct options *o)
+{
+    struct addrinfo *list = resolve(addr_text(o));
+    struct health h = { .o = o, .addresses = list, .authority = addr_text(o) };
+    if (!list)
+        return 1;
+    h.loop = loop_new();
+    h.loop->core.app = &h;
+    h.loop->core.max_message = CLIENT_MAX_MESSAGE;
+    h.loop->link_up = health_up;
+    h.loop->link_down = health_down;
+    h.loop->timer = health_begin;
+    h.give_up_ms = h.loop->core.now_ms + o->wait_ms;
+    health_begin(h.loop);
+    int status = loop_run(h.loop);
+    loop_free(h.loop);
+    freeaddrinfo(list);
+    return status;
+}
+
+/* ==== 18. The server command, and main ============================================================================= */
+
+/* HOST:PORT, with brackets around an IPv6 address. */
+static void host_port(char *out, size_t cap, const char *host, unsigned port)
+{
+    bool v6 = strchr(host, ':') && host[0] != '[';
+    snprintf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
+}
+
+/* Opens the port that HOST and PORT name.  False: told. */
+static bool serve_listen(struct loop *l, struct report *r, char *where, size_t cap)
+{
+    const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost";
+    int64_t port = present(env_port) ? parse_decimal(bytes_of(env_port)) : 7001;
+    struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = *host ? 0 : AI_PASSIVE };
+    struct addrinfo *list = NULL;
+    char bare[256];
+    snprintf(bare, sizeof bare, "%s", host);
+    size_t n = strlen(bare);
+    if (n > 2 && bare[0] == '[' && bare[n - 1] == ']') {
+        memmove(bare, bare + 1, n - 2);
+        bare[n - 2] = 0;
+    }
+    int error = getaddrinfo(*host ? bare : NULL, "0", &hints, &list);
+    if (error) {
+        tell(r, START, "HOST: can't resolve \"%s\": %s", host, gai_strerror(error));
+        return false;
+    }
+    list = *host ? list : wildcard_first(list);
+    for (struct addrinfo *a = list; a; a = a->ai_next)
+        a->ai_flags = hints.ai_flags;
+    unsigned real = 0;
+    for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
+        real = listen_all(l, list, (unsigned)port);
+    if (!real)
+        tell(r, START, "can't listen at %s port %lld: %s%s", *host ? host : "all interfaces", (long long)port,
+             strerror(errno), errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
+                              : errno == EACCES ? "; set PORT to one above 1023" : "");
+    freeaddrinfo(list);
+    host_port(where, cap, bare, real);
+    return real != 0;
+}
+
+static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
+{
+    FILE *f = fopen(path, "wb");
+    if (!f)
+        return err_set(e, "%s: %s", path, strerror(errno));
+    bool ok = fwrite(p, 1, n, f) == n;
+    ok = fclose(f) == 0 && ok;
+    return ok || err_set(e, "%s: %s", path, strerror(errno));
+}
+
+/* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
+static void check_environment(struct report *r)
+{
+    const char *port = getenv("PORT");
+    int64_t n = present(port) ? parse_decimal(bytes_of(port)) : 0;
+    if (n < 0 || n > 65535)
+        tell(r, USAGE, "PORT: \"%s\" is not a port; use 0 to 65535 (0: any free one)", port);
+    if (present(getenv("SERVER_CERT")) || present(getenv("SERVER_KEY")))
+        tell(r, START, "SERVER_CERT, SERVER_KEY: this cvms was built without TLS; unset them to serve in plaintext");
+}
+
+/* The words that are not flags: the older form ALGO PUBKEY BOOL [DATA...], or a mistake. */
+static void positional_form(struct options *o, struct report *r, bool any_flag)
+{
+    if (o->arg_count == 0)
+        return;
+    if (any_flag || o->arg_count < 3) {
+        tell(r, USAGE, "\"%s\" is not a flag (flags end at the first word without a dash); see cvms -help", o->args[0]);
+        return;
+    }
+    tell(r, WARNING, "the positional form is old: use -algo-path %s -public-key-path %s -attested-tls-bool %s%s",
+         o->args[0], o->args[1], o->args[2], o->arg_count > 3 ? " -data-paths ..." : "");
+    o->algo_path = o->args[0];
+    o->public_key_path = o->args[1];
+    o->attested_tls = o->args[2];
+    struct buf paths = { 0 };
+    for (size_t i = 3; i < o->arg_count; i++)
+        buf_printf(&paths, "%s%s", i > 3 ? "," : "", o->args[i]);
+    buf_putc(&paths, 0);
+    if (o->arg_count > 3)
+        values_add(o, &o->data_paths, memcpy(keep(o, paths.len), need(paths.p), paths.len));
+    buf_free(&paths);
+}
+
+static int cmd_manifest(struct options *o, struct report *r)
+{
+    struct manifest m = { 0 };
+    struct err e;
+    struct buf out = { 0 };
+    manifest_build(&m, o, r);
+    if (r->usage || r->start)
+        return r->usage ? 2 : 1;
+    int status = 0;
+    if (o->out_file) {
+        struct bytes wire = pb_encode(&out, &ComputationRunReq_message, &m.req);
+        if (out.failed || !write_file(o->out_file, wire.p, wire.n, &e))
+            tell(r, START, "-o: %s", out.failed ? "out of memory" : e.text), status = 1;
+    } else {
+        pb_json(&out, &ComputationRunReq_message, &m.req, 2);
+        buf_putc(&out, '\n');
+        if (out.failed || fwrite(out.p, 1, out.len, stdout) != out.len || fflush(stdout) != 0)
+            tell(r, START, "stdout: %s", out.failed ? "out of memory" : strerror(errno)), status = 1;
+    }
+    buf_free(&out);
+    manifest_free(&m);
+    return status;
+}
+
+static int cmd_serve(struct options *o, struct report *r)
+{
+    static const char *const outputs[] = { "text", "json" };
+    struct manifest m = { 0 };
+    struct err e;
+    char where[300];
+    check_choice(r, "output", o->output, outputs, 2);
+    check_environment(r);
+    manifest_build(&m, o, r);
+    if (r->usage || r->start)
+        return r->usage ? 2 : 1;
+    struct loop *l = loop_new();
+    l->core.methods = server_methods;
+    l->core.method_count = PB_COUNT(server_methods);
+    l->core.max_message = (size_t)o->max_message;
+    l->core.manifest = &m;
+    l->core.json = strcmp(o->output, "json") == 0;
+    l->core.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR"));
+    if (!serve_listen(l, r, where, sizeof where))
+        return 1;
+    struct buf line = { 0 };
+    buf_printf(&line, "%s\n", where);
+    if (o->ready_file && !write_file(o->ready_file, line.p, line.len, &e)) {
+        tell(r, START, "-ready-file: %s", e.text);
+        return 1;
+    }
+    buf_free(&line);
+    for (size_t i = 0; i < l->listener_count; i++)
+        poller_set(l, &l->listeners[i], WATCH_IN);
+    core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s without TLS", where);
+    int status = loop_run(l);
+    loop_free(l);
+    manifest_free(&m);
+    return status;
+}
+
+static int run(struct options *o, struct report *r)
+{
+    switch (o->command) {
+    case CMD_CHECKSUM:
+        if (o->arg_count)
+            return cmd_checksum(o->base64, (char *const *)o->args, o->arg_count);
+        tell(r, USAGE, "checksum: name at least one file or folder");
+        return 2;
+    case CMD_AGENT:
+        return cmd_agent(o);
+    case CMD_HEALTH:
+        return cmd_health(o);
+    case CMD_MANIFEST:
+        return cmd_manifest(o, r);
+    case CMD_SERVE:
+        return cmd_serve(o, r);
+    }
+    return 2;
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = { .command = CMD_SERVE };
+    pb_arena_init(&o.arena, NULL, 0, SIZE_MAX / 2);
+    struct report r = { 0 };
+    int at = 1;
+    for (size_t i = 0; argc > 1 && i < COMMANDS; i++)
+        if (strcmp(argv[1], command_table[i].name) == 0) {
+            o.command = command_table[i].command;
+            at = 2;
+        }
+    options_parse(&r, &o, argv + at, (size_t)(argc - at));
+    if (o.help || o.version) {
+        if (o.version)
+            puts("cvms " CVMS_VERSION);
+        else
+            options_help();
+        pb_arena_free(&o.arena);
+        return fflush(stdout) == 0 ? 0 : 1;
+    }
+    if (o.command & BOTH)
+        positional_form(&o, &r, o.args != (const char **)(argv + at));
+    int status = r.usage && !(o.command & BOTH) ? 2 : run(&o, &r);
+    pb_arena_free(&o.arena);
+    return status;
+}

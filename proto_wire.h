@@ -1,0 +1,1482 @@
+/* proto_wire.h: byte strings, growable buffers, and a table-driven codec for proto3 messages.
+ *
+ * A message is a C struct whose members carry the .proto names, and one table row for each field:
+ *
+ *     struct Source { struct bytes type, url; bool encrypted; };
+ *     static const struct pb_field Source_fields[] = {
+ *         PB_ROW(Source, 1, STRING, 0, type,      NULL),
+ *         PB_ROW(Source, 2, STRING, 0, url,       NULL),
+ *         PB_ROW(Source, 4, BOOL,   0, encrypted, NULL),
+ *     };
+ *     static const struct pb_message Source_message = PB_TYPE(Source);
+ *
+ * The rows stand in ascending number order and drive everything: decode, encode, JSON both ways, the walk over
+ * unknown fields, and the descriptor that server reflection hands out.
+ *
+ * In memory    bool, int32 and enum (int32_t), int64; string and bytes are struct bytes; a sub-message is a pointer,
+ *              NULL when absent; a repeated field is a struct pb_list; a map is a list of its entry messages.
+ * Presence     proto3's implicit presence: zero is absent.  A oneof (one in a message, of messages, strings and
+ *              bytes) is set where the pointer, or the p of the bytes, is not NULL.
+ * Ownership    decoded bytes point into the input, all else lies in the arena: keep both while the message is used.
+ * Left out     proto2, float, fixed and zigzag fields, extensions: the services of this program have none.
+ */
+#ifndef PROTO_WIRE_H
+#define PROTO_WIRE_H
+
+/* The top of proto_wire.h: byte strings and growable buffers, shared by every section of cvms.c. */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A run of bytes that somebody else owns.  p may be NULL only when n is 0. */
+struct bytes {
+    const uint8_t *p;
+    size_t n;
+};
+
+/* A growable buffer.  All zero is empty.  A failed allocation sets `failed`, which sticks: later appends do
+ * nothing, so a caller may append many times and test once. */
+struct buf {
+    uint8_t *p;
+    size_t len, cap;
+    bool failed;
+};
+
+#define BYTES(literal) ((struct bytes){ (const uint8_t *)(literal), sizeof(literal) - 1 })
+
+static inline struct bytes bytes_of(const char *s)
+{
+    return (struct bytes){ (const uint8_t *)s, strlen(s) };
+}
+
+static inline bool bytes_eq(struct bytes a, struct bytes b)
+{
+    return a.n == b.n && (a.n == 0 || memcmp(a.p, b.p, a.n) == 0);
+}
+
+static inline void buf_free(struct buf *b)
+{
+    free(b->p);
+    *b = (struct buf){ 0 };
+}
+
+/* Makes room for n more bytes and returns where they start, or NULL (and `failed`) when there is no memory.
+ * The caller adds what it wrote to b->len. */
+static inline uint8_t *buf_room(struct buf *b, size_t n)
+{
+    if (b->failed)
+        return NULL;
+    if (b->cap - b->len < n) {
+        size_t cap = b->cap ? b->cap : 256;
+        while (cap - b->len < n && cap <= SIZE_MAX / 2)
+            cap *= 2;
+        uint8_t *p = cap - b->len < n ? NULL : realloc(b->p, cap);
+        if (!p) {
+            b->failed = true;
+            return NULL;
+        }
+        b->p = p;
+        b->cap = cap;
+    }
+    return b->p + b->len;
+}
+
+static inline void buf_put(struct buf *b, const void *p, size_t n)
+{
+    uint8_t *to = buf_room(b, n);
+    if (to && n) {
+        memcpy(to, p, n);
+        b->len += n;
+    }
+}
+
+static inline void buf_putc(struct buf *b, int c)
+{
+    uint8_t *to = buf_room(b, 1);
+    if (to) {
+        *to = (uint8_t)c;
+        b->len++;
+    }
+}
+
+static inline void buf_puts(struct buf *b, const char *s)
+{
+    buf_put(b, s, strlen(s));
+}
+
+/* ---- Arena -------------------------------------------------------------------------------------------------------
+ * Zeroed memory, freed all at once.  `limit` bounds what is taken from malloc, block headers included.  The oldest
+ * block outlives a reset unless it is an outsize one, so a stream of small messages costs no malloc per message. */
+#define PB_BLOCK 4096
+
+struct pb_block {
+    struct pb_block *next;      /* the one before it */
+    size_t cap;                 /* bytes after this header */
+};
+
+struct pb_arena {
+    struct pb_block *newest, *lent;
+    size_t used;                /* bytes taken of the newest block */
+    size_t held, limit;
+};
+
+/* mem: an oldest block of n bytes that the caller lends, aligned for a pointer; NULL for none.  A lent block does not
+ * count against the limit. */
+static inline void pb_arena_init(struct pb_arena *a, void *mem, size_t n, size_t limit)
+{
+    *a = (struct pb_arena){ .limit = limit };
+    if (n > sizeof *a->lent) {
+        a->newest = a->lent = mem;
+        *a->lent = (struct pb_block){ NULL, n - sizeof *a->lent };
+    }
+}
+
+/* Returns n zeroed bytes, aligned to 8, or NULL: over the limit, or no memory. */
+static inline void *pb_arena_alloc(struct pb_arena *a, size_t n)
+{
+    if (n > SIZE_MAX / 2)
+        return NULL;
+    n = (n + 7) & ~(size_t)7;
+    if (!a->newest || n > a->newest->cap - a->used) {
+        size_t cap = n > PB_BLOCK - sizeof(struct pb_block) ? n : PB_BLOCK - sizeof(struct pb_block);
+        size_t size = cap + sizeof(struct pb_block);
+        struct pb_block *b = size > a->limit - a->held ? NULL : malloc(size);
+        if (!b)
+            return NULL;
+        *b = (struct pb_block){ a->newest, cap };
+        a->newest = b;
+        a->held += size;
+        a->used = 0;
+    }
+    void *p = (uint8_t *)(a->newest + 1) + a->used;
+    a->used += n;
+    return memset(p, 0, n);
+}
+
+static void pb_arena_pop(struct pb_arena *a)
+{
+    struct pb_block *b = a->newest;
+    a->newest = b->next;
+    a->held -= b->cap + sizeof *b;
+    free(b);
+}
+
+/* Ends the life of all that was allocated. */
+static inline void pb_arena_reset(struct pb_arena *a)
+{
+    while (a->newest && a->newest != a->lent && (a->newest->next || a->newest->cap > PB_BLOCK))
+        pb_arena_pop(a);
+    a->used = 0;
+}
+
+static inline void pb_arena_free(struct pb_arena *a)
+{
+    pb_arena_reset(a);
+    if (a->newest && a->newest != a->lent)
+        pb_arena_pop(a);
+}
+
+/* ---- Tables ------------------------------------------------------------------------------------------------------ */
+enum pb_kind { PB_BOOL, PB_INT32, PB_INT64, PB_ENUM, PB_STRING, PB_BYTES, PB_MESSAGE };
+enum pb_flag { PB_ONEOF = 1, PB_REPEATED = 2 };
+enum pb_form { PB_PLAIN, PB_MAP_ENTRY, PB_TIMESTAMP };
+enum pb_wire { PB_VARINT, PB_FIXED64, PB_LEN, PB_SGROUP, PB_EGROUP, PB_FIXED32 };
+enum { PB_MAX_DEPTH = 100, PB_MAX_NUMBER = (1 << 29) - 1, PB_NAME_MAX = 64 };
+
+struct pb_field {
+    uint32_t number;
+    uint8_t kind, flags;
+    uint16_t offset;
+    const char *name;           /* under PB_NAME_MAX bytes */
+    const void *sub;            /* struct pb_message, or struct pb_enum, or NULL */
+};
+
+struct pb_message {
+    const char *name;
+    const struct pb_field *fields;
+    size_t n, size;             /* rows (at most 64), bytes of the struct */
+    enum pb_form form;          /* a map entry has rows 1 key (string) and 2 value; a Timestamp 1 seconds, 2 nanos */
+    const char *oneof;
+};
+
+struct pb_enum {
+    const char *name;
+    const char *const *values;  /* names of 0, 1, 2 ... */
+    size_t n;
+};
+
+/* Items stand side by side: struct bytes, structs of the sub-message, or plain values.  cap is the decoder's. */
+struct pb_list {
+    void *items;
+    size_t n, cap;
+};
+
+#define PB_COUNT(array) (sizeof(array) / sizeof *(array))
+#define PB_ROW(T, number, kind, flags, member, sub) \
+    { number, PB_##kind, flags, offsetof(struct T, member), #member, sub }
+#define PB_TYPE(T) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), PB_PLAIN, NULL }
+#define PB_TYPE_ONEOF(T, oneof) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), PB_PLAIN, #oneof }
+#define PB_TYPE_FORM(T, form) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), form, NULL }
+
+/* Index of the row with this number, m->n if there is none. */
+static size_t pb_row(const struct pb_message *m, uint64_t number)
+{
+    size_t i = 0;
+    while (i < m->n && m->fields[i].number != number)
+        i++;
+    return i;
+}
+
+static bool pb_is_scalar(const struct pb_field *f)
+{
+    return f->kind < PB_STRING;
+}
+
+static bool pb_is_map(const struct pb_field *f)
+{
+    return f->kind == PB_MESSAGE && ((const struct pb_message *)f->sub)->form == PB_MAP_ENTRY;
+}
+
+/* Bytes of one item of a repeated field. */
+static size_t pb_item_size(const struct pb_field *f)
+{
+    static const uint8_t size[] = {
+        [PB_BOOL] = sizeof(bool),      [PB_INT32] = sizeof(int32_t),       [PB_INT64] = sizeof(int64_t),
+        [PB_ENUM] = sizeof(int32_t),   [PB_STRING] = sizeof(struct bytes), [PB_BYTES] = sizeof(struct bytes),
+    };
+    return f->kind == PB_MESSAGE ? ((const struct pb_message *)f->sub)->size : size[f->kind];
+}
+
+static void pb_store(const struct pb_field *f, void *at, uint64_t v)
+{
+    if (f->kind == PB_BOOL)
+        *(bool *)at = v != 0;
+    else if (f->kind == PB_INT64)
+        *(int64_t *)at = (int64_t)v;
+    else
+        *(int32_t *)at = (int32_t)v;            /* proto3: the low 32 bits count */
+}
+
+/* The value as it goes on the wire: negative ones sign-extended to 64 bits. */
+static uint64_t pb_load(const struct pb_field *f, const void *at)
+{
+    if (f->kind == PB_BOOL)
+        return *(const bool *)at;
+    return f->kind == PB_INT64 ? (uint64_t)*(const int64_t *)at : (uint64_t)(int64_t)*(const int32_t *)at;
+}
+
+/* Members are pointers to many types: copied, not aliased. */
+static void *pb_pointer(const void *at)
+{
+    void *p;
+    memcpy(&p, at, sizeof p);
+    return p;
+}
+
+static bool pb_is_set(const struct pb_field *f, const void *at)
+{
+    if (f->flags & PB_REPEATED)
+        return ((const struct pb_list *)at)->n != 0;
+    if (f->kind == PB_MESSAGE)
+        return pb_pointer(at) != NULL;
+    if (pb_is_scalar(f))
+        return pb_load(f, at) != 0;
+    return f->flags & PB_ONEOF ? ((const struct bytes *)at)->p != NULL : ((const struct bytes *)at)->n != 0;
+}
+
+/* Appends a zeroed item of `size` bytes and returns it; NULL when the arena is used up. */
+static void *pb_list_add(struct pb_arena *a, struct pb_list *list, size_t size)
+{
+    if (list->n >= list->cap) {
+        if (list->n > SIZE_MAX / 4 / size)
+            return NULL;
+        size_t cap = list->n < 4 ? 4 : list->n * 2;
+        void *items = pb_arena_alloc(a, cap * size);
+        if (!items)
+            return NULL;
+        if (list->n)
+            memcpy(items, list->items, list->n * size);
+        list->items = items;
+        list->cap = cap;
+    }
+    return (uint8_t *)list->items + size * list->n++;
+}
+
+/* The sub-message of a singular field, made if absent; NULL when the arena is used up. */
+static void *pb_make(struct pb_arena *a, const struct pb_field *f, void *at)
+{
+    void *sub = pb_pointer(at);
+    if (!sub && (sub = pb_arena_alloc(a, ((const struct pb_message *)f->sub)->size)))
+        memcpy(at, &sub, sizeof sub);
+    return sub;
+}
+
+/* ---- UTF-8 (RFC 3629) -------------------------------------------------------------------------------------------- */
+
+/* Length of the character at p, 1 to 4, with its code point in *c; 0 if it is not well formed.  p < end. */
+static size_t pb_utf8_char(const uint8_t *p, const uint8_t *end, uint32_t *c)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc0 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf8 ? 4 : 0;
+    if (n == 0 || (size_t)(end - p) < n)
+        return 0;
+    *c = n == 1 ? p[0] : p[0] & (0x7fu >> n);
+    for (size_t i = 1; i < n; i++) {
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+        *c = *c << 6 | (p[i] & 0x3f);
+    }
+    return *c < least[n] || *c > 0x10ffff || *c >> 11 == 0xd800 >> 11 ? 0 : n;
+}
+
+/* The top bits of 8 bytes; none is set in ASCII. */
+static inline uint64_t pb_top8(const uint8_t *p)
+{
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x & 0x8080808080808080;
+}
+
+static inline bool pb_utf8_valid(struct bytes s)
+{
+    const uint8_t *p = s.p, *end = s.n ? s.p + s.n : p;
+    while (p < end) {
+        while (end - p >= 32 && !(pb_top8(p) | pb_top8(p + 8) | pb_top8(p + 16) | pb_top8(p + 24)))
+            p += 32;
+        while (end - p >= 8 && !pb_top8(p))
+            p += 8;
+        if (end - p < 8 && s.n >= 8 && !pb_top8(end - 8))
+            return true;
+        uint32_t c;
+        size_t n = *p >= 0x80 ? pb_utf8_char(p, end, &c) : 1;
+        if (n == 0)
+            return false;
+        p += n;
+    }
+    return true;
+}
+
+/* ---- Decoding ---------------------------------------------------------------------------------------------------- */
+enum pb_error { PB_OK, PB_TRUNCATED, PB_MALFORMED, PB_UTF8, PB_DEPTH, PB_LIMIT };
+
+static inline const char *pb_error_text(enum pb_error e)
+{
+    static const char *const text[] = {
+        [PB_OK] = "ok",
+        [PB_TRUNCATED] = "message ends inside a field",
+        [PB_MALFORMED] = "malformed message",
+        [PB_UTF8] = "string field contains invalid UTF-8",
+        [PB_DEPTH] = "message nested too deep",
+        [PB_LIMIT] = "message needs too much memory",
+    };
+    return text[e];
+}
+
+struct pb_decoder {
+    struct pb_arena *arena;
+    enum pb_error error;
+    bool unknown;
+};
+
+/* A number and where the input goes on; p is NULL after an error.  It fits two registers. */
+struct pb_num {
+    const uint8_t *p;
+    uint64_t v;
+};
+
+static const uint8_t *pb_fail(struct pb_decoder *d, enum pb_error e)
+{
+    d->error = e;
+    return NULL;
+}
+
+static struct pb_num pb_varint_long(struct pb_decoder *d, const uint8_t *p, const uint8_t *end)
+{
+    uint64_t v = 0;
+    for (unsigned shift = 0; shift < 70; shift += 7, p++) {
+        if (p == end)
+            return (struct pb_num){ pb_fail(d, PB_TRUNCATED), 0 };
+        v |= (uint64_t)(*p & 0x7f) << shift;
+        if (*p < 0x80)
+            return (struct pb_num){ shift == 63 && *p > 1 ? pb_fail(d, PB_MALFORMED) : p + 1, v };
+    }
+    return (struct pb_num){ pb_fail(d, PB_MALFORMED), 0 };
+}
+
+static inline struct pb_num pb_varint(struct pb_decoder *d, const uint8_t *p, const uint8_t *end)
+{
+    if (p < end && *p < 0x80)
+        return (struct pb_num){ p + 1, *p };
+    return pb_varint_long(d, p, end);
+}
+
+/* A length, with the bytes it counts known to be there. */
+static inline struct pb_num pb_length(struct pb_decoder *d, const uint8_t *p, const uint8_t *end)
+{
+    struct pb_num n = pb_varint(d, p, end);
+    if (n.p && n.v > (uint64_t)(end - n.p))
+        n.p = pb_fail(d, PB_MALFORMED);
+    return n;
+}
+
+/* Returns the end of the field whose tag was just read, at p.  A group is skipped with all it holds. */
+static const uint8_t *pb_skip(struct pb_decoder *d, uint64_t tag, const uint8_t *p, const uint8_t *end, unsigned depth)
+{
+    struct pb_num n = { p, (tag & 7) == PB_FIXED64 ? 8 : 4 };
+    if (tag >> 3 == 0 || tag >> 3 > PB_MAX_NUMBER)
+        return pb_fail(d, PB_MALFORMED);
+    switch (tag & 7) {
+    case PB_VARINT:
+        return pb_varint(d, p, end).p;
+    case PB_LEN:
+        n = pb_length(d, p, end);
+        return n.p ? n.p + n.v : NULL;
+    case PB_FIXED32:
+    case PB_FIXED64:
+        return (uint64_t)(end - p) < n.v ? pb_fail(d, PB_TRUNCATED) : p + n.v;
+    case PB_SGROUP:
+        if (depth >= PB_MAX_DEPTH)
+            return pb_fail(d, PB_DEPTH);
+        while (n.p) {
+            n = pb_varint(d, n.p, end);
+            if (n.p && n.v == tag + 1)          /* PB_EGROUP of the same number */
+                return n.p;
+            if (n.p)
+                n.p = pb_skip(d, n.v, n.p, end, depth + 1);
+        }
+        return NULL;
+    default:                                    /* an end-group that ends nothing, or a wire type that is none */
+        return pb_fail(d, PB_MALFORMED);
+    }
+}
+
+/* Whether the field may come with this wire type; repeated scalars come one by one or packed. */
+static inline bool pb_accepts(const struct pb_field *f, uint64_t wire)
+{
+    if (wire == PB_LEN)
+        return !pb_is_scalar(f) || f->flags & PB_REPEATED;
+    return wire == PB_VARINT && pb_is_scalar(f);
+}
+
+static void pb_clear_oneof(const struct pb_message *m, const struct pb_field *but, void *msg)
+{
+    for (const struct pb_field *f = m->fields; f < m->fields + m->n; f++)
+        if (f != but && f->flags & PB_ONEOF && f->kind == PB_MESSAGE)
+            memset((uint8_t *)msg + f->offset, 0, sizeof(void *));
+        else if (f != but && f->flags & PB_ONEOF)
+            memset((uint8_t *)msg + f->offset, 0, sizeof(struct bytes));
+}
+
+static const uint8_t *pb_decode_packed(struct pb_decoder *d, const struct pb_field *f, struct pb_list *list,
+                                       struct pb_num n)
+{
+    for (const uint8_t *end = n.p + n.v; n.p && n.p < end;) {
+        n = pb_varint(d, n.p, end);
+        void *at = n.p ? pb_list_add(d->arena, list, pb_item_size(f)) : NULL;
+        if (n.p && !at)
+            return pb_fail(d, PB_LIMIT);
+        if (at)
+            pb_store(f, at, n.v);
+    }
+    return n.p;
+}
+
+static const uint8_t *pb_decode_message(struct pb_decoder *d, const struct pb_message *m, void *msg,
+                                        const uint8_t *p, const uint8_t *end, unsigned depth);
+
+/* Decodes one value into the member at `at`; p is behind the tag.  Returns where the field ends, or NULL. */
+static const uint8_t *pb_decode_field(struct pb_decoder *d, const struct pb_field *f, void *at, uint64_t wire,
+                                      const uint8_t *p, const uint8_t *end, unsigned depth)
+{
+    struct pb_num n = wire == PB_LEN ? pb_length(d, p, end) : pb_varint(d, p, end);
+    if (!n.p)
+        return NULL;
+    if (wire == PB_LEN && pb_is_scalar(f))
+        return pb_decode_packed(d, f, at, n);
+    bool repeated = f->flags & PB_REPEATED;
+    if (repeated && !(at = pb_list_add(d->arena, at, pb_item_size(f))))
+        return pb_fail(d, PB_LIMIT);
+    if (f->kind == PB_MESSAGE) {
+        if (depth >= PB_MAX_DEPTH)
+            return pb_fail(d, PB_DEPTH);
+        void *sub = repeated ? at : pb_make(d->arena, f, at);
+        return sub ? pb_decode_message(d, f->sub, sub, n.p, n.p + n.v, depth + 1) : pb_fail(d, PB_LIMIT);
+    }
+    if (wire == PB_VARINT) {
+        pb_store(f, at, n.v);
+        return n.p;
+    }
+    struct bytes s = { n.p, (size_t)n.v };
+    if (f->kind == PB_STRING && !pb_utf8_valid(s))
+        return pb_fail(d, PB_UTF8);
+    *(struct bytes *)at = s;
+    return s.p + s.n;
+}
+
+static const uint8_t *pb_decode_message(struct pb_decoder *d, const struct pb_message *m, void *msg,
+                                        const uint8_t *p, const uint8_t *end, unsigned depth)
+{
+    size_t row = 0;                             /* fields mostly come in row order: try the next row first */
+    while (p && p < end) {
+        struct pb_num tag = pb_varint(d, p, end);
+        if (!tag.p)
+            return NULL;
+        if (row >= m->n || m->fields[row].number != tag.v >> 3)
+            row = pb_row(m, tag.v >> 3);
+        if (row < m->n && pb_accepts(&m->fields[row], tag.v & 7)) {
+            const struct pb_field *f = &m->fields[row];
+            if (f->flags & PB_ONEOF)
+                pb_clear_oneof(m, f, msg);
+            p = pb_decode_field(d, f, (uint8_t *)msg + f->offset, tag.v & 7, tag.p, end, depth);
+            row += !(f->flags & PB_REPEATED);
+        } else {
+            d->unknown = true;
+            p = pb_skip(d, tag.v, tag.p, end, depth);
+        }
+    }
+    return p;
+}
+
+/* Merges the encoded message into *msg, which the caller zeroed.  *unknown tells whether fields were skipped that the
+ * tables do not have, or have with another wire type.  After an error *msg is part of a message, safe to look at. */
+static inline enum pb_error pb_decode(const struct pb_message *m, void *msg, struct bytes in, struct pb_arena *a,
+                                      bool *unknown)
+{
+    struct pb_decoder d = { .arena = a };
+    if (in.n)
+        pb_decode_message(&d, m, msg, in.p, in.p + in.n, 0);
+    *unknown = d.unknown;
+    return d.error;
+}
+
+/* ---- Unknown fields ---------------------------------------------------------------------------------------------- */
+
+/* path: the way to the field, "agent_log.9".  A varint or fixed number is in value; in `bytes` is what a length counts,
+ * or a group's fields and its end tag.  They point into the input. */
+typedef void pb_unknown_fn(void *arg, const char *path, unsigned wire_type, uint64_t value, struct bytes bytes);
+
+struct pb_walk {
+    pb_unknown_fn *fn;
+    void *arg;
+    struct pb_decoder d;
+    char path[256];             /* a longer path is cut */
+};
+
+static void pb_report(struct pb_walk *w, uint64_t tag, const uint8_t *p, const uint8_t *end)
+{
+    uint64_t value = 0;
+    struct bytes bytes = { NULL, 0 };
+    if ((tag & 7) == PB_VARINT)
+        value = pb_varint(&w->d, p, end).v;
+    else if ((tag & 7) == PB_FIXED32 || (tag & 7) == PB_FIXED64)
+        for (const uint8_t *q = end; q > p;)
+            value = value << 8 | *--q;
+    else {
+        struct pb_num n = (tag & 7) == PB_LEN ? pb_length(&w->d, p, end) : (struct pb_num){ p, 0 };
+        bytes = (struct bytes){ n.p, (size_t)(end - n.p) };
+    }
+    w->fn(w->arg, w->path, tag & 7, value, bytes);
+}
+
+/* len: of the path so far. */
+static void pb_walk(struct pb_walk *w, const struct pb_message *m, const uint8_t *p, const uint8_t *end, size_t len,
+                    unsigned depth)
+{
+    while (p < end && depth <= PB_MAX_DEPTH) {
+        struct pb_num tag = pb_varint(&w->d, p, end);
+        p = tag.p ? pb_skip(&w->d, tag.v, tag.p, end, depth) : NULL;
+        if (!p)
+            return;
+        size_t row = pb_row(m, tag.v >> 3), room = sizeof w->path - len;
+        bool known = row < m->n && pb_accepts(&m->fields[row], tag.v & 7);
+        if (known && m->fields[row].kind != PB_MESSAGE)
+            continue;
+        const char *dot = len ? "." : "";
+        int more = known ? snprintf(w->path + len, room, "%s%s", dot, m->fields[row].name)
+                         : snprintf(w->path + len, room, "%s%u", dot, (unsigned)(tag.v >> 3));
+        if (!known)
+            pb_report(w, tag.v, tag.p, p);
+        else
+            pb_walk(w, m->fields[row].sub, pb_length(&w->d, tag.p, end).p, p,
+                    len + ((size_t)more < room ? (size_t)more : room - 1), depth + 1);
+    }
+}
+
+/* Calls fn for each unknown field of a message that pb_decode took, in wire order. */
+static inline void pb_unknown(const struct pb_message *m, struct bytes in, pb_unknown_fn *fn, void *arg)
+{
+    struct pb_walk w = { .fn = fn, .arg = arg };
+    if (in.n)
+        pb_walk(&w, m, in.p, in.p + in.n, 0, 0);
+}
+
+/* ---- Encoding ----------------------------------------------------------------------------------------------------
+ * From the last field to the first, into the end of the buffer: when the length of a sub-message is needed, it stands
+ * there already, and one pass is enough.  Meanwhile buf.len counts from the end. */
+
+static inline size_t pb_varint_size(uint64_t v)
+{
+    size_t n = 1;
+    while (v >>= 7)
+        n++;
+    return n;
+}
+
+/* Writes at most 10 bytes and returns where they end. */
+static inline uint8_t *pb_varint_put(uint8_t *to, uint64_t v)
+{
+    for (; v >= 0x80; v >>= 7)
+        *to++ = (uint8_t)(v | 0x80);
+    *to++ = (uint8_t)v;
+    return to;
+}
+
+/* Writes at most 5 bytes and returns where they end. */
+static inline uint8_t *pb_tag_put(uint8_t *to, uint32_t number, enum pb_wire wire)
+{
+    return pb_varint_put(to, (uint64_t)number << 3 | wire);
+}
+
+/* Room for n > 0 bytes in front of what has been written; NULL when there is no memory. */
+static uint8_t *pb_before(struct buf *b, size_t n)
+{
+    size_t was = b->cap;
+    if (!buf_room(b, n))
+        return NULL;
+    if (was != b->cap && b->len)
+        memmove(b->p + b->cap - b->len, b->p + was - b->len, b->len);
+    b->len += n;
+    return b->p + b->cap - b->len;
+}
+
+static void pb_before_varint(struct buf *b, uint64_t v)
+{
+    uint8_t *to = pb_before(b, pb_varint_size(v));
+    if (to)
+        pb_varint_put(to, v);
+}
+
+static void pb_before_bytes(struct buf *b, struct bytes s)
+{
+    uint8_t *to = s.n ? pb_before(b, s.n) : NULL;
+    if (to)
+        memcpy(to, s.p, s.n);
+}
+
+static void pb_encode_number(struct buf *b, uint32_t number, uint64_t v)
+{
+    pb_before_varint(b, v);
+    pb_before_varint(b, (uint64_t)number << 3 | PB_VARINT);
+}
+
+/* Makes a length-delimited field of all that was written since the length was `mark`. */
+static void pb_close(struct buf *b, uint32_t number, size_t mark)
+{
+    pb_before_varint(b, b->len - mark);
+    pb_before_varint(b, (uint64_t)number << 3 | PB_LEN);
+}
+
+static void pb_encode_bytes(struct buf *b, uint32_t number, struct bytes s)
+{
+    size_t mark = b->len;
+    pb_before_bytes(b, s);
+    pb_close(b, number, mark);
+}
+
+static void pb_encode_packed(struct buf *b, const struct pb_field *f, const struct pb_list *list)
+{
+    size_t mark = b->len;
+    for (size_t i = list->n; i-- > 0;)
+        pb_before_varint(b, pb_load(f, (const uint8_t *)list->items + i * pb_item_size(f)));
+    pb_close(b, f->number, mark);
+}
+
+/* Recurses as deep as msg, which the tables, or pb_decode and pb_json_parse, have bounded. */
+static void pb_encode_message(struct buf *b, const struct pb_message *m, const void *msg)
+{
+    for (size_t row = m->n; row-- > 0;) {
+        const struct pb_field *f = &m->fields[row];
+        const uint8_t *at = (const uint8_t *)msg + f->offset;
+        if (!pb_is_set(f, at) && m->form != PB_MAP_ENTRY)       /* an entry always has its key and value */
+            continue;
+        const struct pb_list *list = f->flags & PB_REPEATED ? (const void *)at : NULL;
+        if (list && pb_is_scalar(f)) {
+            pb_encode_packed(b, f, list);
+            continue;
+        }
+        for (size_t i = list ? list->n : 1; i-- > 0;) {
+            const void *item = list ? (const uint8_t *)list->items + i * pb_item_size(f) : at;
+            const void *sub = f->kind != PB_MESSAGE ? NULL : list ? item : pb_pointer(at);
+            size_t mark = b->len;
+            if (sub)
+                pb_encode_message(b, f->sub, sub);
+            if (pb_is_scalar(f))
+                pb_encode_number(b, f->number, pb_load(f, item));
+            else if (f->kind == PB_MESSAGE)
+                pb_close(b, f->number, mark);
+            else
+                pb_encode_bytes(b, f->number, *(const struct bytes *)item);
+        }
+    }
+}
+
+/* What was written from the end, handed out; b is left empty for the next use. */
+static struct bytes pb_written(struct buf *b)
+{
+    struct bytes all = { NULL, 0 };
+    if (b->len && !b->failed)
+        all = (struct bytes){ b->p + b->cap - b->len, b->len };
+    b->len = 0;
+    return all;
+}
+
+/* Encodes msg, fields in ascending order, always to the same bytes.  b owns the result, which lives until b is used
+ * again; what b held is lost.  No memory: b->failed, and no bytes. */
+static inline struct bytes pb_encode(struct buf *b, const struct pb_message *m, const void *msg)
+{
+    b->len = 0;
+    pb_encode_message(b, m, msg);
+    return pb_written(b);
+}
+
+/* ---- Text forms of times and bytes ------------------------------------------------------------------------------- */
+#define PB_FIRST_SECOND (-62135596800)          /* 0001-01-01T00:00:00Z */
+#define PB_LAST_SECOND  253402300799            /* 9999-12-31T23:59:59Z */
+
+static uint8_t *pb_digits(uint8_t *to, unsigned n, uint64_t v)
+{
+    for (unsigned i = n; i-- > 0; v /= 10)
+        to[i] = (uint8_t)('0' + v % 10);
+    return to + n;
+}
+
+static bool pb_timestamp_valid(int64_t seconds, int32_t nanos)
+{
+    return seconds >= PB_FIRST_SECOND && seconds <= PB_LAST_SECOND && nanos >= 0 && nanos <= 999999999;
+}
+
+/* Appends an RFC 3339 time in UTC with 0, 3, 6 or 9 digits of fraction; outside the years 1 to 9999 returns false and
+ * appends nothing. */
+static inline bool pb_timestamp(struct buf *out, int64_t seconds, int32_t nanos)
+{
+    uint8_t *to = pb_timestamp_valid(seconds, nanos) ? buf_room(out, 32) : NULL;
+    if (!to)
+        return false;
+    /* Years from March, so that a leap day comes last; days from 0000-03-01, 306 before 0001-01-01. */
+    uint64_t s = (uint64_t)(seconds - PB_FIRST_SECOND), days = s / 86400 + 306;
+    uint64_t era = days / 146097, in_era = days % 146097;
+    uint64_t year = (in_era - in_era / 1460 + in_era / 36524 - in_era / 146096) / 365;
+    uint64_t day = in_era - (365 * year + year / 4 - year / 100), month = (5 * day + 2) / 153;
+    s %= 86400;
+    uint64_t part[] = { era * 400 + year + (month > 9), month > 9 ? month - 9 : month + 3,
+                        day - (153 * month + 2) / 5 + 1, s / 3600, s / 60 % 60, s % 60 };
+    for (unsigned i = 0; i < 6; i++) {
+        to = pb_digits(to, i ? 2 : 4, part[i]);
+        *to++ = (uint8_t)"--T::"[i];
+    }
+    to[-1] = 'Z';
+    if (nanos) {
+        to[-1] = '.';
+        unsigned digits = nanos % 1000 ? 9 : nanos % 1000000 ? 6 : 3;
+        to = pb_digits(to, digits, (uint64_t)nanos / (digits == 9 ? 1 : digits == 6 ? 1000 : 1000000));
+        *to++ = 'Z';
+    }
+    out->len = (size_t)(to - out->p);
+    return true;
+}
+
+static const char pb_base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/* Appends RFC 4648 base64 with padding. */
+static inline void pb_base64(struct buf *out, struct bytes s)
+{
+    if (s.n > SIZE_MAX / 2)
+        out->failed = true;
+    uint8_t *to = s.n ? buf_room(out, (s.n + 2) / 3 * 4) : NULL;
+    if (!to)
+        return;
+    for (size_t i = 0; i < s.n; i += 3) {
+        size_t left = s.n - i;
+        uint32_t v = (uint32_t)s.p[i] << 16 | (left > 1 ? (uint32_t)s.p[i + 1] << 8 : 0) | (left > 2 ? s.p[i + 2] : 0);
+        *to++ = (uint8_t)pb_base64_digits[v >> 18];
+        *to++ = (uint8_t)pb_base64_digits[v >> 12 & 63];
+        *to++ = left > 1 ? (uint8_t)pb_base64_digits[v >> 6 & 63] : '=';
+        *to++ = left > 2 ? (uint8_t)pb_base64_digits[v & 63] : '=';
+    }
+    out->len = (size_t)(to - out->p);
+}
+
+/* ---- JSON out (the canonical mapping of proto3) ------------------------------------------------------------------ */
+
+/* lowerCamelCase by protobuf's rule: underscores go, and a small letter after one becomes a capital. */
+static size_t pb_json_name(char to[PB_NAME_MAX], const char *name)
+{
+    size_t n = 0;
+    for (bool up = false; *name; name++) {
+        if (*name != '_')
+            to[n++] = up && *name >= 'a' && *name <= 'z' ? (char)(*name - 32) : *name;
+        up = *name == '_';
+    }
+    return n;
+}
+
+/* Whether a terminal or a line-based reader might take the character for more than text. */
+static bool pb_is_unsafe(uint32_t c)
+{
+    return c < 0x20 || (c >= 0x7f && c < 0xa0) || c == 0x61c || c == 0x200e || c == 0x200f ||
+           (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069) || c == 0xfeff;
+}
+
+/* Whether 8 bytes are printable ASCII without the quote and the backslash: each term has the top bit of a byte set
+ * that is not, and carries come only from bytes that the first term has. */
+static inline bool pb_plain8(const uint8_t *p)
+{
+    const uint64_t ones = 0x0101010101010101;
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return ((x | (x + ones) | ~(x + 0x60 * ones) | ~((x ^ ('"' * ones)) + 0x7f * ones) |
+             ~((x ^ ('\\' * ones)) + 0x7f * ones)) & 0x80 * ones) == 0;
+}
+
+/* Writes the character at p, escaped if need be, and returns how many bytes of input it took. */
+static size_t pb_json_char(struct buf *out, const uint8_t *p, const uint8_t *end)
+{
+    static const char hex[] = "0123456789abcdef", name[] = "\"\\\b\f\n\r\t", letter[] = "\"\\bfnrt";
+    uint32_t c;
+    size_t n = pb_utf8_char(p, end, &c);
+    if (n == 0)
+        c = 0xfffd;             /* decoded strings are valid; a caller's own may not be */
+    const char *short_form = c && c < 0x80 ? strchr(name, (int)c) : NULL;
+    if (short_form)
+        buf_put(out, (char[]){ '\\', letter[short_form - name] }, 2);
+    else if (n == 0 || pb_is_unsafe(c))
+        buf_put(out, (char[]){ '\\', 'u', hex[c >> 12], hex[c >> 8 & 15], hex[c >> 4 & 15], hex[c & 15] }, 6);
+    else
+        buf_put(out, p, n);
+    return n ? n : 1;
+}
+
+/* Appends a quoted JSON string that is safe to show on a terminal and stays on its line. */
+static inline void pb_json_string(struct buf *out, struct bytes s)
+{
+    buf_putc(out, '"');
+    for (size_t from = 0, i = 0; i < s.n; from = i) {
+        while (s.n - i >= 8 && pb_plain8(s.p + i))
+            i += 8;
+        while (i < s.n && s.p[i] >= 0x20 && s.p[i] < 0x7f && s.p[i] != '"' && s.p[i] != '\\')
+            i++;
+        buf_put(out, s.p + from, i - from);
+        if (i < s.n)
+            i += pb_json_char(out, s.p + i, s.p + s.n);
+    }
+    buf_putc(out, '"');
+}
+
+/* Starts a new line when printing in many lines. */
+static void pb_json_line(struct buf *out, int indent, int level)
+{
+    if (indent) {
+        buf_putc(out, '\n');
+        for (int i = 0; i < indent * level; i++)
+            buf_putc(out, ' ');
+    }
+}
+
+static void pb_json_scalar(struct buf *out, const struct pb_field *f, const void *at)
+{
+    char text[24];
+    const struct pb_enum *e = f->sub;
+    uint64_t v = pb_load(f, at);
+    if (f->kind == PB_BOOL)
+        buf_puts(out, v ? "true" : "false");
+    else if (f->kind == PB_ENUM && v < e->n)
+        pb_json_string(out, bytes_of(e->values[v]));
+    else {
+        snprintf(text, sizeof text, f->kind == PB_INT64 ? "\"%lld\"" : "%lld", (long long)v);
+        buf_puts(out, text);
+    }
+}
+
+static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level);
+
+/* item: the member, or the item of a list. */
+static void pb_json_value(struct buf *out, const struct pb_field *f, const void *item, int indent, int level)
+{
+    if (pb_is_scalar(f))
+        pb_json_scalar(out, f, item);
+    else if (f->kind == PB_STRING)
+        pb_json_string(out, *(const struct bytes *)item);
+    else if (f->kind == PB_BYTES) {
+        buf_putc(out, '"');
+        pb_base64(out, *(const struct bytes *)item);
+        buf_putc(out, '"');
+    } else
+        pb_json_message(out, f->sub, f->flags & PB_REPEATED ? item : pb_pointer(item), indent, level);
+}
+
+static void pb_json_list(struct buf *out, const struct pb_field *f, const struct pb_list *list, int indent, int level)
+{
+    const struct pb_field *row = pb_is_map(f) ? ((const struct pb_message *)f->sub)->fields : NULL;
+    for (size_t i = 0; i < list->n; i++) {
+        const uint8_t *item = (const uint8_t *)list->items + i * pb_item_size(f);
+        buf_putc(out, i ? ',' : row ? '{' : '[');
+        pb_json_line(out, indent, level + 1);
+        if (row) {
+            pb_json_string(out, *(const struct bytes *)(const void *)(item + row[0].offset));
+            buf_puts(out, indent ? ": " : ":");
+        }
+        pb_json_value(out, row ? &row[1] : f, row ? item + row[1].offset : item, indent, level + 1);
+    }
+    pb_json_line(out, indent, level);
+    buf_putc(out, row ? '}' : ']');
+}
+
+/* A quoted time; false where the Timestamp has no canonical form. */
+static bool pb_json_timestamp(struct buf *out, const struct pb_message *m, const void *msg)
+{
+    int64_t seconds = *(const int64_t *)(const void *)((const uint8_t *)msg + m->fields[0].offset);
+    int32_t nanos = *(const int32_t *)(const void *)((const uint8_t *)msg + m->fields[1].offset);
+    if (!pb_timestamp_valid(seconds, nanos))
+        return false;
+    buf_putc(out, '"');
+    pb_timestamp(out, seconds, nanos);
+    buf_putc(out, '"');
+    return true;
+}
+
+/* msg may be NULL: empty, as the value of a map entry may be. */
+static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level)
+{
+    if (msg && m->form == PB_TIMESTAMP && pb_json_timestamp(out, m, msg))
+        return;
+    bool any = false;
+    buf_putc(out, '{');
+    for (size_t row = 0; msg && row < m->n; row++) {
+        const struct pb_field *f = &m->fields[row];
+        const uint8_t *at = (const uint8_t *)msg + f->offset;
+        if (!pb_is_set(f, at))
+            continue;
+        char name[PB_NAME_MAX];
+        size_t n = pb_json_name(name, f->name);
+        if (any)
+            buf_putc(out, ',');
+        any = true;
+        pb_json_line(out, indent, level + 1);
+        buf_putc(out, '"');
+        buf_put(out, name, n);
+        buf_puts(out, indent ? "\": " : "\":");
+        if (f->flags & PB_REPEATED)
+            pb_json_list(out, f, (const void *)at, indent, level + 1);
+        else
+            pb_json_value(out, f, at, indent, level + 1);
+    }
+    if (any)
+        pb_json_line(out, indent, level);
+    buf_putc(out, '}');
+}
+
+/* Appends the message; indent is the number of spaces for each level, 0 for all on one line. */
+static inline void pb_json(struct buf *out, const struct pb_message *m, const void *msg, int indent)
+{
+    pb_json_message(out, m, msg, indent, 0);
+}
+
+/* ---- JSON in ----------------------------------------------------------------------------------------------------- */
+struct pb_reader {
+    const uint8_t *start, *p, *end;
+    struct pb_arena *arena;
+    char *err;
+    size_t errlen;
+    char path[200];             /* of the field being read, "datasets[1].source"; a longer one is cut */
+};
+
+/* Sets the error text, with line and path, and returns false. */
+static bool pb_json_fail(struct pb_reader *r, const char *why)
+{
+    size_t line = 1;
+    for (const uint8_t *p = r->start; p < r->p; p++)
+        line += *p == '\n';
+    snprintf(r->err, r->errlen, "line %zu: %s%s%s", line, r->path, *r->path ? ": " : "", why);
+    return false;
+}
+
+/* Appends to the path and returns its length before, at which the caller cuts it off again. */
+static size_t pb_path_push(struct pb_reader *r, struct bytes name, size_t index)
+{
+    size_t len = strlen(r->path), room = sizeof r->path - len;
+    if (name.p) {
+        snprintf(r->path + len, room, "%s%.*s", len ? "." : "", name.n < 64 ? (int)name.n : 64, (const char *)name.p);
+        for (char *c = r->path + len; *c; c++)
+            *c = *c >= ' ' && *c < 0x7f ? *c : '?';
+    } else
+        snprintf(r->path + len, room, "[%zu]", index);
+    return len;
+}
+
+/* The next byte that is not white space, not taken; 0 at the end. */
+static int pb_peek(struct pb_reader *r)
+{
+    while (r->p < r->end && (*r->p == ' ' || *r->p == '\t' || *r->p == '\n' || *r->p == '\r'))
+        r->p++;
+    return r->p < r->end ? *r->p : 0;
+}
+
+static bool pb_take(struct pb_reader *r, const char *word)
+{
+    size_t n = strlen(word);
+    pb_peek(r);
+    if ((size_t)(r->end - r->p) < n || memcmp(r->p, word, n) != 0)
+        return false;
+    r->p += n;
+    return true;
+}
+
+/* Reads the 4 hexadecimal digits at p; UINT32_MAX if they are not all there. */
+static uint32_t pb_hex4(const uint8_t *p, const uint8_t *end)
+{
+    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    uint32_t v = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        const char *d = p + i < end && p[i] ? strchr(digits, p[i]) : NULL;
+        if (!d)
+            return UINT32_MAX;
+        v = v << 4 | (uint32_t)((d - digits) & 15);
+    }
+    return v;
+}
+
+static uint8_t *pb_utf8_put(uint8_t *to, uint32_t c)
+{
+    unsigned more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    static const uint8_t lead[] = { 0, 0xc0, 0xe0, 0xf0 };
+    *to++ = (uint8_t)(lead[more] | c >> (6 * more));
+    while (more--)
+        *to++ = (uint8_t)(0x80 | (c >> (6 * more) & 0x3f));
+    return to;
+}
+
+/* Undoes the escape sequence whose letter is at *from; false if it is none.  Never writes more than it reads. */
+static bool pb_unescape(uint8_t **to, const uint8_t **from, const uint8_t *end)
+{
+    static const char letter[] = "\"\\/bfnrt", means[] = "\"\\/\b\f\n\r\t";
+    const uint8_t *p = *from;
+    const char *found = strchr(letter, *p);
+    uint32_t c = *p == 'u' ? pb_hex4(p + 1, end) : *p && found ? (uint8_t)means[found - letter] : UINT32_MAX;
+    if (c > 0x10ffff)
+        return false;
+    p += *p == 'u' ? 5 : 1;
+    if (c >> 10 == 0xd800 >> 10) {                      /* the first half of a pair */
+        uint32_t low = end - p > 2 && p[0] == '\\' && p[1] == 'u' ? pb_hex4(p + 2, end) : 0;
+        if (low >> 10 != 0xdc00 >> 10)
+            return false;
+        c = 0x10000 + ((c & 0x3ff) << 10) + (low & 0x3ff);
+        p += 6;
+    }
+    *to = pb_utf8_put(*to, c);
+    *from = p;
+    return true;
+}
+
+/* Reads a string; without escapes it stays where it is in the input. */
+static bool pb_parse_string(struct pb_reader *r, struct bytes *s)
+{
+    if (!pb_take(r, "\""))
+        return pb_json_fail(r, "a string was expected");
+    const uint8_t *p = r->p, *end = p;
+    bool escaped = false;
+    for (; end < r->end && *end != '"'; end++) {
+        if (*end < 0x20)
+            return pb_json_fail(r, "control character in a string");
+        if (*end == '\\' && ++end < r->end)
+            escaped = true;
+    }
+    if (end >= r->end)
+        return pb_json_fail(r, "the string does not end");
+    *s = (struct bytes){ p, (size_t)(end - p) };
+    if (escaped) {
+        uint8_t *out = pb_arena_alloc(r->arena, s->n), *to = out;
+        if (!out)
+            return pb_json_fail(r, "not enough memory");
+        for (s->p = out; p < end;) {
+            if (*p != '\\')
+                *to++ = *p++;
+            else if (p++, !pb_unescape(&to, &p, end))
+                return pb_json_fail(r, "bad escape sequence in a string");
+        }
+        s->n = (size_t)(to - out);
+    }
+    r->p = end + 1;
+    return pb_utf8_valid(*s) || pb_json_fail(r, "invalid UTF-8 in a string");
+}
+
+/* Reads an integer between the bounds, written as a number or a string, perhaps as 1.0 or 1e3. */
+static bool pb_parse_number(struct pb_reader *r, int64_t least, int64_t most, int64_t *v)
+{
+    struct bytes s = { NULL, 0 };
+    if (pb_peek(r) == '"') {
+        if (!pb_parse_string(r, &s))
+            return false;
+    } else
+        for (s.p = r->p; r->p < r->end && *r->p && strchr("+-.0123456789Ee", *r->p); s.n++)
+            r->p++;
+    char text[64] = { 0 }, *rest;
+    memcpy(text, s.p, s.n < sizeof text ? s.n : 0);
+    const char *digits = text + (*text == '-');
+    bool ok = *digits >= '0' && *digits <= '9' && !(*digits == '0' && digits[1] >= '0' && digits[1] <= '9');
+    errno = 0;
+    *v = strtoll(text, &rest, 10);
+    if (*rest && strspn(text, "+-.0123456789Ee") == s.n) {
+        double d = strtod(text, &rest);
+        ok = ok && d >= -9e18 && d <= 9e18 && (double)(int64_t)d == d;
+        *v = ok ? (int64_t)d : 0;
+    }
+    if (!ok || rest != text + s.n)
+        return pb_json_fail(r, "an integer was expected");
+    return (errno == 0 && *v >= least && *v <= most) || pb_json_fail(r, "number out of range");
+}
+
+/* Reads base64, of either alphabet, with or without padding. */
+static bool pb_parse_bytes(struct pb_reader *r, struct bytes *out)
+{
+    struct bytes s;
+    if (!pb_parse_string(r, &s))
+        return false;
+    size_t n = s.n;
+    while (s.n % 4 == 0 && n && s.n - n < 2 && s.p[n - 1] == '=')
+        n--;
+    uint8_t *to = pb_arena_alloc(r->arena, n / 4 * 3 + 3);
+    if (!to)
+        return pb_json_fail(r, "not enough memory");
+    *out = (struct bytes){ to, n / 4 * 3 + (n % 4 ? n % 4 - 1 : 0) };
+    uint32_t v = 0;
+    for (size_t i = 0; i < n; i++) {
+        int c = s.p[i] == '-' ? '+' : s.p[i] == '_' ? '/' : s.p[i];
+        const char *d = c ? strchr(pb_base64_digits, c) : NULL;
+        if (!d || n % 4 == 1)
+            return pb_json_fail(r, "bad base64");
+        v = v << 6 | (uint32_t)(d - pb_base64_digits);
+        if (i % 4)
+            *to++ = (uint8_t)(v >> (6 - i % 4 * 2));
+    }
+    return true;
+}
+
+/* Reads n digits at *p into *v and the byte `then` behind them, if it is not 0. */
+static bool pb_read_digits(const char **p, unsigned n, char then, int64_t *v)
+{
+    for (*v = 0; n > 0 && **p >= '0' && **p <= '9'; n--)
+        *v = *v * 10 + *(*p)++ - '0';
+    return n == 0 && (!then || *(*p)++ == then);
+}
+
+/* Reads an RFC 3339 time with any offset. */
+static bool pb_timestamp_read(struct bytes s, int64_t *seconds, int32_t *nanos)
+{
+    static const char length[] = { 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31 };
+    char text[40] = { 0 };
+    memcpy(text, s.p, s.n < sizeof text ? s.n : 0);
+    const char *p = text;
+    int64_t y, mo, d, h, mi, sec, fraction = 0, oh = 0, om = 0;
+    if (!pb_read_digits(&p, 4, '-', &y) || !pb_read_digits(&p, 2, '-', &mo) || !pb_read_digits(&p, 2, 'T', &d) ||
+        !pb_read_digits(&p, 2, ':', &h) || !pb_read_digits(&p, 2, ':', &mi) || !pb_read_digits(&p, 2, 0, &sec))
+        return false;
+    if (*p == '.') {
+        size_t n = strspn(++p, "0123456789");
+        if (n < 1 || n > 9)
+            return false;
+        pb_read_digits(&p, (unsigned)n, 0, &fraction);
+        for (; n < 9; n++)
+            fraction *= 10;
+    }
+    char sign = *p++;
+    if (sign != 'Z' && ((sign != '+' && sign != '-') || !pb_read_digits(&p, 2, ':', &oh) ||
+                        !pb_read_digits(&p, 2, 0, &om)))
+        return false;
+    bool leap = y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
+    if (*p || p != text + s.n || mo < 1 || mo > 12 || d < 1 || d > length[mo - 1] + (mo == 2 && leap) || h > 23 ||
+        mi > 59 || sec > 59 || oh > 23 || om > 59)
+        return false;
+    if (mo < 3)
+        y--, mo += 12;                                  /* years from March, as in pb_timestamp */
+    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * (mo - 3) + 2) / 5 + d - 1 - 306;
+    int64_t offset = (oh * 60 + om) * (sign == '-' ? -60 : 60);
+    *seconds = PB_FIRST_SECOND + days * 86400 + h * 3600 + mi * 60 + sec - offset;
+    *nanos = (int32_t)fraction;
+    return pb_timestamp_valid(*seconds, *nanos);
+}
+
+static bool pb_parse_scalar(struct pb_reader *r, const struct pb_field *f, void *at)
+{
+    const struct pb_enum *e = f->sub;
+    int64_t v = 0;
+    if (f->kind == PB_BOOL) {
+        v = pb_take(r, "true");
+        if (!v && !pb_take(r, "false"))
+            return pb_json_fail(r, "true or false was expected");
+    } else if (f->kind == PB_ENUM && pb_peek(r) == '"') {
+        struct bytes name;
+        if (!pb_parse_string(r, &name))
+            return false;
+        while ((size_t)v < e->n && !bytes_eq(name, bytes_of(e->values[v])))
+            v++;
+        if ((size_t)v == e->n)
+            return pb_json_fail(r, "unknown enum value");
+    } else if (!pb_parse_number(r, f->kind == PB_INT64 ? INT64_MIN : INT32_MIN,
+                                f->kind == PB_INT64 ? INT64_MAX : INT32_MAX, &v))
+        return false;
+    pb_store(f, at, (uint64_t)v);
+    return true;
+}
+
+static bool pb_parse_message(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth);
+
+static bool pb_parse_value(struct pb_reader *r, const struct pb_field *f, void *at, unsigned depth)
+{
+    if (pb_is_scalar(f))
+        return pb_parse_scalar(r, f, at);
+    if (f->kind == PB_STRING)
+        return pb_parse_string(r, at);
+    if (f->kind == PB_BYTES)
+        return pb_parse_bytes(r, at);
+    void *sub = f->flags & PB_REPEATED ? at : pb_make(r->arena, f, at);
+    return sub ? pb_parse_message(r, f->sub, sub, depth + 1) : pb_json_fail(r, "not enough memory");
+}
+
+/* Reads an array, or the object that stands for a map. */
+static bool pb_parse_list(struct pb_reader *r, const struct pb_field *f, struct pb_list *list, unsigned depth)
+{
+    const struct pb_field *row = pb_is_map(f) ? ((const struct pb_message *)f->sub)->fields : NULL;
+    if (!pb_take(r, row ? "{" : "["))
+        return pb_json_fail(r, row ? "an object was expected" : "an array was expected");
+    if (pb_take(r, row ? "}" : "]"))
+        return true;
+    do {
+        size_t mark = pb_path_push(r, (struct bytes){ NULL, 0 }, list->n);
+        uint8_t *item = pb_list_add(r->arena, list, pb_item_size(f));
+        if (!item)
+            return pb_json_fail(r, "not enough memory");
+        if (row && !(pb_parse_string(r, (void *)(item + row[0].offset)) &&
+                     (pb_take(r, ":") || pb_json_fail(r, "a colon was expected"))))
+            return false;
+        if (!pb_parse_value(r, row ? &row[1] : f, row ? item + row[1].offset : item, depth))
+            return false;
+        r->path[mark] = '\0';
+    } while (pb_take(r, ","));
+    return pb_take(r, row ? "}" : "]") || pb_json_fail(r, "a comma or the end of the list was expected");
+}
+
+/* Reads `"name": value` of an object.  seen: a bit for each row met so far. */
+static bool pb_parse_member(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth, uint64_t *seen)
+{
+    struct bytes name;
+    if (!pb_parse_string(r, &name))
+        return false;
+    size_t mark = pb_path_push(r, name, 0), row = 0;
+    for (; row < m->n; row++) {
+        char json_name[PB_NAME_MAX];
+        size_t n = pb_json_name(json_name, m->fields[row].name);
+        if (bytes_eq(name, (struct bytes){ (uint8_t *)json_name, n }) || bytes_eq(name, bytes_of(m->fields[row].name)))
+            break;
+    }
+    if (row == m->n)
+        return pb_json_fail(r, "unknown field");
+    if (!pb_take(r, ":"))
+        return pb_json_fail(r, "a colon was expected");
+    const struct pb_field *f = &m->fields[row];
+    if (!pb_take(r, "null")) {
+        for (size_t i = 0; i < m->n; i++)
+            if (*seen >> i & 1 && (i == row || f->flags & m->fields[i].flags & PB_ONEOF))
+                return pb_json_fail(r, i == row ? "given twice" : "another member of its oneof is given too");
+        *seen |= (uint64_t)1 << row;
+        void *at = (uint8_t *)msg + f->offset;
+        if (!(f->flags & PB_REPEATED ? pb_parse_list(r, f, at, depth) : pb_parse_value(r, f, at, depth)))
+            return false;
+    }
+    r->path[mark] = '\0';
+    return true;
+}
+
+static bool pb_parse_message(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth)
+{
+    if (depth > PB_MAX_DEPTH)
+        return pb_json_fail(r, "nested too deep");
+    if (m->form == PB_TIMESTAMP && pb_peek(r) == '"') {
+        struct bytes s;
+        uint8_t *at = msg;
+        return pb_parse_string(r, &s) &&
+               (pb_timestamp_read(s, (int64_t *)(void *)(at + m->fields[0].offset),
+                                  (int32_t *)(void *)(at + m->fields[1].offset)) ||
+                pb_json_fail(r, "a time as in 2006-01-02T15:04:05Z was expected"));
+    }
+    if (!pb_take(r, "{"))
+        return pb_json_fail(r, "an object was expected");
+    if (pb_take(r, "}"))
+        return true;
+    uint64_t seen = 0;
+    do {
+        if (!pb_parse_member(r, m, msg, depth, &seen))
+            return false;
+    } while (pb_take(r, ","));
+    return pb_take(r, "}") || pb_json_fail(r, "a comma or the end of the object was expected");
+}
+
+/* Reads canonical JSON, and the other spellings that protobuf's own parsers take, into *msg, which the caller zeroed.
+ * The result points into `json` and the arena.  On failure err says why, with line and field. */
+static inline bool pb_json_parse(const struct pb_message *m, void *msg, struct bytes json, struct pb_arena *a,
+                                 char *err, size_t errlen)
+{
+    if (json.n == 0)
+        json.p = (const uint8_t *)"";
+    struct pb_reader r = { .start = json.p, .p = json.p, .end = json.p + json.n, .arena = a,
+                           .err = err, .errlen = errlen };
+    if (!pb_parse_message(&r, m, msg, 0))
+        return false;
+    return (pb_peek(&r) == 0 && r.p == r.end) || pb_json_fail(&r, "more text behind the message");
+}
+
+/* ---- Descriptors (google/protobuf/descriptor.proto) --------------------------------------------------------------
+ * What server reflection hands out, written back to front like any message; the numbers are descriptor.proto's. */
+struct pb_method {
+    const char *name;
+    const struct pb_message *in, *out;
+    bool client_streaming, server_streaming;
+};
+
+struct pb_service {
+    const char *name;
+    const struct pb_method *methods;
+    size_t n;
+};
+
+/* A .proto file: proto3; enums and map entries are nested in the message whose field has them. */
+struct pb_file {
+    const char *name, *package;
+    const struct pb_file *const *deps;
+    const struct pb_message *const *messages;
+    const struct pb_service *services;
+    size_t n_deps, n_messages, n_services;
+};
+
+static void pb_encode_text(struct buf *b, uint32_t number, const char *s)
+{
+    pb_encode_bytes(b, number, bytes_of(s));
+}
+
+/* Writes ".package.Type"; the package is that of the file, own or imported, that has the outermost message. */
+static void pb_describe_name(struct buf *b, uint32_t number, const struct pb_file *file, const struct pb_message *outer,
+                             const char *nested)
+{
+    const char *package = file->package;
+    for (size_t i = 0; i < file->n_deps; i++)
+        for (size_t k = 0; k < file->deps[i]->n_messages; k++)
+            if (file->deps[i]->messages[k] == outer)
+                package = file->deps[i]->package;
+    const char *part[] = { ".", package, ".", outer->name, nested ? "." : "", nested ? nested : "" };
+    size_t mark = b->len;
+    for (size_t i = PB_COUNT(part); i-- > 0;)
+        pb_before_bytes(b, bytes_of(part[i]));
+    pb_close(b, number, mark);
+}
+
+static void pb_describe_field(struct buf *b, const struct pb_file *file, const struct pb_message *m,
+                              const struct pb_field *f)
+{
+    static const uint8_t type[] = { [PB_BOOL] = 8,   [PB_INT32] = 5,  [PB_INT64] = 3,   [PB_ENUM] = 14,
+                                    [PB_STRING] = 9, [PB_BYTES] = 12, [PB_MESSAGE] = 11 };
+    char name[PB_NAME_MAX];
+    size_t n = pb_json_name(name, f->name), mark = b->len;
+    pb_encode_bytes(b, 10, (struct bytes){ (uint8_t *)name, n });       /* json_name */
+    if (f->flags & PB_ONEOF)
+        pb_encode_number(b, 9, 0);                                      /* oneof_index */
+    if (f->kind == PB_ENUM)
+        pb_describe_name(b, 6, file, m, ((const struct pb_enum *)f->sub)->name);
+    else if (f->kind == PB_MESSAGE && pb_is_map(f))
+        pb_describe_name(b, 6, file, m, ((const struct pb_message *)f->sub)->name);
+    else if (f->kind == PB_MESSAGE)
+        pb_describe_name(b, 6, file, f->sub, NULL);
+    pb_encode_number(b, 5, type[f->kind]);
+    pb_encode_number(b, 4, f->flags & PB_REPEATED ? 3 : 1);             /* label */
+    pb_encode_number(b, 3, f->number);
+    pb_encode_text(b, 1, f->name);
+    pb_close(b, 2, mark);
+}
+
+static void pb_describe_enum(struct buf *b, const struct pb_enum *e)
+{
+    size_t mark = b->len;
+    for (size_t i = e->n; i-- > 0;) {
+        size_t value = b->len;
+        pb_encode_number(b, 2, i);
+        pb_encode_text(b, 1, e->values[i]);
+        pb_close(b, 2, value);
+    }
+    pb_encode_text(b, 1, e->name);
+    pb_close(b, 4, mark);
+}
+
+/* number: 4 in a file, 3 in a message.  A map entry has no nested types: the recursion is one level deep. */
+static void pb_describe_message(struct buf *b, uint32_t number, const struct pb_file *file, const struct pb_message *m)
+{
+    size_t mark = b->len;
+    if (m->oneof) {
+        pb_encode_text(b, 1, m->oneof);
+        pb_close(b, 8, mark);
+    }
+    if (m->form == PB_MAP_ENTRY) {
+        size_t options = b->len;
+        pb_encode_number(b, 7, 1);                                      /* map_entry */
+        pb_close(b, 7, options);
+    }
+    for (size_t i = m->n; i-- > 0;)
+        if (m->fields[i].kind == PB_ENUM)
+            pb_describe_enum(b, m->fields[i].sub);
+    for (size_t i = m->n; i-- > 0;)
+        if (pb_is_map(&m->fields[i]))
+            pb_describe_message(b, 3, file, m->fields[i].sub);
+    for (size_t i = m->n; i-- > 0;)
+        pb_describe_field(b, file, m, &m->fields[i]);
+    pb_encode_text(b, 1, m->name);
+    pb_close(b, number, mark);
+}
+
+static void pb_describe_service(struct buf *b, const struct pb_file *file, const struct pb_service *s)
+{
+    size_t mark = b->len;
+    for (size_t i = s->n; i-- > 0;) {
+        const struct pb_method *m = &s->methods[i];
+        size_t method = b->len;
+        if (m->server_streaming)
+            pb_encode_number(b, 6, 1);
+        if (m->client_streaming)
+            pb_encode_number(b, 5, 1);
+        pb_describe_name(b, 3, file, m->out, NULL);
+        pb_describe_name(b, 2, file, m->in, NULL);
+        pb_encode_text(b, 1, m->name);
+        pb_close(b, 2, method);
+    }
+    pb_encode_text(b, 1, s->name);
+    pb_close(b, 6, mark);
+}
+
+/* Encodes the file's FileDescriptorProto; the result belongs to b as pb_encode's does. */
+static inline struct bytes pb_file_descriptor(struct buf *b, const struct pb_file *file)
+{
+    b->len = 0;
+    pb_encode_text(b, 12, "proto3");
+    for (size_t i = file->n_services; i-- > 0;)
+        pb_describe_service(b, file, &file->services[i]);
+    for (size_t i = file->n_messages; i-- > 0;)
+        pb_describe_message(b, 4, file, file->messages[i]);
+    for (size_t i = file->n_deps; i-- > 0;)
+        pb_encode_text(b, 3, file->deps[i]->name);
+    pb_encode_text(b, 2, file->package);
+    pb_encode_text(b, 1, file->name);
+    return pb_written(b);
+}
+
+#endif

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Runs every test layer and adds up what each reports.  usage: check.py [LAYER...]
+
+Each layer ends with a line `N passed, M failed[, K skipped]`; so does this, and the exit status agrees.
+What a layer needs is installed by tests/install.sh; without it a layer says what it skips, in CI it fails.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(HERE)
+BUILD = os.path.join(TOP, "build")
+CI = bool(os.environ.get("CI"))
+STRICT = "-std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror".split()
+SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+COMPILERS = [c for c in ("gcc", "clang") if shutil.which(c)]
+totals = [0, 0, 0]
+
+
+def count(name, output, status):
+    """Adds a layer's closing line to the totals; a layer without one, or with another exit status, has failed."""
+    found = re.findall(r"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?", output, re.M)
+    if not found:
+        print(f"FAIL {name}: no closing line, exit status {status}")
+        totals[1] += 1
+        return
+    passed, failed, skipped = (int(x or 0) for x in found[-1])
+    if status != 0 and failed == 0:
+        print(f"FAIL {name}: exit status {status} although nothing failed")
+        failed = 1
+    for i, n in enumerate((passed, failed, skipped)):
+        totals[i] += n
+    print(f"     {name}: {passed} passed, {failed} failed, {skipped} skipped")
+
+
+def layer(name, command, **kw):
+    """Runs a command; shows its lines if it failed, else only what it skipped."""
+    p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
+    lines = p.stdout.splitlines()
+    keep = lines[-60:] if p.returncode else [line for line in lines if line.startswith(("skip", "SKIP"))]
+    for line in keep:
+        print("     | " + line)
+    count(name, p.stdout, p.returncode)
+
+
+def build(cc, out, source, flags):
+    """Compiles one file without a warning.  Returns the program's path, or None and a failure."""
+    path = os.path.join(BUILD, out)
+    p = subprocess.run([cc, *STRICT, *flags, "-o", path, source], cwd=TOP, capture_output=True, text=True)
+    if p.returncode:
+        print(f"FAIL build of {out} with {cc}:\n{p.stderr[-3000:]}")
+        totals[1] += 1
+        return None
+    totals[0] += 1
+    return path
+
+
+def unit():
+    """Layers 1 to 6: no socket, sanitizers on, every compiler there is."""
+    for cc in COMPILERS:
+        for source in sorted(os.listdir(os.path.join(HERE, "unit"))):
+            if source.startswith("test_") and source.endswith(".c"):
+                name = f"{source[:-2]}-{cc}"
+                program = build(cc, name, f"tests/unit/{source}", SANITIZE + ["-D_GNU_SOURCE"])
+                if program:
+                    layer(name, [program], cwd=os.path.join(HERE, "unit"))
+
+
+def program(cc="gcc", name="cvms-san", flags=SANITIZE):
+    return build(cc if cc in COMPILERS else COMPILERS[0], name, "cvms.c", flags)
+
+
+def script(directory, name, *args):
+    """A test script of tests/DIRECTORY against the program with sanitizers."""
+    cvms = program()
+    if cvms:
+        layer(name, [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+
+
+def cli():
+    script("cli", "test_checksum", os.path.join(HERE, "vectors"))
+    script("cli", "test_cli")
+
+
+def clients():
+    script("clients", "run", os.path.join(BUILD, "tools"))
+
+
+def builds():
+    """Every way to build it that the README names, warning-free."""
+    for cc in COMPILERS:
+        build(cc, f"cvms-{cc}", "cvms.c", ["-O2"])
+    if shutil.which("musl-gcc"):
+        build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static"])
+
+
+LAYERS = {"builds": builds, "unit": unit, "cli": cli, "clients": clients}
+
+
+def main():
+    os.makedirs(BUILD, exist_ok=True)
+    if CI and len(COMPILERS) < 2:
+        print("FAIL both gcc and clang are wanted in CI")
+        totals[1] += 1
+    for name in sys.argv[1:] or LAYERS:
+        print(f"==== {name}", flush=True)
+        LAYERS[name]()
+    passed, failed, skipped = totals
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return 1 if failed or not passed else 0
+
+
+sys.exit(main())
