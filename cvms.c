@@ -1406,9 +1406,9 @@ static void conn_block(struct conn *c, struct bytes block)
         conn_stream_error(c, id, PROTOCOL_ERROR);      /* RFC 7540 5.3.1: a stream that depends on itself */
     else if (s)
         conn_trailers(c, s, &f, end);
-    else if (c->client || (id & 1) == 0)
-        conn_fail(c, PROTOCOL_ERROR, "HEADERS on a stream that nobody opened");
-    else if (id > c->last_id)
+    else if (conn_is_idle(c, id) && (c->client || (id & 1) == 0))
+        conn_fail(c, PROTOCOL_ERROR, "HEADERS on a stream that nobody may open");
+    else if (conn_is_idle(c, id))
         conn_request(c, id, &f, end);
     else if (conn_how_closed(c, id) == 0)
         conn_fail(c, PROTOCOL_ERROR, "a stream identifier that is not above the last one");
@@ -5070,6 +5070,7 @@ struct link {
     size_t heap_at;                   /* place in the heap of deadlines, from 1; 0: not in it */
     int64_t deadline_ms;
     bool connecting, shut, dead;
+    const struct addrinfo *to;        /* while connecting: the address that is tried */
     struct conn conn;
 };
 
@@ -5094,8 +5095,10 @@ struct loop {
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants a call; INT64_MAX: never */
     int exit_status, signal_number;
     void (*timer)(struct loop *);
+    const struct addrinfo *addresses; /* of the server, for the client commands */
+    int64_t give_up_ms;               /* until when they try to connect */
     void (*link_up)(struct link *);   /* a connect has succeeded */
-    void (*link_down)(struct link *, const char *why);
+    void (*link_down)(struct link *, const char *why);   /* none has, in time */
 #ifdef __linux__
     int epoll;
 #else
@@ -5371,11 +5374,12 @@ static void link_close(struct link *k, const char *why)
     if (k->dead)
         return;
     k->dead = true;
-    if (l->link_down)
+    if (l->link_down && k->connecting)
         l->link_down(k, why);
     heap_set(l, k, INT64_MAX);
     poller_set(l, &k->watch, 0);
-    close(k->watch.fd);
+    if (k->watch.fd >= 0)
+        close(k->watch.fd);
     *(k->prev ? &k->prev->next : &l->links) = k->next;
     if (k->next)
         k->next->prev = k->prev;
@@ -5526,6 +5530,8 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 
 /* ---- Connecting, for the client commands ---- */
 
+static void link_dial_on(struct link *k, int error);
+
 static void connect_ready(struct loop *l, struct watch *w, unsigned events)
 {
     (void)events;
@@ -5535,7 +5541,11 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
     if (getsockopt(w->fd, SOL_SOCKET, SO_ERROR, &error, &len) != 0)
         error = errno;
     if (error) {
-        link_close(k, strerror(error));
+        poller_set(l, w, 0);
+        close(w->fd);
+        w->fd = -1;
+        k->to = k->to->ai_next;
+        link_dial_on(k, error);
         return;
     }
     k->connecting = false;
@@ -5545,24 +5555,46 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
     link_flush(k);
 }
 
-/* Begins to connect; link_up or link_down tells what became of it.  NULL, and errno, if it can't even begin. */
-static struct link *link_connect(struct loop *l, const struct addrinfo *to)
+/* Begins to connect to k->to.  False: errno tells why not. */
+static bool link_connect(struct link *k)
 {
-    int on = 1, fd = socket(to->ai_family, to->ai_socktype, to->ai_protocol);
+    int on = 1, fd = socket(k->to->ai_family, k->to->ai_socktype, k->to->ai_protocol);
     if (fd < 0)
-        return NULL;
+        return false;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    struct link *k = fd_prepare(fd) ? link_new(l, fd, connect_ready) : NULL;
-    if (!k) {
+    if (!fd_prepare(fd) || (connect(fd, k->to->ai_addr, k->to->ai_addrlen) != 0 && errno != EINPROGRESS)) {
+        int error = errno;
         close(fd);
-        return NULL;
+        errno = error;
+        return false;
     }
+    k->watch.fd = fd;
+    return poller_set(k->loop, &k->watch, WATCH_OUT);
+}
+
+/* Tries the addresses from k->to on; after the last, all of them again in a while, until it is time to give up. */
+static void link_dial_on(struct link *k, int error)
+{
+    struct loop *l = k->loop;
+    for (; k->to; k->to = k->to->ai_next) {
+        if (link_connect(k))
+            return;
+        error = errno;
+    }
+    if (l->core.now_ms >= l->give_up_ms)
+        link_close(k, strerror(error));
+    else
+        heap_set(l, k, l->core.now_ms + RETRY_MS);
+}
+
+/* A link to the server of l->addresses.  link_up or link_down tells what becomes of it.  NULL without memory. */
+static struct link *link_dial(struct loop *l)
+{
+    struct link *k = link_new(l, -1, connect_ready);
+    if (!k)
+        return NULL;
     k->connecting = true;
-    if (connect(fd, to->ai_addr, to->ai_addrlen) != 0 && errno != EINPROGRESS) {
-        link_close(k, strerror(errno));
-        return NULL;
-    }
-    poller_set(l, &k->watch, WATCH_OUT);
+    heap_set(l, k, l->core.now_ms);
     return k;
 }
 
@@ -5777,6 +5809,12 @@ static void loop_deadlines(struct loop *l)
 {
     while (l->heap_len && l->heap[1]->deadline_ms <= l->core.now_ms) {
         struct link *k = l->heap[1];
+        if (k->connecting) {
+            heap_set(l, k, INT64_MAX);
+            k->to = l->addresses;
+            link_dial_on(k, EADDRNOTAVAIL);
+            continue;
+        }
         conn_tick(&k->conn);
         link_flush(k);
         if (!k->dead && k->deadline_ms <= l->core.now_ms)
@@ -5894,12 +5932,11 @@ static const struct {
 struct agent {
     struct loop *loop;
     const struct options *o;
-    const struct addrinfo *addresses, *next;
     const char *authority;
     struct link *link[STREAMS];
     struct stream *stream[STREAMS];
     bool done[STREAMS];
-    int64_t give_up_ms, run;
+    int64_t run;
     size_t chunks, datasets;
     bool whole, failed, short_chunk;
     struct buf manifest, id;
@@ -6108,8 +6145,6 @@ static void agent_message(struct stream *s, struct bytes wire)
         agent_asked(a, &msg);
 }
 
-static void agent_begin(struct agent *a);
-
 static void agent_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct agent *a = s->conn->core->app;
@@ -6148,6 +6183,8 @@ static const char *addr_text(const struct options *o)
     return o->arg_count ? o->args[0] : "localhost:7001";
 }
 
+static void agent_dial(struct agent *a, int which);
+
 /* A connection is up: opens its Process stream.  The attestation report is the agent's first message. */
 static void agent_up(struct link *k)
 {
@@ -6167,10 +6204,8 @@ static void agent_up(struct link *k)
     }
     a->stream[which] = s;
     s->user = &a->stream[which];
-    if (which == AGENT && !a->o->once) {
-        a->link[FORWARDER] = NULL;
-        agent_begin(a);               /* the log-forwarder's connection */
-    }
+    if (which == AGENT && !a->o->once)
+        agent_dial(a, FORWARDER);     /* as an agent host does: two connections */
     struct AttestationResponse report = { .certSerialNumber = BYTES("") };
     if (which == AGENT)
         agent_send(a, AGENT, &(struct ClientStreamMessage){ .vTPMattestationReport = &report });
@@ -6178,60 +6213,35 @@ static void agent_up(struct link *k)
         agent_go(a);
 }
 
-/* A connection is gone, or did not come about: tries the next address, then again until -wait is over. */
 static void agent_down(struct link *k, const char *why)
 {
     struct agent *a = k->loop->core.app;
-    if (a->failed || a->loop->stopping)
-        return;
-    if (!k->connecting)
-        return;                       /* its streams have told */
-    a->next = a->next ? a->next->ai_next : NULL;
-    for (int i = 0; i < STREAMS; i++)
-        if (a->link[i] == k)
-            a->link[i] = NULL;
-    if (a->next) {
-        agent_begin(a);
-    } else if (a->loop->core.now_ms >= a->give_up_ms) {
+    if (!a->failed && !a->loop->stopping)
         agent_fail(a, "can't connect to %s: %s", a->authority, why);
-    } else {
-        a->loop->timer_ms = a->loop->core.now_ms + RETRY_MS;
-    }
 }
 
-/* Connects what is not connected: the agent first, its log-forwarder once that is up. */
-static void agent_begin(struct agent *a)
+static void agent_dial(struct agent *a, int which)
 {
-    int which = a->link[AGENT] ? FORWARDER : AGENT;
-    if (a->link[which])
-        return;
-    if (!a->next)
-        a->next = a->addresses;
-    struct link *k = link_connect(a->loop, a->next);
-    if (k)
-        a->link[which] = k;
-    else if (!a->failed && a->loop->timer_ms == INT64_MAX)
-        a->loop->timer_ms = a->loop->core.now_ms + RETRY_MS;
+    a->link[which] = link_dial(a->loop);
+    if (!a->link[which])
+        agent_fail(a, "out of memory");
 }
 
-/* Retries a connection, or begins the next run. */
+/* The next run begins, on new connections. */
 static void agent_timer(struct loop *l)
 {
     struct agent *a = l->core.app;
-    if (a->done[AGENT]) {
-        for (struct link *k = l->links, *next; k; k = next) {
-            next = k->next;
-            link_close(k, "the run is over");
-        }
-        a->run++;
-        a->chunks = 0;
-        a->whole = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
-        a->link[AGENT] = a->link[FORWARDER] = NULL;
-        a->state = "ReceivingManifest";
-        buf_free(&a->manifest);
-        buf_free(&a->id);
+    for (struct link *k = l->links, *next; k; k = next) {
+        next = k->next;
+        link_close(k, "the run is over");
     }
-    agent_begin(a);
+    a->run++;
+    a->chunks = 0;
+    a->whole = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
+    a->state = "ReceivingManifest";
+    buf_free(&a->manifest);
+    buf_free(&a->id);
+    agent_dial(a, AGENT);
 }
 
 /* Resolves ADDR; the list is the caller's.  NULL, and a line on stderr, if that can't be done. */
@@ -6255,6 +6265,20 @@ static struct addrinfo *resolve(const char *addr)
     return error ? NULL : list;
 }
 
+/* A loop that connects to the server of the list. */
+static struct loop *client_loop(const struct options *o, const struct addrinfo *list, void *app,
+                                void (*up)(struct link *), void (*down)(struct link *, const char *))
+{
+    struct loop *l = loop_new();
+    l->core.app = app;
+    l->core.max_message = CLIENT_MAX_MESSAGE;
+    l->addresses = list;
+    l->give_up_ms = l->core.now_ms + o->wait_ms;
+    l->link_up = up;
+    l->link_down = down;
+    return l;
+}
+
 static int cmd_agent(struct options *o)
 {
     struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest", .fail = -1 };
@@ -6272,16 +6296,10 @@ static int cmd_agent(struct options *o)
     struct addrinfo *list = resolve(addr_text(o));
     if (!list)
         return 1;
-    a.addresses = list;
     a.authority = addr_text(o);
-    a.loop = loop_new();
-    a.loop->core.app = &a;
-    a.loop->core.max_message = CLIENT_MAX_MESSAGE;
-    a.loop->link_up = agent_up;
-    a.loop->link_down = agent_down;
+    a.loop = client_loop(o, list, &a, agent_up, agent_down);
     a.loop->timer = agent_timer;
-    a.give_up_ms = a.loop->core.now_ms + o->wait_ms;
-    agent_begin(&a);
+    agent_dial(&a, AGENT);
     int status = loop_run(a.loop);
     if (a.loop->signal_number && !status)
         status = 128 + a.loop->signal_number;
@@ -6296,10 +6314,7 @@ static int cmd_agent(struct options *o)
 struct health {
     struct loop *loop;
     const struct options *o;
-    const struct addrinfo *addresses, *next;
     const char *authority;
-    int64_t give_up_ms;
-    bool answered;
 };
 
 static void health_end(struct health *h, int status, const char *text)
@@ -6348,46 +6363,20 @@ static void health_up(struct link *k)
     grpc_half_close(s);
 }
 
-static void health_begin(struct loop *l)
-{
-    struct health *h = l->core.app;
-    for (h->next = h->next ? h->next : h->addresses; h->next; h->next = h->next->ai_next)
-        if (link_connect(l, h->next))
-            return;
-    if (l->core.now_ms >= h->give_up_ms)
-        health_end(h, 1, strerror(errno));
-    else
-        l->timer_ms = l->core.now_ms + RETRY_MS;
-}
-
 static void health_down(struct link *k, const char *why)
 {
-    struct health *h = k->loop->core.app;
-    if (h->loop->stopping || !k->connecting)
-        return;
-    h->next = h->next ? h->next->ai_next : NULL;
-    if (h->next)
-        health_begin(h->loop);
-    else if (h->loop->core.now_ms >= h->give_up_ms)
-        health_end(h, 1, why);
-    else
-        h->loop->timer_ms = h->loop->core.now_ms + RETRY_MS;
+    health_end(k->loop->core.app, 1, why);
 }
 
 static int cmd_health(struct options *o)
 {
     struct addrinfo *list = resolve(addr_text(o));
-    struct health h = { .o = o, .addresses = list, .authority = addr_text(o) };
+    struct health h = { .o = o, .authority = addr_text(o) };
     if (!list)
         return 1;
-    h.loop = loop_new();
-    h.loop->core.app = &h;
-    h.loop->core.max_message = CLIENT_MAX_MESSAGE;
-    h.loop->link_up = health_up;
-    h.loop->link_down = health_down;
-    h.loop->timer = health_begin;
-    h.give_up_ms = h.loop->core.now_ms + o->wait_ms;
-    health_begin(h.loop);
+    h.loop = client_loop(o, list, &h, health_up, health_down);
+    if (!link_dial(h.loop))
+        health_end(&h, 1, "out of memory");
     int status = loop_run(h.loop);
     loop_free(h.loop);
     freeaddrinfo(list);
