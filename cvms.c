@@ -805,7 +805,8 @@ struct conn {
     const struct h2_handler *on;
     void *user;
     enum conn_phase phase;
-    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, pad_known, skip;
+    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, deaf, pad_known,
+        skip;
     /* input */
     uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
     uint8_t continuations;
@@ -892,7 +893,9 @@ static void conn_fail(struct conn *c, enum h2_error code, const char *why)
     c->error = code;
     c->why = why;
     if (c->phase == CONN_OPEN)
-        core_note(c->core, c->peer, "the connection ends: %s: %s", h2_error_names[code], why);
+        core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
+                  c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
+                  (unsigned long)c->frame.stream_id);
     if (c->phase == CONN_OPEN || c->preface_len)
         frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
     c->phase = CONN_CLOSING;
@@ -1806,7 +1809,11 @@ static void conn_fill(struct conn *c)
 /* The bytes that wait to go out, and how many; they hold until the next call on this connection. */
 static size_t conn_peek(struct conn *c, const uint8_t **p)
 {
+    if (c->reap)
+        conn_reap(c);
     conn_fill(c);
+    if (c->deaf)
+        c->out.len = c->out_sent = 0;
     if (c->out.failed)
         c->phase = CONN_DEAD;
     *p = c->out.p ? c->out.p + c->out_sent : NULL;
@@ -1826,6 +1833,14 @@ static void conn_sent(struct conn *c, size_t n)
     else
         free(c->out.p);
     c->out = (struct buf){ .failed = c->out.failed };
+}
+
+/* The peer takes no more.  What it has sent before is still read. */
+static void conn_unheard(struct conn *c)
+{
+    c->deaf = true;
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_drop_queue(s);
 }
 
 /* The peer will send no more.  Streams that it had ended get their answer all the same. */
@@ -5094,6 +5109,7 @@ struct loop {
     bool touched;                     /* something was sent outside a link's own turn */
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants a call; INT64_MAX: never */
     int exit_status, signal_number;
+    const char *stop_why;             /* set: the loop is to end */
     void (*timer)(struct loop *);
     const struct addrinfo *addresses; /* of the server, for the client commands */
     int64_t give_up_ms;               /* until when they try to connect */
@@ -5410,8 +5426,7 @@ static void link_flush(struct link *k)
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
             blocked = true;
         } else if (errno != EINTR) {
-            link_close(k, strerror(errno));
-            return;
+            conn_unheard(&k->conn);
         }
     }
     if (k->conn.phase == CONN_CLOSING && !k->shut && !conn_pending(&k->conn)) {
@@ -5685,11 +5700,16 @@ static void on_signal(int number)
     errno = saved;
 }
 
-/* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
+/* The loop is to end, once the turn is over; may be called from anywhere.  why is what the peers get to read. */
 static void loop_stop(struct loop *l, const char *why)
 {
-    if (l->stopping)
-        return;
+    if (!l->stop_why)
+        l->stop_why = why;
+}
+
+/* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
+static void loop_goodbye(struct loop *l)
+{
     l->stopping = true;
     l->stop_ms = l->core.now_ms + STOP_MS;
     for (size_t i = 0; i < l->listener_count; i++) {
@@ -5700,10 +5720,10 @@ static void loop_stop(struct loop *l, const char *why)
     for (struct link *k = l->links, *next; k; k = next) {
         next = k->next;
         if (k->connecting) {
-            link_close(k, why);
+            link_close(k, l->stop_why);
             continue;
         }
-        conn_shutdown(&k->conn, GRPC_UNAVAILABLE, why);
+        conn_shutdown(&k->conn, GRPC_UNAVAILABLE, l->stop_why);
         link_flush(k);
     }
 }
@@ -5713,7 +5733,7 @@ static void signals_ready(struct loop *l, struct watch *w, unsigned events)
     uint8_t number;
     (void)events;
     while (read(w->fd, &number, 1) == 1) {
-        if (l->stopping) {
+        if (l->stop_why) {
             l->hurry = true;
             l->signal_number = number;
             return;
@@ -5766,18 +5786,19 @@ static struct loop *loop_new(void)
 static void loop_pressure(struct loop *l)
 {
     size_t waiting = sink_pending(&l->out);
-    bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES, free = l->core.held && waiting < HOLD_BYTES / 4;
+    bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
+    bool release = l->core.held && waiting < HOLD_BYTES / 4;
     sink_compact(&l->out);
-    if (paused == l->paused && !(held && !l->core.held) && !free)
+    if (paused == l->paused && !(held && !l->core.held) && !release)
         return;
-    bool touch = paused != l->paused || free;
+    bool touch = paused != l->paused || release;
     l->paused = paused;
-    l->core.held = free ? false : l->core.held || held;
+    l->core.held = release ? false : l->core.held || held;
     for (struct link *k = l->links, *next; touch && k; k = next) {
         next = k->next;
         if (k->connecting)
             continue;
-        if (free)
+        if (release)
             conn_release(&k->conn);
         link_flush(k);
     }
@@ -5853,6 +5874,8 @@ static bool loop_done(const struct loop *l)
 static int loop_run(struct loop *l)
 {
     while (!loop_done(l)) {
+        if (l->stop_why && !l->stopping)
+            loop_goodbye(l);
         if (l->touched)
             loop_flush_all(l);
         sink_flush(l, &l->out);
@@ -6149,7 +6172,7 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct agent *a = s->conn->core->app;
     int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
-    if (a->failed || a->loop->stopping)
+    if (a->failed || a->loop->stop_why)
         return;
     if (status != GRPC_OK || !a->whole) {
         agent_fail(a, "the server ended the %s's stream: %s %.*s", which == AGENT ? "agent" : "log-forwarder",
@@ -6216,7 +6239,7 @@ static void agent_up(struct link *k)
 static void agent_down(struct link *k, const char *why)
 {
     struct agent *a = k->loop->core.app;
-    if (!a->failed && !a->loop->stopping)
+    if (!a->failed && !a->loop->stop_why)
         agent_fail(a, "can't connect to %s: %s", a->authority, why);
 }
 
@@ -6319,7 +6342,7 @@ struct health {
 
 static void health_end(struct health *h, int status, const char *text)
 {
-    if (h->loop->stopping)
+    if (h->loop->stop_why)
         return;
     core_note(&h->loop->core, NULL, "cvms health: %s: %s", h->authority, text);
     h->loop->exit_status = status;
