@@ -2371,73 +2371,57 @@ struct Timestamp {
     int64_t seconds;
     int32_t nanos;
 };
-static const struct pb_field Timestamp_fields[] = {
+PB_DEFINE(Timestamp, PB_TIMESTAMP, NULL,
     PB_ROW(Timestamp, 1, INT64, 0, seconds, NULL),
-    PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL),
-};
-static const struct pb_message Timestamp_message = PB_TYPE_FORM(Timestamp, PB_TIMESTAMP);
+    PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL));
 
 /* ---- cvms: from the agent ---- */
 struct AgentLog {
     struct bytes message, computation_id, level;
     struct Timestamp *timestamp;
 };
-static const struct pb_field AgentLog_fields[] = {
+PB_DEFINE(AgentLog, PB_PLAIN, NULL,
     PB_ROW(AgentLog, 1, STRING,  0, message,        NULL),
     PB_ROW(AgentLog, 2, STRING,  0, computation_id, NULL),
     PB_ROW(AgentLog, 3, STRING,  0, level,          NULL),
-    PB_ROW(AgentLog, 4, MESSAGE, 0, timestamp,      &Timestamp_message),
-};
-static const struct pb_message AgentLog_message = PB_TYPE(AgentLog);
+    PB_ROW(AgentLog, 4, MESSAGE, 0, timestamp,      &Timestamp_message));
 
 struct AgentEvent {
     struct bytes event_type, computation_id, details, originator, status;
     struct Timestamp *timestamp;
 };
-static const struct pb_field AgentEvent_fields[] = {
+PB_DEFINE(AgentEvent, PB_PLAIN, NULL,
     PB_ROW(AgentEvent, 1, STRING,  0, event_type,     NULL),
     PB_ROW(AgentEvent, 2, MESSAGE, 0, timestamp,      &Timestamp_message),
     PB_ROW(AgentEvent, 3, STRING,  0, computation_id, NULL),
     PB_ROW(AgentEvent, 4, BYTES,   0, details,        NULL),
     PB_ROW(AgentEvent, 5, STRING,  0, originator,     NULL),
-    PB_ROW(AgentEvent, 6, STRING,  0, status,         NULL),
-};
-static const struct pb_message AgentEvent_message = PB_TYPE(AgentEvent);
+    PB_ROW(AgentEvent, 6, STRING,  0, status,         NULL));
 
 struct RunResponse { struct bytes computation_id, error; };
-static const struct pb_field RunResponse_fields[] = {
+PB_DEFINE(RunResponse, PB_PLAIN, NULL,
     PB_ROW(RunResponse, 1, STRING, 0, computation_id, NULL),
-    PB_ROW(RunResponse, 2, STRING, 0, error,          NULL),
-};
-static const struct pb_message RunResponse_message = PB_TYPE(RunResponse);
+    PB_ROW(RunResponse, 2, STRING, 0, error,          NULL));
 
 struct StopComputationResponse { struct bytes computation_id, message; };
-static const struct pb_field StopComputationResponse_fields[] = {
+PB_DEFINE(StopComputationResponse, PB_PLAIN, NULL,
     PB_ROW(StopComputationResponse, 1, STRING, 0, computation_id, NULL),
-    PB_ROW(StopComputationResponse, 2, STRING, 0, message,        NULL),
-};
-static const struct pb_message StopComputationResponse_message = PB_TYPE(StopComputationResponse);
+    PB_ROW(StopComputationResponse, 2, STRING, 0, message,        NULL));
 
 struct AgentStateRes { struct bytes id, state; };
-static const struct pb_field AgentStateRes_fields[] = {
+PB_DEFINE(AgentStateRes, PB_PLAIN, NULL,
     PB_ROW(AgentStateRes, 1, STRING, 0, id,    NULL),
-    PB_ROW(AgentStateRes, 2, STRING, 0, state, NULL),
-};
-static const struct pb_message AgentStateRes_message = PB_TYPE(AgentStateRes);
+    PB_ROW(AgentStateRes, 2, STRING, 0, state, NULL));
 
 struct AttestationResponse { struct bytes file, certSerialNumber; };
-static const struct pb_field AttestationResponse_fields[] = {
+PB_DEFINE(AttestationResponse, PB_PLAIN, NULL,
     PB_ROW(AttestationResponse, 1, BYTES,  0, file,             NULL),
-    PB_ROW(AttestationResponse, 2, STRING, 0, certSerialNumber, NULL),
-};
-static const struct pb_message AttestationResponse_message = PB_TYPE(AttestationResponse);
+    PB_ROW(AttestationResponse, 2, STRING, 0, certSerialNumber, NULL));
 
-struct azureAttestationToken { struct bytes file, certSerialNumber; };
-static const struct pb_field azureAttestationToken_fields[] = {
-    PB_ROW(azureAttestationToken, 1, BYTES,  0, file,             NULL),
-    PB_ROW(azureAttestationToken, 2, STRING, 0, certSerialNumber, NULL),
+/* The same two fields under another name. */
+static const struct pb_message azureAttestationToken_message = {
+    "azureAttestationToken", AttestationResponse_fields, 2, sizeof(struct AttestationResponse), PB_PLAIN, NULL
 };
-static const struct pb_message azureAttestationToken_message = PB_TYPE(azureAttestationToken);
 
 struct ClientStreamMessage {
     struct AgentLog *agent_log;
@@ -2445,60 +2429,44 @@ struct ClientStreamMessage {
     struct RunResponse *run_res;
     struct StopComputationResponse *stopComputationRes;
     struct AgentStateRes *agentStateRes;
-    struct AttestationResponse *vTPMattestationReport;
-    struct azureAttestationToken *azureAttestationToken;
+    struct AttestationResponse *vTPMattestationReport, *azureAttestationToken;
 };
-static const struct pb_field ClientStreamMessage_fields[] = {
+PB_DEFINE(ClientStreamMessage, PB_PLAIN, "message",
     PB_ROW(ClientStreamMessage, 1, MESSAGE, PB_ONEOF, agent_log,             &AgentLog_message),
     PB_ROW(ClientStreamMessage, 2, MESSAGE, PB_ONEOF, agent_event,           &AgentEvent_message),
     PB_ROW(ClientStreamMessage, 3, MESSAGE, PB_ONEOF, run_res,               &RunResponse_message),
     PB_ROW(ClientStreamMessage, 4, MESSAGE, PB_ONEOF, stopComputationRes,    &StopComputationResponse_message),
     PB_ROW(ClientStreamMessage, 5, MESSAGE, PB_ONEOF, agentStateRes,         &AgentStateRes_message),
     PB_ROW(ClientStreamMessage, 6, MESSAGE, PB_ONEOF, vTPMattestationReport, &AttestationResponse_message),
-    PB_ROW(ClientStreamMessage, 7, MESSAGE, PB_ONEOF, azureAttestationToken, &azureAttestationToken_message),
-};
-static const struct pb_message ClientStreamMessage_message = PB_TYPE_ONEOF(ClientStreamMessage, message);
+    PB_ROW(ClientStreamMessage, 7, MESSAGE, PB_ONEOF, azureAttestationToken, &azureAttestationToken_message));
 
 /* ---- cvms: to the agent ---- */
 struct StopComputation { struct bytes computation_id; };
-static const struct pb_field StopComputation_fields[] = { PB_ROW(StopComputation, 1, STRING, 0, computation_id, NULL) };
-static const struct pb_message StopComputation_message = PB_TYPE(StopComputation);
-
+PB_DEFINE(StopComputation, PB_PLAIN, NULL, PB_ROW(StopComputation, 1, STRING, 0, computation_id, NULL));
 struct AgentStateReq { struct bytes id; };
-static const struct pb_field AgentStateReq_fields[] = { PB_ROW(AgentStateReq, 1, STRING, 0, id, NULL) };
-static const struct pb_message AgentStateReq_message = PB_TYPE(AgentStateReq);
-
+PB_DEFINE(AgentStateReq, PB_PLAIN, NULL, PB_ROW(AgentStateReq, 1, STRING, 0, id, NULL));
 struct DisconnectReq { struct bytes id; };
-static const struct pb_field DisconnectReq_fields[] = { PB_ROW(DisconnectReq, 1, STRING, 0, id, NULL) };
-static const struct pb_message DisconnectReq_message = PB_TYPE(DisconnectReq);
-
+PB_DEFINE(DisconnectReq, PB_PLAIN, NULL, PB_ROW(DisconnectReq, 1, STRING, 0, id, NULL));
 struct RunReqChunks { struct bytes data, id; bool is_last; };
-static const struct pb_field RunReqChunks_fields[] = {
+PB_DEFINE(RunReqChunks, PB_PLAIN, NULL,
     PB_ROW(RunReqChunks, 1, BYTES,  0, data,    NULL),
     PB_ROW(RunReqChunks, 2, STRING, 0, id,      NULL),
-    PB_ROW(RunReqChunks, 3, BOOL,   0, is_last, NULL),
-};
-static const struct pb_message RunReqChunks_message = PB_TYPE(RunReqChunks);
+    PB_ROW(RunReqChunks, 3, BOOL,   0, is_last, NULL));
 
 struct ResultConsumer { struct bytes userKey; };
-static const struct pb_field ResultConsumer_fields[] = { PB_ROW(ResultConsumer, 1, BYTES, 0, userKey, NULL) };
-static const struct pb_message ResultConsumer_message = PB_TYPE(ResultConsumer);
+PB_DEFINE(ResultConsumer, PB_PLAIN, NULL, PB_ROW(ResultConsumer, 1, BYTES, 0, userKey, NULL));
 
 struct Source { struct bytes type, url, kbs_resource_path; bool encrypted; };
-static const struct pb_field Source_fields[] = {
+PB_DEFINE(Source, PB_PLAIN, NULL,
     PB_ROW(Source, 1, STRING, 0, type,              NULL),
     PB_ROW(Source, 2, STRING, 0, url,               NULL),
     PB_ROW(Source, 3, STRING, 0, kbs_resource_path, NULL),
-    PB_ROW(Source, 4, BOOL,   0, encrypted,         NULL),
-};
-static const struct pb_message Source_message = PB_TYPE(Source);
+    PB_ROW(Source, 4, BOOL,   0, encrypted,         NULL));
 
 struct KBSConfig { struct bytes url; bool enabled; };
-static const struct pb_field KBSConfig_fields[] = {
+PB_DEFINE(KBSConfig, PB_PLAIN, NULL,
     PB_ROW(KBSConfig, 1, STRING, 0, url,     NULL),
-    PB_ROW(KBSConfig, 2, BOOL,   0, enabled, NULL),
-};
-static const struct pb_message KBSConfig_message = PB_TYPE(KBSConfig);
+    PB_ROW(KBSConfig, 2, BOOL,   0, enabled, NULL));
 
 struct Dataset {
     struct bytes hash, userKey, filename;
@@ -2506,15 +2474,13 @@ struct Dataset {
     struct KBSConfig *kbs;
     bool decompress;
 };
-static const struct pb_field Dataset_fields[] = {
+PB_DEFINE(Dataset, PB_PLAIN, NULL,
     PB_ROW(Dataset, 1, BYTES,   0, hash,       NULL),
     PB_ROW(Dataset, 2, BYTES,   0, userKey,    NULL),
     PB_ROW(Dataset, 3, STRING,  0, filename,   NULL),
     PB_ROW(Dataset, 4, MESSAGE, 0, source,     &Source_message),
     PB_ROW(Dataset, 5, BOOL,    0, decompress, NULL),
-    PB_ROW(Dataset, 6, MESSAGE, 0, kbs,        &KBSConfig_message),
-};
-static const struct pb_message Dataset_message = PB_TYPE(Dataset);
+    PB_ROW(Dataset, 6, MESSAGE, 0, kbs,        &KBSConfig_message));
 
 struct Algorithm {
     struct bytes hash, userKey, algo_type;
@@ -2522,30 +2488,26 @@ struct Algorithm {
     struct pb_list algo_args;           /* struct bytes */
     struct KBSConfig *kbs;
 };
-static const struct pb_field Algorithm_fields[] = {
+PB_DEFINE(Algorithm, PB_PLAIN, NULL,
     PB_ROW(Algorithm, 1, BYTES,   0,           hash,      NULL),
     PB_ROW(Algorithm, 2, BYTES,   0,           userKey,   NULL),
     PB_ROW(Algorithm, 3, MESSAGE, 0,           source,    &Source_message),
     PB_ROW(Algorithm, 4, STRING,  0,           algo_type, NULL),
     PB_ROW(Algorithm, 5, STRING,  PB_REPEATED, algo_args, NULL),
-    PB_ROW(Algorithm, 6, MESSAGE, 0,           kbs,       &KBSConfig_message),
-};
-static const struct pb_message Algorithm_message = PB_TYPE(Algorithm);
+    PB_ROW(Algorithm, 6, MESSAGE, 0,           kbs,       &KBSConfig_message));
 
 struct AgentConfig {
     struct bytes port, cert_file, key_file, client_ca_file, server_ca_file, log_level;
     bool attested_tls;
 };
-static const struct pb_field AgentConfig_fields[] = {
+PB_DEFINE(AgentConfig, PB_PLAIN, NULL,
     PB_ROW(AgentConfig, 1, STRING, 0, port,           NULL),
     PB_ROW(AgentConfig, 2, STRING, 0, cert_file,      NULL),
     PB_ROW(AgentConfig, 3, STRING, 0, key_file,       NULL),
     PB_ROW(AgentConfig, 4, STRING, 0, client_ca_file, NULL),
     PB_ROW(AgentConfig, 5, STRING, 0, server_ca_file, NULL),
     PB_ROW(AgentConfig, 6, STRING, 0, log_level,      NULL),
-    PB_ROW(AgentConfig, 7, BOOL,   0, attested_tls,   NULL),
-};
-static const struct pb_message AgentConfig_message = PB_TYPE(AgentConfig);
+    PB_ROW(AgentConfig, 7, BOOL,   0, attested_tls,   NULL));
 
 struct ComputationRunReq {
     struct bytes id, name, description;
@@ -2555,7 +2517,7 @@ struct ComputationRunReq {
     struct AgentConfig *agent_config;
     struct KBSConfig *kbs;
 };
-static const struct pb_field ComputationRunReq_fields[] = {
+PB_DEFINE(ComputationRunReq, PB_PLAIN, NULL,
     PB_ROW(ComputationRunReq, 1, STRING,  0,           id,               NULL),
     PB_ROW(ComputationRunReq, 2, STRING,  0,           name,             NULL),
     PB_ROW(ComputationRunReq, 3, STRING,  0,           description,      NULL),
@@ -2563,9 +2525,7 @@ static const struct pb_field ComputationRunReq_fields[] = {
     PB_ROW(ComputationRunReq, 5, MESSAGE, 0,           algorithm,        &Algorithm_message),
     PB_ROW(ComputationRunReq, 6, MESSAGE, PB_REPEATED, result_consumers, &ResultConsumer_message),
     PB_ROW(ComputationRunReq, 7, MESSAGE, 0,           agent_config,     &AgentConfig_message),
-    PB_ROW(ComputationRunReq, 8, MESSAGE, 0,           kbs,              &KBSConfig_message),
-};
-static const struct pb_message ComputationRunReq_message = PB_TYPE(ComputationRunReq);
+    PB_ROW(ComputationRunReq, 8, MESSAGE, 0,           kbs,              &KBSConfig_message));
 
 struct ServerStreamMessage {
     struct RunReqChunks *runReqChunks;
@@ -2574,31 +2534,25 @@ struct ServerStreamMessage {
     struct AgentStateReq *agentStateReq;
     struct DisconnectReq *disconnectReq;
 };
-static const struct pb_field ServerStreamMessage_fields[] = {
+PB_DEFINE(ServerStreamMessage, PB_PLAIN, "message",
     PB_ROW(ServerStreamMessage, 1, MESSAGE, PB_ONEOF, runReqChunks,    &RunReqChunks_message),
     PB_ROW(ServerStreamMessage, 2, MESSAGE, PB_ONEOF, runReq,          &ComputationRunReq_message),
     PB_ROW(ServerStreamMessage, 3, MESSAGE, PB_ONEOF, stopComputation, &StopComputation_message),
     PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
-    PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message),
-};
-static const struct pb_message ServerStreamMessage_message = PB_TYPE_ONEOF(ServerStreamMessage, message);
+    PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message));
 
 /* ---- grpc.health.v1 ---- */
-enum ServingStatus { UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN };
+enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
 static const char *const ServingStatus_values[] = { "UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" };
 static const struct pb_enum ServingStatus_enum = {
     "ServingStatus", ServingStatus_values, PB_COUNT(ServingStatus_values)
 };
 
 struct HealthCheckRequest { struct bytes service; };
-static const struct pb_field HealthCheckRequest_fields[] = { PB_ROW(HealthCheckRequest, 1, STRING, 0, service, NULL) };
-static const struct pb_message HealthCheckRequest_message = PB_TYPE(HealthCheckRequest);
+PB_DEFINE(HealthCheckRequest, PB_PLAIN, NULL, PB_ROW(HealthCheckRequest, 1, STRING, 0, service, NULL));
 
 struct HealthCheckResponse { int32_t status; };
-static const struct pb_field HealthCheckResponse_fields[] = {
-    PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum)
-};
-static const struct pb_message HealthCheckResponse_message = PB_TYPE(HealthCheckResponse);
+PB_DEFINE(HealthCheckResponse, PB_PLAIN, NULL, PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum));
 
 struct HealthListRequest { char empty; };
 static const struct pb_message HealthListRequest_message = {
@@ -2606,71 +2560,53 @@ static const struct pb_message HealthListRequest_message = {
 };
 
 struct StatusesEntry { struct bytes key; struct HealthCheckResponse *value; };
-static const struct pb_field StatusesEntry_fields[] = {
+PB_DEFINE(StatusesEntry, PB_MAP_ENTRY, NULL,
     PB_ROW(StatusesEntry, 1, STRING,  0, key,   NULL),
-    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message),
-};
-static const struct pb_message StatusesEntry_message = PB_TYPE_FORM(StatusesEntry, PB_MAP_ENTRY);
+    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message));
 
 struct HealthListResponse { struct pb_list statuses; };         /* struct StatusesEntry */
-static const struct pb_field HealthListResponse_fields[] = {
-    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message)
-};
-static const struct pb_message HealthListResponse_message = PB_TYPE(HealthListResponse);
+PB_DEFINE(HealthListResponse, PB_PLAIN, NULL,
+    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message));
 
 /* ---- grpc.reflection, v1 and v1alpha: two packages, the same messages ---- */
 struct ExtensionRequest { struct bytes containing_type; int32_t extension_number; };
-static const struct pb_field ExtensionRequest_fields[] = {
+PB_DEFINE(ExtensionRequest, PB_PLAIN, NULL,
     PB_ROW(ExtensionRequest, 1, STRING, 0, containing_type,  NULL),
-    PB_ROW(ExtensionRequest, 2, INT32,  0, extension_number, NULL),
-};
-static const struct pb_message ExtensionRequest_message = PB_TYPE(ExtensionRequest);
+    PB_ROW(ExtensionRequest, 2, INT32,  0, extension_number, NULL));
 
 struct ServerReflectionRequest {
     struct bytes host, file_by_filename, file_containing_symbol;
     struct ExtensionRequest *file_containing_extension;
     struct bytes all_extension_numbers_of_type, list_services;
 };
-static const struct pb_field ServerReflectionRequest_fields[] = {
+PB_DEFINE(ServerReflectionRequest, PB_PLAIN, "message_request",
     PB_ROW(ServerReflectionRequest, 1, STRING,  0,        host,                          NULL),
     PB_ROW(ServerReflectionRequest, 3, STRING,  PB_ONEOF, file_by_filename,              NULL),
     PB_ROW(ServerReflectionRequest, 4, STRING,  PB_ONEOF, file_containing_symbol,        NULL),
     PB_ROW(ServerReflectionRequest, 5, MESSAGE, PB_ONEOF, file_containing_extension,     &ExtensionRequest_message),
     PB_ROW(ServerReflectionRequest, 6, STRING,  PB_ONEOF, all_extension_numbers_of_type, NULL),
-    PB_ROW(ServerReflectionRequest, 7, STRING,  PB_ONEOF, list_services,                 NULL),
-};
-static const struct pb_message ServerReflectionRequest_message =
-    PB_TYPE_ONEOF(ServerReflectionRequest, message_request);
+    PB_ROW(ServerReflectionRequest, 7, STRING,  PB_ONEOF, list_services,                 NULL));
 
 struct FileDescriptorResponse { struct pb_list file_descriptor_proto; };       /* struct bytes */
-static const struct pb_field FileDescriptorResponse_fields[] = {
-    PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL)
-};
-static const struct pb_message FileDescriptorResponse_message = PB_TYPE(FileDescriptorResponse);
+PB_DEFINE(FileDescriptorResponse, PB_PLAIN, NULL,
+    PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL));
 
 struct ExtensionNumberResponse { struct bytes base_type_name; struct pb_list extension_number; };      /* int32_t */
-static const struct pb_field ExtensionNumberResponse_fields[] = {
+PB_DEFINE(ExtensionNumberResponse, PB_PLAIN, NULL,
     PB_ROW(ExtensionNumberResponse, 1, STRING, 0,           base_type_name,   NULL),
-    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL),
-};
-static const struct pb_message ExtensionNumberResponse_message = PB_TYPE(ExtensionNumberResponse);
+    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL));
 
 struct ServiceResponse { struct bytes name; };
-static const struct pb_field ServiceResponse_fields[] = { PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL) };
-static const struct pb_message ServiceResponse_message = PB_TYPE(ServiceResponse);
+PB_DEFINE(ServiceResponse, PB_PLAIN, NULL, PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL));
 
 struct ListServiceResponse { struct pb_list service; };         /* struct ServiceResponse */
-static const struct pb_field ListServiceResponse_fields[] = {
-    PB_ROW(ListServiceResponse, 1, MESSAGE, PB_REPEATED, service, &ServiceResponse_message)
-};
-static const struct pb_message ListServiceResponse_message = PB_TYPE(ListServiceResponse);
+PB_DEFINE(ListServiceResponse, PB_PLAIN, NULL,
+    PB_ROW(ListServiceResponse, 1, MESSAGE, PB_REPEATED, service, &ServiceResponse_message));
 
 struct ErrorResponse { int32_t error_code; struct bytes error_message; };
-static const struct pb_field ErrorResponse_fields[] = {
+PB_DEFINE(ErrorResponse, PB_PLAIN, NULL,
     PB_ROW(ErrorResponse, 1, INT32,  0, error_code,    NULL),
-    PB_ROW(ErrorResponse, 2, STRING, 0, error_message, NULL),
-};
-static const struct pb_message ErrorResponse_message = PB_TYPE(ErrorResponse);
+    PB_ROW(ErrorResponse, 2, STRING, 0, error_message, NULL));
 
 struct ServerReflectionResponse {
     struct bytes valid_host;
@@ -2682,16 +2618,13 @@ struct ServerReflectionResponse {
 };
 #define REFLECTION_ROW(number, kind, flags, member, sub) \
     PB_ROW(ServerReflectionResponse, number, kind, flags, member, sub)
-static const struct pb_field ServerReflectionResponse_fields[] = {
+PB_DEFINE(ServerReflectionResponse, PB_PLAIN, "message_response",
     REFLECTION_ROW(1, STRING,  0,        valid_host,                     NULL),
     REFLECTION_ROW(2, MESSAGE, 0,        original_request,               &ServerReflectionRequest_message),
     REFLECTION_ROW(4, MESSAGE, PB_ONEOF, file_descriptor_response,       &FileDescriptorResponse_message),
     REFLECTION_ROW(5, MESSAGE, PB_ONEOF, all_extension_numbers_response, &ExtensionNumberResponse_message),
     REFLECTION_ROW(6, MESSAGE, PB_ONEOF, list_services_response,         &ListServiceResponse_message),
-    REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message),
-};
-static const struct pb_message ServerReflectionResponse_message =
-    PB_TYPE_ONEOF(ServerReflectionResponse, message_response);
+    REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message));
 
 /* ---- Files and services, as reflection lists them ---- */
 static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
@@ -2842,13 +2775,13 @@ enum { OPTIONS = sizeof option_table / sizeof *option_table };
 static const struct {
     const char *name;
     enum command command;
-    const char *synopsis;
+    const char *synopsis, *what;
 } command_table[] = {
-    { "serve", CMD_SERVE, "FLAGS                    serve the manifest to agents (the default command)" },
-    { "agent", CMD_AGENT, "[FLAGS] [ADDR]           play an agent and its log-forwarder against a server" },
-    { "manifest", CMD_MANIFEST, "FLAGS                 print the manifest that these flags give" },
-    { "checksum", CMD_CHECKSUM, "[-b] PATH...          SHA3-256 of files and folders" },
-    { "health", CMD_HEALTH, "[FLAGS] [ADDR]          exit 0 only if the server is SERVING" },
+    { "serve", CMD_SERVE, "cvms FLAGS", "serve the manifest to agents" },
+    { "agent", CMD_AGENT, "cvms agent [FLAGS] [ADDR]", "play an agent and its log-forwarder against a server" },
+    { "manifest", CMD_MANIFEST, "cvms manifest FLAGS", "print the manifest that these flags give" },
+    { "checksum", CMD_CHECKSUM, "cvms checksum [-b] PATH...", "SHA3-256 of files and folders" },
+    { "health", CMD_HEALTH, "cvms health [FLAGS] [ADDR]", "exit 0 only if the server is SERVING" },
 };
 enum { COMMANDS = sizeof command_table / sizeof *command_table };
 
@@ -3091,8 +3024,7 @@ static void options_help(void)
 {
     puts("cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:");
     for (size_t i = 0; i < COMMANDS; i++)
-        printf("  cvms %s%s%s\n", command_table[i].command == CMD_SERVE ? "" : command_table[i].name,
-               command_table[i].command == CMD_SERVE ? "" : " ", command_table[i].synopsis);
+        printf("  %-31s %s\n", command_table[i].synopsis, command_table[i].what);
     for (size_t c = 0; c < COMMANDS; c++) {
         unsigned command = command_table[c].command;
         if (command == CMD_MANIFEST)
@@ -4884,8 +4816,8 @@ static int32_t health_status(struct bytes service)
 {
     for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
         if (bytes_eq(service, bytes_of(healthy_services[i])))
-            return SERVING;
-    return SERVICE_UNKNOWN;
+            return HEALTH_SERVING;
+    return HEALTH_SERVICE_UNKNOWN;
 }
 
 /* A unary call takes one message; its answer waits for the client's END_STREAM. */
@@ -4917,7 +4849,7 @@ static void health_check(struct stream *s, struct bytes wire)
     if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
         return;
     struct HealthCheckResponse res = { .status = health_status(req.service) };
-    if (res.status == SERVING)
+    if (res.status == HEALTH_SERVING)
         grpc_send(s, &HealthCheckResponse_message, &res);
     else
         grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
@@ -4941,7 +4873,7 @@ static void health_watch_end(struct stream *s)
 static void health_list(struct stream *s, struct bytes wire)
 {
     struct HealthListRequest req = { 0 };
-    struct HealthCheckResponse ok = { .status = SERVING };
+    struct HealthCheckResponse ok = { .status = HEALTH_SERVING };
     struct StatusesEntry entry[PB_COUNT(healthy_services)];
     if (!unary_first(s) || !health_decode(s, &HealthListRequest_message, &req, wire))
         return;
@@ -6356,7 +6288,7 @@ static void health_answer(struct stream *s, struct bytes wire)
     bool unknown;
     enum pb_error err = pb_decode(&HealthCheckResponse_message, &res, wire, &core->arena, &unknown);
     bool known = err == PB_OK && res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values);
-    health_end(core->app, known && res.status == SERVING ? 0 : 1, known ? ServingStatus_values[res.status] : "no status");
+    health_end(core->app, known && res.status == HEALTH_SERVING ? 0 : 1, known ? ServingStatus_values[res.status] : "no status");
 }
 
 static void health_status_end(struct stream *s, unsigned status, struct bytes text)

@@ -3,12 +3,10 @@
  * A message is a C struct whose members carry the .proto names, and one table row for each field:
  *
  *     struct Source { struct bytes type, url; bool encrypted; };
- *     static const struct pb_field Source_fields[] = {
- *         PB_ROW(Source, 1, STRING, 0, type,      NULL),
+ *     PB_DEFINE(Source, PB_PLAIN, NULL,                            -> Source_fields, Source_message
+ *         PB_ROW(Source, 1, STRING, 0, type,      NULL),           -> {number, kind, flags, offset, name, sub}
  *         PB_ROW(Source, 2, STRING, 0, url,       NULL),
- *         PB_ROW(Source, 4, BOOL,   0, encrypted, NULL),
- *     };
- *     static const struct pb_message Source_message = PB_TYPE(Source);
+ *         PB_ROW(Source, 4, BOOL,   0, encrypted, NULL));
  *
  * The rows stand in ascending number order and drive everything: decode, encode, JSON both ways, the walk over
  * unknown fields, and the descriptor that server reflection hands out.
@@ -88,8 +86,8 @@ static inline uint8_t *buf_room(struct buf *b, size_t n)
 
 static inline void buf_put(struct buf *b, const void *p, size_t n)
 {
-    uint8_t *to = buf_room(b, n);
-    if (to && n) {
+    uint8_t *to = n ? buf_room(b, n) : NULL;
+    if (to) {
         memcpy(to, p, n);
         b->len += n;
     }
@@ -125,7 +123,7 @@ struct pb_arena {
     size_t held, limit;
 };
 
-/* mem: an oldest block of n bytes that the caller lends, aligned for a pointer; NULL for none.  A lent block does not
+/* mem: an oldest block of n bytes that the caller lends, aligned to 8; NULL for none.  A lent block does not
  * count against the limit. */
 static inline void pb_arena_init(struct pb_arena *a, void *mem, size_t n, size_t limit)
 {
@@ -219,9 +217,9 @@ struct pb_list {
 #define PB_COUNT(array) (sizeof(array) / sizeof *(array))
 #define PB_ROW(T, number, kind, flags, member, sub) \
     { number, PB_##kind, flags, offsetof(struct T, member), #member, sub }
-#define PB_TYPE(T) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), PB_PLAIN, NULL }
-#define PB_TYPE_ONEOF(T, oneof) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), PB_PLAIN, #oneof }
-#define PB_TYPE_FORM(T, form) { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), form, NULL }
+#define PB_DEFINE(T, form, oneof, ...) \
+    static const struct pb_field T##_fields[] = { __VA_ARGS__ }; \
+    static const struct pb_message T##_message = { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), form, oneof }
 
 /* Index of the row with this number, m->n if there is none. */
 static size_t pb_row(const struct pb_message *m, uint64_t number)
@@ -383,7 +381,7 @@ struct pb_decoder {
     bool unknown;
 };
 
-/* A number and where the input goes on; p is NULL after an error.  It fits two registers. */
+/* A number and where the input goes on; p is NULL after an error.  Fits two registers. */
 struct pb_num {
     const uint8_t *p;
     uint64_t v;

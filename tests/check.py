@@ -36,6 +36,12 @@ def count(name, output, status):
     print(f"     {name}: {passed} passed, {failed} failed, {skipped} skipped")
 
 
+def missing(name, why):
+    """What can't be run: skipped by name, in CI a failure."""
+    print(f"{'FAIL' if CI else 'skip'} {name}: {why}")
+    totals[1 if CI else 2] += 1
+
+
 def layer(name, command, **kw):
     """Runs a command; shows its lines if it failed, else only what it skipped."""
     p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
@@ -85,6 +91,17 @@ def cli():
     script("cli", "test_cli")
 
 
+def proto():
+    """The codec and the message tables against the reference implementation."""
+    tool = build(COMPILERS[0], "pb_tool", "tests/proto/pb_tool.c", SANITIZE + ["-D_GNU_SOURCE"])
+    python = os.path.join(BUILD, "tools", "venv", "bin", "python")
+    if not os.path.exists(python):
+        missing("proto", "no Python protobuf; run tests/install.sh")
+    elif tool:
+        layer("test_pb", [python, os.path.join(HERE, "proto", "test_pb.py"), tool,
+                          os.path.join(HERE, "vectors", "manifests.jsonl"), "20"])
+
+
 def clients():
     script("clients", "run", os.path.join(BUILD, "tools"))
 
@@ -97,7 +114,7 @@ def builds():
         build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static"])
 
 
-LAYERS = {"builds": builds, "unit": unit, "cli": cli, "clients": clients}
+LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "clients": clients}
 
 
 def main():

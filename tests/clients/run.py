@@ -1,0 +1,842 @@
+#!/usr/bin/env python3
+"""End-to-end tests of a cvms binary with real clients, over loopback.
+
+usage: run.py SERVER_BINARY TOOLS_DIR [FILTER]     (TOOLS_DIR was filled by install.sh; FILTER is a part of a name)
+
+Prints `ok NAME`, `skip NAME: reason` or `FAIL NAME: reason` a test and `N passed, M failed` at the end. A client that is not
+installed skips its tests, or fails them when CI is set. The golden vectors are those of ../vectors.
+"""
+import base64
+import contextlib
+import filecmp
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CHUNK = 1 << 20
+LIMIT = 60  # seconds that any one step may take
+PLAIN = "cvms_test_server service gRPC server listening at "
+HASH = "a7ffc6f8bf1ed76651c14756a061d662f580ff4de43b49fa82d80a4b80f8434a"
+KEY = ["-public-key-path", "keys/rsa4096.pem", "-attested-tls-bool", "false"]
+DIRECT = ["-algo-path", "inputs/algo.py", "-data-paths", "inputs/data.csv,inputs/empty.bin,inputs/x1000003.bin"] + KEY
+ALGO = ["-algo-source-url", "https://example.com/algo.enc", "-algo-kbs-path", "default/key/algo", "-algo-type", "python",
+        "-algo-hash", HASH, "-kbs-url", "http://localhost:8080", "-algo-kbs-url", "http://localhost:8080"]
+DATA = ["-dataset-source-urls", "https://example.com/d1.enc,https://example.com/d2.enc", "-dataset-hash", HASH,
+        "-dataset-kbs-paths", "default/key/d1,default/key/d2", "-kbs-url", "http://localhost:8080",
+        "-dataset-kbs-urls", "http://localhost:8080,http://localhost:8080", "-dataset-decompress", "true,false"]
+MODES = {
+    "direct": DIRECT,
+    "remote algorithm": ALGO + KEY,
+    "remote algorithm and datasets": ALGO + DATA + KEY,
+    "mixed: remote algorithm, local datasets": ALGO + ["-data-paths", "inputs/data.csv,inputs/algo.py"] + KEY,
+    "mixed: local algorithm, remote datasets": ["-algo-path", "inputs/algo.py"] + DATA + KEY,
+    "attested TLS": ["-algo-path", "inputs/algo.py", "-data-paths", "inputs/data.csv", "-client-ca-file", "/etc/cocos/ca.pem",
+                     "-public-key-path", "keys/ed25519.pem", "-attested-tls-bool", "true"],
+}
+
+
+class Skip(Exception):
+    pass
+
+
+def check(true, why):
+    if not true:
+        raise AssertionError(why)
+
+
+def short(text, n=600):
+    text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+    return text if len(text) <= n else text[:n // 2] + " … " + text[-n // 2:]
+
+
+class Lines:
+    """What comes out of a pipe, read by a thread as it comes; `gate` holds the reader back."""
+
+    def __init__(self, pipe, reading=True):
+        self.pipe, self.data, self.eof = pipe, bytearray(), False
+        self.changed, self.gate = threading.Condition(), threading.Event()
+        if reading:
+            self.gate.set()
+        self.thread = threading.Thread(target=self.pump, daemon=True)
+        self.thread.start()
+
+    def pump(self):
+        self.gate.wait()
+        while True:
+            try:
+                b = os.read(self.pipe.fileno(), 1 << 16)
+            except (OSError, ValueError):
+                b = b""
+            with self.changed:
+                self.data += b
+                self.eof = not b
+                self.changed.notify_all()
+            if not b:
+                return
+
+    def wait(self, until, what, limit=LIMIT):
+        """Waits until `until(data)` is true and returns its value; the pipe's end or the limit is a failure."""
+        with self.changed:
+            end = time.monotonic() + limit
+            while True:
+                got = until(self.data)
+                if got:
+                    return got
+                left = end - time.monotonic()
+                check(left > 0 and not self.eof, "no %s in %r" % (what, short(bytes(self.data))))
+                self.changed.wait(left)
+
+    def text(self, text, limit=LIMIT):
+        return self.wait(lambda d: text.encode() in d, text, limit)
+
+    def count(self, n, limit=LIMIT):
+        """Waits for n lines and returns all that are there, as bytes."""
+        self.wait(lambda d: d.count(b"\n") >= n, "%d lines" % n, limit)
+        return bytes(self.data).split(b"\n")[:-1]
+
+
+class Test:
+    """One test's surroundings: a work folder with a copy of the vectors, and the processes to end."""
+
+    def __init__(self, binary, tools):
+        self.binary, self.tools, self.servers, self.cleanup = binary, tools, [], contextlib.ExitStack()
+        self.dir = tempfile.mkdtemp(prefix="cvms-e2e-")
+        self.cleanup.callback(shutil.rmtree, self.dir, True)
+        for name in ("inputs", "keys"):
+            os.mkdir(self.path(name))
+            for f in os.listdir(os.path.join(HERE, "../vectors", name)):
+                shutil.copyfile(os.path.join(HERE, "../vectors", name, f), self.path(name, f))
+                os.chmod(self.path(name, f), 0o644)
+        with open(binary, "rb") as f:
+            self.sanitized = b"__asan_init" in f.read()
+
+    def path(self, *names):
+        return os.path.join(self.dir, *names)
+
+    def tool(self, name):
+        found = os.path.join(self.tools, name) if "/" in name else shutil.which(name)
+        if not found or not os.path.exists(found):
+            raise Skip("%s is not installed" % name)
+        return found
+
+    def serve(self, *args, **how):
+        s = Server(self, args, **how)
+        self.servers.append(s)
+        return s
+
+    def run(self, *command, input=None, ok=True, env=None):
+        p = subprocess.run(command, cwd=self.dir, input=input, capture_output=True, timeout=LIMIT + 30,
+                           env=dict(os.environ, **(env or {})))
+        if ok:
+            check(p.returncode == 0, "%s: status %d: %s" % (os.path.basename(command[0]), p.returncode, short(p.stderr or p.stdout)))
+        return p
+
+    def go(self, server, mode, *args, ok=True):
+        return self.run(self.tool("bin/client"), "-addr", server.addr, "-mode", mode, *args, ok=ok)
+
+    def py(self, server, *args, input=None):
+        return self.run(self.tool("venv/bin/python"), os.path.join(HERE, "py/client.py"), server.addr, *args, input=input)
+
+    def js(self, server, *args):
+        self.tool("js/node_modules")
+        return self.run(self.tool("node"), os.path.join(HERE, "js/client.js"), server.addr, *args,
+                        env={"NODE_PATH": os.path.join(self.tools, "js/node_modules")})
+
+    def grpcurl(self, server, *args, input=None, ok=True):
+        p = self.run(self.tool("bin/grpcurl"), "-plaintext", "-max-time", "30", *args[:-1], server.addr, *args[-1].split(),
+                     input=input, ok=ok)
+        return p.stdout.decode()
+
+    def start(self, server, mode, *args):
+        """A Go client that goes on by itself: (process, its stdout as Lines)."""
+        p = subprocess.Popen([self.tool("bin/client"), "-addr", server.addr, "-mode", mode, *args], cwd=self.dir,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.cleanup.callback(end, p)
+        return p, Lines(p.stdout)
+
+    def finish(self, client):
+        """Tells a held client to go on and wants it to end well."""
+        p, lines = client
+        with contextlib.suppress(BrokenPipeError):
+            p.stdin.write(b"\n")
+            p.stdin.flush()
+        status = p.wait(LIMIT)
+        check(status == 0, "client: %s" % short(p.stderr.read()))
+        lines.thread.join(LIMIT)
+        return bytes(lines.data).decode()
+
+    def manifest(self, *args, name="wanted"):
+        """What `cvms manifest` writes for these flags: the file's path."""
+        self.run(self.binary, "manifest", *args, "-o", self.path(name))
+        return self.path(name)
+
+    def close(self):
+        try:
+            for s in self.servers:
+                s.close()
+        finally:
+            self.cleanup.close()
+
+
+def end(p):
+    if p.poll() is None:
+        p.kill()
+    p.wait()
+    for pipe in (p.stdin, p.stdout, p.stderr):
+        if pipe:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+class Server:
+    def __init__(self, test, args, reading=True, env=None):
+        ready = test.path("ready-%d" % len(test.servers))
+        env = dict(os.environ, HOST="127.0.0.1", PORT="0", **(env or {}))
+        for name in ("SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS"):
+            env.pop(name, None)
+        self.p = subprocess.Popen([test.binary, "-ready-file", ready, *args], cwd=test.dir, env=env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        test.cleanup.callback(end, self.p)
+        self.out, self.err = Lines(self.p.stdout, reading), Lines(self.p.stderr)
+        line = self.err.wait(self.ready_line, "ready line")
+        self.addr = line.split()[0]
+        self.port = int(self.addr.rsplit(":", 1)[1])
+        check(line == self.addr + " without TLS", "ready line: %r" % line)
+        until = time.monotonic() + 5
+        while not (os.path.exists(ready) and os.path.getsize(ready)) and time.monotonic() < until:
+            time.sleep(0.005)  # the file and the line may come in either order
+        with open(ready) as f:
+            text = f.read()
+        check(text.strip() == self.addr, "ready file holds %r, the ready line says %s" % (text, self.addr))
+
+    @staticmethod
+    def ready_line(data):
+        text = bytes(data).decode("utf-8", "replace")
+        at = text.find(PLAIN)
+        line, newline, _ = text[at + len(PLAIN):].partition("\n")
+        return line.strip() if at >= 0 and newline else None
+
+    def connect(self):
+        s = socket.create_connection(("127.0.0.1", self.port), LIMIT)
+        s.settimeout(LIMIT)
+        return s
+
+    def memory(self, what="VmRSS"):
+        """KiB of resident memory, now (VmRSS) or at most (VmHWM)."""
+        with open("/proc/%d/status" % self.p.pid) as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(what + ":"))
+
+    def signal(self, number):
+        self.p.send_signal(number)
+
+    def exit(self, limit=5.0):
+        """Waits for the end and returns the exit status."""
+        try:
+            status = self.p.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("the server still runs after %g s" % limit) from None
+        self.err.thread.join(LIMIT)
+        return status
+
+    def close(self):
+        """Ends the server as a user would; a crash, a hang or a sanitizer's report fails the test."""
+        if self.p.poll() is None:
+            self.out.gate.set()
+            self.signal(signal.SIGTERM)
+            status = self.exit(10)
+            check(status in (0, 143, -signal.SIGTERM), "exit status %d after SIGTERM" % status)
+        text = bytes(self.err.data).decode("utf-8", "replace")
+        for sign in ("Sanitizer", "runtime error:", "panic:"):
+            check(sign not in text, short(text[text.find(sign) - 100:] if sign in text else "", 2000))
+
+
+# ---- reading a manifest without any library ----
+
+def fields(b):
+    """(number, value) of each field; a value is an int or bytes."""
+    i = 0
+
+    def varint():
+        nonlocal i
+        v = shift = 0
+        while True:
+            v |= (b[i] & 127) << shift
+            shift += 7
+            i += 1
+            if b[i - 1] < 128:
+                return v
+    while i < len(b):
+        tag = varint()
+        v = varint()
+        if tag & 7 == 2:
+            v, i = b[i:i + v], i + v
+        else:
+            check(tag & 7 == 0, "wire type %d in a manifest" % (tag & 7))
+        yield tag >> 3, v
+
+
+def same(wanted, got, who):
+    check(filecmp.cmp(wanted, got, shallow=False), "%s got %d bytes that differ from the %d of `cvms manifest`" %
+          (who, os.path.getsize(got), os.path.getsize(wanted)))
+
+
+# ---- the manifest ----
+
+def golden(vector):
+    def test(t):
+        args = list(vector["args"])
+        for flag, (values, n) in vector.get("repeat", {}).items():
+            args += [flag, ",".join(values * n)]
+        s = t.serve("-compat", vector["generation"], *args, env={"TZ": vector["tz"]} if "tz" in vector else {})
+        t.go(s, "manifest", "-messages", t.path("messages"))
+        with open(t.path("messages")) as f:
+            got = json.load(f)
+        check(len(got) == len(vector["messages"]), "%d messages, want %d" % (len(got), len(vector["messages"])))
+        for n, (g, w) in enumerate(zip(got, vector["messages"])):
+            check(g == w, "message %d: got %s, want %s" % (n, short(str(g)), short(str(w))))
+    return test
+
+
+def mode(args):
+    def test(t):
+        wanted = t.manifest(*args)
+        s = t.serve(*args)
+        missing = []
+        for who, fetch in (("grpc-go", lambda f: t.go(s, "manifest", "-o", f)),
+                           ("grpcio", lambda f: t.py(s, "manifest", "-o", f)),
+                           ("grpc-js", lambda f: t.js(s, "manifest", f))):
+            try:
+                fetch(t.path(who))
+            except Skip as e:
+                missing.append(e)
+                continue
+            same(wanted, t.path(who), who)
+        if missing:
+            raise missing[0]
+    return test
+
+
+def huge_key(t):
+    """A SubjectPublicKeyInfo whose RSA modulus has 64 KiB, as PEM: made up, no key that could be used."""
+    def der(tag, body):
+        n = len(body)
+        size = bytes([n]) if n < 128 else (lambda b: bytes([128 + len(b)]) + b)(n.to_bytes((n.bit_length() + 7) // 8, "big"))
+        return bytes([tag]) + size + body
+    modulus = b"\0" + hashlib.shake_128(b"modulus").digest(1 << 16).replace(b"\0", b"\1")[:-1].rjust(1 << 16, b"\xc1")[:-1] + b"\1"
+    rsa = der(0x30, der(2, modulus) + der(2, b"\1\0\1"))
+    spki = der(0x30, der(0x30, bytes.fromhex("06092a864886f70d010101") + der(5, b"")) + der(3, b"\0" + rsa))
+    text = base64.encodebytes(spki).decode().replace("\n", "")
+    with open(t.path("huge.pem"), "w") as f:
+        f.write("-----BEGIN PUBLIC KEY-----\n")
+        f.writelines(text[i:i + 64] + "\n" for i in range(0, len(text), 64))
+        f.write("-----END PUBLIC KEY-----\n")
+    return spki
+
+
+def manifest_of_100_mib(t):
+    spki = huge_key(t)
+    count = (100 << 20) // len(spki) + 1
+    shutil.copyfile(t.path("inputs/data.csv"), t.path("d"))
+    args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["d"] * count), "-public-key-path", "huge.pem",
+            "-attested-tls-bool", "false"]
+    wanted = t.manifest(*args)
+    size = os.path.getsize(wanted)
+    check(size > 100 << 20, "the manifest has only %d bytes" % size)
+    with open(wanted, "rb") as f:
+        datasets = [dict(fields(v)) for n, v in fields(f.read()) if n == 4]
+    check(len(datasets) == count and all(d[2] == spki for d in datasets), "%d datasets, or another key" % len(datasets))
+    s = t.serve(*args)
+    before = s.memory()
+    blocked = [t.start(s, "never-read", "-n", "100", "-tag", "b%d" % i) for i in range(3)]
+    for _, lines in blocked:
+        lines.text("sent")
+    t.go(s, "manifest", "-o", t.path("got"))
+    same(wanted, t.path("got"), "grpc-go")
+    grown = s.memory("VmHWM") - before
+    check(t.sanitized or grown < 32 << 10, "seven streams cost %d KiB over the %d KiB of the idle server" % (grown, before))
+    check(t.sanitized or before < 3 * size >> 10, "%d KiB for a manifest of %d" % (before, size >> 10))
+    for c in blocked:
+        t.finish(c)
+
+
+def changed_file(t):
+    s = t.serve("-algo-path", "inputs/algo.py", "-data-paths", "inputs/data.csv", *KEY)
+
+    def digest():
+        t.go(s, "manifest", "-o", t.path("got"))
+        with open(t.path("got"), "rb") as f:
+            return [dict(fields(v))[1] for n, v in fields(f.read()) if n == 4]
+
+    def real():
+        with open(t.path("inputs/data.csv"), "rb") as f:
+            return [hashlib.sha3_256(f.read()).digest()]
+    check(digest() == real(), "the first manifest's hash is not the file's")
+    first = len(s.err.data)
+    with open(t.path("inputs/data.csv"), "a") as f:
+        f.write("7,8,9\n")
+    check(digest() == real(), "the next agent did not get the changed file's hash")
+    second = len(s.err.data)
+    check(digest() == real(), "the third manifest differs")
+    said = [bytes(s.err.data[first:second]).count(b"data.csv"), bytes(s.err.data[second:]).count(b"data.csv")]
+    check(said[0] > said[1], "no note names the changed file, or again though nothing changed: %r" % bytes(s.err.data[first:]))
+
+
+# ---- what agents send ----
+
+def kinds_json(t):
+    s = t.serve("-output", "json", *DIRECT)
+    t.py(s, "kinds", "-o", t.path("sent"))
+    with open(t.path("sent")) as f:
+        n = len(f.readlines())
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(n)) + b"\n")
+    t.go(s, "send", "-send", t.path("sent"))
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(2 * n)[n:]) + b"\n")
+    t.js(s, "send", t.path("sent"))
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(3 * n)[2 * n:]) + b"\n")
+    check(len(s.out.data.split(b"\n")) == 3 * n + 1, "more lines than messages")
+    raw = {c for c in s.out.data if c < 32 or c == 127} - {10}
+    check(not raw, "control characters %s in the JSON output" % raw)
+
+
+def kinds_text(t):
+    s = t.serve(*DIRECT)
+    t.py(s, "kinds", "-o", t.path("sent"))
+    with open(t.path("sent")) as f:
+        n = len(f.readlines())
+    t.go(s, "logs", "-n", "1", "-tag", "the-end")
+    s.out.text("the-end-0;")
+    text = bytes(s.out.data)
+    raw = {c for line in text.split(b"\n") for c in line.lstrip() if c < 32 or c == 127}
+    check(not raw, "control characters %s reach the terminal" % raw)
+    text = text.decode("utf-8")  # raises when it is none
+    bad = [hex(ord(c)) for c in text if ord(c) in (*range(0x80, 0xa0), *range(0x2028, 0x202f), *range(0x2066, 0x206a))]
+    check(not bad, "line separators or bidirectional overrides reach the terminal: %s" % bad)
+    at = 0
+    for want in ("a log", "Running", "Starting", "no such key", "stopped it", "ReceivingManifest", "serial-01:ab", "serial-02",
+                 "first line", "second line", "third", "right to left", "漢", "abc", "99", "the-end-0;"):
+        found = text.find(want, at)
+        check(found >= 0, "no %r after %r" % (want, short(text[max(0, at - 200):at])))
+        at = found
+    entries = [line for line in text.rstrip("\n").split("\n") if not line.startswith((" ", "\t"))]
+    check(len(entries) == n + 1, "%d entries for %d messages (a continuation line must be indented)" % (len(entries), n + 1))
+    check("cvm-17" in text, "the job-id is not shown")
+    check("127.0.0.1:" in entries[0], "the peer is not shown")
+
+
+def metadata(t):
+    s = t.serve(*DIRECT)
+    t.go(s, "metadata", "-n", "1", "-tag", "meta", "-metadata", "job-id=cvm-42,connection-type=log-forwarder,key-bin=00ff")
+    s.out.text("meta-0;")
+    text = bytes(s.out.data).decode() + bytes(s.err.data).decode()
+    check("cvm-42" in text, "the job-id is not shown: " + short(text))
+    check("forwarder" in text, "the kind of the stream is not shown: " + short(text))
+
+
+def logs_in(data, tag):
+    """The numbers of the logs TAG-n; in the order of the output."""
+    mark, out, at = (tag + "-").encode(), [], 0
+    while True:
+        at = data.find(mark, at)
+        if at < 0:
+            return out
+        at += len(mark)
+        stop = data.find(b";", at, at + 12)
+        if stop > 0 and data[at:stop].isdigit():
+            out.append(int(data[at:stop]))
+
+
+def all_logs(lines, tag, n):
+    """Waits for log n - 1, then wants all of 0 to n - 1 in order."""
+    lines.text("%s-%d;" % (tag, n - 1))
+    got = logs_in(bytes(lines.data), tag)
+    check(got == list(range(n)), "%d of %d logs, or out of order" % (len(got), n))
+
+
+def never_reading(t):
+    args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["inputs/data.csv"] * 2500)] + KEY  # more than a window
+    s = t.serve(*args)
+    c = t.start(s, "never-read", "-n", "20000", "-tag", "nr")
+    c[1].text("sent")
+    all_logs(s.out, "nr", 20000)
+    t.finish(c)
+    s.out.text("nr-agent;")
+
+
+def slow_stdout(t):
+    n, size = 120000, 300
+    s = t.serve(*DIRECT, reading=False)
+    before = s.memory()
+    flood = [t.start(s, "flood", "-n", str(n), "-size", str(size), "-tag", tag) for tag in ("sa", "sb")]
+    seen = (-1, -1)
+    while True:  # until neither sender got on for a second
+        now = tuple(len(lines.data) for _, lines in flood)
+        if now == seen and all(now):
+            break
+        check(all(p.poll() is None for p, _ in flood), "a sender ended though nobody reads stdout")
+        seen = now
+        with flood[0][1].changed:
+            flood[0][1].changed.wait(1)
+        time.sleep(1)  # the time without progress is what is measured
+    grown = s.memory() - before
+    check(t.sanitized or grown < 16 << 10, "memory grew by %d KiB while stdout was not read" % grown)
+    check(t.go(s, "health").returncode == 0, "no health answer while stdout is full")
+    s.out.gate.set()
+    for c in flood:
+        t.finish(c)
+    for tag in ("sa", "sb"):
+        all_logs(s.out, tag, n)
+
+
+def closed_stdout(t):
+    s = t.serve(*DIRECT, reading=False)
+    s.p.stdout.close()
+    waiting = t.start(s, "wait")
+    waiting[1].text("waiting")
+    t.go(s, "logs", "-n", "2000", ok=False)
+    status = s.exit()
+    check(status > 0, "exit status %d, want one that says it failed" % status)
+    check("stdout" in bytes(s.err.data).decode() or "standard output" in bytes(s.err.data).decode(),
+          "stderr does not say why: %r" % short(bytes(s.err.data)))
+    check("Unavailable" in t.finish(waiting), "the waiting client did not get UNAVAILABLE")
+
+
+def started_without_stdout(t):
+    """`cvms … >&-`: descriptor 1 must not become a socket that logs are written to."""
+    ready = t.path("ready")
+    p = subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", t.binary, "-ready-file", ready, *DIRECT], cwd=t.dir,
+                         env=dict(os.environ, HOST="127.0.0.1", PORT="0"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    t.cleanup.callback(end, p)
+    err = Lines(p.stderr)
+    until = time.monotonic() + 10
+    while p.poll() is None and not (os.path.exists(ready) and os.path.getsize(ready)) and time.monotonic() < until:
+        time.sleep(0.005)
+    if p.poll() is not None:
+        err.thread.join(LIMIT)
+        check(p.returncode in (1, 2) and err.data, "exit status %d, stderr %r" % (p.returncode, bytes(err.data)))
+        return
+    with open(ready) as f:
+        s = type("S", (), {"addr": f.read().strip()})
+    t.go(s, "logs", "-n", "10", ok=False)
+    check(os.path.exists("/proc/%d" % p.pid), "no such process")
+    r = t.go(s, "manifest", ok=False)
+    if r.returncode != 0:  # it may end, but then clearly
+        check(p.wait(5) > 0, "exit status %d" % p.returncode)
+
+
+# ---- signals ----
+
+def stops(number):
+    def test(t):
+        s = t.serve(*DIRECT)
+        clients = [t.start(s, "wait") for _ in range(3)]
+        for _, lines in clients:
+            lines.text("waiting")
+        s.signal(number)
+        for c in clients:
+            said = t.finish(c)
+            check("Unavailable" in said, "a client got %r" % said)
+            check("error reading from server" not in said and "reset" not in said, "the stream broke off: %r" % said)
+        status = s.exit()
+        check(status in (0, 128 + number, -number), "exit status %d" % status)
+    return test
+
+
+HEADERS, GOAWAY = 1, 7
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4\0" + bytes(4)
+# HEADERS of a Process request, not Huffman-coded, from the static table and literals
+REQUEST = (lambda h: len(h).to_bytes(3, "big") + b"\1\4\0\0\0\1" + h)(
+    b"\x83\x86\x04\x15/cvms.Service/Process\x01\x01x\x0f\x10\x10application/grpc\0\2te\x08trailers")
+
+
+class Frames:
+    """The frames that a raw socket gets."""
+
+    def __init__(self, sock):
+        self.sock, self.data = sock, b""
+
+    def take(self, n, wanted):
+        while len(self.data) < n:
+            b = self.sock.recv(1 << 16)
+            check(b, "the connection ended without a frame of type %d" % wanted)
+            self.data += b
+        taken, self.data = self.data[:n], self.data[n:]
+        return taken
+
+    def until(self, wanted):
+        kind = None
+        while kind != wanted:
+            head = self.take(9, wanted)
+            kind = head[3]
+            self.take(int.from_bytes(head[:3], "big"), wanted)
+
+
+def stubborn_peer(t):
+    """A peer that acknowledges nothing and never closes: the server is out 5 s after the first signal all the same."""
+    s = t.serve(*DIRECT)
+    with s.connect() as sock:
+        sock.sendall(PREFACE + REQUEST)
+        frames = Frames(sock)
+        frames.until(HEADERS)
+        s.signal(signal.SIGTERM)
+        frames.until(GOAWAY)
+        s.exit(5.5)
+
+
+def second_signal(t):
+    """Two signals: the second ends a server that is held up by a peer that does not read its manifest."""
+    args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["inputs/data.csv"] * 2500)] + KEY
+    s = t.serve(*args)
+    with s.connect() as sock:
+        sock.sendall(PREFACE + REQUEST)
+        frames = Frames(sock)
+        frames.until(HEADERS)
+        s.signal(signal.SIGTERM)
+        frames.until(GOAWAY)
+        if s.p.poll() is None:
+            s.signal(signal.SIGINT)
+        s.exit(1)
+
+
+def broken_pipes(t):
+    """SIGPIPE itself, and clients that go away in the middle of a large manifest."""
+    args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["inputs/data.csv"] * 2500)] + KEY
+    s = t.serve(*args)
+    held = t.start(s, "logs", "-n", "10", "-tag", "pipe", "-hold")
+    held[1].text("sent")
+    for _ in range(20):
+        with s.connect() as sock:
+            sock.sendall(PREFACE + REQUEST)
+            sock.recv(1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close() resets
+    s.signal(signal.SIGPIPE)
+    t.go(s, "manifest")
+    t.finish(held)
+    all_logs(s.out, "pipe", 10)
+
+
+# ---- other clients, other requests ----
+
+def go_mode(name, *args):
+    return lambda t: t.go(t.serve(*DIRECT), name, *args)
+
+
+def many_streams(t):
+    s = t.serve(*DIRECT)
+    t.go(s, "streams", "-n", "40", "-tag", "st")
+    s.out.wait(lambda d: len(logs_in(bytes(d), "st")) >= 40, "40 logs")
+    check(sorted(logs_in(bytes(s.out.data), "st")) == list(range(40)), "not every stream's log is there once")
+
+
+def oversize(t):
+    s = t.serve(*DIRECT)
+    t.go(s, "oversize")
+    s.out.wait(lambda d: d.count(b"y") >= 4 << 20 >> 1, "the message of 4 MiB")
+
+
+def healths(t):
+    s = t.serve(*DIRECT)
+    t.go(s, "health")
+    t.py(s, "health")
+    t.js(s, "health")
+
+
+def health_command(t):
+    s = t.serve(*DIRECT)
+    p = t.run(t.binary, "health", s.addr, ok=False)
+    check(p.returncode == 0, "cvms health: status %d %s" % (p.returncode, short(p.stderr)))
+    p = t.run(t.binary, "health", s.addr, "-service", "agent", ok=False)
+    check(p.returncode > 0, "cvms health -service agent: status %d" % p.returncode)
+
+
+def grpcurl(t):
+    s = t.serve(*DIRECT)
+    names = t.grpcurl(s, "list").split()
+    check({"cvms.Service", "grpc.health.v1.Health"} <= set(names), "list: %s" % names)
+    check(t.grpcurl(s, "list cvms.Service").split() == ["cvms.Service.Process"], "list cvms.Service")
+    text = t.grpcurl(s, "describe cvms.Service")
+    check("rpc Process ( stream .cvms.ClientStreamMessage ) returns ( stream .cvms.ServerStreamMessage );" in text, text)
+    for name, want in (("cvms.ServerStreamMessage", ".cvms.RunReqChunks runReqChunks = 1;"),
+                       ("cvms.ComputationRunReq", "repeated .cvms.ResultConsumer result_consumers = 6;"),
+                       ("cvms.ClientStreamMessage", ".cvms.azureAttestationToken azureAttestationToken = 7;"),
+                       ("cvms.AgentLog", ".google.protobuf.Timestamp timestamp = 4;")):
+        text = t.grpcurl(s, "describe " + name)
+        check(want in text, "describe %s: %s" % (name, text))
+    text = t.grpcurl(s, "-d", '{"service": "cvms_test_server"}', "grpc.health.v1.Health/Check")
+    check('"SERVING"' in text, text)
+
+
+def grpcurl_call(t):
+    """A half-closed call by name: what grpcurl sends is printed, and it gets the whole manifest and OK."""
+    s = t.serve("-output", "json", *DIRECT)
+    wanted = t.manifest(*DIRECT)
+    text = t.grpcurl(s, "-d", '{"agent_log": {"message": "from grpcurl", "level": "INFO"}}', "cvms.Service/Process")
+    data, at, last = b"", 0, False
+    while at < len(text.rstrip()):
+        o, at = json.JSONDecoder().raw_decode(text, at)
+        while at < len(text) and text[at].isspace():
+            at += 1
+        chunk = o["runReqChunks"]
+        check(not last and chunk["id"] == "1", "chunk %s" % short(str(chunk)))
+        data, last = data + base64.b64decode(chunk.get("data", "")), chunk.get("isLast", chunk.get("is_last", False))
+    check(last, "no last chunk")
+    with open(wanted, "rb") as f:
+        check(f.read() == data, "another manifest than that of `cvms manifest`")
+    s.out.text("from grpcurl")
+    check(t.grpcurl(s, "-d", "", "cvms.Service/Process").count("runReqChunks") == 2, "an empty call got no manifest")
+
+
+def h2load(t):
+    s = t.serve(*DIRECT)
+    with open(t.path("check"), "wb") as f:
+        f.write(bytes(5))
+    p = t.run(t.tool("h2load"), "-n", "20000", "-c", "8", "-m", "20", "-d", t.path("check"), "-H", "content-type: application/grpc",
+              "-H", "te: trailers", "http://%s/grpc.health.v1.Health/Check" % s.addr)
+    text = p.stdout.decode()
+    check("20000 succeeded, 0 failed, 0 errored, 0 timeout" in text and "status codes: 20000 2xx" in text, short(text, 2000))
+
+
+def curl(t):
+    s = t.serve(*DIRECT)
+    with open(t.path("check"), "wb") as f:
+        f.write(bytes(5))
+    p = t.run(t.tool("curl"), "-sS", "--http2-prior-knowledge", "--max-time", "20", "-D", t.path("headers"),
+              "-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary", "@" + t.path("check"),
+              "http://%s/grpc.health.v1.Health/Check" % s.addr)
+    check(p.stdout == b"\0\0\0\0\2\x08\1", "curl got %r" % p.stdout)
+    with open(t.path("headers")) as f:
+        text = f.read().lower()
+    check("http/2 200" in text and "grpc-status: 0" in text, text)
+
+
+def h2spec(path):
+    def test(t):
+        s = t.serve(*DIRECT)
+        p = t.run(t.tool("bin/h2spec"), "--strict", "-p", str(s.port), "-P", path, ok=False)
+        text = p.stdout.decode("utf-8", "replace")
+        count = text.rstrip().rsplit("\n", 1)[-1]
+        at = text.find("Failures:")
+        check(int(count.split()[0]) >= 146 and " 0 skipped, 0 failed" in count and p.returncode == 0, "%s %s" % (count, short(text[at:], 3000) if at >= 0 else ""))
+    return test
+
+
+def strangers(t):
+    """What is no HTTP/2 on the port ends in time and does not disturb a stream that goes on beside it."""
+    s = t.serve(*DIRECT)
+    held = t.start(s, "logs", "-n", "10", "-tag", "beside", "-hold")
+    held[1].text("sent")
+    hello = ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    frame = lambda kind, flags, stream, body: len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+    for name, data in (
+            ("garbage", hashlib.shake_128(b"garbage").digest(4096)),
+            ("HTTP/1.1 GET", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+            ("HTTP/1.1 upgrade", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+                                 b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n"),
+            ("TLS ClientHello", hello.read()),
+            ("damaged preface", PREFACE[:20] + b"XX\r\n" + PREFACE[24:]),
+            ("garbage after the preface", PREFACE + b"\xff" * 64),
+            ("HPACK damage", PREFACE + frame(1, 4, 1, b"\xff" * 20)),
+            ("CONTINUATION alone", PREFACE + frame(9, 4, 1, b"\x83"))):
+        with s.connect() as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+                while sock.recv(1 << 16):
+                    pass
+            t.go(s, "logs", "-n", "1", "-tag", name.replace(" ", "_"))
+    t.finish(held)
+    all_logs(s.out, "beside", 10)
+
+
+def vectors():
+    with open(os.path.join(HERE, "../vectors/manifests.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+TESTS = [
+    *(("golden manifest %s" % v["name"], golden(v)) for v in vectors()),
+    *(("mode %s" % name, mode(args)) for name, args in MODES.items()),
+    ("manifest of 100 MiB", manifest_of_100_mib),
+    ("file changed after the start", changed_file),
+    ("every kind of message, json", kinds_json),
+    ("every kind of message, text", kinds_text),
+    ("metadata", metadata),
+    ("log-forwarder that never reads", never_reading),
+    ("slow stdout", slow_stdout),
+    ("closed stdout", closed_stdout),
+    ("started without stdout", started_without_stdout),
+    *(("stop by %s" % number.name, stops(number)) for number in
+      (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)),
+    ("stop with a stubborn peer", stubborn_peer),
+    ("stop by a second signal", second_signal),
+    ("broken pipes", broken_pipes),
+    ("health", healths),
+    ("cvms health", health_command),
+    ("reflection", go_mode("reflection")),
+    ("grpcurl list and describe", grpcurl),
+    ("grpcurl call, half-closed", grpcurl_call),
+    ("h2load", h2load),
+    ("curl", curl),
+    ("many streams on a connection", many_streams),
+    ("cancelled streams", go_mode("cancel", "-n", "150")),
+    ("unknown methods", go_mode("unknown")),
+    ("message over the limit", oversize),
+    ("malformed messages", go_mode("malformed")),
+    ("gzip", go_mode("gzip")),
+    ("deadlines", go_mode("deadline")),
+    ("requests that no gRPC library makes", go_mode("http")),
+    ("pings", go_mode("pings", "-n", "50")),
+    ("keepalive", go_mode("logs", "-keepalive", "10s", "-pause", "12s")),
+    ("strangers on the port", strangers),
+    ("h2spec at /", h2spec("/")),
+    ("h2spec at Process", h2spec("/cvms.Service/Process")),
+]
+
+
+def main():
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    binary, tools, part = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2]), "".join(sys.argv[3:])
+    passed, failed, skipped = 0, 0, []
+    for name, test in TESTS:
+        if part not in name:
+            continue
+        t = Test(binary, tools)
+        began, why = time.monotonic(), None
+        try:
+            try:
+                test(t)
+            finally:
+                t.close()
+        except Skip as e:
+            if not os.environ.get("CI"):
+                skipped.append(name)
+                print("skip %s: %s" % (name, e), flush=True)
+                continue
+            why = str(e)
+        except (AssertionError, OSError, subprocess.SubprocessError, ValueError, KeyError) as e:
+            why = str(e) if isinstance(e, AssertionError) else repr(e)
+        took = time.monotonic() - began
+        if why is None:
+            passed += 1
+            print("ok %s%s" % (name, " (%.1f s)" % took if took > 3 else ""), flush=True)
+        else:
+            failed += 1
+            print("FAIL %s: %s" % (name, why), flush=True)
+    print("%d passed, %d failed%s" % (passed, failed, ", %d skipped: %s" % (len(skipped), "; ".join(skipped)) if skipped else ""))
+    sys.exit(1 if failed or not passed + len(skipped) else 0)
+
+
+if __name__ == "__main__":
+    main()

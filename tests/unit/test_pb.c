@@ -1,0 +1,780 @@
+/* Unit tests of proto_wire.h with the message tables.  Expected wire bytes were worked out by hand from the encoding
+ * rules; test_pb.py compares with the reference implementation. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static long fail_at = -1;           /* the allocation that fails, counted from 0; -1: none */
+static long allocations;
+
+static void *test_malloc(size_t n)
+{
+    return allocations++ == fail_at ? NULL : malloc(n);
+}
+
+static void *test_realloc(void *p, size_t n)
+{
+    return allocations++ == fail_at ? NULL : realloc(p, n);
+}
+
+#define malloc test_malloc
+#define realloc test_realloc
+#define main cvms_main
+#include "../../cvms.c"
+#undef main
+
+static int passed, failed;
+
+#define CHECK(got, wanted) check_int(__FILE__, __LINE__, #got, (long long)(got), (long long)(wanted))
+#define CHECK_TEXT(got, wanted) check_text(__FILE__, __LINE__, got, wanted)
+
+static void check_int(const char *file, int line, const char *what, long long got, long long wanted)
+{
+    if (got == wanted)
+        passed++;
+    else {
+        failed++;
+        printf("%s:%d: %s: got %lld, wanted %lld\n", file, line, what, got, wanted);
+    }
+}
+
+static void check_text(const char *file, int line, struct bytes got, const char *wanted)
+{
+    if (bytes_eq(got, bytes_of(wanted)))
+        passed++;
+    else {
+        failed++;
+        printf("%s:%d: got \"%.*s\", wanted \"%s\"\n", file, line, (int)got.n, (const char *)got.p, wanted);
+    }
+}
+
+static struct bytes written(const struct buf *b)
+{
+    return (struct bytes){ b->p, b->len };
+}
+
+/* Copies the bytes so that they end where an unreadable page begins. */
+static struct bytes at_edge(struct bytes s)
+{
+    static uint8_t *edge;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = 4;
+    if (!edge) {
+        uint8_t *p = mmap(NULL, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + pages * page, page, PROT_NONE) != 0 || s.n > pages * page)
+            abort();
+        edge = p + pages * page;
+    }
+    if (s.n)
+        memcpy(edge - s.n, s.p, s.n);
+    return (struct bytes){ edge - s.n, s.n };
+}
+
+/* ---- a message of every kind that the real tables lack, and recursive ---- */
+struct Node {
+    struct Node *child;
+    struct pb_list nums, flags, longs;
+    struct bytes text, blob;
+    int64_t wide;
+    struct Node *other;
+};
+static const struct pb_message Node_message;
+PB_DEFINE(Node, PB_PLAIN, "which",
+    PB_ROW(Node, 1,   MESSAGE, 0,           child, &Node_message),
+    PB_ROW(Node, 2,   INT32,   PB_REPEATED, nums,  NULL),
+    PB_ROW(Node, 3,   BOOL,    PB_REPEATED, flags, NULL),
+    PB_ROW(Node, 4,   INT64,   PB_REPEATED, longs, NULL),
+    PB_ROW(Node, 16,  STRING,  PB_ONEOF,    text,  NULL),
+    PB_ROW(Node, 17,  BYTES,   PB_ONEOF,    blob,  NULL),
+    PB_ROW(Node, 18,  MESSAGE, PB_ONEOF,    other, &Node_message),
+    PB_ROW(Node, 536870911, INT64, 0,       wide,  NULL));
+
+/* One arena for all: a test reads what it decoded before it decodes again. */
+static struct pb_arena arena;
+static bool unknown;
+
+static enum pb_error decode(const struct pb_message *m, void *msg, struct bytes in)
+{
+    memset(msg, 0, m->size);
+    pb_arena_reset(&arena);
+    return pb_decode(m, msg, at_edge(in), &arena, &unknown);
+}
+
+#define DECODE(T, msg, literal) decode(&T##_message, msg, BYTES(literal))
+
+static struct bytes json_of(struct buf *b, const struct pb_message *m, const void *msg, int indent)
+{
+    b->len = 0;
+    pb_json(b, m, msg, indent);
+    return written(b);
+}
+
+static const char *json_error(const struct pb_message *m, const char *json)
+{
+    static char err[300];
+    uint8_t msg[512] __attribute__((aligned(16))) = { 0 };
+    pb_arena_reset(&arena);
+    strcpy(err, "ok");
+    pb_json_parse(m, msg, at_edge(bytes_of(json)), &arena, err, sizeof err);
+    return err;
+}
+
+/* ---- tests ---- */
+static void test_scalars(void)
+{
+    struct Node n;
+    CHECK(DECODE(Node, &n, ""), PB_OK);
+    CHECK(decode(&Node_message, &n, (struct bytes){ NULL, 0 }), PB_OK);
+    CHECK(pb_decode(&Node_message, &n, (struct bytes){ NULL, 0 }, &arena, &unknown), PB_OK);
+    CHECK(DECODE(Node, &n, "\x10\x01\x12\x03\x02\xac\x02\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), PB_OK);
+    CHECK(n.nums.n, 4);
+    const int32_t *v = n.nums.items;
+    CHECK(v[0], 1);
+    CHECK(v[1], 2);
+    CHECK(v[2], 300);
+    CHECK(v[3], -1);
+    CHECK(unknown, false);
+    CHECK(DECODE(Node, &n, "\x1a\x03\x00\x01\x05\x22\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01"), PB_OK);
+    CHECK(((bool *)n.flags.items)[2], 1);
+    CHECK(((int64_t *)n.longs.items)[0], INT64_MIN);
+    CHECK(DECODE(Node, &n, "\xf8\xff\xff\xff\x0f\x07\xf8\xff\xff\xff\x0f\x09"), PB_OK);
+    CHECK(n.wide, 9);                                                       /* the last one wins */
+    struct Timestamp t;
+    CHECK(DECODE(Timestamp, &t, "\x10\xff\xff\xff\xff\x1f"), PB_OK);        /* 33 bits cut to 32 */
+    CHECK(t.nanos, -1);
+    CHECK(DECODE(Timestamp, &t, "\x08\x81\x80\x80\x80\x80\x80\x80\x80\x80\x00"), PB_OK);    /* long form of 1 */
+    CHECK(t.seconds, 1);
+    CHECK(DECODE(Node, &n, "\x12\x01\x80"), PB_TRUNCATED);                  /* a packed item cut by its length */
+}
+
+static void test_malformed(void)
+{
+    struct Node n;
+    CHECK(DECODE(Node, &n, "\x10\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x10\x80\x80\x80\x80\x80\x80\x80\x80\x80\x02"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x90\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x01"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x00\x01"), PB_MALFORMED);                      /* field 0 */
+    CHECK(DECODE(Node, &n, "\x80\x80\x80\x80\x10\x01"), PB_MALFORMED);      /* field 2^29 */
+    CHECK(DECODE(Node, &n, "\x16"), PB_MALFORMED);                          /* wire types 6 and 7 */
+    CHECK(DECODE(Node, &n, "\x4f"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x14"), PB_MALFORMED);                          /* stray end-group */
+    CHECK(DECODE(Node, &n, "\x4b\x54"), PB_MALFORMED);                      /* mismatched end-group */
+    CHECK(DECODE(Node, &n, "\x0a\x01\x4c"), PB_MALFORMED);                  /* end-group in a sub-message */
+    CHECK(DECODE(Node, &n, "\x4b\x0a\x01\x4c"), PB_TRUNCATED);              /* the 4c belongs to the field */
+    CHECK(DECODE(Node, &n, "\x8a\x01\x05xxxx"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x0a\x03\x8a\x01\x01x"), PB_MALFORMED);         /* overruns its parent only */
+    CHECK(DECODE(Node, &n, "\x8a\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), PB_MALFORMED);
+    CHECK(DECODE(Node, &n, "\x10\x80"), PB_TRUNCATED);
+    CHECK(DECODE(Node, &n, "\x10"), PB_TRUNCATED);
+    CHECK(DECODE(Node, &n, "\x49\x01\x02\x03\x04\x05\x06\x07"), PB_TRUNCATED);
+    CHECK(DECODE(Node, &n, "\x4d\x01\x02\x03"), PB_TRUNCATED);
+    CHECK(DECODE(Node, &n, "\x4b\x10\x01"), PB_TRUNCATED);                  /* a group without end */
+    for (int e = PB_OK; e <= PB_LIMIT; e++)
+        CHECK(strlen(pb_error_text((enum pb_error)e)) > 1, 1);
+}
+
+static void test_oneof(void)
+{
+    struct Node n;
+    CHECK(DECODE(Node, &n, "\x82\x01\x00"), PB_OK);                         /* an empty string is set */
+    CHECK(n.text.p != NULL, 1);
+    CHECK(n.text.n, 0);
+    CHECK(DECODE(Node, &n, "\x82\x01\x01x\x8a\x01\x01y"), PB_OK);           /* the last member clears the others */
+    CHECK(n.text.p == NULL, 1);
+    CHECK_TEXT(n.blob, "y");
+    CHECK(DECODE(Node, &n, "\x8a\x01\x01y\x92\x01\x00"), PB_OK);
+    CHECK(n.blob.p == NULL && n.other, 1);
+    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x8a\x01\x01y\x92\x01\x02\x10\x02"), PB_OK);    /* cleared between */
+    CHECK(n.other->nums.n, 1);
+    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x92\x01\x02\x10\x02"), PB_OK);                 /* merged */
+    CHECK(n.other->nums.n, 2);
+    CHECK(DECODE(Node, &n, "\x0a\x02\x10\x01\x82\x01\x01x\x0a\x03\x82\x01\x00"), PB_OK);
+    CHECK(n.child->nums.n == 1 && n.child->text.p && n.text.n == 1, 1);
+    struct ClientStreamMessage m;
+    CHECK(DECODE(ClientStreamMessage, &m, "\x0a\x03\x0a\x01x\x0a\x03\x12\x01y"), PB_OK);
+    CHECK_TEXT(m.agent_log->message, "x");
+    CHECK_TEXT(m.agent_log->computation_id, "y");
+    CHECK(DECODE(ClientStreamMessage, &m, "\x0a\x00\x3a\x00"), PB_OK);
+    CHECK(m.agent_log == NULL && m.azureAttestationToken != NULL, 1);
+}
+
+struct seen { struct buf b; };
+
+static void note(void *arg, const char *path, unsigned wire_type, uint64_t value, struct bytes bytes)
+{
+    char head[400];
+    int n = snprintf(head, sizeof head, "%s/%u=%llu:", path, wire_type, (unsigned long long)value);
+    buf_put(arg, head, (size_t)n);
+    for (size_t i = 0; i < bytes.n; i++)
+        buf_put(arg, head, (size_t)snprintf(head, sizeof head, "%02x", bytes.p[i]));
+    buf_putc(arg, ';');
+}
+
+static void test_unknown(void)
+{
+    struct ClientStreamMessage m;
+    struct Node n;
+    struct buf b = { 0 };
+    CHECK(DECODE(ClientStreamMessage, &m, "\x0a\x0d\x0a\x01m\x4a\x02hi\x08\x05\x20\x07\x12\x00\x7d\x01\x00\x00\x00"), PB_OK);
+    CHECK(unknown, true);
+    CHECK_TEXT(m.agent_log->message, "m");
+    CHECK(m.agent_log->timestamp == NULL, 1);
+    pb_unknown(&ClientStreamMessage_message, BYTES("\x0a\x0d\x0a\x01m\x4a\x02hi\x08\x05\x20\x07\x12\x00"
+               "\x7d\x01\x00\x00\x01\x41\xff\x00\x00\x00\x00\x00\x00\x80\x3b\x08\x01\x3c"), note, &b);
+    CHECK_TEXT(written(&b), "agent_log.9/2=0:6869;agent_log.1/0=5:;agent_log.4/0=7:;15/5=16777217:;"
+               "8/1=9223372036854776063:;7/3=0:08013c;");
+    CHECK(DECODE(Node, &n, "\x4b\x53\x54\x4d\x01\x02\x03\x04\x49\x01\x02\x03\x04\x05\x06\x07\x08\x4c\x10\x05"), PB_OK);
+    CHECK(n.nums.n, 1);
+    CHECK(DECODE(Node, &n, "\x15\x01\x02\x03\x04\x80\x01\x07\x0b\x0c"), PB_OK);  /* known fields, wrong wire types */
+    CHECK(unknown && n.nums.n == 0 && !n.text.p && !n.child, 1);
+    b.len = 0;
+    pb_unknown(&Node_message, (struct bytes){ NULL, 0 }, note, &b);
+    CHECK(b.len, 0);
+    buf_free(&b);
+}
+
+static void test_depth(void)
+{
+    uint8_t in[404], *p;
+    struct Node n;
+    for (unsigned levels = 99; levels <= 101; levels++) {
+        struct buf b = { 0 };
+        for (unsigned i = 0; i < levels; i++) {
+            size_t was = b.len;
+            pb_close(&b, 1, 0);
+            CHECK(b.len > was, 1);
+        }
+        struct bytes s = pb_written(&b);
+        CHECK(decode(&Node_message, &n, s), levels > 100 ? PB_DEPTH : PB_OK);
+        memset(in, 0x4b, levels);
+        memset(in + levels, 0x4c, levels);
+        CHECK(decode(&Node_message, &n, (struct bytes){ in, 2 * levels }), levels > 100 ? PB_DEPTH : PB_OK);
+        p = in;                                                             /* one message, then groups */
+        *p++ = 0x0a;
+        p = pb_varint_put(p, 2 * (levels - 1));
+        memset(p, 0x4b, levels - 1);
+        memset(p + levels - 1, 0x4c, levels - 1);
+        CHECK(decode(&Node_message, &n, (struct bytes){ in, (size_t)(p - in) + 2 * (levels - 1) }),
+              levels > 100 ? PB_DEPTH : PB_OK);
+        buf_free(&b);
+        char json[2000] = "";
+        for (unsigned i = 0; i < levels; i++)
+            strcat(json, "{\"child\":");
+        strcat(json, "{}");
+        for (unsigned i = 0; i < levels; i++)
+            strcat(json, "}");
+        CHECK(strcmp(json_error(&Node_message, json), "ok") == 0, levels <= 100);
+    }
+}
+
+static bool utf8(const char *s, size_t n)
+{
+    return pb_utf8_valid(at_edge((struct bytes){ (const uint8_t *)s, n }));
+}
+
+static void test_utf8(void)
+{
+    static const struct { const char *s; bool good; } v[] = {
+        { "\xc2\x80", 1 }, { "\xdf\xbf", 1 }, { "\xe0\xa0\x80", 1 }, { "\xed\x9f\xbf", 1 }, { "\xee\x80\x80", 1 },
+        { "\xef\xbf\xbf", 1 }, { "\xf0\x90\x80\x80", 1 }, { "\xf4\x8f\xbf\xbf", 1 }, { "", 1 }, { "\x7f", 1 },
+        { "\x80", 0 }, { "\xbf", 0 }, { "\xc0\x80", 0 }, { "\xc1\xbf", 0 }, { "\xc2", 0 }, { "\xc2\x41", 0 },
+        { "\xe0\x9f\xbf", 0 }, { "\xe1\x80", 0 }, { "\xe1\x80\xc0", 0 }, { "\xed\xa0\x80", 0 }, { "\xed\xbf\xbf", 0 },
+        { "\xf0\x8f\xbf\xbf", 0 }, { "\xf4\x90\x80\x80", 0 }, { "\xf5\x80\x80\x80", 0 }, { "\xf0\x90\x80", 0 },
+        { "\xf8\x88\x80\x80\x80", 0 }, { "\xfe", 0 }, { "\xff", 0 },
+    };
+    char s[160];
+    for (size_t i = 0; i < PB_COUNT(v); i++)                /* at every offset, with every length behind it */
+        for (size_t before = 0; before < 70; before++)
+            for (size_t after = 0; after < 70; after++) {
+                memset(s, 'a', sizeof s);
+                memcpy(s + before, v[i].s, strlen(v[i].s));
+                if (utf8(s, before + strlen(v[i].s) + after) != v[i].good) {
+                    CHECK(i * 10000 + before * 100 + after, -1);
+                    return;
+                }
+            }
+    CHECK(pb_utf8_valid((struct bytes){ NULL, 0 }), true);
+    struct AgentLog log;
+    CHECK(DECODE(AgentLog, &log, "\x0a\x02\xc0\x80"), PB_UTF8);
+    struct RunReqChunks c;
+    CHECK(DECODE(RunReqChunks, &c, "\x0a\x02\xc0\x80"), PB_OK);             /* bytes may be anything */
+}
+
+static void test_encode(void)
+{
+    struct buf b = { 0 };
+    struct Source src = { .url = BYTES("u"), .encrypted = true };
+    struct Source empty = { 0 };
+    struct Dataset sets[] = { { .filename = BYTES("f"), .source = &src }, { .source = &empty, .decompress = true } };
+    struct ComputationRunReq req = { .id = BYTES("1"), .datasets = { sets, 2, 0 } };
+    struct ServerStreamMessage m = { .runReq = &req };
+    struct bytes s = pb_encode(&b, &ServerStreamMessage_message, &m);
+    struct bytes wanted = BYTES("\x12\x15\x0a\x01\x31\x22\x0a\x1a\x01" "f\x22\x05\x12\x01u\x20\x01\x22\x04\x22\x00\x28\x01");
+    CHECK(s.n, wanted.n);
+    CHECK(bytes_eq(s, wanted), 1);
+    struct HealthListRequest nothing = { 0 };
+    CHECK(pb_encode(&b, &HealthListRequest_message, &nothing).n, 0);
+    CHECK(b.failed, false);
+    int32_t nums[] = { 0, -1, 300 };
+    bool flags[] = { true, false };
+    struct Node n = { .nums = { nums, 3, 0 }, .flags = { flags, 2, 0 }, .text = BYTES(""), .wide = -2 };
+    s = pb_encode(&b, &Node_message, &n);
+    wanted = BYTES("\x12\x0d\x00\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\xac\x02\x1a\x02\x01\x00\x82\x01\x00"
+                   "\xf8\xff\xff\xff\x0f\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x01");
+    CHECK(bytes_eq(s, wanted), 1);
+    struct StatusesEntry e[] = { { BYTES(""), NULL } };
+    struct HealthListResponse list = { { e, 1, 0 } };
+    s = pb_encode(&b, &HealthListResponse_message, &list);
+    CHECK(bytes_eq(s, BYTES("\x0a\x04\x0a\x00\x12\x00")), 1);               /* an entry always has both */
+    uint8_t to[16];
+    for (unsigned bits = 0; bits < 64; bits++) {
+        CHECK(pb_varint_put(to, (uint64_t)1 << bits) - to, bits / 7 + 1);
+        CHECK(pb_varint_size((uint64_t)1 << bits), bits / 7 + 1);
+    }
+    CHECK(pb_varint_size(0), 1);
+    CHECK(pb_tag_put(to, PB_MAX_NUMBER, PB_LEN) - to, 5);
+    CHECK(bytes_eq((struct bytes){ to, 5 }, BYTES("\xfa\xff\xff\xff\x0f")), 1);
+    buf_free(&b);
+}
+
+static void test_large(void)
+{
+    enum { BIG = 100 << 20, ITEMS = 1 << 20 };
+    uint8_t *data = malloc(BIG);
+    struct bytes *args = malloc(ITEMS * sizeof *args);
+    memset(data, 7, BIG);
+    struct RunReqChunks c = { .data = { data, BIG }, .id = BYTES("1") };
+    struct ServerStreamMessage m = { .runReqChunks = &c }, back = { 0 };
+    struct buf b = { 0 };
+    clock_t t = clock();
+    struct bytes s = pb_encode(&b, &ServerStreamMessage_message, &m);
+    pb_arena_reset(&arena);
+    CHECK(s.n, BIG + 5 + 3 + 5);
+    CHECK(pb_decode(&ServerStreamMessage_message, &back, s, &arena, &unknown), PB_OK);
+    CHECK(bytes_eq(back.runReqChunks->data, c.data), 1);
+    for (size_t i = 0; i < ITEMS; i++)
+        args[i] = (struct bytes){ data, 100 };
+    struct Algorithm a = { .algo_args = { args, ITEMS, 0 } }, a2 = { 0 };
+    s = pb_encode(&b, &Algorithm_message, &a);
+    CHECK(s.n, ITEMS * 102);
+    CHECK(pb_decode(&Algorithm_message, &a2, s, &arena, &unknown), PB_OK);
+    CHECK(a2.algo_args.n, ITEMS);
+    CHECK((clock() - t) / CLOCKS_PER_SEC < 20, 1);                          /* quadratic work would take minutes */
+    buf_free(&b);
+    free(args);
+    free(data);
+}
+
+/* A ServerStreamMessage with a bit of everything. */
+static struct bytes full_message(struct buf *b)
+{
+    struct Source src = { BYTES("oci-image"), BYTES("docker://h/i:t"), BYTES("default/key/k"), true };
+    struct KBSConfig kbs = { BYTES("http://h:8080"), true };
+    struct Dataset sets[] = {
+        { .hash = BYTES("0123456789abcdef0123456789abcdef"), .userKey = BYTES("\xff\x00k"), .filename = BYTES("a\xc3\xa9.csv"),
+          .source = &src, .kbs = &kbs, .decompress = true },
+        { .hash = BYTES("x") },
+    };
+    struct bytes args[] = { BYTES("-a"), BYTES(""), BYTES("b\"\\\n") };
+    struct Algorithm algo = { BYTES("h"), BYTES("k"), BYTES("bin"), &src, { args, 3, 0 }, NULL };
+    struct ResultConsumer who[] = { { BYTES("one") }, { BYTES("") } };
+    struct AgentConfig config = { .port = BYTES("7002"), .attested_tls = true };
+    struct ComputationRunReq req = {
+        .id = BYTES("1"), .name = BYTES("n"), .description = BYTES("d"), .datasets = { sets, 2, 0 }, .algorithm = &algo,
+        .result_consumers = { who, 2, 0 }, .agent_config = &config, .kbs = &kbs,
+    };
+    struct ServerStreamMessage m = { .runReq = &req };
+    return pb_encode(b, &ServerStreamMessage_message, &m);
+}
+
+static void test_truncated(void)
+{
+    struct buf b = { 0 }, again = { 0 };
+    struct bytes s = full_message(&b);
+    struct ServerStreamMessage m;
+    CHECK(decode(&ServerStreamMessage_message, &m, s), PB_OK);
+    CHECK(unknown, false);
+    CHECK(bytes_eq(pb_encode(&again, &ServerStreamMessage_message, &m), s), 1);
+    for (size_t n = 1; n < s.n; n++) {
+        enum pb_error e = decode(&ServerStreamMessage_message, &m, (struct bytes){ s.p, n });
+        CHECK(e == PB_TRUNCATED || e == PB_MALFORMED, 1);
+        pb_unknown(&ServerStreamMessage_message, at_edge((struct bytes){ s.p, n }), note, &again);
+    }
+    struct bytes inner = { s.p + 3, s.n - 3 };                              /* two bytes of length */
+    size_t edge = 0, edges = 0;
+    for (size_t n = 0; n <= inner.n; n++) {
+        struct ComputationRunReq req;
+        CHECK(decode(&ComputationRunReq_message, &req, (struct bytes){ inner.p, n }) == PB_OK, n == edge);
+        if (n == edge && n < inner.n) {
+            edges++;
+            edge += inner.p[n + 1] < 0x80 ? 2u + inner.p[n + 1] : 3u + (inner.p[n + 1] & 0x7fu) + inner.p[n + 2] * 128u;
+        }
+    }
+    CHECK(edges, 10);
+    buf_free(&b);
+    buf_free(&again);
+}
+
+static void test_damaged(void)
+{
+    struct buf b = { 0 }, out = { 0 };
+    struct bytes s = full_message(&b);
+    uint8_t *copy = malloc(s.n);
+    uint32_t rnd = 12345;
+    size_t good = 0, all = 0;
+    for (size_t i = 0; i < s.n * 40; i++) {
+        memcpy(copy, s.p, s.n);
+        for (int k = 0; k < 1 + (int)(i % 3); k++) {
+            rnd = rnd * 1664525 + 1013904223;
+            copy[k ? rnd >> 8 & (s.n > 255 ? 255 : 127) : i % s.n] = (uint8_t)(rnd >> 24);
+        }
+        struct ServerStreamMessage m;
+        enum pb_error e = decode(&ServerStreamMessage_message, &m, (struct bytes){ copy, s.n });
+        json_of(&out, &ServerStreamMessage_message, &m, 0);                 /* a part of a message is safe too */
+        all++;
+        if (e != PB_OK)
+            continue;
+        good++;
+        struct buf json = out, wire = { 0 }, wire2 = { 0 };
+        struct ServerStreamMessage back = { 0 };
+        char err[300] = "";
+        CHECK(pb_json_parse(&ServerStreamMessage_message, &back, written(&json), &arena, err, sizeof err), 1);
+        struct bytes w1 = pb_encode(&wire, &ServerStreamMessage_message, &m);
+        struct bytes w2 = pb_encode(&wire2, &ServerStreamMessage_message, &back);
+        CHECK(bytes_eq(w1, w2), 1);
+        buf_free(&wire);
+        buf_free(&wire2);
+        if (unknown) {
+            out.len = 0;
+            pb_unknown(&ServerStreamMessage_message, (struct bytes){ copy, s.n }, note, &out);
+            CHECK(out.len > 0, 1);
+        }
+    }
+    CHECK(good > all / 20 && good < all, 1);
+    free(copy);
+    buf_free(&b);
+    buf_free(&out);
+}
+
+static void test_timestamps(void)
+{
+    static const struct { int64_t s; int32_t n; const char *text; } v[] = {
+        { 0, 0, "1970-01-01T00:00:00Z" }, { -1, 0, "1969-12-31T23:59:59Z" },
+        { 1735689600, 500000000, "2025-01-01T00:00:00.500Z" }, { 951782400, 1000, "2000-02-29T00:00:00.000001Z" },
+        { 951868799, 1, "2000-02-29T23:59:59.000000001Z" }, { 951868800, 120000, "2000-03-01T00:00:00.000120Z" },
+        { PB_FIRST_SECOND, 0, "0001-01-01T00:00:00Z" }, { PB_LAST_SECOND, 999999999, "9999-12-31T23:59:59.999999999Z" },
+        { 0, 100, "1970-01-01T00:00:00.000000100Z" }, { 0, 100000, "1970-01-01T00:00:00.000100Z" },
+        { 4107542400, 0, "2100-03-01T00:00:00Z" }, { 4107542399, 0, "2100-02-28T23:59:59Z" },
+    };
+    struct buf b = { 0 };
+    for (size_t i = 0; i < PB_COUNT(v); i++) {
+        b.len = 0;
+        CHECK(pb_timestamp(&b, v[i].s, v[i].n), true);
+        CHECK_TEXT(written(&b), v[i].text);
+    }
+    for (int64_t s = PB_FIRST_SECOND; s <= PB_LAST_SECOND; s += 86400 * 31 + 12345) {      /* against the C library */
+        char text[80];
+        time_t t = (time_t)s;
+        struct tm tm;
+        gmtime_r(&t, &tm);
+        snprintf(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02dZ", tm.tm_year + 1900, tm.tm_mon + 1, tm.tm_mday,
+                 tm.tm_hour, tm.tm_min, tm.tm_sec);
+        b.len = 0;
+        pb_timestamp(&b, s, 0);
+        int64_t back;
+        int32_t nanos;
+        if (!bytes_eq(written(&b), bytes_of(text)) || !pb_timestamp_read(written(&b), &back, &nanos) || back != s) {
+            CHECK_TEXT(written(&b), text);
+            break;
+        }
+    }
+    b.len = 0;
+    CHECK(pb_timestamp(&b, PB_FIRST_SECOND - 1, 0), false);
+    CHECK(pb_timestamp(&b, PB_LAST_SECOND + 1, 0), false);
+    CHECK(pb_timestamp(&b, INT64_MIN, 0) || pb_timestamp(&b, INT64_MAX, 0), false);
+    CHECK(pb_timestamp(&b, 0, -1) || pb_timestamp(&b, 0, 1000000000), false);
+    CHECK(b.len, 0);
+    struct Timestamp t = { PB_LAST_SECOND + 1, 5 };
+    struct AgentLog log = { .timestamp = &t };
+    CHECK_TEXT(json_of(&b, &AgentLog_message, &log, 0), "{\"timestamp\":{\"seconds\":\"253402300800\",\"nanos\":5}}");
+    static const char *const good[] = { "2024-02-29T00:00:00+23:59", "1969-12-31T23:59:59.1Z", "0001-01-01T00:00:00-00:01" };
+    static const char *const bad[] = { "", "2024-02-30T00:00:00Z", "2023-02-29T00:00:00Z", "2024-13-01T00:00:00Z",
+        "2024-00-01T00:00:00Z", "2024-01-00T00:00:00Z", "2024-01-01T24:00:00Z", "2024-01-01T00:60:00Z",
+        "2024-01-01T00:00:60Z", "2024-01-01T00:00:00", "2024-01-01T00:00:00.Z", "2024-01-01T00:00:00.1234567890Z",
+        "2024-01-01T00:00:00ZZ", "2024-1-01T00:00:00Z", "2024-01-01 00:00:00Z", "0001-01-01T00:00:00+00:01",
+        "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-00:01", "2024-01-01T00:00:00+1:00",
+        "2024-01-01T00:00:00.123456789+00:00000000000000000000", "2024-01-01T00:00:00Z\\u0000" };
+    char json[200];
+    for (size_t i = 0; i < PB_COUNT(good) + PB_COUNT(bad); i++) {
+        bool is_good = i < PB_COUNT(good);
+        snprintf(json, sizeof json, "{\"timestamp\":\"%s\"}", is_good ? good[i] : bad[i - PB_COUNT(good)]);
+        CHECK(strcmp(json_error(&AgentLog_message, json), "ok") == 0, is_good);
+    }
+    int64_t seconds;
+    int32_t nanos;
+    CHECK(pb_timestamp_read(BYTES("1970-01-01T01:30:00.25+01:30"), &seconds, &nanos), true);
+    CHECK(seconds * 1000000000 + nanos, 250000000);
+    buf_free(&b);
+}
+
+static void test_json_escapes(void)
+{
+    struct buf b = { 0 };
+    static const struct { const char *in, *out; } v[] = {
+        { "", "\"\"" }, { "plain text, more than eight", "\"plain text, more than eight\"" },
+        { "a\"b\\c/d", "\"a\\\"b\\\\c/d\"" }, { "\b\f\n\r\t", "\"\\b\\f\\n\\r\\t\"" },
+        { "\x1b[31m\x07\x7f", "\"\\u001b[31m\\u0007\\u007f\"" }, { "\xc2\x80\xc2\x9f\xc2\xa0", "\"\\u0080\\u009f\xc2\xa0\"" },
+        { "\xe2\x80\xa8\xe2\x80\xa9\xe2\x80\xaa\xe2\x80\xae\xe2\x80\xaf", "\"\\u2028\\u2029\\u202a\\u202e\xe2\x80\xaf\"" },
+        { "\xe2\x81\xa5\xe2\x81\xa6\xe2\x81\xa9\xe2\x81\xaa", "\"\xe2\x81\xa5\\u2066\\u2069\xe2\x81\xaa\"" },
+        { "\xd8\x9c\xe2\x80\x8d\xe2\x80\x8e\xe2\x80\x8f\xef\xbb\xbf", "\"\\u061c\xe2\x80\x8d\\u200e\\u200f\\ufeff\"" },
+        { "h\xc3\xa9 \xf0\x9f\x98\x80", "\"h\xc3\xa9 \xf0\x9f\x98\x80\"" }, { "bad \xff\xc0\x80 end", "\"bad \\ufffd\\ufffd\\ufffd end\"" },
+    };
+    for (size_t i = 0; i < PB_COUNT(v); i++) {
+        b.len = 0;
+        pb_json_string(&b, at_edge(bytes_of(v[i].in)));
+        CHECK_TEXT(written(&b), v[i].out);
+    }
+    for (int c = 0; c < 256; c++)                           /* each byte at each place of a run */
+        for (size_t at = 0; at < 20; at++) {
+            uint8_t s[20];
+            memset(s, 'x', sizeof s);
+            s[at] = (uint8_t)c;
+            b.len = 0;
+            pb_json_string(&b, (struct bytes){ s, sizeof s });
+            bool raw = b.len == 22 && memcmp(b.p + 1, s, 20) == 0;
+            if (raw != (c >= 0x20 && c < 0x7f && c != '"' && c != '\\')) {
+                CHECK(c, -1);
+                break;
+            }
+        }
+    b.len = 0;
+    pb_json_string(&b, (struct bytes){ (const uint8_t *)"a\0b", 3 });
+    CHECK_TEXT(written(&b), "\"a\\u0000b\"");
+    static const char *const base64[][2] = { { "", "" }, { "f", "Zg==" }, { "fo", "Zm8=" }, { "foo", "Zm9v" },
+                                             { "foob", "Zm9vYg==" }, { "\xfb\xff\xbf", "+/+/" } };     /* RFC 4648 10 */
+    for (size_t i = 0; i < PB_COUNT(base64); i++) {
+        b.len = 0;
+        pb_base64(&b, bytes_of(base64[i][0]));
+        CHECK_TEXT(written(&b), base64[i][1]);
+    }
+    buf_free(&b);
+}
+
+static void test_json_forms(void)
+{
+    struct buf b = { 0 };
+    struct HealthCheckResponse up = { HEALTH_SERVING }, odd = { 9 }, minus = { -1 };
+    struct StatusesEntry e[] = { { BYTES(""), &up }, { BYTES("x\n"), &odd }, { BYTES("y"), NULL }, { BYTES("z"), &minus } };
+    struct HealthListResponse list = { { e, 4, 0 } };
+    CHECK_TEXT(json_of(&b, &HealthListResponse_message, &list, 0),
+               "{\"statuses\":{\"\":{\"status\":\"SERVING\"},\"x\\n\":{\"status\":9},\"y\":{},\"z\":{\"status\":-1}}}");
+    CHECK_TEXT(json_of(&b, &HealthListResponse_message, &(struct HealthListResponse){ { e, 1, 0 } }, 2),
+               "{\n  \"statuses\": {\n    \"\": {\n      \"status\": \"SERVING\"\n    }\n  }\n}");
+    int32_t nums[] = { 1, -2 };
+    struct ExtensionNumberResponse ext = { BYTES("a"), { nums, 2, 0 } };
+    CHECK_TEXT(json_of(&b, &ExtensionNumberResponse_message, &ext, 0), "{\"baseTypeName\":\"a\",\"extensionNumber\":[1,-2]}");
+    CHECK_TEXT(json_of(&b, &ExtensionNumberResponse_message, &ext, 3),
+               "{\n   \"baseTypeName\": \"a\",\n   \"extensionNumber\": [\n      1,\n      -2\n   ]\n}");
+    struct AttestationResponse token = { BYTES("\x01"), BYTES("s") };
+    struct ClientStreamMessage m = { .azureAttestationToken = &token };
+    CHECK_TEXT(json_of(&b, &ClientStreamMessage_message, &m, 0),
+               "{\"azureAttestationToken\":{\"file\":\"AQ==\",\"certSerialNumber\":\"s\"}}");
+    struct HealthListRequest nothing = { 0 };
+    CHECK_TEXT(json_of(&b, &HealthListRequest_message, &nothing, 2), "{}");
+    buf_free(&b);
+}
+
+static void test_json_errors(void)
+{
+    static const char *const v[][2] = {
+        { "{\"datasets\":[{},\n{\"source\":{\"url\":\"u\",\n\"foo\":1}}]}", "line 3: datasets[1].source.foo: unknown field" },
+        { "{\"a\\u001bb\":1}", "line 1: a?b: unknown field" },
+        { "", "line 1: an object was expected" }, { "[]", "line 1: an object was expected" },
+        { "{", "line 1: a string was expected" }, { "{}x", "line 1: more text behind the message" },
+        { "{\"id\":\"1\",}", "line 1: a string was expected" },
+        { "{\"id\":\"1\" \"name\":\"\"}", "line 1: a comma or the end of the object was expected" },
+        { "{\"id\" \"1\"}", "line 1: id: a colon was expected" }, { "{\"id\":1}", "line 1: id: a string was expected" },
+        { "{\"id\":\"1", "line 1: id: the string does not end" }, { "{\"id\":\"1\\\"}", "line 1: id: the string does not end" },
+        { "{\"id\":\"\\x\"}", "line 1: id: bad escape sequence in a string" },
+        { "{\"id\":\"\\u12\"}", "line 1: id: bad escape sequence in a string" },
+        { "{\"id\":\"\\ud800\"}", "line 1: id: bad escape sequence in a string" },
+        { "{\"id\":\"\\ud800\\u0041\"}", "line 1: id: bad escape sequence in a string" },
+        { "{\"id\":\"\\udc00\"}", "line 1: id: invalid UTF-8 in a string" },
+        { "{\"id\":\"\xc0\x80\"}", "line 1: id: invalid UTF-8 in a string" },
+        { "{\"id\":\"a\nb\"}", "line 1: id: control character in a string" },
+        { "{\"id\":\"1\",\"id\":\"2\"}", "line 1: id: given twice" },
+        { "{\"agent_config\":{},\"agentConfig\":{}}", "line 1: agentConfig: given twice" },
+        { "{\"datasets\":{}}", "line 1: datasets: an array was expected" },
+        { "{\"datasets\":[null]}", "line 1: datasets[0]: an object was expected" },
+        { "{\"datasets\":[{}", "line 1: datasets: a comma or the end of the list was expected" },
+        { "{\"datasets\":[{\"decompress\":1}]}", "line 1: datasets[0].decompress: true or false was expected" },
+        { "{\"datasets\":[{\"hash\":\"A\"}]}", "line 1: datasets[0].hash: bad base64" },
+        { "{\"datasets\":[{\"hash\":\"AA=\"}]}", "line 1: datasets[0].hash: bad base64" },
+        { "{\"datasets\":[{\"hash\":\"A===\"}]}", "line 1: datasets[0].hash: bad base64" },
+        { "{\"datasets\":[{\"hash\":\"A!AA\"}]}", "line 1: datasets[0].hash: bad base64" },
+    };
+    static const char *const number[][2] = {
+        { "1", "ok" }, { "-0", "ok" }, { "\"12\"", "ok" }, { "1.0", "ok" }, { "1e3", "ok" }, { "2147483647", "ok" },
+        { "-2147483648", "ok" }, { "2147483648", "line 1: errorCode: number out of range" },
+        { "99999999999999999999", "line 1: errorCode: number out of range" }, { "007", "line 1: errorCode: an integer was expected" },
+        { "1.5", "line 1: errorCode: an integer was expected" }, { "1e30", "line 1: errorCode: an integer was expected" },
+        { "+1", "line 1: errorCode: an integer was expected" }, { "-", "line 1: errorCode: an integer was expected" },
+        { "0x10", "line 1: a comma or the end of the object was expected" }, { "\"0x10\"", "line 1: errorCode: an integer was expected" },
+        { "\" 1\"", "line 1: errorCode: an integer was expected" }, { "\"\"", "line 1: errorCode: an integer was expected" },
+        { "\"1\\u00002\"", "line 1: errorCode: an integer was expected" }, { "1e", "line 1: errorCode: an integer was expected" },
+        { "nan", "line 1: errorCode: an integer was expected" }, { "true", "line 1: errorCode: an integer was expected" },
+        { "\"nan\"", "line 1: errorCode: an integer was expected" }, { "null", "ok" }, { "nullx", "line 1: a comma or the end of the object was expected" },
+        { "0000000000000000000000000000000000000000000000000000000000000000000000000000001", "line 1: errorCode: an integer was expected" },
+    };
+    char json[300];
+    for (size_t i = 0; i < PB_COUNT(v); i++)
+        CHECK_TEXT(bytes_of(json_error(&ComputationRunReq_message, v[i][0])), v[i][1]);
+    for (size_t i = 0; i < PB_COUNT(number); i++) {
+        snprintf(json, sizeof json, "{\"errorCode\":%s}", number[i][0]);
+        CHECK_TEXT(bytes_of(json_error(&ErrorResponse_message, json)), number[i][1]);
+    }
+    CHECK_TEXT(bytes_of(json_error(&Timestamp_message, "{\"seconds\":\"-9223372036854775808\"}")), "ok");
+    CHECK_TEXT(bytes_of(json_error(&Timestamp_message, "{\"seconds\":9223372036854775808}")),
+               "line 1: seconds: number out of range");
+    CHECK_TEXT(bytes_of(json_error(&ServerStreamMessage_message, "{\"runReq\":null,\"runReqChunks\":{},\"disconnectReq\":{}}")),
+               "line 1: disconnectReq: another member of its oneof is given too");
+    CHECK_TEXT(bytes_of(json_error(&HealthCheckResponse_message, "{\"status\":\"UP\"}")), "line 1: status: unknown enum value");
+    CHECK_TEXT(bytes_of(json_error(&HealthCheckResponse_message, "{\"status\":2}")), "ok");
+}
+
+static void test_json_truncated(void)
+{
+    struct buf b = { 0 }, json = { 0 };
+    struct ServerStreamMessage m, back;
+    char err[300];
+    CHECK(decode(&ServerStreamMessage_message, &m, full_message(&b)), PB_OK);
+    json_of(&json, &ServerStreamMessage_message, &m, 2);
+    for (size_t n = 0; n < json.len; n++) {
+        memset(&back, 0, sizeof back);
+        pb_arena_reset(&arena);
+        CHECK(pb_json_parse(&ServerStreamMessage_message, &back, at_edge((struct bytes){ json.p, n }), &arena, err, sizeof err), 0);
+    }
+    memset(&back, 0, sizeof back);
+    CHECK(pb_json_parse(&ServerStreamMessage_message, &back, (struct bytes){ NULL, 0 }, &arena, err, 5), 0);
+    CHECK(strlen(err), 4);
+    buf_free(&b);
+    buf_free(&json);
+}
+
+static void test_arena(void)
+{
+    struct pb_arena a;
+    void *lent[64 / sizeof(void *)];
+    pb_arena_init(&a, lent, sizeof lent, 2 * PB_BLOCK);
+    uint8_t *p = pb_arena_alloc(&a, 48);
+    CHECK(p == (uint8_t *)lent + 16 && a.held == 0, 1);
+    CHECK(pb_arena_alloc(&a, 1) != NULL && a.held == PB_BLOCK, 1);
+    CHECK(pb_arena_alloc(&a, PB_BLOCK - 16 - 8) != NULL && a.held == PB_BLOCK, 1);
+    CHECK(pb_arena_alloc(&a, 1) != NULL && a.held == 2 * PB_BLOCK, 1);
+    CHECK(pb_arena_alloc(&a, PB_BLOCK - 16 - 7) == NULL, 1);                /* the next block is over the limit */
+    CHECK(pb_arena_alloc(&a, SIZE_MAX) == NULL, 1);
+    pb_arena_reset(&a);
+    CHECK(a.held, 0);
+    CHECK(pb_arena_alloc(&a, 8) == (uint8_t *)lent + 16, 1);
+    pb_arena_free(&a);
+    pb_arena_init(&a, NULL, 0, 3 * PB_BLOCK);
+    CHECK(pb_arena_alloc(&a, 2 * PB_BLOCK) != NULL && a.held == 2 * PB_BLOCK + 16, 1);
+    pb_arena_reset(&a);
+    CHECK(a.held, 0);                                                       /* an outsize block is not kept */
+    p = pb_arena_alloc(&a, 8);
+    memset(p, 1, 8);
+    pb_arena_reset(&a);
+    allocations = 0;
+    CHECK(pb_arena_alloc(&a, 8) == p, 1);                                   /* an ordinary one is */
+    CHECK(p[0], 0);
+    CHECK(allocations, 0);
+    pb_arena_free(&a);
+    CHECK(a.held, 0);
+    struct buf b = { 0 };
+    struct bytes s = full_message(&b);
+    for (size_t limit = 0; limit <= 2 * PB_BLOCK; limit += PB_BLOCK) {
+        struct ServerStreamMessage m = { 0 };
+        pb_arena_init(&a, NULL, 0, limit);
+        CHECK(pb_decode(&ServerStreamMessage_message, &m, s, &a, &unknown), limit ? PB_OK : PB_LIMIT);
+        CHECK(a.held <= limit, 1);
+        pb_arena_free(&a);
+    }
+    struct buf many = { 0 };                                                /* 2 bytes of input, a struct each */
+    for (int i = 0; i < 100000; i++)
+        buf_put(&many, "\x22\x00", 2);
+    struct ComputationRunReq req = { 0 };
+    pb_arena_init(&a, NULL, 0, 1 << 20);
+    CHECK(pb_decode(&ComputationRunReq_message, &req, written(&many), &a, &unknown), PB_LIMIT);
+    CHECK(a.held <= 1 << 20, 1);
+    pb_arena_free(&a);
+    buf_free(&many);
+    buf_free(&b);
+}
+
+static void test_failing_memory(void)
+{
+    struct buf b = { 0 };
+    struct bytes s = full_message(&b);
+    struct buf text = { 0 };
+    struct ServerStreamMessage whole;
+    CHECK(decode(&ServerStreamMessage_message, &whole, s), PB_OK);
+    json_of(&text, &ServerStreamMessage_message, &whole, 4);
+    for (int job = 0; job < 5; job++) {
+        bool ok = false;
+        for (fail_at = 0; !ok && fail_at < 1000; fail_at++) {
+            struct pb_arena a;
+            struct buf out = { 0 };
+            struct ServerStreamMessage m = { 0 };
+            char err[100] = "";
+            uint64_t lent[10];
+            pb_arena_init(&a, lent, sizeof lent, 1 << 20);
+            allocations = 0;
+            if (job == 0)
+                ok = pb_decode(&ServerStreamMessage_message, &m, s, &a, &unknown) == PB_OK;
+            else if (job == 1)
+                ok = pb_json_parse(&ServerStreamMessage_message, &m, written(&text), &a, err, sizeof err);
+            else if (job == 2)
+                ok = bytes_eq(pb_encode(&out, &ServerStreamMessage_message, &whole), s);
+            else if (job == 3)
+                ok = bytes_eq(json_of(&out, &ServerStreamMessage_message, &whole, 4), written(&text));
+            else
+                ok = pb_file_descriptor(&out, &cvms_file).n > 1000;
+            CHECK(ok, allocations <= fail_at);
+            CHECK(job >= 2 && out.failed == ok, 0);
+            buf_free(&out);
+            pb_arena_free(&a);
+        }
+        CHECK(ok && fail_at > 1, 1);
+    }
+    fail_at = -1;
+    buf_free(&b);
+    buf_free(&text);
+}
+
+int main(void)
+{
+    pb_arena_init(&arena, NULL, 0, (size_t)256 << 20);
+    test_scalars();
+    test_malformed();
+    test_oneof();
+    test_unknown();
+    test_depth();
+    test_utf8();
+    test_encode();
+    test_large();
+    test_truncated();
+    test_damaged();
+    test_timestamps();
+    test_json_escapes();
+    test_json_forms();
+    test_json_errors();
+    test_json_truncated();
+    test_arena();
+    test_failing_memory();
+    pb_arena_free(&arena);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
