@@ -1212,12 +1212,13 @@ static bool field_name_ok(struct bytes name)
     return name.n > 0;
 }
 
+/* No NUL, CR or LF.  White space around a value is let pass: gRPC lets metadata have it, and clients send it. */
 static bool field_value_ok(struct bytes v)
 {
     for (size_t i = 0; i < v.n; i++)
         if (v.p[i] == 0 || v.p[i] == '\r' || v.p[i] == '\n')
             return false;
-    return v.n == 0 || !(strchr(" \t", v.p[0]) || strchr(" \t", v.p[v.n - 1]));
+    return true;
 }
 
 /* RFC 9113 8.2, 8.3: why this field makes the message malformed, or NULL. */
@@ -2705,8 +2706,12 @@ struct options {
     enum command command;
     const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
-        *output, *ready_file, *fail, *service, *out_file, *job_id;
-    struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress;
+        *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
+        *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
+        *algo_public_key_path;
+    struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
+        dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
+        result_consumer_keys, manifest_for;
     int64_t max_message, wait_ms, repeat;
     bool once, base64, help, version;
     const char **args;
@@ -2749,6 +2754,24 @@ static const struct option option_table[] = {
     { "algo-kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_kbs_url), "key broker of the algorithm (newer agents; default -kbs-url)" },
     { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls), "key brokers of the datasets, as many as URLs (default -kbs-url)" },
     { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file), "AgentConfig.client_ca_file: a path on the agent's machine" },
+    { "algo-encrypted", "BOOL", NULL, OPT_TEXT, BOTH, AT(algo_encrypted), "false: the remote algorithm is plain and needs no -algo-kbs-path" },
+    { "algo-public-key-path", "FILE", NULL, OPT_TEXT, BOTH, AT(algo_public_key_path), "the algorithm's own public key (default -public-key-path)" },
+    { "dataset-hashes", "HEX,...", NULL, OPT_LIST, BOTH, AT(dataset_hashes), "a hash for each dataset" },
+    { "dataset-filenames", "NAME,...", NULL, OPT_LIST, BOTH, AT(dataset_filenames), "Dataset.filename of each dataset" },
+    { "dataset-source-types", "TYPE,...", NULL, OPT_LIST, BOTH, AT(dataset_source_types), "Source.type of each remote dataset" },
+    { "dataset-encrypted", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_encrypted), "false: that remote dataset is plain and needs no key" },
+    { "dataset-public-key-paths", "FILE,...", NULL, OPT_LIST, BOTH, AT(dataset_public_key_paths), "a public key for each dataset" },
+    { "result-consumer-keys", "FILE,...", NULL, OPT_LIST, BOTH, AT(result_consumer_keys), "who may fetch results (default -public-key-path)" },
+    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (\"1\")" },
+    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name), "ComputationRunReq.name" },
+    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description), "ComputationRunReq.description" },
+    { "agent-port", "PORT", NULL, OPT_TEXT, BOTH, AT(agent_port), "AgentConfig.port, where users reach the agent (\"7002\")" },
+    { "agent-log-level", "LEVEL", NULL, OPT_TEXT, BOTH, AT(agent_log_level), "AgentConfig.log_level" },
+    { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
+    { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
+    { "agent-server-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_server_ca_file), "AgentConfig.server_ca_file" },
+    { "manifest", "FILE", NULL, OPT_TEXT, BOTH, AT(manifest), "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
+    { "manifest-for", "JOBID=FILE", NULL, OPT_LIST, CMD_SERVE, AT(manifest_for), "another manifest for the agents with this job-id; may be repeated" },
     { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat), "manifest dialect: all (every agent), or exactly that of seed or head" },
     { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output), "how messages are shown on stdout: text, or json (one object a line)" },
     { "ready-file", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
@@ -2987,14 +3010,16 @@ static void option_set(struct report *r, struct options *o, const struct option 
 }
 
 /* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
- * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags. */
+ * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The client commands take their
+ * address in front of the flags as well. */
 static void options_parse(struct report *r, struct options *o, char **words, size_t n)
 {
     for (size_t i = 0; i < OPTIONS; i++)
         if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
             option_set(r, o, &option_table[i], option_table[i].preset);
     size_t i = 0;
-    for (; i < n && words[i][0] == '-' && words[i][1]; i++) {
+    bool address = n && o->command & (CMD_AGENT | CMD_HEALTH) && words[0][0] != '-';
+    for (i = address; i < n && words[i][0] == '-' && words[i][1]; i++) {
         const char *name = words[i] + 1 + (words[i][1] == '-');
         if (!*name) {
             i++;
@@ -3015,6 +3040,8 @@ static void options_parse(struct report *r, struct options *o, char **words, siz
             tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
         }
     }
+    if (address)
+        words[--i] = words[0];
     o->args = (const char **)(words + i);
     o->arg_count = n - i;
 }
@@ -3742,14 +3769,15 @@ static int cmd_checksum(bool base64, char *const *paths, size_t n)
 
 enum {
     PEM_FILE_MAX = 1 << 20, /* a key, a chain or a list of authorities; the system's whole bundle is a quarter of it */
-    PEM_LABEL = 64
+    PEM_LABEL = 64,
+    FILE_READ = 16384,
 };
 
 #define PEM_PUBLIC_KEY "PUBLIC KEY" /* RFC 7468 13 */
 
 /* Reads a whole file, FIFO or device of at most PEM_FILE_MAX bytes into `out`, which is empty before and is allocated
  * once, so that no second copy of a secret is left in freed memory. */
-MUST_USE static bool file_load(const char *path, struct buf *out, struct err *e)
+MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, struct err *e)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
@@ -3757,12 +3785,12 @@ MUST_USE static bool file_load(const char *path, struct buf *out, struct err *e)
         return err_set(e, "%s: cannot be read: %s", path, strerror(errno));
     if (fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) {
         close(fd);
-        return err_set(e, "%s: is a directory; name the PEM file in it", path);
+        return err_set(e, "%s: is a directory; name a file in it", path);
     }
     ssize_t n = -1;
     errno = ENOMEM;
-    while (buf_room(out, PEM_FILE_MAX + 1 - out->len) && out->len <= PEM_FILE_MAX) {
-        n = read(fd, out->p + out->len, PEM_FILE_MAX + 1 - out->len);
+    while (out->len <= max && buf_room(out, FILE_READ)) {
+        n = read(fd, out->p + out->len, FILE_READ);
         if (n > 0)
             out->len += (size_t)n;
         else if (n == 0 || errno != EINTR)
@@ -3772,8 +3800,8 @@ MUST_USE static bool file_load(const char *path, struct buf *out, struct err *e)
     close(fd);
     if (n < 0)
         return err_set(e, "%s: cannot be read: %s", path, strerror(why));
-    if (out->len > PEM_FILE_MAX)
-        return err_set(e, "%s: is larger than 1 MiB, so it is no PEM file of keys or certificates", path);
+    if (out->len > max)
+        return err_set(e, "%s: is larger than %zu KiB: it can't be the right file", path, max / 1024);
     return true;
 }
 
@@ -4065,7 +4093,7 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
 MUST_USE static bool public_key_load(const char *path, struct buf *der, struct err *e)
 {
     struct buf text = { 0 };
-    bool ok = file_load(path, &text, e) && public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
+    bool ok = file_load(path, PEM_FILE_MAX, &text, e) && public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
     buf_free(&text);
     return ok;
 }
@@ -4077,38 +4105,71 @@ MUST_USE static bool public_key_load(const char *path, struct buf *der, struct e
 enum {
     CHUNK_LEN = 1 << 20,              /* bytes of the manifest in one RunReqChunks */
     SHA3_256_LEN = 32,
+    MANIFEST_FILE_MAX = 512 << 20,
 };
 enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
 static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
 static const char *const algo_types[] = { "bin", "python", "wasm", "docker" };
 static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs://", "https://", "http://" };
 
-/* A manifest and what it was made of.  Everything that req points to is owned here or by the options. */
+/* A manifest and what it was made of.  What req points to lasts as long as the options. */
 struct manifest {
+    struct manifest *next;            /* those of -manifest-for */
+    const char *job_id;               /* whom it is for; NULL: everybody else */
     struct ComputationRunReq req;
-    struct Algorithm algorithm;
-    struct Source algorithm_source;
-    struct KBSConfig kbs, algorithm_kbs;
-    struct AgentConfig agent_config;
-    struct ResultConsumer consumer;
-    struct Dataset *datasets;
-    struct Source *dataset_sources;
-    struct KBSConfig *dataset_kbs;
-    char (*names)[40];
-    struct buf key;
-    uint8_t algo_hash[SHA3_256_LEN], dataset_hash[SHA3_256_LEN];
-    struct checksum *inputs;          /* of datasets in their order, then of the algorithm */
-    size_t input_count, dataset_count;
-    bool algo_remote, data_remote;
+    struct bytes key;                 /* -public-key-path; empty: not given */
+    struct checksum *inputs;          /* of direct datasets in their order, then of the algorithm */
+    size_t input_count;
+    bool algo_input;                  /* the last input is the algorithm */
     enum compat compat;
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
 };
 
-/* The elements of a list flag: given once it is split at its commas; "" is no element at all. */
+/* Flags that are one text in the manifest as they stand. */
+static const struct {
+    size_t option;
+    bool config;                      /* a field of AgentConfig, not of the request */
+    size_t member;
+} text_fields[] = {
+    { AT(computation_id), false, offsetof(struct ComputationRunReq, id) },
+    { AT(name), false, offsetof(struct ComputationRunReq, name) },
+    { AT(description), false, offsetof(struct ComputationRunReq, description) },
+    { AT(agent_port), true, offsetof(struct AgentConfig, port) },
+    { AT(agent_log_level), true, offsetof(struct AgentConfig, log_level) },
+    { AT(agent_cert_file), true, offsetof(struct AgentConfig, cert_file) },
+    { AT(agent_key_file), true, offsetof(struct AgentConfig, key_file) },
+    { AT(agent_server_ca_file), true, offsetof(struct AgentConfig, server_ca_file) },
+    { AT(client_ca_file), true, offsetof(struct AgentConfig, client_ca_file) },
+};
+
+/* The lists that go by a dataset's position, split. */
+enum column {
+    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_TYPE, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_FILENAME, COL_KEY, COLUMNS
+};
+static const struct {
+    const char *flag;
+    size_t option;
+    bool may_be_short;
+} columns[COLUMNS] = {
+    [COL_URL] = { "dataset-source-urls", AT(dataset_source_urls), false },
+    [COL_KBS_PATH] = { "dataset-kbs-paths", AT(dataset_kbs_paths), false },
+    [COL_KBS_URL] = { "dataset-kbs-urls", AT(dataset_kbs_urls), false },
+    [COL_TYPE] = { "dataset-source-types", AT(dataset_source_types), false },
+    [COL_ENCRYPTED] = { "dataset-encrypted", AT(dataset_encrypted), false },
+    [COL_UNPACK] = { "dataset-decompress", AT(dataset_decompress), true },
+    [COL_HASH] = { "dataset-hashes", AT(dataset_hashes), false },
+    [COL_FILENAME] = { "dataset-filenames", AT(dataset_filenames), false },
+    [COL_KEY] = { "dataset-public-key-paths", AT(dataset_public_key_paths), false },
+};
+
+/* The elements of a list flag: given once it is split at its commas, given several times each is one element; "" is no
+ * element at all. */
 static struct values list_split(struct options *o, const struct values *given)
 {
     struct values list = { 0 };
-    const char *s = given->n ? given->v[given->n - 1] : "";
+    if (given->n > 1)
+        return *given;
+    const char *s = given->n ? given->v[0] : "";
     while (*s) {
         size_t n = strcspn(s, ",");
         char *word = keep(o, n + 1);
@@ -4123,15 +4184,14 @@ static struct values list_split(struct options *o, const struct values *given)
     return list;
 }
 
+static const char *nth(const struct values *v, size_t i)
+{
+    return i < v->n ? v->v[i] : NULL;
+}
+
 static bool present(const char *s)
 {
     return s && *s;
-}
-
-/* Text of an option as a proto string; absent is empty. */
-static struct bytes field_text(const char *s)
-{
-    return s ? bytes_of(s) : (struct bytes){ 0 };
 }
 
 static bool in_list(const char *s, const char *const *list, size_t n)
@@ -4142,51 +4202,75 @@ static bool in_list(const char *s, const char *const *list, size_t n)
     return false;
 }
 
-/* 64 hex digits; an absent hash is 32 zero bytes, with a warning when something remote should have one. */
-static void parse_hash(struct report *r, const char *flag, const char *s, bool wanted, uint8_t hash[SHA3_256_LEN])
+/* 64 hex digits, kept; empty if they are not. */
+static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
 {
-    memset(hash, 0, SHA3_256_LEN);
-    if (!present(s)) {
-        if (wanted)
-            tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches",
-                 flag);
-        return;
-    }
+    uint8_t *hash = keep(o, SHA3_256_LEN);
     if (strlen(s) != 64 || strspn(s, "0123456789abcdefABCDEF") != 64) {
         tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
                        "cvms checksum FILE prints one", flag, s, strlen(s));
-        return;
+        return (struct bytes){ 0 };
     }
     for (size_t i = 0; i < SHA3_256_LEN; i++) {
         char two[3] = { s[2 * i], s[2 * i + 1], 0 };
         hash[i] = (uint8_t)strtoul(two, NULL, 16);
     }
+    return (struct bytes){ hash, SHA3_256_LEN };
+}
+
+/* The hash of something remote: absent it is 32 zero bytes, with a warning. */
+static struct bytes remote_hash(struct options *o, struct report *r, const char *flag, const char *s)
+{
+    if (present(s))
+        return parse_hash(o, r, flag, s);
+    tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches", flag);
+    return (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+}
+
+/* A boolean that a mistake makes false. */
+static bool parse_flag(struct report *r, enum severity severity, const char *flag, const char *s)
+{
+    int value = parse_bool(s);
+    if (value < 0)
+        tell(r, severity, "-%s: \"%s\" is not a boolean%s", flag, s,
+             severity == WARNING ? " and counts as false" : "; use true or false");
+    return value > 0;
+}
+
+/* The DER of the key in a PEM file, kept; empty after a mistake. */
+static struct bytes load_key(struct options *o, struct report *r, const char *flag, const char *path)
+{
+    struct buf der = { 0 };
+    struct err e;
+    struct bytes key = { 0 };
+    if (public_key_load(path, &der, &e))
+        key = (struct bytes){ memcpy(keep(o, der.len), der.p, der.len), der.len };
+    else
+        tell(r, START, "-%s: %s", flag, e.text);
+    buf_free(&der);
+    return key;
 }
 
 static void check_url(struct report *r, const char *flag, const char *url)
 {
-    for (size_t i = 0; i < sizeof source_schemes / sizeof *source_schemes; i++)
+    for (size_t i = 0; i < PB_COUNT(source_schemes); i++)
         if (strncmp(url, source_schemes[i], strlen(source_schemes[i])) == 0)
             return;
     tell(r, WARNING, "-%s: \"%s\" has a scheme that no agent fetches; they know docker:// oci: s3:// gs:// https:// "
                      "http://", flag, url);
 }
 
-/* The options that go together: both of a pair or neither. */
-static bool check_pair(struct report *r, const char *a, bool has_a, const char *b, bool has_b)
+/* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
+static bool check_remote(struct report *r, const char *what, bool url, bool path, bool plain)
 {
-    if (has_a && !has_b)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", a, b);
-    if (has_b && !has_a)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", b, a);
-    return has_a && has_b;
-}
-
-static void check_count(struct report *r, const char *flag, size_t n, size_t want)
-{
-    if (n && n != want)
-        tell(r, USAGE, "-%s has %zu element%s, -dataset-source-urls has %zu: give one for each", flag, n,
-             n == 1 ? "" : "s", want);
+    const char *urls = *what == 'a' ? "algo-source-url" : "dataset-source-urls";
+    const char *paths = *what == 'a' ? "algo-kbs-path" : "dataset-kbs-paths";
+    if (url && !path && !plain)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s-encrypted false if it is plain",
+             urls, paths, what);
+    if (path && !url)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", paths, urls);
+    return url && (path || plain);
 }
 
 static void check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
@@ -4200,27 +4284,32 @@ static void check_choice(struct report *r, const char *flag, const char *value, 
     buf_free(&all);
 }
 
-/* The key broker that a resource's own field 6 gets, "" for none. */
-static const char *resource_kbs(struct options *o, enum compat compat, const char *own)
+static struct KBSConfig *new_kbs(struct options *o, const char *url)
 {
-    if (compat == COMPAT_SEED)
-        return "";
-    return present(own) ? own : compat == COMPAT_ALL && o->kbs_url ? o->kbs_url : "";
-}
-
-static struct KBSConfig *set_kbs(struct KBSConfig *kbs, const char *url)
-{
-    if (!*url)
+    if (!present(url))
         return NULL;
+    struct KBSConfig *kbs = keep(o, sizeof *kbs);
     *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
     return kbs;
 }
 
-static struct Source *set_source(struct Source *s, const struct manifest *m, const char *type, const char *url,
+/* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
+static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum compat compat, const char *own,
+                                      const char *what, const char *url)
+{
+    const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
+    if (!present(kbs) && !present(o->kbs_url))
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s or -kbs-url", what, url,
+             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls");
+    return new_kbs(o, kbs);
+}
+
+static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
                                  const char *kbs_path)
 {
-    *s = (struct Source){ .type = m->compat == COMPAT_SEED ? BYTES("oci-image") : field_text(type),
-                          .url = bytes_of(url), .kbs_resource_path = bytes_of(kbs_path), .encrypted = *kbs_path != 0 };
+    struct Source *s = keep(o, sizeof *s);
+    *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
+                          .kbs_resource_path = bytes_of(kbs_path ? kbs_path : ""), .encrypted = present(kbs_path) };
     return s;
 }
 
@@ -4235,123 +4324,196 @@ static struct bytes base_name(const char *path)
     return (struct bytes){ (const uint8_t *)path + from, n - from };
 }
 
-static void remote_datasets(struct manifest *m, struct options *o, struct report *r, const struct values *urls)
+static struct bytes new_input(struct manifest *m, const char *path)
 {
-    struct values paths = list_split(o, &o->dataset_kbs_paths), brokers = list_split(o, &o->dataset_kbs_urls);
-    struct values unpack = list_split(o, &o->dataset_decompress);
-    check_count(r, "dataset-kbs-paths", paths.n, urls->n);
-    check_count(r, "dataset-kbs-urls", brokers.n, urls->n);
-    if (unpack.n > urls->n)
-        tell(r, WARNING, "-dataset-decompress has more elements than there are datasets; the rest is not used");
-    if (urls->n > 1 && present(o->dataset_hash))
-        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
-             urls->n);
-    for (size_t i = 0; i < urls->n && i < paths.n; i++) {
-        const char *own = i < brokers.n ? brokers.v[i] : NULL, *kbs = resource_kbs(o, m->compat, own);
-        int flag = i < unpack.n ? parse_bool(unpack.v[i]) : 0;
-        if (flag < 0)
-            tell(r, WARNING, "-dataset-decompress: \"%s\" is not a boolean and counts as false", unpack.v[i]);
-        check_url(r, "dataset-source-urls", urls->v[i]);
-        if (!*kbs && !present(o->kbs_url))
-            tell(r, WARNING, "the remote dataset %s has no key broker: give -dataset-kbs-urls or -kbs-url",
-                 urls->v[i]);
-        snprintf(m->names[i], sizeof m->names[i], "dataset_%lu.csv", (unsigned long)i);
-        m->datasets[i] = (struct Dataset){
-            .hash = { m->dataset_hash, SHA3_256_LEN }, .userKey = { m->key.p, m->key.len },
-            .filename = bytes_of(m->names[i]), .decompress = flag > 0, .kbs = set_kbs(&m->dataset_kbs[i], kbs),
-            .source = set_source(&m->dataset_sources[i], m, o->dataset_source_type, urls->v[i], paths.v[i]),
-        };
-    }
+    struct checksum *in = &m->inputs[m->input_count++];
+    *in = (struct checksum){ .path = path };
+    return (struct bytes){ in->hash, SHA3_256_LEN };
 }
 
-static void direct_datasets(struct manifest *m, struct report *r, const struct values *paths)
+static void remote_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
+                           struct Dataset *d)
 {
-    for (size_t i = 0; i < paths->n; i++) {
-        if (!*paths->v[i])
-            tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
-        m->inputs[m->input_count++] = (struct checksum){ .path = paths->v[i] };
-        m->datasets[i] = (struct Dataset){ .hash = { m->inputs[i].hash, SHA3_256_LEN },
-                                           .userKey = { m->key.p, m->key.len } };
-        if (m->compat == COMPAT_ALL)
-            m->datasets[i].filename = base_name(paths->v[i]);
-    }
+    const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
+    char *name = keep(o, 40);
+    snprintf(name, 40, "dataset_%lu.csv", (unsigned long)i);
+    check_url(r, "dataset-source-urls", url);
+    d->filename = bytes_of(name);
+    d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
+    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
+    if (!nth(&col[COL_HASH], i) && (i == 0 || present(o->dataset_hash)))
+        d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
+    else if (!nth(&col[COL_HASH], i))
+        d->hash = (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+}
+
+/* What the flags say of the i-th dataset, wherever it comes from. */
+static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
+                             struct Dataset *d)
+{
+    const char *hash = nth(&col[COL_HASH], i), *name = nth(&col[COL_FILENAME], i), *key = nth(&col[COL_KEY], i);
+    const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
+    if (present(hash))
+        d->hash = parse_hash(o, r, "dataset-hashes", hash);
+    if (name)
+        d->filename = bytes_of(name);
+    if (m->key.n)
+        d->userKey = m->key;
+    if (present(key))
+        d->userKey = load_key(o, r, "dataset-public-key-paths", key);
+    if (unpack)
+        d->decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
+    if (present(encrypted) && d->source)
+        d->source->encrypted = parse_flag(r, USAGE, "dataset-encrypted", encrypted);
+}
+
+/* Whether every dataset is said to be plain. */
+static bool all_plain(const struct values *encrypted, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!nth(encrypted, i) || parse_bool(nth(encrypted, i)) != 0)
+            return false;
+    return n > 0;
 }
 
 static void set_datasets(struct manifest *m, struct options *o, struct report *r)
 {
-    struct values urls = list_split(o, &o->dataset_source_urls), paths = list_split(o, &o->data_paths);
-    bool has_kbs = o->dataset_kbs_paths.n && *o->dataset_kbs_paths.v[o->dataset_kbs_paths.n - 1];
-    m->data_remote = check_pair(r, "dataset-source-urls", urls.n > 0, "dataset-kbs-paths", has_kbs);
-    if (m->data_remote && paths.n)
+    struct values col[COLUMNS], paths = list_split(o, &o->data_paths);
+    for (size_t c = 0; c < COLUMNS; c++)
+        col[c] = list_split(o, (const struct values *)(const void *)((const char *)o + columns[c].option));
+    size_t urls = col[COL_URL].n;
+    bool remote = check_remote(r, "dataset", urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
+    size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
+    struct Dataset *d = keep(o, (n + 1) * sizeof *d);
+    m->inputs = keep(o, (paths.n + 2) * sizeof *m->inputs);
+    if (remote && paths.n)
         tell(r, WARNING, "-data-paths is not used: the datasets are remote");
-    parse_hash(r, "dataset-hash", o->dataset_hash, m->data_remote, m->dataset_hash);
-    size_t n = m->data_remote ? urls.n : paths.n;
-    m->dataset_count = n;
-    m->datasets = keep(o, (n + 1) * sizeof *m->datasets);
-    m->dataset_sources = keep(o, (n + 1) * sizeof *m->dataset_sources);
-    m->dataset_kbs = keep(o, (n + 1) * sizeof *m->dataset_kbs);
-    m->names = keep(o, (n + 1) * sizeof *m->names);
-    m->inputs = keep(o, (n + 2) * sizeof *m->inputs);
-    if (m->data_remote)
-        remote_datasets(m, o, r, &urls);
-    else
-        direct_datasets(m, r, &paths);
+    if (remote && urls > 1 && present(o->dataset_hash))
+        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content", urls);
+    for (size_t c = 0; c < COLUMNS; c++)
+        if (col[c].n && (columns[c].may_be_short ? col[c].n > n : col[c].n != n))
+            tell(r, columns[c].may_be_short ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for "
+                 "each", columns[c].flag, col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+    for (size_t i = 0; i < n; i++) {
+        if (remote) {
+            remote_dataset(m, o, r, col, i, &d[i]);
+        } else if (paths.n) {
+            if (!*paths.v[i])
+                tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
+            d[i].hash = new_input(m, paths.v[i]);
+            d[i].filename = m->compat == COMPAT_ALL ? base_name(paths.v[i]) : (struct bytes){ 0 };
+        } else {
+            d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
+        }
+        override_dataset(m, o, r, col, i, &d[i]);
+    }
+    if (!remote && present(o->dataset_hash))
+        parse_hash(o, r, "dataset-hash", o->dataset_hash);
+    m->req.datasets = (struct pb_list){ .items = d, .n = n };
+}
+
+/* Where the algorithm comes from: its source, a file here, or the manifest that was read. */
+static void algorithm_source(struct manifest *m, struct options *o, struct report *r, struct Algorithm *a)
+{
+    bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
+    if (check_remote(r, "algo", present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
+        if (present(o->algo_path))
+            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
+        check_url(r, "algo-source-url", o->algo_source_url);
+        a->hash = remote_hash(o, r, "algo-hash", o->algo_hash);
+        a->source = new_source(o, m->compat, o->algo_source_type, o->algo_source_url, o->algo_kbs_path);
+        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, "algorithm", o->algo_source_url);
+    } else if (present(o->algo_path)) {
+        m->algo_input = true;
+        a->source = NULL;
+        a->kbs = NULL;
+        a->hash = new_input(m, o->algo_path);
+    } else if (!m->req.algorithm) {
+        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
+    }
+    if (!m->algo_input && present(o->algo_hash))
+        a->hash = parse_hash(o, r, "algo-hash", o->algo_hash);
+    else if (present(o->algo_hash))
+        parse_hash(o, r, "algo-hash", o->algo_hash);
+    if (present(o->algo_encrypted)) {
+        bool encrypted = parse_flag(r, USAGE, "algo-encrypted", o->algo_encrypted);
+        if (a->source)
+            a->source->encrypted = encrypted;
+    }
 }
 
 static void set_algorithm(struct manifest *m, struct options *o, struct report *r)
 {
     struct values args = list_split(o, &o->algo_args);
-    m->algo_remote = check_pair(r, "algo-source-url", present(o->algo_source_url), "algo-kbs-path",
-                                present(o->algo_kbs_path));
-    parse_hash(r, "algo-hash", o->algo_hash, m->algo_remote, m->algo_hash);
-    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, sizeof algo_types / sizeof *algo_types))
+    struct Algorithm *a = keep(o, sizeof *a);
+    if (m->req.algorithm)
+        *a = *m->req.algorithm;
+    algorithm_source(m, o, r, a);
+    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, PB_COUNT(algo_types)))
         tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
-    m->algorithm = (struct Algorithm){ .userKey = { m->key.p, m->key.len }, .algo_type = field_text(o->algo_type) };
-    struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
-    for (size_t i = 0; i < args.n; i++)
-        arg[i] = bytes_of(args.v[i]);
-    m->algorithm.algo_args.items = arg;
-    m->algorithm.algo_args.n = args.n;
-    if (m->algo_remote) {
-        const char *kbs = resource_kbs(o, m->compat, o->algo_kbs_url);
-        if (present(o->algo_path))
-            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
-        if (!*kbs && !present(o->kbs_url))
-            tell(r, WARNING, "the remote algorithm has no key broker: give -algo-kbs-url or -kbs-url");
-        check_url(r, "algo-source-url", o->algo_source_url);
-        m->algorithm.hash = (struct bytes){ m->algo_hash, SHA3_256_LEN };
-        m->algorithm.source = set_source(&m->algorithm_source, m, o->algo_source_type, o->algo_source_url,
-                                         o->algo_kbs_path);
-        m->algorithm.kbs = set_kbs(&m->algorithm_kbs, kbs);
-    } else if (present(o->algo_path)) {
-        struct checksum *input = &m->inputs[m->input_count++];
-        *input = (struct checksum){ .path = o->algo_path };
-        m->algorithm.hash = (struct bytes){ input->hash, SHA3_256_LEN };
-    } else {
-        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
+    if (o->algo_type)
+        a->algo_type = bytes_of(o->algo_type);
+    if (m->key.n)
+        a->userKey = m->key;
+    if (present(o->algo_public_key_path))
+        a->userKey = load_key(o, r, "algo-public-key-path", o->algo_public_key_path);
+    if (o->algo_args.n) {
+        struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
+        for (size_t i = 0; i < args.n; i++)
+            arg[i] = bytes_of(args.v[i]);
+        a->algo_args = (struct pb_list){ .items = arg, .n = args.n };
     }
+    m->req.algorithm = a;
+}
+
+/* Who may fetch the results: the keys of -result-consumer-keys, else that of -public-key-path. */
+static void set_consumers(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values keys = list_split(o, &o->result_consumer_keys);
+    size_t n = keys.n ? keys.n : m->key.n ? 1 : 0;
+    if (n == 0)
+        return;
+    struct ResultConsumer *c = keep(o, n * sizeof *c);
+    for (size_t i = 0; i < n; i++)
+        c[i].userKey = keys.n ? load_key(o, r, "result-consumer-keys", keys.v[i]) : m->key;
+    m->req.result_consumers = (struct pb_list){ .items = c, .n = n };
 }
 
 /* Field 8, for the oldest agents: -kbs-url, and for `all` whatever broker the flags name. */
-static const char *computation_kbs(struct options *o, const struct manifest *m)
-{
-    if (m->compat == COMPAT_HEAD)
-        return "";
-    if (present(o->kbs_url) || m->compat == COMPAT_SEED)
-        return o->kbs_url ? o->kbs_url : "";
-    if (m->algorithm.kbs)
-        return o->algo_kbs_url;
-    struct values brokers = list_split(o, &o->dataset_kbs_urls);
-    return m->data_remote && brokers.n ? brokers.v[0] : "";
-}
-
-static void warn_dialect(const struct manifest *m, struct options *o, struct report *r)
+static void set_computation_kbs(struct manifest *m, struct options *o, struct report *r)
 {
     if (m->compat == COMPAT_SEED && (o->algo_kbs_url || o->dataset_kbs_urls.n))
         tell(r, WARNING, "-compat seed has no key broker of a resource's own: -algo-kbs-url and -dataset-kbs-urls are "
                          "not used");
     if (m->compat == COMPAT_HEAD && present(o->kbs_url))
         tell(r, WARNING, "-compat head has no key broker of the whole computation: -kbs-url is not used");
+    if (m->compat == COMPAT_HEAD)
+        return;
+    if (present(o->kbs_url))
+        m->req.kbs = new_kbs(o, o->kbs_url);
+    const struct Dataset *d = m->req.datasets.items;
+    if (m->compat == COMPAT_ALL && !m->req.kbs)
+        m->req.kbs = m->req.algorithm->kbs;
+    for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
+        m->req.kbs = d[i].kbs;
+}
+
+static void set_agent_config(struct manifest *m, struct options *o, struct report *r)
+{
+    struct AgentConfig *config = keep(o, sizeof *config);
+    if (m->req.agent_config)
+        *config = *m->req.agent_config;
+    m->req.agent_config = config;
+    for (size_t i = 0; i < PB_COUNT(text_fields); i++) {
+        const char *text = *(const char **)(void *)((char *)o + text_fields[i].option);
+        void *to = text_fields[i].config ? (void *)config : (void *)&m->req;
+        if (text)
+            *(struct bytes *)(void *)((char *)to + text_fields[i].member) = bytes_of(text);
+    }
+    if (o->attested_tls)
+        config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
+    else if (!o->manifest)
+        tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
 }
 
 /* Hashes every file and folder; each gets its mistake or its line. */
@@ -4360,12 +4522,12 @@ static void hash_inputs(struct manifest *m, struct report *r)
     checksum_files(m->inputs, m->input_count);
     for (size_t i = 0; i < m->input_count; i++) {
         const struct checksum *in = &m->inputs[i];
-        bool algo = !m->algo_remote && i + 1 == m->input_count;
+        bool algo = m->algo_input && i + 1 == m->input_count;
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
         if (in->ok)
             tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
-        else
+        else if (*in->path)
             tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", in->e.text);
     }
 }
@@ -4381,7 +4543,6 @@ static struct blob *manifest_chunks(struct bytes id, struct bytes manifest)
         struct ServerStreamMessage msg = { .runReqChunks = &chunk };
         if (i < pieces)
             chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN, min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
-        scratch.len = 0;
         struct bytes wire = pb_encode(&scratch, &ServerStreamMessage_message, &msg);
         if (scratch.failed) {
             blob_unref(b);
@@ -4412,44 +4573,97 @@ static bool manifest_encode(struct manifest *m)
     return true;
 }
 
+/* Reads a manifest in protobuf's JSON, as `cvms manifest` prints it. */
+static void manifest_read(struct manifest *m, struct options *o, struct report *r, const char *flag, const char *path)
+{
+    struct buf text = { 0 };
+    struct err e;
+    if (!file_load(path, MANIFEST_FILE_MAX, &text, &e)) {
+        tell(r, START, "-%s: %s", flag, e.text);
+        return;
+    }
+    struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
+    buf_free(&text);
+    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text)) {
+        tell(r, START, "-%s: %s: %s", flag, path, e.text);
+        return;
+    }
+    const struct Dataset *d = m->req.datasets.items;
+    for (size_t i = 0; i < m->req.datasets.n; i++)
+        if (d[i].hash.n != SHA3_256_LEN)
+            tell(r, WARNING, "-%s: %s: dataset %zu has a hash of %zu bytes: an agent panics on it", flag, path, i,
+                 d[i].hash.n);
+    if (m->req.algorithm && m->req.algorithm->hash.n != SHA3_256_LEN)
+        tell(r, WARNING, "-%s: %s: the algorithm has a hash of %zu bytes: an agent panics on it", flag, path,
+             m->req.algorithm->hash.n);
+}
+
+/* The manifests of -manifest-for: each as its file has it. */
+static void manifests_by_job(struct manifest *m, struct options *o, struct report *r)
+{
+    for (size_t i = 0; i < o->manifest_for.n; i++) {
+        const char *given = o->manifest_for.v[i], *eq = strchr(given, '=');
+        if (!eq || eq == given || !eq[1]) {
+            tell(r, USAGE, "-manifest-for: \"%s\" is not JOBID=FILE", given);
+            continue;
+        }
+        struct manifest *of = keep(o, sizeof *of);
+        char *job = keep(o, (size_t)(eq - given) + 1);
+        of->job_id = memcpy(job, given, (size_t)(eq - given));
+        of->next = m->next;
+        m->next = of;
+        manifest_read(of, o, r, "manifest-for", eq + 1);
+        if (!r->usage && !r->start && !manifest_encode(of))
+            tell(r, START, "out of memory for the manifest");
+    }
+}
+
 /* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
 static void manifest_build(struct manifest *m, struct options *o, struct report *r)
 {
-    struct err e;
     check_choice(r, "compat", o->compat, compat_names, COMPATS);
     for (m->compat = COMPAT_ALL; m->compat < COMPAT_HEAD && strcmp(o->compat, compat_names[m->compat]) != 0;)
         m->compat++;
-    if (!present(o->public_key_path))
+    m->req.id = BYTES("1");
+    m->req.name = BYTES("sample computation");
+    m->req.description = BYTES("sample descrption");
+    struct AgentConfig config = { .port = BYTES("7002") };
+    m->req.agent_config = &config;
+    if (o->manifest) {
+        m->req = (struct ComputationRunReq){ 0 };
+        manifest_read(m, o, r, "manifest", o->manifest);
+    }
+    if (present(o->public_key_path))
+        m->key = load_key(o, r, "public-key-path", o->public_key_path);
+    else if (!o->manifest)
         tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
-    else if (!public_key_load(o->public_key_path, &m->key, &e))
-        tell(r, START, "-public-key-path: %s", e.text);
-    int attested = o->attested_tls ? parse_bool(o->attested_tls) : -1;
-    if (!o->attested_tls)
-        tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
-    else if (attested < 0)
-        tell(r, USAGE, "-attested-tls-bool: \"%s\" is not a boolean; use true or false", o->attested_tls);
     set_datasets(m, o, r);
     set_algorithm(m, o, r);
-    warn_dialect(m, o, r);
+    set_consumers(m, o, r);
+    set_computation_kbs(m, o, r);
+    set_agent_config(m, o, r);
     hash_inputs(m, r);
-    m->consumer.userKey = (struct bytes){ m->key.p, m->key.len };
-    m->agent_config = (struct AgentConfig){ .port = BYTES("7002"), .attested_tls = attested > 0,
-                                            .client_ca_file = field_text(o->client_ca_file) };
-    m->req = (struct ComputationRunReq){
-        .id = BYTES("1"), .name = BYTES("sample computation"), .description = BYTES("sample descrption"),
-        .datasets = { .items = m->datasets, .n = m->dataset_count }, .algorithm = &m->algorithm,
-        .result_consumers = { .items = &m->consumer, .n = 1 }, .agent_config = &m->agent_config,
-        .kbs = set_kbs(&m->kbs, computation_kbs(o, m)),
-    };
     if (!r->usage && !r->start && !manifest_encode(m))
         tell(r, START, "out of memory for the manifest");
+    manifests_by_job(m, o, r);
+}
+
+/* The manifest of an agent with this job-id ("" for none). */
+static struct manifest *manifest_for(struct manifest *m, struct bytes job)
+{
+    for (struct manifest *of = m->next; of; of = of->next)
+        if (bytes_eq(job, bytes_of(of->job_id)))
+            return of;
+    return m;
 }
 
 /* What is not the options' own. */
 static void manifest_free(struct manifest *m)
 {
-    blob_unref(m->stream);
-    buf_free(&m->key);
+    for (; m; m = m->next) {
+        blob_unref(m->stream);
+        m->stream = NULL;
+    }
 }
 
 /* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log. */
@@ -4744,8 +4958,9 @@ static void process_open(struct stream *s, const struct fields *f)
     if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
         session->kind = KIND_FORWARDER;
     process_note(s, "connected");
-    manifest_refresh(core->manifest, core);
-    grpc_send_blob(s, blob_ref(core->manifest->stream));
+    struct manifest *m = manifest_for(core->manifest, f->value[F_JOB_ID]);
+    manifest_refresh(m, core);
+    grpc_send_blob(s, blob_ref(m->stream));
 }
 
 static void process_message(struct stream *s, struct bytes wire)

@@ -39,7 +39,7 @@ static long passed, failed;
 #define CHECK(got, wanted) check_number(__FILE__, __LINE__, (long long)(got), (long long)(wanted))
 #define CHECK_TEXT(got, wanted) check_text(__FILE__, __LINE__, got, wanted)
 
-static bool check_number(const char *file, int line, long long got, long long wanted)
+static inline bool check_number(const char *file, int line, long long got, long long wanted)
 {
     if (got == wanted) {
         passed++;
@@ -50,7 +50,7 @@ static bool check_number(const char *file, int line, long long got, long long wa
     return false;
 }
 
-static bool check_text(const char *file, int line, struct bytes got, const char *wanted)
+static inline bool check_text(const char *file, int line, struct bytes got, const char *wanted)
 {
     if (bytes_eq(got, bytes_of(wanted))) {
         passed++;

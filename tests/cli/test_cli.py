@@ -1,0 +1,1779 @@
+#!/usr/bin/env python3
+"""The command line as a user meets it.  usage: test_cli.py CVMS [-v] [NAME...]
+
+Each function named test_... is one subject; NAMEs pick those that contain one of them.  Python's standard library and
+the openssl command only; loopback only; every port is the system's choice.  The last line is `N passed, M failed`.
+"""
+import base64
+import concurrent.futures
+import glob
+import hashlib
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+VECTORS = os.path.join(os.path.dirname(HERE), "vectors")
+VERBOSE = "-v" in sys.argv
+LIMIT = 20                                  # seconds that any one command may take; all should take far less
+SANITIZER = re.compile(r"(ERROR: \w+Sanitizer.*|.*runtime error:.*|SUMMARY: \w+Sanitizer.*)")
+LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
+totals = {"passed": 0, "failed": 0, "skipped": 0}
+lock = threading.Lock()
+
+
+# ---- Telling results ----
+
+def check(name, good, got="", wanted=""):
+    with lock:
+        totals["passed" if good else "failed"] += 1
+        if not good:
+            print(f"FAIL {name}: got {shorten(got)}, wanted {shorten(wanted)}", flush=True)
+        elif VERBOSE:
+            print(f"ok {name}", flush=True)
+    return good
+
+
+def same(name, got, wanted):
+    return check(name, got == wanted, repr(got), repr(wanted))
+
+
+def has(name, text, *patterns):
+    """One line of the text matches all the patterns."""
+    good = any(all(re.search(p, line) for p in patterns) for line in text.splitlines())
+    return check(name, good, repr(text), "a line with " + " and ".join(patterns))
+
+
+def hasnot(name, text, pattern):
+    return check(name, not re.search(pattern, text, re.M), repr(text), f"nothing like {pattern}")
+
+
+def skip(name, why):
+    with lock:
+        totals["skipped"] += 1
+        print(f"skip {name}: {why}")
+
+
+def shorten(text, limit=700):
+    text = str(text)
+    return text if len(text) <= limit else text[:limit // 2] + " ... " + text[-limit // 2:]
+
+
+def sanitizers(name, err):
+    found = SANITIZER.findall(err)
+    if found:
+        frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err)
+        check(f"{name}: sanitizer", False, f"{found[0]} ({' < '.join(frames[:6])})", "no report")
+
+
+# ---- Running commands ----
+
+def environment(more=None):
+    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS")
+    env = {k: v for k, v in os.environ.items() if k not in own}
+    env.update(TZ="UTC", LC_ALL="C.UTF-8")
+    env.update(more or {})
+    return env
+
+
+class Result:
+    def __init__(self, name, status, out, err, seconds):
+        self.status, self.raw_out, self.seconds = status, out, seconds
+        self.out, self.err = out.decode(errors="replace"), err.decode(errors="replace")
+        sanitizers(name, self.err)
+
+
+def run(name, args, env=None, limit=LIMIT, command=None, **kw):
+    """Runs `cvms ARGS` to its end.  One that does not end is killed and has status None."""
+    began = time.monotonic()
+    kw.setdefault("stdout", subprocess.PIPE)
+    kw.setdefault("stdin", subprocess.DEVNULL)
+    kw.setdefault("cwd", W.dir)
+    p = subprocess.Popen(command or [W.cvms, *args], env=environment(env), stderr=subprocess.PIPE, **kw)
+    try:
+        out, err = p.communicate(timeout=limit)
+        status = p.returncode
+    except subprocess.TimeoutExpired:
+        p.kill()
+        out, err = p.communicate()
+        status = None
+    return Result(name, status, out or b"", err, time.monotonic() - began)
+
+
+class Collector:
+    """Reads a pipe to its end in a thread; until() waits for what is awaited to appear."""
+    def __init__(self, fd):
+        self.data, self.ended, self.cond = b"", False, threading.Condition()
+        self.thread = threading.Thread(target=self.read, args=(fd,), daemon=True)
+        self.thread.start()
+
+    def read(self, fd):
+        while True:
+            try:
+                piece = os.read(fd, 65536)
+            except OSError:                 # a pty whose other end has closed
+                piece = b""
+            with self.cond:
+                self.data += piece
+                self.ended = not piece
+                self.cond.notify_all()
+            if not piece:
+                return
+
+    def text(self):
+        with self.cond:
+            return self.data.decode(errors="replace")
+
+    def until(self, pattern, seconds=LIMIT, times=1):
+        """The text once the pattern is there so many times; None if that does not come about."""
+        end = time.monotonic() + seconds
+        with self.cond:
+            while True:
+                text = self.data.decode(errors="replace")
+                if len(re.findall(pattern, text, re.M)) >= times:
+                    return text
+                if self.ended or not self.cond.wait(max(0, end - time.monotonic())) and time.monotonic() >= end:
+                    return None
+
+
+class Server:
+    """`cvms FLAGS` in the background.  .address is where it listens, once it says so."""
+    def __init__(self, name, args=None, env=None, stdout=None, command=None, wait=True, cwd=None):
+        self.name = name
+        self.p = subprocess.Popen(command or [W.cvms, *(W.base if args is None else args)], cwd=cwd or W.dir,
+                                  env=environment({**LOCAL, **(env or {})}), stdin=subprocess.DEVNULL,
+                                  stdout=stdout or subprocess.PIPE, stderr=subprocess.PIPE)
+        self.out = Collector(self.p.stdout.fileno()) if stdout is None else None
+        self.err = Collector(self.p.stderr.fileno())
+        self.address = self.line = None
+        if wait:
+            text = self.err.until(r"listening at \S+ with(out TLS| TLS).*\n")
+            if check(f"{name}: ready line", text is not None, self.err.text(), "the ready line"):
+                self.line = re.search(r"^.*listening at.*$", text, re.M).group(0)
+                self.address = re.search(r"listening at (\S+)", self.line).group(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def signal(self, number):
+        if self.p.poll() is None:
+            self.p.send_signal(number)
+
+    def wait(self, seconds=LIMIT):
+        """The exit status; None, and the end of it, if it does not end by itself."""
+        try:
+            status = self.p.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.p.kill()
+            self.p.wait()
+            status = None
+        self.err.thread.join(LIMIT)
+        if self.out:
+            self.out.thread.join(LIMIT)
+        return status
+
+    def stop(self):
+        if self.p.poll() is None:
+            self.p.send_signal(signal.SIGTERM)
+            same(f"{self.name}: status at the end", self.wait(), 0)
+        else:
+            self.wait()
+        for pipe in (self.p.stdout, self.p.stderr):
+            if pipe:
+                pipe.close()
+        sanitizers(self.name, self.err.text())
+
+    def agent(self, *args, name=None, **kw):
+        return run(name or f"{self.name}: agent", ["agent", *args, self.address], **kw)
+
+
+def temp(prefix="t"):
+    return tempfile.mkdtemp(prefix=prefix + "-", dir=W.dir)
+
+
+def write(path, data=b"data\n", mode=0o644):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data)
+    os.chmod(path, mode)
+    return path
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def sha3(data):
+    return hashlib.sha3_256(data).hexdigest()
+
+
+class World:
+    """What every test may use: a folder, keys, inputs, the program, the flags that are always needed."""
+    def __init__(self, cvms):
+        self.dir = tempfile.mkdtemp(prefix="cvms-cli-")
+        os.chmod(self.dir, 0o755)           # another user is let in, see unreadable()
+        self.cvms = shutil.copy(cvms, os.path.join(self.dir, "cvms"))
+        os.chmod(self.cvms, 0o755)
+        self.vectors = shutil.copytree(VECTORS, os.path.join(self.dir, "vectors"))
+        for folder, _, files in os.walk(self.vectors):
+            os.chmod(folder, 0o755)
+            for f in files:
+                os.chmod(os.path.join(folder, f), 0o644)
+        self.algo = os.path.join(self.vectors, "inputs", "algo.py")
+        self.data = os.path.join(self.vectors, "inputs", "data.csv")
+        self.key = os.path.join(self.vectors, "keys", "ed25519.pem")
+        self.rsa = os.path.join(self.vectors, "keys", "rsa4096.pem")
+        self.ecc = os.path.join(self.vectors, "keys", "p256.pem")
+        self.required = ["-public-key-path", self.key, "-attested-tls-bool", "false"]
+        self.base = ["-algo-path", self.algo, *self.required]
+        self.remote = [*self.required, "-algo-source-url", "https://h/a", "-algo-kbs-path", "r/k/a",
+                       "-algo-hash", "ab" * 32, "-kbs-url", "http://kbs:8080"]
+        self.remote_data = ["-dataset-source-urls", "s3://b/x,oci:d:t", "-dataset-kbs-paths", "r/k/x,r/k/y"]
+
+
+def manifest(name, args, env=None, **kw):
+    """The JSON that these flags give, and the result."""
+    r = run(name, ["manifest", *args], env, **kw)
+    try:
+        return (json.loads(r.out) if r.status == 0 else None), r
+    except ValueError:
+        check(f"{name}: JSON", False, r.out, "JSON")
+        return None, r
+
+
+def dig(value, path):
+    for step in path.split("."):
+        if value is None:
+            return None
+        if step.isdigit():
+            value = value[int(step)] if int(step) < len(value) else None
+        else:
+            value = value.get(step)
+    return value
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+# ---- Protobuf, by hand ----
+
+def varint(n):
+    out = b""
+    while n > 127:
+        out += bytes([n & 127 | 128])
+        n >>= 7
+    return out + bytes([n])
+
+
+def field(number, value):
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def take_varint(b, at):
+    shift = n = 0
+    while True:
+        n |= (b[at] & 127) << shift
+        shift += 7
+        at += 1
+        if b[at - 1] < 128:
+            return n, at
+
+
+def fields(b):
+    """[(number, value)] of one message; varints as int, the rest as bytes."""
+    at, out = 0, []
+    while at < len(b):
+        tag, at = take_varint(b, at)
+        if tag & 7 == 0:
+            value, at = take_varint(b, at)
+        elif tag & 7 == 2:
+            n, at = take_varint(b, at)
+            value, at = b[at:at + n], at + n
+            if len(value) != n:
+                raise ValueError("cut off")
+        else:
+            raise ValueError(f"wire type {tag & 7}")
+        out.append((tag >> 3, value))
+    return out
+
+
+def join(parts):
+    return b"".join(field(n, v) for n, v in parts)
+
+
+def first(b, number):
+    return dict(reversed(fields(b))).get(number) if b is not None else None
+
+
+# ---- HTTP/2, as much as it takes to send a Process stream ----
+
+class Stream:
+    """A Process call on a connection of its own.  Nothing is read unless it is asked for."""
+    def __init__(self, address, metadata=()):
+        host, port = address.rsplit(":", 1)
+        self.s = socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), LIMIT)
+        text = lambda b: varint(len(b)) + b
+        head = [(":method", "POST"), (":scheme", "http"), (":path", "/cvms.Service/Process"), (":authority", address),
+                ("content-type", "application/grpc"), ("te", "trailers"), *metadata]
+        block = b"".join(b"\x00" + text(k.encode()) + text(v.encode()) for k, v in head)
+        self.s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self.frame(4, 0, 0, b"") + self.frame(1, 4, 1, block))
+
+    @staticmethod
+    def frame(kind, flags, stream, payload):
+        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+    def send(self, *messages, end=False):
+        data = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
+        for at in range(0, len(data), 16384):
+            self.s.sendall(self.frame(0, 1 if end and at + 16384 >= len(data) else 0, 1, data[at:at + 16384]))
+
+    def frames(self):
+        """Reads to the end: [(type, flags, stream, payload)]."""
+        data, out = b"", []
+        try:
+            while piece := self.s.recv(65536):
+                data += piece
+        except OSError:
+            pass
+        while len(data) >= 9:
+            n = int.from_bytes(data[:3], "big")
+            out.append((data[3], data[4], int.from_bytes(data[5:9], "big"), data[9:9 + n]))
+            data = data[9 + n:]
+        return out
+
+    def close(self):
+        self.s.close()
+
+
+def log(text, level="INFO", computation="1"):
+    return field(1, field(1, text) + field(2, computation) + field(3, level))
+
+
+# ---- Flags ----
+
+def test_flag_syntax():
+    """What is written, and where it must stand in the manifest."""
+    base, need = W.base, W.required
+    rows = [
+        ("one dash", [*base, "-algo-type", "wasm"], "algorithm.algoType", "wasm"),
+        ("two dashes", [*base, "--algo-type", "wasm"], "algorithm.algoType", "wasm"),
+        ("=", [*base, "-algo-type=wasm"], "algorithm.algoType", "wasm"),
+        ("two dashes and =", [*base, "--algo-type=wasm"], "algorithm.algoType", "wasm"),
+        ("= in the value", [*base, "-client-ca-file=/a=b"], "agentConfig.clientCaFile", "/a=b"),
+        ("= and then nothing", [*base, "-algo-type="], "algorithm.algoType", None),
+        ("a value that begins with a dash", [*base, "-algo-args", "-x,--y"], "algorithm.algoArgs", ["-x", "--y"]),
+        ("a value that is a flag's name", [*base, "-client-ca-file", "-algo-type"], "agentConfig.clientCaFile",
+         "-algo-type"),
+        ("a value that is two dashes", [*base, "-client-ca-file", "--"], "agentConfig.clientCaFile", "--"),
+        ("an empty value", [*base, "-client-ca-file", ""], "agentConfig.clientCaFile", None),
+        ("last of two wins", [*base, "-algo-type", "wasm", "--algo-type=bin"], "algorithm.algoType", "bin"),
+        ("last of two lists wins", [*base, "-algo-args", "a,b", "-algo-args", "c"], "algorithm.algoArgs", ["c"]),
+        ("-- at the end", [*base, "-algo-type", "wasm", "--"], "algorithm.algoType", "wasm"),
+        ("empty elements", [*base, "-algo-args", ",a,,"], "algorithm.algoArgs", ["", "a", "", ""]),
+        ("one comma", [*base, "-algo-args", ","], "algorithm.algoArgs", ["", ""]),
+        ("UTF-8", [*base, "-algo-args", "größe=漢,😀"], "algorithm.algoArgs", ["größe=漢", "😀"]),
+    ]
+    for word in "1 t T TRUE true True 0 f F FALSE false False".split():
+        rows.append((f"boolean {word}", [*base, "-attested-tls-bool", word], "agentConfig.attestedTls",
+                     True if word in "1 t T TRUE true True".split() else None))
+        rows.append((f"boolean ={word}", [*base, f"--attested-tls-bool={word}"], "agentConfig.attestedTls",
+                     True if word in "1 t T TRUE true True".split() else None))
+    for name, args, path, wanted in rows:
+        got, r = manifest(f"syntax: {name}", args)
+        if check(f"syntax: {name}: status", got is not None, f"{r.status} {r.err}", "0"):
+            same(f"syntax: {name}", dig(got, path), wanted)
+            hasnot(f"syntax: {name}: no warning", r.err, "warning")
+    for name, args in (("-once=maybe", ["agent", "-once=maybe"]), ("-b=2", ["checksum", "-b=2", W.algo])):
+        r = run(name, args)
+        same(f"syntax: {name}: status", r.status, 2)
+        has(f"syntax: {name}", r.err, "-once|-b", "not a boolean")
+    for word, wanted in (("-b=true", True), ("-b=false", False), ("--b=T", True), ("-b", True)):
+        r = run(word, ["checksum", word, W.algo])
+        digest = bytes.fromhex(sha3(read(W.algo)))
+        same(f"syntax: {word}", r.out.split()[:1], [b64(digest) if wanted else digest.hex()])
+    sh = 'exec "$0" manifest --algo-path="%s" --public-key-path="%s" --attested-tls-bool="true" --algo-args="a b,c"'
+    r = run("quoted", [], command=["sh", "-c", sh % (W.algo, W.key), W.cvms])
+    same('syntax: --flag="value"', r.status == 0 and dig(json.loads(r.out), "algorithm.algoArgs"), ["a b", "c"])
+    got, r = manifest("first word ends the flags", [*need, "stray", "-algo-path", W.algo])
+    same("syntax: first word that is no flag: status", r.status, 2)
+    has("syntax: first word that is no flag", r.err, '"?stray')
+
+
+def test_every_flag():
+    """Every flag of both generations, and where its value stands."""
+    urls = ["-dataset-source-urls", "s3://b/x,gs://b/y", "-dataset-kbs-paths", "r/k/x,"]
+    rows = [
+        ("-algo-type", W.base, "python", "algorithm.algoType", "python"),
+        ("-algo-args", W.base, "--epochs,10", "algorithm.algoArgs", ["--epochs", "10"]),
+        ("-client-ca-file", W.base, "/etc/ca.pem", "agentConfig.clientCaFile", "/etc/ca.pem"),
+        ("-data-paths", W.base, W.data, "datasets.0.hash", b64(bytes.fromhex(sha3(read(W.data))))),
+        ("-data-paths", W.base, W.data, "datasets.0.filename", "data.csv"),
+        ("-algo-source-url", W.remote, "docker://r/x", "algorithm.source.url", "docker://r/x"),
+        ("-algo-kbs-path", W.remote, "a/b/c", "algorithm.source.kbsResourcePath", "a/b/c"),
+        ("-algo-kbs-path", W.remote, "a/b/c", "algorithm.source.encrypted", True),
+        ("-algo-hash", W.remote, "0F" * 32, "algorithm.hash", b64(b"\x0f" * 32)),
+        ("-algo-source-type", W.remote, "https", "algorithm.source.type", "https"),
+        ("-kbs-url", W.remote, "http://k", "kbs", {"url": "http://k", "enabled": True}),
+        ("-kbs-url", W.remote, "http://k", "algorithm.kbs", {"url": "http://k", "enabled": True}),
+        ("-algo-kbs-url", W.remote, "http://q", "algorithm.kbs", {"url": "http://q", "enabled": True}),
+        ("-algo-kbs-url", W.remote, "http://q", "kbs", {"url": "http://kbs:8080", "enabled": True}),
+        ("-dataset-source-urls", W.remote + urls, "oci:a:b,http://z", "datasets.1.source.url", "http://z"),
+        ("-dataset-kbs-paths", W.remote + urls, ",k", "datasets.1.source.kbsResourcePath", "k"),
+        ("-dataset-kbs-paths", W.remote + urls, ",k", "datasets.0.source.encrypted", None),
+        ("-dataset-kbs-urls", W.remote + urls, "http://1,http://2", "datasets.1.kbs.url", "http://2"),
+        ("-dataset-source-type", W.remote + urls, "gs", "datasets.0.source.type", "gs"),
+        ("-dataset-hash", W.remote + urls, "01" * 32, "datasets.1.hash", b64(b"\x01" * 32)),
+        ("-dataset-decompress", W.remote + urls, "true", "datasets.0.decompress", True),
+        ("-dataset-decompress", W.remote + urls, "true", "datasets.1.decompress", None),
+        ("-dataset-decompress", W.remote + urls, "false,1", "datasets.1.decompress", True),
+        ("-dataset-decompress", W.remote + urls, ",T", "datasets.1.decompress", True),
+        ("-public-key-path", W.base, W.ecc, "resultConsumers.0.userKey", "".join(read(W.ecc).decode().split("\n")[1:-2])),
+        ("-compat", W.remote, "seed", "algorithm.kbs", None),
+        ("-compat", W.remote, "head", "kbs", None),
+        ("-compat", W.base + ["-data-paths", W.data], "head", "datasets.0.filename", None),
+    ]
+    for flag, base, value, path, wanted in rows:
+        got, r = manifest(flag, [*base, flag, value])
+        if check(f"flag {flag}: status", got is not None, f"{r.status} {r.err}", "0"):
+            same(f"flag {flag} {value}: {path}", dig(got, path), wanted)
+    got, r = manifest("defaults", W.remote + urls)
+    for path, wanted in (("id", "1"), ("name", "sample computation"), ("description", "sample descrption"),
+                         ("agentConfig", {"port": "7002"}), ("algorithm.source.type", "oci-image"),
+                         ("datasets.0.filename", "dataset_0.csv"), ("datasets.1.filename", "dataset_1.csv"),
+                         ("datasets.1.source.type", "oci-image"), ("datasets.0.hash", b64(bytes(32))),
+                         ("datasets.0.decompress", None)):
+        same(f"default: {path}", dig(got, path), wanted)
+
+
+def test_precedence():
+    """Local and remote in one command line, as the reference has it."""
+    got, r = manifest("remote algorithm wins", [*W.remote, "-algo-path", W.algo])
+    same("both algorithms given: the remote one", dig(got, "algorithm.source.url"), "https://h/a")
+    has("both algorithms given: warning", r.err, "warning", "-algo-path", "not used")
+    got, r = manifest("remote data wins", [*W.remote, *W.remote_data, "-data-paths", W.data])
+    same("both kinds of datasets given: the remote ones", len(dig(got, "datasets") or []), 2)
+    has("both kinds of datasets given: warning", r.err, "warning", "-data-paths", "not used")
+    got, r = manifest("mixed", [*W.remote, "-data-paths", W.data])
+    same("remote algorithm, local data", dig(got, "datasets.0.filename"), "data.csv")
+    got, r = manifest("mixed", [*W.base, *W.remote_data, "-kbs-url", "http://k", "-dataset-hash", "00" * 32])
+    same("local algorithm, remote data", dig(got, "datasets.1.filename"), "dataset_1.csv")
+
+
+def test_positional():
+    """The older form ALGO PUBKEY BOOL [DATA...]."""
+    a = [W.algo, W.key, "true"]
+    for name, args, path, wanted in (
+            ("without data", a, "agentConfig.attestedTls", True),
+            ("algorithm", a, "algorithm.hash", b64(bytes.fromhex(sha3(read(W.algo))))),
+            ("with data", [*a, W.data, W.algo], "datasets.0.hash", b64(bytes.fromhex(sha3(read(W.data))))),
+            ("with data", [*a, W.data, W.algo], "datasets.1.hash", b64(bytes.fromhex(sha3(read(W.algo))))),
+            ("behind --", ["--", *a, W.data], "datasets.0.hash", b64(bytes.fromhex(sha3(read(W.data)))))):
+        got, r = manifest(f"positional {name}", args)
+        same(f"positional {name}: status", r.status, 0)
+        same(f"positional {name}: {path}", dig(got, path), wanted)
+        has(f"positional {name}: warning names the flags", r.err, "warning", "-algo-path", "-public-key-path")
+    for name, args, words in (("too few", a[:2], ["-help"]), ("bad boolean", [*a[:2], "perhaps"], ["perhaps"]),
+                              ("algorithm that is not there", ["nope", *a[1:]], ["-algo-path", "nope"]),
+                              ("data that is not there", [*a, "nope.csv"], ["-data-paths", "nope.csv"])):
+        r = run(f"positional {name}", args, LOCAL)
+        check(f"positional {name}: status", r.status in (1, 2), r.status, "1 or 2")
+        has(f"positional {name}", r.err, *words)
+    with Server("positional server", [*a, W.data]) as s:
+        same("positional server: agent", s.agent().status, 0)
+
+
+def test_removed_flags():
+    for flag in ("-ca-url", "-cvm-id", "-cmv-id", "-dataset-type"):
+        for args in ([flag, "http://x"], [f"-{flag}=x"]):
+            got, r = manifest(f"removed {flag}", [*args, *W.base, "-data-paths", W.data])
+            same(f"removed {args}: goes on", dig(got, "datasets.0.filename"), "data.csv")
+            has(f"removed {args}: warning", r.err, "warning", f"{flag}\\b")
+            has(f"removed {args}: what to do", r.err, flag, "removed|deprecated", "leave it out|without effect|use ")
+
+
+def test_unknown_flag():
+    rows = [("-algo-pth", "-algo-path"), ("--data-path=x", "-data-paths"), ("-kbs-ur", "-kbs-url"),
+            ("-dataset-kbs-url", "-dataset-kbs-urls"), ("-algo_hash", "-algo-hash"), ("-Algo-Type", "-algo-type"),
+            ("-public-key", "-public-key-path"), ("-attested-tls", "-attested-tls-bool"), ("-readyfile", "-ready-file"),
+            ("-compat-all", "-compat"), ("-pubilc-key-path", "-public-key-path"), ("-dataset-source-url",
+             "-dataset-source-urls"), ("-hepl", "-help"), ("-outptu", "-output")]
+    for word, near in rows:
+        r = run(f"unknown {word}", [*W.base, word, "x"] if "=" not in word else [*W.base, word], LOCAL)
+        same(f"unknown {word}: status", r.status, 2)
+        has(f"unknown {word}: suggests {near}", r.err, re.escape(word.lstrip("-").split("=")[0]), f"{near}\\b")
+    for word in ("-xyzzy", "-x", "-=x", "-é", "-" + "a" * 5000):
+        r = run(f"unknown {word}", [*W.base, word], LOCAL)
+        same(f"unknown {word[:20]}: status", r.status, 2)
+        has(f"unknown {word[:20]}", r.err, "flag", "-help")
+    same("unknown ---algo-path: status", run("unknown ---algo-path", [*W.base, "---algo-path", W.algo], LOCAL).status, 2)
+    for word, args in (("-wait", ["manifest", *W.base, "-wait", "1s"]), ("-o", [*W.base, "-o", "x"]),
+                       ("-output", ["manifest", *W.base, "-output", "json"]), ("-fail", ["health", "-fail", "x"]),
+                       ("-algo-path", ["agent", "-algo-path", "x"])):
+        r = run(f"{word} elsewhere", args, LOCAL)
+        same(f"{word} of another command: status", r.status, 2)
+        has(f"{word} of another command", r.err, f"{word}\\b", "flag")
+    for flag in ("-algo-path", "-data-paths", "-public-key-path", "-compat", "-ready-file", "-max-message", "-ca-url"):
+        r = run(f"{flag} without value", [*W.base, flag], LOCAL)
+        same(f"{flag} without value: status", r.status, 2)
+        has(f"{flag} without value", r.err, f"{flag}\\b", "value")
+
+
+SERVER_FLAGS = """public-key-path attested-tls-bool algo-path data-paths algo-source-url algo-kbs-path dataset-source-urls
+    dataset-kbs-paths kbs-url algo-kbs-url dataset-kbs-urls algo-source-type dataset-source-type algo-type algo-args
+    algo-hash dataset-hash dataset-decompress client-ca-file dataset-type compat output ready-file max-message help
+    ca-url cvm-id cmv-id""".split()
+OTHER_FLAGS = "wait repeat once fail job-id service b o".split()
+
+
+def test_help():
+    for args in (["-help"], ["--help"], ["-h"], ["-help", "-nonsense"], ["agent", "-help"], ["manifest", "-help"],
+                 ["checksum", "-help"], ["health", "--help"], [*W.base, "-help"]):
+        r = run(f"help {args[0]}", args)
+        same(f"help {args}: status", r.status, 0)
+        check(f"help {args}: on stdout", "-" in r.out, r.out, "the flags")
+        if "-nonsense" not in args:
+            same(f"help {args}: nothing on stderr", r.err, "")
+    r = run("help", ["-help"])
+    for flag in SERVER_FLAGS + OTHER_FLAGS:
+        has(f"help lists -{flag}", r.out, rf"^\s+-{flag}( |$)", r"\S{3,} \S+")
+    for flag, default in (("algo-source-type", "oci-image"), ("dataset-source-type", "oci-image"), ("compat", "all"),
+                          ("output", "text"), ("max-message", "4194304|4 MiB"), ("wait", "10s"), ("repeat", "1"),
+                          ("HOST", "localhost"), ("PORT", "7001"), ("algo-hash", "32 zero bytes"),
+                          ("dataset-decompress", "false"), ("ADDR", "localhost:7001")):
+        has(f"help: default of {flag}", r.out, rf"^\s*-?{flag}\b", rf"default.*({default})")
+    for command in ("agent", "manifest", "checksum", "health"):
+        has(f"help lists cvms {command}", r.out, f"cvms {command} ")
+    check("help: no line over 140 columns", max(map(len, r.out.splitlines())) <= 140, max(map(len, r.out.splitlines())), 140)
+    r = run("version", ["-version"])
+    same("-version: status", r.status, 0)
+    has("-version", r.out, r"cvms \d+\.\d+")
+    with open("/dev/full", "wb") as full:
+        same("help into a full device: status", run("help", ["-help"], stdout=full).status, 1)
+
+
+# ---- Start-up mistakes ----
+
+def refused(name, args, status, rows, env=None, **kw):
+    """The server form of a command line that must not start.  rows: patterns that one line of stderr must match."""
+    ready = os.path.join(temp("refused"), "ready")
+    r = run(name, [*args, "-ready-file", ready] if "-ready-file" not in args else args, {**LOCAL, **(env or {})}, **kw)
+    same(f"{name}: status", r.status, status)
+    for patterns in rows if rows and isinstance(rows[0], tuple) else [tuple(rows)]:
+        has(name, r.err, *patterns)
+    same(f"{name}: nothing on stdout", r.out, "")
+    check(f"{name}: no ready file", not os.path.exists(ready), "one", "none")
+    hasnot(f"{name}: not listening", r.err, "listening at")
+    hasnot(f"{name}: no raw control characters", r.err, r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
+    return r
+
+
+def test_mistakes_usage():
+    base, remote, data = W.base, W.remote, W.remote_data
+    h64 = "ab" * 32
+    rows = [
+        ("no key", ["-algo-path", W.algo, "-attested-tls-bool", "0"], [("-public-key-path", "missing|required", "PEM")]),
+        ("empty key path", [*base, "-public-key-path="], [("-public-key-path", "missing|required|empty")]),
+        ("no boolean", ["-algo-path", W.algo, "-public-key-path", W.key], [("-attested-tls-bool", "true", "false")]),
+        ("no algorithm", W.required, [("-algo-path", "-algo-source-url")]),
+        ("empty algorithm", [*base, "-algo-path="], [("-algo-path", "-algo-source-url")]),
+        ("data only", [*W.required, "-data-paths", W.data], [("no algorithm|missing", "-algo-path")]),
+        ("URL without KBS path", [*W.required, "-algo-source-url", "s3://x"], [("-algo-source-url", "-algo-kbs-path")]),
+        ("KBS path without URL", [*W.required, "-algo-kbs-path", "x"], [("-algo-source-url", "-algo-kbs-path")]),
+        ("URL without KBS path beside a file", [*base, "-algo-source-url", "s3://x"], [("-algo-source-url", "-algo-kbs-path")]),
+        ("dataset URL without KBS path", [*base, "-dataset-source-urls", "s3://x"],
+         [("-dataset-source-urls", "-dataset-kbs-paths")]),
+        ("dataset KBS path without URL", [*base, "-dataset-kbs-paths", "x"], [("-dataset-source-urls", "-dataset-kbs-paths")]),
+        ("fewer KBS paths", [*remote, *data, "-dataset-kbs-paths", "a"], [("-dataset-kbs-paths", r"\b1\b", r"\b2\b")]),
+        ("more KBS paths", [*remote, *data, "-dataset-kbs-paths", "a,b,c"], [("-dataset-kbs-paths", r"\b3\b", r"\b2\b")]),
+        ("fewer KBS URLs", [*remote, *data, "-dataset-kbs-urls", "http://a"], [("-dataset-kbs-urls", r"\b1\b", r"\b2\b")]),
+        ("more KBS URLs", [*remote, *data, "-dataset-kbs-urls", "a,b,c"], [("-dataset-kbs-urls", r"\b3\b", r"\b2\b")]),
+        ("empty dataset", [*base, "-data-paths", f"{W.data},"], [("-data-paths", "empty", "comma|2")]),
+        ("unknown -compat", [*base, "-compat", "newest"], [("-compat", "newest", "all", "seed", "head")]),
+        ("empty -compat", [*base, "-compat", ""], [("-compat", "all", "seed", "head")]),
+        ("unknown -output", [*base, "-output", "yaml"], [("-output", "yaml", "text", "json")]),
+        ("-max-message 0", [*base, "-max-message", "0"], [("-max-message", '"0"')]),
+        ("-max-message -5", [*base, "-max-message", "-5"], [("-max-message", "-5")]),
+        ("-max-message 4MiB", [*base, "-max-message", "4MiB"], [("-max-message", "4MiB", "number")]),
+        ("-max-message of 2^64", [*base, "-max-message", "18446744073709551617"], [("-max-message", "number")]),
+        ("a stray word", [*base, "stray"], [("stray",)]),
+        ("unknown command", ["frobnicate", "-ready-file"], [("frobnicate", "-help")]),
+    ]
+    for bad in ("maybe", "", "yes", " true", "TrUe", "2", "on"):
+        rows.append((f"boolean {bad!r}", [*base, "-attested-tls-bool", bad],
+                     [("-attested-tls-bool", re.escape(f'"{bad}"'), "true", "false")]))
+    for flag in ("-algo-hash", "-dataset-hash"):
+        for why, bad in (("63 digits", h64[1:]), ("65 digits", h64 + "0"), ("not hex", "zz" * 32), ("0x", "0x" + h64),
+                         ("a blank", h64[:-1] + " "), ("base64", b64(bytes(32))), ("very long", "ab" * 5000)):
+            rows.append((f"{flag} {why}", [*remote, *data, flag, bad], [(flag, "64", "hex")]))
+    for name, args, patterns in rows:
+        refused(f"usage: {name}", args, 2, patterns)
+    for port in ("abc", "-1", "65536", "7001x", "0x10", " 80", "1e3", "99999999999999999999"):
+        refused(f"usage: PORT {port!r}", base, 2, ["PORT", re.escape(port), "65535"], {"PORT": port})
+
+
+def test_mistakes_files():
+    d = temp("files")
+    write(f"{d}/tree/a")
+    os.symlink("nowhere", write(f"{d}/dangling/a") + "-link")
+    os.symlink(f"{d}/tree", write(f"{d}/todir/a") + "-link")
+    os.mkfifo(f"{d}/fifo")
+    os.mkdir(f"{d}/fifotree")
+    os.mkfifo(f"{d}/fifotree/fifo")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(f"{d}/sock")
+    missing, base = f"{d}/none.csv", W.base
+    rows = [
+        ("algorithm not there", [*base, "-algo-path", missing], ["-algo-path", "none.csv", "No such file"]),
+        ("dataset not there", [*base, "-data-paths", f"{W.data},{missing}"], ["-data-paths", "none.csv", "No such file"]),
+        ("folder not there", [*base, "-data-paths", f"{d}/no/x"], ["-data-paths", "no/x", "No such file"]),
+        ("a file as a folder", [*base, "-data-paths", f"{W.data}/x"], ["-data-paths", "data.csv/x", "Not a dir"]),
+        ("link to nothing in a folder", [*base, "-data-paths", f"{d}/dangling"], ["-data-paths", "a-link"]),
+        ("link to a folder in a folder", [*base, "-data-paths", f"{d}/todir"], ["-data-paths", "a-link"]),
+        ("a FIFO", [*base, "-data-paths", f"{d}/fifo"], ["-data-paths", "fifo"]),
+        ("a FIFO in a folder", [*base, "-data-paths", f"{d}/fifotree"], ["-data-paths", "fifo"]),
+        ("a socket", [*base, "-data-paths", f"{d}/sock"], ["-data-paths", "sock"]),
+        ("a device", [*base, "-algo-path", "/dev/zero"], ["-algo-path", "/dev/zero"]),
+        ("a name that is too long", [*base, "-algo-path", "x" * 300], ["-algo-path", "too long"]),
+        ("a path that is too long", [*base, "-algo-path", "/x" * 4000], ["-algo-path", "too long"]),
+        ("key not there", [*base, "-public-key-path", missing], ["-public-key-path", "none.csv", "No such file"]),
+        ("key is a folder", [*base, "-public-key-path", d], ["-public-key-path", re.escape(d), "director"]),
+        ("key is a device", [*base, "-public-key-path", "/dev/zero"], ["-public-key-path", "/dev/zero"]),
+        ("key is no device", [*base, "-public-key-path", "/dev/null"], ["-public-key-path", "/dev/null", "empty"]),
+        ("odd name", [*base, "-data-paths", "a\nb\x1b[31m\u202e"], ["-data-paths", r"\ba\S+b\S+\[31m", "No such file"]),
+        ("ready file nowhere", [*base, "-ready-file", f"{d}/no/ready"], ["-ready-file", "no/ready", "No such file"]),
+        ("ready file is a folder", [*base, "-ready-file", d], ["-ready-file", re.escape(d), "directory"]),
+    ]
+    for name, args, patterns in rows:
+        refused(f"files: {name}", args, 1, patterns)
+    # Another option's mistake must not be laid at the algorithm's door.
+    r = refused("files: dataset not there, no algorithm", [*W.required, "-data-paths", missing], 2,
+                [("no algorithm",), ("-data-paths", "none.csv")])
+    hasnot("files: dataset not there, no algorithm: blame", r.err, "-algo-path: .*none.csv")
+
+
+def unreadable(name, args, patterns):
+    """As a user who may not read: nobody, when the tests run as root."""
+    who = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    ready = os.path.join(temp("unreadable"), "ready")
+    r = run(name, [*([] if "-ready-file" in args else ["-ready-file", ready]), *args], LOCAL, **who)
+    check(f"{name}: no ready file", not os.path.exists(ready), "one", "none")
+    same(f"{name}: status", r.status, 1)
+    has(name, r.err, *patterns)
+
+
+def test_mistakes_unreadable():
+    d = temp("unreadable")
+    os.chmod(d, 0o755)
+    secret = write(f"{d}/secret.csv", mode=0)
+    write(f"{d}/tree/inner", mode=0)
+    write(f"{d}/locked/inner")
+    os.chmod(f"{d}/tree", 0o755)
+    os.chmod(f"{d}/locked", 0)
+    unreadable("unreadable dataset", [*W.base, "-data-paths", secret], ["-data-paths", "secret.csv", "denied"])
+    unreadable("unreadable algorithm", [*W.base, "-algo-path", secret], ["-algo-path", "secret.csv", "denied"])
+    unreadable("unreadable key", [*W.base, "-public-key-path", secret], ["-public-key-path", "secret.csv", "denied"])
+    unreadable("unreadable file in a folder", [*W.base, "-data-paths", f"{d}/tree"], ["-data-paths", "inner", "denied"])
+    unreadable("unreadable folder", [*W.base, "-data-paths", f"{d}/locked"], ["-data-paths", "locked", "denied"])
+    unreadable("ready file that may not be written", [*W.base, "-ready-file", f"{d}/ready"], ["-ready-file", "denied"])
+    os.chmod(f"{d}/locked", 0o755)
+
+
+def test_mistakes_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        refused("port taken", W.base, 1, ["PORT", port, "in use", "free"], {"PORT": port})
+        refused("port taken, by HOST", W.base, 1, ["PORT", port], {"PORT": port, "HOST": "localhost"})
+    refused("HOST that does not resolve", W.base, 1, ["HOST", r"no-such-host\.invalid"], {"HOST": "no-such-host.invalid"})
+    refused("HOST that is no address", W.base, 1, ["HOST", r"256\.0\.0\.1"], {"HOST": "256.0.0.1"})
+    refused("HOST of another machine", W.base, 1, ["HOST", r"192\.0\.2\.1"], {"HOST": "192.0.2.1"})
+    refused("HOST with odd characters", W.base, 1, ["HOST"], {"HOST": "a\x1b[31m\nb"})
+    refused("HOST that is too long", W.base, 1, ["HOST"], {"HOST": "a" * 5000})
+
+
+def test_mistakes_together():
+    d = temp("together")
+    refused("all together", [
+        "-public-key-path", f"{d}/nokey", "-attested-tls-bool", "maybe", "-algo-path", f"{d}/noalgo",
+        "-data-paths", f"{d}/nodata1,{W.data},{d}/nodata2", "-algo-hash", "12", "-dataset-hash", "zz", "-compat", "x",
+        "-output", "y", "-max-message", "z", "-dataset-source-urls", "s3://x", "-algo-hsah", "q", "-ca-url", "u",
+        "-algo-type", "binary"], 2, [
+        ("-public-key-path", "nokey"), ("-attested-tls-bool", "maybe"), ("-algo-path", "noalgo"), ("-data-paths", "nodata1"),
+        ("-data-paths", "nodata2"), ("-algo-hash: ", '"12"'), ("-dataset-hash: ", '"zz"'), ("-compat", '"x"'),
+        ("-output", '"y"'), ("-max-message", '"z"'), ("-dataset-source-urls", "-dataset-kbs-paths"),
+        ("-algo-hsah", "-algo-hash"), ("warning", "-ca-url"), ("warning", "binary"), ("PORT", "65536")], {"PORT": "65536"})
+    refused("no flags at all", [], 2, [("-public-key-path",), ("-attested-tls-bool",), ("-algo-path",)])
+    refused("two that are not there", [*W.base, "-algo-path", f"{d}/a", "-public-key-path", f"{d}/b"], 1,
+            [("-algo-path", "/a"), ("-public-key-path", "/b")])
+
+
+# ---- Keys ----
+
+def openssl(*args, stdin=None):
+    r = subprocess.run(["openssl", *args], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=W.dir)
+    if r.returncode:
+        raise RuntimeError(f"openssl {args}: {r.stderr.decode()}")
+    return r.stdout
+
+
+def key_mistakes():
+    """name, file name, content, what the message must say, whether its command makes a good key of it."""
+    rsa = openssl("genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048")
+    ed = openssl("genpkey", "-algorithm", "ed25519")
+    ec = openssl("ecparam", "-name", "prime256v1", "-genkey")
+    pub = read(W.rsa)
+    pkcs1 = openssl("rsa", "-pubin", "-RSAPublicKey_out", stdin=pub)
+    key = write(f"{temp('keys')}/rsa.pem", rsa, 0o600)
+    cert = openssl("req", "-x509", "-new", "-key", key, "-subj", "/CN=x", "-days", "2")
+    body = pub.split(b"\n")
+    return [
+        ("PKCS#1", "pkcs1.pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1 with CRLF", "crlf.pem", pkcs1.replace(b"\n", b"\r\n"), "PKCS#1", True),
+        ("PKCS#1, name with blanks and a quote", "it's my key.pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1, name with $ and `", "a$HOME`id`\".pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1, name with UTF-8", "schlüssel 鍵.pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1, name with a dash", "-key.pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1, long name", "k" * 240 + "'.pem", pkcs1, "PKCS#1", True),
+        ("PKCS#1 labelled as SPKI", "label.pem", pkcs1.replace(b"RSA PUBLIC", b"PUBLIC"), "PKCS#1", True),
+        ("PKCS#1 labelled as SPKI, name with a dash", "-label.pem", pkcs1.replace(b"RSA PUBLIC", b"PUBLIC"), "PKCS#1", True),
+        ("PKCS#1 in DER", "pkcs1.der", openssl("rsa", "-pubin", "-RSAPublicKey_out", "-outform", "DER", stdin=pub), "DER", True),
+        ("SPKI in DER", "spki.der", openssl("pkey", "-pubin", "-outform", "DER", stdin=pub), "DER", True),
+        ("Ed25519 SPKI in DER", "ed.der", openssl("pkey", "-pubout", "-outform", "DER", stdin=ed), "DER", True),
+        ("certificate", "cert.pem", cert, "certificate", True),
+        ("certificate with its text before it", "text.pem", openssl("x509", "-text", stdin=cert), "certificate", True),
+        ("trusted certificate", "trust.pem", openssl("x509", "-trustout", stdin=cert), "certificate", True),
+        ("certificate request", "req.pem", openssl("req", "-new", "-key", key, "-subj", "/CN=x"), "request", True),
+        ("RSA private key, PKCS#8", "rsa8.pem", rsa, "private key", True),
+        ("RSA private key, PKCS#1", "rsa1.pem", openssl("rsa", "-traditional", stdin=rsa), "private key", True),
+        ("Ed25519 private key", "ed.pem", ed, "private key", True),
+        ("EC private key", "ec.pem", openssl("ec", stdin=ec), "private key", True),
+        ("EC private key behind its parameters", "ecp.pem", ec, "(?i)private key", True),
+        ("encrypted private key", "enc8.pem", openssl("pkey", "-aes256", "-passout", "pass:secret", stdin=rsa),
+         "private key", "tty"),
+        ("encrypted RSA private key, PKCS#1", "enc1.pem",
+         openssl("rsa", "-traditional", "-aes128", "-passout", "pass:secret", stdin=rsa), "private key", "tty"),
+        ("byte order mark", "bom.pem", b"\xef\xbb\xbf" + pub, "byte order mark", True),
+        ("byte order mark, name with a dash", "-bom.pem", b"\xef\xbb\xbf" + pub, "byte order mark", True),
+        ("UTF-16", "utf16.pem", pub.decode().encode("utf-16"), "UTF-16", True),
+        ("certificate in DER", "cert.der", openssl("x509", "-outform", "DER", stdin=cert), "openssl", False),
+        ("private key in DER", "key.der", openssl("pkey", "-outform", "DER", stdin=ed), "openssl", False),
+        ("empty", "empty.pem", b"", "empty", False),
+        ("blank", "blank.pem", b"\n\n  \n", "PEM", False),
+        ("no PEM", "text.txt", b"hello, I am no key\n", "PEM", False),
+        ("random bytes", "noise.bin", bytes(range(256)) * 8, "PEM", False),
+        ("zero bytes", "zero.bin", bytes(4096), "PEM", False),
+        ("cut off in the middle", "cut.pem", pub[:len(pub) // 2], "damaged|cut", False),
+        ("without its end", "noend.pem", b"\n".join(body[:-2]), "damaged|cut", False),
+        ("a line taken out", "line.pem", b"\n".join(body[:3] + body[4:]), "damaged|cut", False),
+        ("a letter that is not base64", "bad.pem", b"\n".join([body[0], b"*" + body[1][1:], *body[2:]]), "damaged|cut", False),
+        ("another END", "end.pem", pub.replace(b"END PUBLIC", b"END PRIVATE"), "damaged|cut", False),
+        ("nothing between the lines", "hollow.pem", b"-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n", "damaged|cut", False),
+        ("rubbish between the lines", "trash.pem", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "damaged|cut|key", False),
+        ("another kind of block", "dh.pem", b"-----BEGIN DH PARAMETERS-----\nMAYCAQcCAQU=\n-----END DH PARAMETERS-----\n",
+         "DH PARAMETERS", False),
+        ("PGP", "pgp.asc", b"-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nmQ==\n-----END PGP PUBLIC KEY BLOCK-----\n", "PGP|PEM", False),
+        ("over 1 MiB", "big.pem", b"x" * (2 << 20), "larger|MiB", False),
+    ]
+
+
+def fix(name, command, d, tty):
+    """Runs the command that a message prints, as printed, in a shell.  Returns what it writes to stdout."""
+    if not tty:
+        r = subprocess.run(["sh", "-c", command], cwd=d, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, timeout=LIMIT)
+        return r.stdout, r.stderr
+    master, slave = pty.openpty()           # it asks its user for the pass phrase, on the terminal
+    p = subprocess.Popen(["setsid", "-c", "sh", "-c", command], cwd=d, stdin=slave, stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    asked = Collector(master)
+    if asked.until("(?i)pass ?phrase|password", 10):
+        os.write(master, b"secret\n")
+    try:
+        out = p.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        p.kill()
+        out = p.communicate()[0]
+    asked.thread.join(LIMIT)
+    os.close(master)
+    return out, asked.data
+
+
+def test_keys():
+    d = temp("keyfiles")
+    for name, file, content, says, command in key_mistakes():
+        write(f"{d}/{file}", content, 0o600)
+        shown = re.escape(file[:100])
+        r = run(f"key: {name}", [*W.base, "-public-key-path", file], LOCAL, cwd=d)
+        same(f"key: {name}: status", r.status, 1)
+        has(f"key: {name}", r.err, "-public-key-path", shown, says)
+        if not command:
+            continue
+        told = re.search(r"with: (.+)$", r.err, re.M)
+        if not check(f"key: {name}: names a command", told, r.err, "with: COMMAND"):
+            continue
+        made, err = fix(name, told.group(1), d, command == "tty")
+        write(f"{d}/new.pem", made)
+        again = run(f"key: {name}: mended", ["manifest", *W.base, "-public-key-path", "new.pem"], cwd=d)
+        check(f"key: {name}: its command makes a good key", again.status == 0,
+              f"{told.group(1)}: {made[:80]} {err[-200:]} then {again.err}", "a key that is accepted")
+
+
+def test_keys_openssh():
+    if not shutil.which("ssh-keygen"):
+        skip("OpenSSH keys", "no ssh-keygen")
+        return
+    d = temp("ssh")
+    for kind in ("rsa", "ecdsa", "ed25519"):
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", f"{d}/{kind}"], check=True, stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL)
+        for file in (kind, kind + ".pub"):
+            name = f"key: OpenSSH {file}"
+            r = run(name, [*W.base, "-public-key-path", file], LOCAL, cwd=d)
+            same(f"{name}: status", r.status, 1)
+            has(name, r.err, "-public-key-path", re.escape(file), "OpenSSH")
+            told = re.search(r"with: (.+)$", r.err, re.M)
+            if not check(f"{name}: names a command", told, r.err, "with: COMMAND"):
+                continue
+            made, err = fix(name, told.group(1), d, False)
+            write(f"{d}/new.pem", made)
+            again = run(f"{name}: mended", ["manifest", *W.base, "-public-key-path", "new.pem"], cwd=d)
+            check(f"{name}: its command makes a good key", again.status == 0,
+                  f"{told.group(1)}: {made[:80]} {err[-200:]} then {again.err}", "a key that is accepted")
+
+
+def test_keys_good():
+    """What PEM leaves open, and a pipe as -public-key-path."""
+    pem = read(W.ecc)
+    d = temp("good")
+    der = base64.b64decode("".join(pem.decode().split("\n")[1:-2]))
+    rows = [("text before", b"Subject: me\n\n" + pem), ("CRLF", pem.replace(b"\n", b"\r\n")), ("no newline at the end", pem[:-1]),
+            ("blanks at line ends", pem.replace(b"\n", b"  \t\n")), ("two blocks", pem + read(W.rsa)),
+            ("text behind", pem + b"and so on\n"), ("base64 on one line", b"-----BEGIN PUBLIC KEY-----\n" + base64.b64encode(der)
+             + b"\n-----END PUBLIC KEY-----\n")]
+    for name, content in rows:
+        path = write(f"{d}/key", content)
+        got, r = manifest(f"good key: {name}", [*W.base, "-public-key-path", path])
+        same(f"good key: {name}", dig(got, "resultConsumers.0.userKey"), b64(der))
+    r = run("good key: pipe", [], command=["sh", "-c", 'cat "$1" | exec "$0" manifest -algo-path "$2" -attested-tls-bool 0 '
+                                           '-public-key-path /dev/stdin', W.cvms, W.ecc, W.algo])
+    same("good key: from a pipe", r.status == 0 and dig(json.loads(r.out), "resultConsumers.0.userKey"), b64(der))
+
+
+# ---- Warnings ----
+
+def test_warnings():
+    remote, data = W.remote, W.remote_data
+    full = [*remote, *data, "-dataset-hash", "11" * 32]
+    nokbs = [*W.required, "-algo-source-url", "https://h/a", "-algo-kbs-path", "k", "-algo-hash", "ab" * 32]
+    rows = [
+        ("-algo-type binary", [*W.base, "-algo-type", "binary"], ["-algo-type", "binary", r"\bbin\b", "python"]),
+        ("-algo-type Python", [*W.base, "-algo-type", "Python"], ["-algo-type", "Python", "python"]),
+        ("remote algorithm without KBS", nokbs, ["algorithm", "-kbs-url"]),
+        ("remote datasets without KBS", [*W.base, *data, "-dataset-hash", "11" * 32], ["dataset", "-kbs-url"]),
+        ("one hash for two datasets", full, ["-dataset-hash", r"\b2\b|two"]),
+        ("no -algo-hash", [*remote, "-algo-hash="], ["-algo-hash", "missing|zero"]),
+        ("no -dataset-hash", [*remote, *data], ["-dataset-hash", "missing|zero"]),
+        ("unknown scheme of the algorithm", [*remote, "-algo-source-url", "ftp://h/a"], ["-algo-source-url", "ftp://h/a", "s3://"]),
+        ("no scheme", [*remote, "-algo-source-url", "registry.example/a:1"], ["-algo-source-url", "registry.example"]),
+        ("scheme in capitals", [*remote, "-algo-source-url", "S4://x"], ["-algo-source-url", "S4://x"]),
+        ("unknown scheme of a dataset", [*remote, *data, "-dataset-source-urls", "s3://a,file:///x"],
+         ["-dataset-source-urls", "file:///x"]),
+        ("empty URL of a dataset", [*remote, *data, "-dataset-source-urls", "s3://a,"], ["-dataset-source-urls"]),
+        ("-algo-path unused", [*remote, "-algo-path", W.algo], ["-algo-path", "not used"]),
+        ("-data-paths unused", [*full, "-data-paths", W.data], ["-data-paths", "not used"]),
+        ("-dataset-decompress not a boolean", [*full, "-dataset-decompress", "yes,1"], ["-dataset-decompress", "yes", "false"]),
+        ("-dataset-decompress too long", [*full, "-dataset-decompress", "1,1,1"], ["-dataset-decompress"]),
+        ("-kbs-url with -compat head", [*remote, "-compat", "head", "-algo-kbs-url", "http://x"], ["-compat head", "-kbs-url"]),
+        ("-algo-kbs-url with -compat seed", [*remote, "-compat", "seed", "-algo-kbs-url", "http://x"],
+         ["-compat seed", "-algo-kbs-url"]),
+        ("no KBS for -compat head", [*remote, "-compat", "head"], ["algorithm has no", "-algo-kbs-url"]),
+        ("no KBS for -compat seed", [*nokbs, "-compat", "seed", "-algo-kbs-url", "http://x"], ["algorithm has no", " -kbs-url"]),
+    ]
+    for name, args, patterns in rows:
+        out = os.path.join(temp("warn"), "m")
+        r = run(f"warning: {name}", ["manifest", *args, "-o", out])
+        same(f"warning: {name}: status", r.status, 0)
+        has(f"warning: {name}", r.err, "warning", *patterns)
+        check(f"warning: {name}: manifest", os.path.exists(out) and first(read(out), 1) == b"1", "none", "a manifest")
+    with Server("warning: server", [*nokbs, "-algo-type", "binary"]) as s:
+        has("warning: server warns", s.err.text(), "warning", "binary")
+        same("warning: server serves", s.agent().status, 0)
+    for name, args in (("direct", [*W.base, "-data-paths", W.data, "-algo-type", "python"]), ("remote", remote),
+                       ("one dataset", [*remote, "-dataset-source-urls", "s3://a", "-dataset-kbs-paths", "k", "-dataset-hash",
+                        "11" * 32]), ("head", [*nokbs, "-algo-kbs-url", "http://x", "-compat", "head"]),
+                       *((f"type {t}", [*W.base, "-algo-type", t]) for t in ("bin", "python", "wasm", "docker")),
+                       *((u, [*remote, "-algo-source-url", u]) for u in ("docker://x", "oci:d:t", "s3://x", "gs://x", "https://x",
+                                                                          "http://x"))):
+        r = run(f"no warning: {name}", ["manifest", *args])
+        same(f"no warning: {name}: status", r.status, 0)
+        hasnot(f"no warning: {name}", r.err, "warning")
+
+
+# ---- The manifest ----
+
+def golden():
+    with open(f"{W.vectors}/manifests.jsonl") as f:
+        for line in f:
+            case = json.loads(line)
+            args = list(case["args"])
+            for flag, (values, times) in case.get("repeat", {}).items():
+                args += [flag, ",".join(values * times)]
+            yield case, args, {"TZ": case.get("tz") or "UTC"}
+
+
+def chunks(data, name=b"1"):
+    """A manifest as the messages of the stream."""
+    for at in range(0, len(data), 1 << 20):
+        yield field(1, field(1, data[at:at + (1 << 20)]) + field(2, name))
+    yield field(1, field(2, name) + field(3, 1))
+
+
+def matches(message, wanted):
+    if isinstance(wanted, str):
+        return message.hex() == wanted
+    return len(message) == wanted["len"] and hashlib.sha256(message).hexdigest() == wanted["sha256"]
+
+
+def make(name, args, env=None):
+    """The manifest's bytes, by -o; empty, and a failure, if there are none."""
+    out = os.path.join(temp("manifest"), "m")
+    r = run(name, ["manifest", *args, "-o", out], env, cwd=W.vectors)
+    same(f"{name}: status", r.status, 0)
+    same(f"{name}: nothing on stdout", r.out, "")
+    return read(out) if os.path.exists(out) else b""
+
+
+def test_golden():
+    count = 0
+    for case, args, env in golden():
+        count += 1
+        name = f"golden {case['name']}"
+        data = make(name, [*args, "-compat", case["generation"]], env)
+        got = list(chunks(data))
+        same(f"{name}: messages", len(got), len(case["messages"]))
+        for i, (message, wanted) in enumerate(zip(got, case["messages"])):
+            check(f"{name}: message {i}", matches(message, wanted), message.hex(), wanted)
+    same("golden manifests", count, 15)
+
+
+def without_additions(data, generation, flags):
+    """`all` with what it adds to a generation taken out; what it adds must have these values."""
+    algo_remote, data_remote = "-algo-source-url" in flags, "-dataset-source-urls" in flags
+    names = [os.path.basename(p) for p in flags.get("-data-paths", "").split(",")]
+    common, seed = flags.get("-kbs-url"), generation == "seed"
+    own_algo, own_data = flags.get("-algo-kbs-url"), [u for u in flags.get("-dataset-kbs-urls", "").split(",") if u]
+    kbs = lambda url: field(1, url) + field(2, 1)
+    out, problems, index = [], [], 0
+
+    def drop(parts, number, wanted, what):
+        got = dict(parts).get(number)
+        if got != wanted:
+            problems.append(f"{what} is {got!r}, not {wanted!r}")
+        return [(n, v) for n, v in parts if n != number]
+
+    for number, value in fields(data):
+        parts = fields(value) if number in (4, 5) else []
+        if number == 5:
+            url = own_algo or common
+            parts = drop(parts, 6, kbs(url), "Algorithm.kbs") if algo_remote and url and (seed or not own_algo) else parts
+        if number == 4 and not data_remote:
+            parts = drop(parts, 3, names[index].encode(), "Dataset.filename")
+        if number == 4 and data_remote:
+            url = own_data[index] if own_data else common
+            parts = drop(parts, 6, kbs(url), "Dataset.kbs") if url and (seed or not own_data) else parts
+        index += number == 4
+        out.append((number, join(parts) if number in (4, 5) else value))
+    url = common or (algo_remote and own_algo) or (data_remote and own_data and own_data[0]) or None
+    if not seed:
+        out = drop(out, 8, kbs(url) if url else None, "ComputationRunReq.kbs")
+    elif dict(out).get(8) != (kbs(common) if common else None):
+        problems.append("ComputationRunReq.kbs")
+    return join(out), problems
+
+
+def test_compat_all():
+    """-compat all is either generation and exactly the additions of the other."""
+    for case, args, env in golden():
+        name = f"all: {case['name']}"
+        words = [w for a in args for w in (a.lstrip("-").split("=", 1) if a.startswith("--") and "=" in a else [a])]
+        flags = {"-" + k.lstrip("-"): v for k, v in zip(words[::2], words[1::2])}
+        data = make(name, args, env)
+        same(f"{name}: -compat all is the default", make(name, [*args, "-compat", "all"], env) == data, True)
+        plain, problems = without_additions(data, case["generation"], flags)
+        same(f"{name}: additions", problems, [])
+        got = list(chunks(plain))
+        good = len(got) == len(case["messages"]) and all(map(matches, got, case["messages"]))
+        check(f"{name}: without the additions", good, plain.hex(), "the golden bytes")
+    for path, wanted in ((W.data, "data.csv"), (f"{W.vectors}/inputs/", "inputs"), (f"{W.vectors}/inputs/./data.csv", "data.csv"),
+                         ("vectors/inputs/../inputs/data.csv", "data.csv")):
+        got, r = manifest(f"base name {path}", [*W.base, "-data-paths", path])
+        same(f"base name of {path}", dig(got, "datasets.0.filename"), wanted)
+
+
+def test_manifest_json():
+    """The JSON has the same values as the bytes."""
+    args = ["-public-key-path", W.rsa, "-attested-tls-bool", "true", "-algo-source-url", "docker://r/a", "-algo-kbs-path",
+            "k/a", "-algo-hash", "ab" * 32, "-dataset-source-urls", "s3://x,gs://y", "-dataset-kbs-paths", "k/x,", "-kbs-url",
+            "http://k", "-dataset-kbs-urls", "http://1,http://2", "-algo-args", "a,\"\\\u2028<", "-client-ca-file", "/ca",
+            "-dataset-decompress", "1", "-dataset-hash", "cd" * 32]
+    got, r = manifest("json", args)
+    der = base64.b64decode("".join(read(W.rsa).decode().split("\n")[1:-2]))
+    source = lambda url, key: {"type": "oci-image", "url": url, **({"kbsResourcePath": key, "encrypted": True} if key else {})}
+    dataset = lambda i, url, key, kbs: {
+        "hash": b64(b"\xcd" * 32), "userKey": b64(der), "filename": f"dataset_{i}.csv", "source": source(url, key),
+        "kbs": {"url": kbs, "enabled": True}, **({"decompress": True} if i == 0 else {})}
+    same("manifest as JSON", got, {
+        "id": "1", "name": "sample computation", "description": "sample descrption",
+        "datasets": [dataset(0, "s3://x", "k/x", "http://1"), dataset(1, "gs://y", "", "http://2")],
+        "algorithm": {"hash": b64(b"\xab" * 32), "userKey": b64(der), "source": source("docker://r/a", "k/a"),
+                      "algoArgs": ["a", "\"\\\u2028<"], "kbs": {"url": "http://k", "enabled": True}},
+        "resultConsumers": [{"userKey": b64(der)}],
+        "agentConfig": {"port": "7002", "clientCaFile": "/ca", "attestedTls": True},
+        "kbs": {"url": "http://k", "enabled": True}})
+    d = temp("out")
+    for name, out, words in (("nowhere", f"{d}/no/m", "No such file"), ("a folder", d, "directory"),
+                             ("a full device", "/dev/full", "No space")):
+        r = run(f"manifest -o {name}", ["manifest", *W.base, "-o", out])
+        same(f"manifest -o {name}: status", r.status, 1)
+        has(f"manifest -o {name}", r.err, "-o", re.escape(out), words)
+    with open("/dev/full", "wb") as full:
+        r = run("manifest into a full device", ["manifest", *W.base], stdout=full)
+        same("manifest into a full device: status", r.status, 1)
+        has("manifest into a full device", r.err, "stdout", "No space")
+    r = run("manifest, stdout closed", [], command=["sh", "-c", 'exec "$@" >&-', "sh", W.cvms, "manifest", *W.base])
+    same("manifest, stdout closed: status", r.status, 1)
+    has("manifest, stdout closed", r.err, "stdout")
+    r = run("manifest, PORT", ["manifest", *W.base], {"PORT": "abc"})
+    same("manifest opens no port and so needs no PORT", r.status, 0)
+
+
+def test_odd_names():
+    """Any byte but NUL and, in a list, the comma may stand in a file's name."""
+    d = temp("odd")
+    for name in ("with blank.csv", "-dash.csv", "--data-paths", "new\nline.csv", "größe 漢字.csv", "quote'\".csv", "\x1b[31mred.csv",
+                 "a=b.csv", "%s%n.csv", "\\n.csv", "\u202egpj.csv", "x" * 250):
+        write(f"{d}/{name}", name.encode())
+        shown = ascii(name)[:40]
+        got, r = manifest(f"name {shown}", [*W.base, "-data-paths", name], cwd=d)
+        same(f"name {shown}: hash", dig(got, "datasets.0.hash"), b64(bytes.fromhex(sha3(name.encode()))))
+        same(f"name {shown}: filename", dig(got, "datasets.0.filename"), name)
+        has(f"name {shown}: a line with path and hash", r.err, "local dataset checksum", sha3(name.encode()))
+        hasnot(f"name {shown}: no raw control characters", r.err, r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
+        got, r = manifest(f"name {shown}: algorithm", [*W.required, f"-algo-path={name}"], cwd=d)
+        same(f"name {shown}: algorithm", dig(got, "algorithm.hash"), b64(bytes.fromhex(sha3(name.encode()))))
+    for name in ("a", "b.csv"):
+        write(f"{d}/{name}", name.encode())
+    got, r = manifest("comma", [*W.base, "-data-paths", "a,b.csv"], cwd=d)
+    same("a comma separates", [x["filename"] for x in dig(got, "datasets") or []], ["a", "b.csv"])
+    # A proto3 string is UTF-8, or a real agent takes nothing of the manifest: refuse it or leave the name out.
+    bad = os.fsencode(d) + b"/bad\xff.csv"
+    write(bad, b"x")
+    out = f"{d}/m"
+    for what, args in (("file name", [*W.base, "-data-paths", bad]), ("-algo-args", [*W.base, "-algo-args", b"a\xff"]),
+                       ("-algo-type", [*W.base, "-algo-type", b"\xc3"]), ("-client-ca-file", [*W.base, "-client-ca-file", b"\xed\xa0\x80"]),
+                       ("-algo-source-url", [*W.remote, "-algo-source-url", b"s3://\xff"])):
+        if os.path.exists(out):
+            os.unlink(out)
+        r = run(f"not UTF-8: {what}", ["manifest", *args, "-o", out])
+        if r.status == 0:
+            check(f"not UTF-8: {what}: no agent gets it", not any(x in read(out) for x in (b"bad\xff", b"a\xff", b"\xc3\x2a",
+                  b"\xed\xa0\x80", b"s3://\xff", b"\x01\xc3")), "a string that is not UTF-8 in the manifest",
+                  "a mistake that names the option, or a warning and the string left out")
+            has(f"not UTF-8: {what}: warning", r.err, "UTF-8")
+        else:
+            has(f"not UTF-8: {what}: told", r.err, "UTF-8", "-data-paths" if what == "file name" else what)
+
+
+def test_checksum():
+    r = run("checksum", ["checksum", W.algo, W.data])
+    same("checksum: status", r.status, 0)
+    same("checksum", r.out, f"{sha3(read(W.algo))}  {W.algo}\n{sha3(read(W.data))}  {W.data}\n")
+    r = run("checksum -b", ["checksum", "-b", W.algo])
+    same("checksum -b", r.out, f"{b64(bytes.fromhex(sha3(read(W.algo))))}  {W.algo}\n")
+    r = run("checksum of nothing", ["checksum"])
+    same("checksum of nothing: status", r.status, 2)
+    has("checksum of nothing", r.err, "checksum", "file")
+    r = run("checksum of what is not there", ["checksum", "nope", W.data])
+    same("checksum of what is not there: status", r.status, 1)
+    has("checksum of what is not there", r.err, "nope", "No such file")
+    same("checksum of what is not there: the others", r.out, f"{sha3(read(W.data))}  {W.data}\n")
+
+
+# ---- The server's process ----
+
+def test_listening():
+    v6 = False
+    try:
+        with socket.socket(socket.AF_INET6) as s:
+            s.bind(("::1", 0))
+            v6 = True
+    except OSError:
+        skip("HOST with IPv6", "no ::1")
+    fixed = free_port()
+    rows = [("unset", None, "0", r"localhost:\d+", ["127.0.0.1"]), ("empty", "", "0", r"\S*:\d+", ["127.0.0.1"]),
+            ("name", "localhost", "0", r"localhost:\d+", ["localhost"]), ("IPv4", "127.0.0.1", "0", r"127\.0\.0\.1:\d+", ["127.0.0.1"]),
+            ("another loopback", "127.0.0.2", "0", r"127\.0\.0\.2:\d+", ["127.0.0.2"]),
+            ("0.0.0.0", "0.0.0.0", "0", r"0\.0\.0\.0:\d+", ["127.0.0.1"]),
+            ("fixed port", "127.0.0.1", str(fixed), rf"127\.0\.0\.1:{fixed}", ["127.0.0.1"])]
+    if v6:
+        rows += [("IPv6", "::1", "0", r"\[::1\]:\d+", ["[::1]"]), ("IPv6 in brackets", "[::1]", "0", r"\[::1\]:\d+", ["[::1]"]),
+                 ("empty, by IPv6", "", "0", r"\S*:\d+", ["[::1]", "127.0.0.1"]), ("::", "::", "0", r"\[::\]:\d+", ["[::1]"])]
+    for name, host, port, where, reach in rows:
+        ready = os.path.join(temp("ready"), "ready")
+        env = {"PORT": port, **({} if host is None else {"HOST": host})}
+        command = ["env", *(["-u", "HOST"] if host is None else []), W.cvms, *W.base, "-ready-file", ready]
+        with Server(f"HOST {name}", env=env, command=command) as s:
+            if not s.address:
+                continue
+            check(f"HOST {name}: ready line", re.search(
+                rf"\bcvms_test_server service gRPC server listening at {where} without TLS$", s.line), s.line, where)
+            same(f"HOST {name}: ready file", read(ready).decode(), s.address + "\n")
+            real = s.address.rsplit(":", 1)[1]
+            check(f"HOST {name}: a real port", real != "0", real, "the port")
+            for there in reach:
+                same(f"HOST {name}: reached at {there}", run(f"HOST {name}", ["health", f"{there}:{real}"]).status, 0)
+            same(f"HOST {name}: reached as the ready file says", run(f"HOST {name}", ["health", s.address]).status, 0)
+    ready = os.path.join(temp("ready"), "ready")
+    with Server("PORT unset", command=["env", "-u", "PORT", W.cvms, *W.base, "-ready-file", ready], wait=False) as s:
+        text = s.err.until(r"listening at|PORT")     # 7001 may be someone else's
+        has("PORT unset: 7001", text or s.err.text(), r"\b7001\b")
+    ready = os.path.join(temp("ready"), "ready")
+    os.mkfifo(ready)
+    with Server("ready file as a FIFO", [*W.base, "-ready-file", ready], wait=False) as s:
+        where = read(ready).decode().strip()
+        same("ready file as a FIFO: open when it is written", run("FIFO", ["health", where]).status, 0)
+
+
+def test_ready_fifo_unread():
+    """A signal ends a server that waits for someone to read its ready file."""
+    ready = os.path.join(temp("ready"), "ready")
+    os.mkfifo(ready)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Server(f"ready file unread, signal {number}", [*W.base, "-ready-file", ready], wait=False) as s:
+            s.err.until("local algorithm checksum")
+            began, caught = time.monotonic(), 0
+            while not caught >> (number - 1) & 1 and time.monotonic() - began < 2 and s.p.poll() is None:
+                with open(f"/proc/{s.p.pid}/status") as f:                 # its handler is there: the open() is next
+                    caught = int(re.search(r"SigCgt:\s*(\w+)", f.read()).group(1), 16)
+            for _ in range(12):                                             # it may not be at its open() yet
+                s.signal(number)
+                try:
+                    s.p.wait(0.25)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+            ended = s.p.poll() is not None
+            check(f"ready file unread, signal {number}: ends", ended, "still there after 3 s", "the end")
+            if not ended:
+                s.p.kill()
+
+
+def test_signals():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT):
+        name = f"{signal.Signals(number).name}"
+        with Server(name) as s:
+            stream = Stream(s.address)
+            s.err.until("sent successfully")
+            began = time.monotonic()
+            s.signal(number)
+            got = stream.frames()
+            stream.close()
+            same(f"{name}: status", s.wait(8), 0)
+            check(f"{name}: within 5 s", time.monotonic() - began < 5.5, time.monotonic() - began, "5 s")
+            check(f"{name}: GOAWAY", any(f[0] == 7 for f in got), [f[:3] for f in got], "GOAWAY")
+            ends = [f for f in got if f[0] == 1 and f[1] & 1 and f[2] == 1]
+            check(f"{name}: the stream has an end", len(ends) == 1, [f[:3] for f in got], "trailers")
+            check(f"{name}: UNAVAILABLE", ends and b"14" in ends[0][3] or ends and b"grpc-status" not in ends[0][3],
+                  ends, "grpc-status 14")
+            has(f"{name}: told", s.err.text(), "(?i)signal|stopping|shut|goodbye")
+    with Server("idle") as s:
+        began = time.monotonic()
+        s.signal(signal.SIGTERM)
+        same("SIGTERM without connections: status", s.wait(8), 0)
+        check("SIGTERM without connections: at once", time.monotonic() - began < 1.5, time.monotonic() - began, "at once")
+
+
+def big_server(name):
+    """A server whose manifest does not fit into any socket buffer, and a client that reads nothing of it."""
+    d = temp("big")
+    write(f"{d}/d")
+    server = Server(name, [*W.base, "-data-paths", ",".join("d" * 40000), "-public-key-path", W.rsa], cwd=d)
+    stream = Stream(server.address)
+    stream.s.sendall(Stream.frame(4, 0, 0, struct.pack(">HI", 4, 0x7fffffff)) +        # windows of 2 GiB
+                     Stream.frame(8, 0, 0, struct.pack(">I", 0x7fff0000)))
+    stream.send(log("here I am"))
+    server.out.until("here I am")
+    return server, stream
+
+
+def test_signal_stuck():
+    """A client that reads nothing cannot hold the server: 5 s, or a second signal."""
+    server, stream = big_server("SIGTERM, stuck client")
+    with server as s:
+        began = time.monotonic()
+        s.signal(signal.SIGTERM)
+        same("SIGTERM, stuck client: status", s.wait(9), 0)
+        check("SIGTERM, stuck client: within 5 s", time.monotonic() - began < 5.7, time.monotonic() - began, "5 s")
+    stream.close()
+
+
+def test_signal_twice():
+    server, stream = big_server("second signal")
+    with server as s:
+        s.signal(signal.SIGTERM)
+        check("second signal: the first is told", s.err.until("(?i)signal|goodbye", 4), s.err.text(), "a line")
+        check("second signal: still there before it", s.p.poll() is None, s.p.poll(), "a server that says goodbye")
+        began = time.monotonic()
+        s.signal(signal.SIGINT)
+        status = s.wait(9)
+        check("second signal: ends at once", time.monotonic() - began < 1.5, time.monotonic() - began, "at once")
+        check("second signal: status", status in (130, 143, -2, -15), status, "that of a signal")
+    stream.close()
+
+
+def test_stdout_lost():
+    """Without stdout the server serves until a message must be shown, then ends with status 1 and says why."""
+    def goes(name, server, why):
+        with server as s:
+            same(f"{name}: serves until then", run(name, ["health", s.address]).status, 0)
+            check(f"{name}: still there", s.p.poll() is None, s.p.poll(), "a server")
+            s.agent("-wait", "0s", name=f"{name}: agent")
+            same(f"{name}: status", s.wait(8), 1)
+            has(f"{name}: told", s.err.text(), "stdout", why)
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", W.cvms, *W.base]
+    goes("stdout closed", Server("stdout closed", command=shell), "Bad file descriptor|closed")
+    with open("/dev/full", "wb") as full:
+        goes("stdout full", Server("stdout full", stdout=full), "No space")
+    r, w = os.pipe()
+    server = Server("stdout's reader gone", stdout=w)
+    os.close(w)
+    os.close(r)
+    goes("stdout's reader gone", server, "Broken pipe|closed|gone")
+    r, w = os.pipe()
+    with Server("stdout lost on the way", stdout=w) as s:
+        os.close(w)
+        first_agent = s.agent("-once")
+        same("stdout lost on the way: before", first_agent.status, 0)
+        check("stdout lost on the way: shown", b"ATTESTATION" in os.read(r, 65536), "", "a message")
+        os.close(r)
+        s.agent("-once")
+        same("stdout lost on the way: status", s.wait(8), 1)
+        has("stdout lost on the way: told", s.err.text(), "stdout")
+    with Server("readonly stdout", command=["sh", "-c", 'exec "$@" 1</dev/null', "sh", W.cvms, *W.base]) as s:
+        s.agent("-once")
+        same("stdout open for reading only: status", s.wait(8), 1)
+
+
+def fifo_server(name, redirect):
+    """A server by way of the shell, with descriptors as in `redirect`; ready when it fills its FIFO."""
+    d = temp("fifo")
+    os.mkfifo(f"{d}/ready")
+    out = open(f"{d}/out", "wb")
+    p = subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", W.cvms, *W.base, "-ready-file", f"{d}/ready"], cwd=d,
+                         env=environment(LOCAL), stdout=out)
+    out.close()
+    return p, read(f"{d}/ready").decode().strip(), f"{d}/out"
+
+
+def test_stderr_lost():
+    for name, redirect in (("closed", "2>&-"), ("full", "2>/dev/full"), ("closed, stdin as well", "<&- 2>&-"),
+                           ("open for reading only", "2</dev/null")):
+        name = f"stderr {name}"
+        p, where, out = fifo_server(name, redirect)
+        same(f"{name}: agent", run(name, ["agent", where]).status, 0)
+        same(f"{name}: health", run(name, ["health", where]).status, 0)
+        p.send_signal(signal.SIGTERM)
+        same(f"{name}: status", p.wait(8), 0)
+        check(f"{name}: messages", b"Complete" in read(out), read(out), "the run's messages")
+    p, where, out = fifo_server("all closed", "<&- >&- 2>&-")
+    same("no descriptors at all: serves", run("no descriptors", ["health", where]).status, 0)
+    same("no descriptors at all: goes on serving", run("no descriptors", ["health", where]).status, 0)
+    p.send_signal(signal.SIGTERM)
+    same("no descriptors at all: status", p.wait(8), 0)
+    p, where, out = fifo_server("no stdout and no stderr", ">&- 2>&-")
+    same("no stdout and no stderr: serves", run("no stdout", ["health", where]).status, 0)
+    run("no stdout and no stderr", ["agent", "-wait", "0s", where])
+    same("no stdout and no stderr: status", p.wait(8), 1)
+    r, w = os.pipe()
+    p = subprocess.Popen([W.cvms, *W.base, "-ready-file", os.path.join(temp("e"), "r")], env=environment(LOCAL),
+                         stdout=subprocess.PIPE, stderr=w, stdin=subprocess.DEVNULL)
+    os.close(w)
+    text = b""
+    while b"listening at" not in text or not text.endswith(b"\n"):
+        text += os.read(r, 65536)
+    os.close(r)
+    where = re.search(rb"listening at (\S+)", text).group(1).decode()
+    same("stderr's reader gone: agent", run("stderr's reader gone", ["agent", where]).status, 0)
+    p.send_signal(signal.SIGTERM)
+    check("stderr's reader gone: messages", b"Complete" in p.communicate(timeout=LIMIT)[0], "", "the run's messages")
+    same("stderr's reader gone: status", p.returncode, 0)
+
+
+def agent_manifest(r):
+    """The manifest that `cvms agent` printed."""
+    return json.loads(r.out) if r.status == 0 else None
+
+
+def test_files_change():
+    d = temp("change")
+    algo, data, tree = write(f"{d}/algo.py", b"one"), write(f"{d}/data.csv", b"alpha"), f"{d}/tree"
+    write(f"{tree}/a", b"1")
+    hash_of = lambda path: run("checksum", ["checksum", path]).out.split()[0]
+    b64_of = lambda digest: b64(bytes.fromhex(digest))
+    with Server("change", ["-algo-path", algo, "-data-paths", f"{data},{tree}", *W.required]) as s:
+        before = hash_of(tree)
+        for path, digest in ((algo, sha3(b"one")), (data, sha3(b"alpha")), (tree, before)):
+            has(f"change: {os.path.basename(path)}: line at the start", s.err.text(), re.escape(path), digest)
+        got = agent_manifest(s.agent("-once"))
+        same("change: as it began", [dig(got, f"datasets.{i}.hash") for i in (0, 1)], [b64_of(sha3(b"alpha")), b64_of(before)])
+        hasnot("change: no note without a change", s.err.text(), "again")
+        write(algo, b"two")
+        got = agent_manifest(s.agent("-once"))
+        same("change: algorithm", dig(got, "algorithm.hash"), b64_of(sha3(b"two")))
+        has("change: algorithm: note", s.err.text(), "algo.py", sha3(b"two"))
+        write(f"{d}/new", b"omega")
+        os.rename(f"{d}/new", data)
+        write(f"{tree}/b", b"2")
+        after = hash_of(tree)
+        got = agent_manifest(s.agent("-once"))
+        same("change: dataset renamed into place", dig(got, "datasets.0.hash"), b64_of(sha3(b"omega")))
+        same("change: a file more in a folder", dig(got, "datasets.1.hash"), b64_of(after))
+        has("change: folder: note", s.err.text(), "tree", after)
+        notes = len(s.err.text().splitlines())
+        s.agent("-once")
+        fresh = "\n".join(s.err.text().splitlines()[notes:])
+        hasnot("change: told once", fresh, "hashed again|has changed")
+        write(f"{tree}/b", b"3")
+        third = hash_of(tree)
+        got = agent_manifest(s.agent("-once"))
+        same("change: in a folder's file, same size", dig(got, "datasets.1.hash"), b64_of(third))
+        os.unlink(data)
+        shutil.rmtree(tree)
+        got = agent_manifest(s.agent("-once"))
+        same("change: deleted: old hash", [dig(got, f"datasets.{i}.hash") for i in (0, 1)], [b64_of(sha3(b"omega")), b64_of(third)])
+        has("change: deleted: note", s.err.text(), "data.csv", "old hash|keeps")
+        has("change: deleted folder: note", s.err.text(), "tree", "old hash|keeps")
+        write(data, b"back")
+        got = agent_manifest(s.agent("-once"))
+        same("change: back again", dig(got, "datasets.0.hash"), b64_of(sha3(b"back")))
+        has("change: back again: note", s.err.text(), "data.csv", sha3(b"back"))
+    os.makedirs(f"{d}/{'l' * 200}/{'m' * 200}/{'n' * 200}/{'o' * 200}/{'p' * 200}")
+    deep = write(f"{d}/{'l' * 200}/{'m' * 200}/{'n' * 200}/{'o' * 200}/{'p' * 200}/deep.csv", b"1")
+    with Server("change, long path", [*W.base, "-data-paths", deep]) as s:
+        write(deep, b"2")
+        s.agent("-once")
+        has("change: long path: note", s.err.text(), "again", sha3(b"2"))
+
+
+# ---- The stand-in agent ----
+
+def heads(out):
+    """The words of each entry behind time, peer and stream."""
+    return re.findall(r"^\S+Z \S+ ((?:agent|log-forwarder|unknown)\S*) +(\S+(?: \S+)?)", out, re.M)
+
+
+EVENTS = ["ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Running/Starting", "Running/InProgress",
+          "AlgorithmRun/Warning", "Running/Completed", "ConsumingResults/Ready", "Complete/Completed"]
+
+
+def test_agent():
+    args = [*W.base, "-data-paths", W.data, "-algo-type", "python"]
+    wanted, _ = manifest("agent's manifest", args)
+    with Server("agent: server", args) as s:
+        r = s.agent()
+        same("agent: status", r.status, 0)
+        same("agent: prints the manifest", agent_manifest(r), wanted)
+        s.err.until("stream ended", times=2)
+        out = s.out.text()
+        same("agent: events in order", re.findall(r"EVENT (\S+)", out), EVENTS)
+        has("agent: attestation report", out, "agent", "ATTESTATION")
+        has("agent: run_res", out, "agent", "RUN_RES", "accepted")
+        has("agent: a log", out, "log-forwarder", "INFO")
+        has("agent: continuation lines are indented", out, r"^\s+.*epoch 1")
+        hasnot("agent: no failure", out, "Failed|error:")
+        for words in (["computation run request sent successfully"], ["connected"],
+                      ["agent", "2 messages"]):
+            has(f"agent: server's line {words}", s.err.text(), *words)
+    with Server("agent without data: server") as s:
+        same("agent without data: status", s.agent().status, 0)
+        s.err.until("stream ended", times=2)
+        same("agent without data: events", re.findall(r"EVENT (\S+)", s.out.text()), [e for e in EVENTS if "Data" not in e])
+    with Server("agent -once: server") as s:
+        r = s.agent("-once")
+        same("agent -once: status", r.status, 0)
+        check("agent -once: manifest", agent_manifest(r) is not None, r.out, "the manifest")
+        s.err.until("stream ended")
+        same("agent -once: only the report", [h[1] for h in heads(s.out.text())], ["ATTESTATION"])
+    with Server("agent -repeat: server") as s:
+        r = s.agent("-repeat", "3")
+        same("agent -repeat 3: status", r.status, 0)
+        s.err.until("stream ended", times=6)
+        same("agent -repeat 3: runs", s.out.text().count("Complete/Completed"), 3)
+        same("agent -repeat 3: reports", s.out.text().count("ATTESTATION"), 3)
+        same("agent -repeat 3: manifests", r.out.count('"sample computation"'), 3)
+        has("agent -repeat 3: told", r.err, "3 of 3")
+    with Server("agent -repeat -once: server") as s:
+        same("agent -repeat 4 -once: status", s.agent("-repeat", "4", "-once").status, 0)
+        s.err.until("stream ended", times=4)
+        same("agent -repeat 4 -once: reports", s.out.text().count("ATTESTATION"), 4)
+
+
+def test_agent_big():
+    """A manifest of several chunks."""
+    d = temp("big")
+    write(f"{d}/d")
+    with Server("agent, big manifest: server", [*W.base, "-data-paths", ",".join("d" * 20000), "-public-key-path", W.rsa], cwd=d) as s:
+        r = s.agent()
+        same("agent, big manifest: status", r.status, 0)
+        same("agent, big manifest: datasets", len(dig(agent_manifest(r), "datasets") or []), 20000)
+        has("agent, big manifest: told", r.err, r"(1\d) chunks", "20000 datasets")
+
+
+def test_agent_fails():
+    rows = [("ReceivingManifest", "RUN_RES error: .*fail", []),
+            ("ReceivingAlgorithm", "Failed/Failed", ["ReceivingAlgorithm/InProgress", "Failed/Failed"]),
+            ("ReceivingData", "Failed/Failed", ["ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Failed/Failed"]),
+            ("Running", "Running/Failed", ["ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Running/Starting",
+                                           "Running/InProgress", "Running/Failed", "Failed/Failed"])]
+    for state, shown, events in rows:
+        with Server(f"agent -fail {state}: server", [*W.base, "-data-paths", W.data]) as s:
+            same(f"agent -fail {state}: status", s.agent("-fail", state).status, 0)
+            s.err.until("stream ended", times=2)
+            has(f"agent -fail {state}: shown", s.out.text(), shown)
+            same(f"agent -fail {state}: events", re.findall(r"EVENT (\S+)", s.out.text()), events)
+    with Server("agent -fail ReceivingData without data: server") as s:
+        same("agent -fail ReceivingData without data: status", s.agent("-fail", "ReceivingData").status, 0)
+        s.err.until("stream ended", times=2)
+        has("agent -fail ReceivingData without data: fails all the same", s.out.text(), "Failed/Failed")
+        hasnot("agent -fail ReceivingData without data: is no success", s.out.text(), "Running/Completed|Complete/Completed")
+
+
+def test_agent_usage():
+    for name, args, patterns in (
+            ("-fail state", ["-fail", "Nowhere"], ["-fail", "Nowhere", "ReceivingManifest", "Running"]),
+            ("-repeat 0", ["-repeat", "0"], ["-repeat", '"0"']), ("-repeat x", ["-repeat", "x"], ["-repeat", '"x"']),
+            ("-wait forever", ["-wait", "forever"], ["-wait", "forever", "90s"]), ("-wait 5", ["-wait", "5"], ["-wait", '"5"']),
+            ("-wait -5s", ["-wait", "-5s"], ["-wait", "-5s"]), ("-wait empty", ["-wait="], ["-wait"]),
+            ("two addresses", ["a:1", "b:2"], ["b:2"]), ("port 0", ["localhost:0"], ["localhost:0"]),
+            ("port abc", ["localhost:abc"], ["localhost:abc"]), ("port 65536", ["localhost:65536"], ["localhost:65536"]),
+            ("a flag behind the address", ["localhost:1", "-once"], ["-once"])):
+        r = run(f"agent {name}", ["agent", *args])
+        same(f"agent, {name}: status", r.status, 2)
+        has(f"agent, {name}", r.err, *patterns)
+    for name, args, patterns in (("two addresses", ["a:1", "b:2"], ["b:2"]), ("port", ["localhost:abc"], ["localhost:abc"]),
+                                 ("-wait", ["-wait", "x"], ["-wait"])):
+        r = run(f"health {name}", ["health", *args])
+        same(f"health, {name}: status", r.status, 2)
+        has(f"health, {name}", r.err, *patterns)
+    for command in ("agent", "health"):
+        r = run(f"{command} resolve", [command, "no-such-host.invalid:1"])
+        same(f"{command}: name that does not resolve: status", r.status, 1)
+        has(f"{command}: name that does not resolve", r.err, r"no-such-host\.invalid")
+
+
+def test_no_server():
+    for command, args, least, most in (("agent", ["-wait", "300ms"], 0.25, 3), ("agent", ["-wait", "0s"], 0, 2),
+                                       ("health", [], 0, 2), ("health", ["-wait", "300ms"], 0.25, 3)):
+        where = f"127.0.0.1:{free_port()}"
+        name = f"no server: {command} {' '.join(args)}"
+        r = run(name, [command, *args, where])
+        same(f"{name}: status", r.status, 1)
+        has(name, r.err, re.escape(where), "refused")
+        check(f"{name}: {least} to {most} s", least <= r.seconds <= most, r.seconds, f"{least} to {most}")
+        same(f"{name}: one line", len(r.err.splitlines()), 1)
+        same(f"{name}: nothing on stdout", r.out, "")
+    with socket.socket() as listener:          # something that is not a CVMS server: it hangs up
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        stop = threading.Event()
+
+        def hang_up():
+            while not stop.is_set():
+                try:
+                    c = listener.accept()[0]
+                except OSError:
+                    return
+                c.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                c.close()
+        threading.Thread(target=hang_up, daemon=True).start()
+        for command in ("agent", "health"):
+            r = run(f"not a CVMS server: {command}", [command, where], limit=15)
+            same(f"not a CVMS server: {command}: status", r.status, 1)
+            check(f"not a CVMS server: {command}: told", r.err.strip(), r.err, "a line")
+        stop.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_late_server():
+    """The client is there before the server."""
+    for command, args in (("agent", []), ("agent", ["-wait", "20s"]), ("health", ["-wait", "20s"])):
+        port = free_port()
+        name = f"late server: {command} {' '.join(args)}"
+        p = subprocess.Popen([W.cvms, command, *args, f"127.0.0.1:{port}"], env=environment(), stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with Server(name, env={"PORT": str(port)}):
+            out, err = p.communicate(timeout=LIMIT)
+            same(f"{name}: status", p.returncode, 0)
+            check(f"{name}: output", command == "health" or b"sample computation" in out, out, "the manifest")
+            sanitizers(name, err.decode(errors="replace"))
+
+
+def test_job_id():
+    with Server("job-id: server") as s:
+        same("job-id: status", s.agent("-job-id", "cvm-42").status, 0)
+        s.err.until("stream ended", times=2)
+        kinds = {h[0] for h in heads(s.out.text())}
+        same("job-id: on every entry", kinds, {"agent[cvm-42]", "log-forwarder[cvm-42]"})
+        has("job-id: on the server's lines", s.err.text(), r"agent\[cvm-42\]")
+        has("job-id: on the server's lines for the log-forwarder", s.err.text(), r"log-forwarder\[cvm-42\]")
+    with Server("job-id, json: server", [*W.base, "-output", "json"]) as s:
+        s.agent("-job-id", "cvm-42")
+        s.err.until("stream ended", times=2)
+        lines = [json.loads(x) for x in s.out.text().splitlines()]
+        same("job-id, json", {x.get("job_id") for x in lines}, {"cvm-42"})
+        same("job-id, json: streams", {x["stream"] for x in lines}, {"agent", "log-forwarder"})
+    with Server("agents at once: server") as s:
+        agents = [subprocess.Popen([W.cvms, "agent", "-job-id", f"job{i}", s.address], env=environment(), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for i in range(6)]
+        same("agents at once: status", [(p.communicate(timeout=LIMIT), p.returncode)[1] for p in agents], [0] * 6)
+        s.err.until("stream ended", times=12)
+        for i in range(6):
+            same(f"agents at once: events of job{i}", re.findall(rf"log-forwarder\[job{i}\] EVENT (\S+)", s.out.text()),
+                 [e for e in EVENTS if "Data" not in e])
+
+
+def test_agent_lost():
+    """The server ends under the agent; the agent's own stdout is lost."""
+    with Server("agent's stdout closed: server") as s:
+        r = run("agent's stdout closed", [], command=["sh", "-c", 'exec "$@" >&-', "sh", W.cvms, "agent", s.address])
+        same("agent's stdout closed: status", r.status, 1)
+        has("agent's stdout closed: told", r.err, "stdout")
+        with open("/dev/full", "wb") as full:
+            r = run("agent's stdout full", ["agent", s.address], stdout=full)
+        same("agent's stdout full: status", r.status, 1)
+        has("agent's stdout full: told", r.err, "stdout", "No space")
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    p = subprocess.Popen([W.cvms, "agent", f"127.0.0.1:{listener.getsockname()[1]}"], env=environment(), stdin=subprocess.DEVNULL,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    held = listener.accept()[0]                # taken, and never answered
+    held.recv(24)
+    p.send_signal(signal.SIGINT)
+    try:
+        p.communicate(timeout=8)
+    except subprocess.TimeoutExpired:
+        p.kill()
+        p.communicate()
+    check("agent, SIGINT: status", p.returncode in (130, -2), p.returncode, "130")
+    held.close()
+    listener.close()
+
+
+def test_health():
+    with Server("health: server") as s:
+        for name, args, status, text in (("default", [], 0, "SERVING"), ("by name", ["-service", "cvms_test_server"], 0, "SERVING"),
+                                         ("empty name", ["-service", ""], 0, "SERVING"), ("other", ["-service", "other"], 1, "NOT_FOUND"),
+                                         ("agent", ["-service=agent"], 1, "NOT_FOUND"), ("-wait", ["-wait", "5s"], 0, "SERVING")):
+            for i in range(3):                 # the answer and its trailers may come apart
+                r = run(f"health {name}", ["health", *args, s.address])
+                same(f"health {name}: status", r.status, status)
+                has(f"health {name}", r.out + r.err, re.escape(s.address), text)
+                same(f"health {name}: one line", len((r.out + r.err).splitlines()), 1)
+                check(f"health {name}: at once", r.seconds < 3, r.seconds, "under 3 s")
+        hasnot("health: the server says nothing of it", s.err.text(), "PROTOCOL_ERROR|error|ERROR")
+
+
+# ---- What the user sees ----
+
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f\x80-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+NASTY = ["\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "bell\x07 back\x08 del\x7f nul\x00", "c1 \u009b31m", "bidi \u202egpj.exe\u2066",
+         "line one\nline two\n\nline four", "carriage\rreturn", "tab\there", "crlf\r\nline", "forged\n2026-01-01T00:00:00.000Z 1.2.3.4:5 agent EVENT x",
+         "größe 漢字 😀", "", "\n", "quote\" back\\slash </script>", "\u2028sep\u2029", "x" * 40000]
+
+
+def test_nasty_text():
+    """Control characters, escapes and forged lines in a log are shown, never raw."""
+    raw = [b"bad \xff\xfe utf-8", b"\xed\xa0\x80", b"cut \xe2\x82"]
+    nasty_fields = field(1, field(1, "text\x1b") + field(2, "id\x1b[2J\n") + field(3, "LEV\x1b\nEL"))
+    event = field(2, field(1, "type\x1b\n") + field(4, b"\x1b{\n}\x00\xff") + field(5, "orig\x07") + field(6, "stat\r\n"))
+    for form in ("text", "json"):
+        with Server(f"nasty, {form}", [*W.base, "-output", form]) as s:
+            stream = Stream(s.address)
+            stream.send(*(log(t) for t in NASTY), *(log(t) for t in raw), nasty_fields, event, log("the last one"))
+            s.out.until("the last one")
+            stream.close()
+            s.err.until("stream ended|closed|reset")
+            data, out = s.out.data, s.out.text()
+            check(f"nasty, {form}: valid UTF-8", b"\xff" not in data and "\ufffd" not in out.replace("\\ufffd", ""), repr(out[-300:]), "UTF-8")
+            found = CONTROL.search(out)
+            check(f"nasty, {form}: nothing raw", not found, found and repr(out[max(0, found.start() - 60):found.end() + 20]), "escapes")
+            if form == "text":
+                for wanted in (r"\x1b[31mred\x1b[0m", r"\x07", r"\u202egpj.exe", "größe 漢字 😀", r"\xff", r"carriage\rreturn"):
+                    check(f"nasty, text: {wanted}", wanted in out, shorten(out, 1500), wanted)
+                entries = [line for line in out.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
+                same("nasty, text: entries", len(entries), len(NASTY) + len(raw) + 3)
+                hasnot("nasty, text: no forged entry", out, r"^2026-01-01T00:00:00.000Z")
+                has("nasty, text: continuation", out, r"^\s+line two")
+                has("nasty, text: continuation after an empty line", out, r"^\s+line four")
+                check("nasty, text: a long one is whole", "x" * 40000 in out, len(out), "40000 letters")
+            else:
+                lines = [json.loads(x) for x in out.splitlines()]
+                same("nasty, json: lines", len(lines), len(NASTY) + len(raw) + 3)
+                same("nasty, json: texts", [x["message"]["agentLog"].get("message", "") for x in lines[:len(NASTY)]], NASTY)
+                check("nasty, json: the rest", lines[-1]["message"]["agentLog"]["message"] == "the last one", lines[-1], "the last one")
+                same("nasty, json: bytes", lines[-2]["message"]["agentEvent"]["details"], b64(b"\x1b{\n}\x00\xff"))
+
+
+def test_unknown_fields():
+    """Every field is shown, unknown ones by number; so are messages that are hardly any."""
+    messages = [field(15, "future"), field(1, field(1, "known") + field(77, "extra")), b"", field(16, 12345), log("the last one")]
+    for form in ("text", "json"):
+        with Server(f"unknown fields, {form}", [*W.base, "-output", form]) as s:
+            stream = Stream(s.address)
+            stream.send(*messages)
+            s.out.until("the last one")
+            stream.close()
+            out = s.out.text().splitlines()
+            same(f"unknown fields, {form}: entries", len(out), len(messages))
+            for line, number in ((0, "15"), (1, "77"), (3, "16")):
+                has(f"unknown fields, {form}: {number}", out[line] if line < len(out) else "", rf"\b{number}\b")
+            if form == "json":
+                same("unknown fields, json: message stays the known part", json.loads(out[1])["message"], {"agentLog": {"message": "known"}})
+    with Server("every field", [*W.base, "-output", "text"]) as s:
+        stream = Stream(s.address, [("job-id", "jobX"), ("user-agent", "test")])
+        stream.send(field(6, field(1, b"\x01\x02") + field(2, "serial9")), field(3, field(1, "comp7") + field(2, "went wrong")),
+                    field(4, field(1, "comp8") + field(2, "stopped it")), field(5, field(1, "id9") + field(2, "Running")),
+                    field(7, field(1, b"tok") + field(2, "serial10")),
+                    field(1, field(1, "hello") + field(2, "comp11") + field(3, "WARN") + field(4, field(1, 1700000000) + field(2, 5000000))),
+                    field(2, field(1, "Type") + field(2, field(1, 1700000001)) + field(3, "comp12") + field(4, b"{}") + field(5, "orig") +
+                          field(6, "Stat")))
+        s.out.until("Type.*\n")
+        stream.close()
+        out = s.out.text()
+        for words in (["ATTESTATION", "serial9", "0102"], ["went wrong", "comp7"], ["stopped it", "comp8"], ["Running", "id9"],
+                      ["tok", "serial10"], ["WARN", "hello", "comp11", r"2023-11-14T22:13:20\.005Z"],
+                      ["Type/Stat", "comp12", "orig", r"\{\}", "2023-11-14T22:13:21"]):
+            has(f"every field: {words}", out, r"agent\[jobX\]", *words)
+
+
+def test_output_forms():
+    """The same run in both forms."""
+    args = [*W.base, "-data-paths", W.data]
+    with Server("form text", args) as s:
+        s.agent()
+        s.err.until("stream ended", times=2)
+        text = s.out.text()
+    with Server("form json", [*args, "-output", "json"]) as s:
+        s.agent()
+        s.err.until("stream ended", times=2)
+        lines = [json.loads(x) for x in s.out.text().splitlines()]
+        hasnot("json: nothing raw", s.out.text(), "[\x00-\x09\x0b-\x1f\x7f]")
+    for x in lines:
+        good = set(x) >= {"time", "peer", "stream", "message"} and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", x["time"]) and \
+            re.fullmatch(r"127\.0\.0\.1:\d+", x["peer"]) and x["stream"] in ("agent", "log-forwarder") and len(x["message"]) == 1
+        check("json: a line's members", good, x, "time, peer, stream, message")
+    events = [x["message"]["agentEvent"] for x in lines if "agentEvent" in x["message"]]
+    logs = [x["message"]["agentLog"] for x in lines if "agentLog" in x["message"]]
+    same("json: events", [f"{e['eventType']}/{e['status']}" for e in events], EVENTS)
+    same("json: originators", [e["originator"] for e in events if e["originator"] != "agent"], ["computation-runner"])
+    same("json: details", {base64.b64decode(e["details"]) for e in events}, {b"{}"})
+    same("json: levels", {x["level"] for x in logs}, {"INFO", "WARN", "DEBUG", "ERROR"})
+    same("json: computation", {x["computationId"] for x in events + logs}, {"1"})
+    check("json: timestamps", all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}(\.\d+)?Z", x["timestamp"]) for x in events + logs), events, "RFC 3339")
+    same("json: the agent's messages", [x["message"] for x in lines if x["stream"] == "agent"],
+         [{"vTPMattestationReport": {}}, {"runRes": {"computationId": "1"}}])
+    same("text and json: as many entries", len(heads(text)), len(lines))
+    for x in logs:
+        first_line = x["message"].splitlines()[0]
+        has(f"text has the log {first_line!r}", text, x["level"], re.escape(first_line))
+    hasnot("text: no colour in a pipe", text, "\x1b")
+
+
+def on_terminal(name, env):
+    master, slave = pty.openpty()
+    with Server(name, stdout=slave, env=env) as s:
+        os.close(slave)
+        shown = Collector(master)
+        s.agent("-fail", "Running")
+        shown.until("Failed/Failed.*\n")
+        s.err.until("stream ended", times=2)
+    shown.thread.join(LIMIT)
+    os.close(master)
+    return shown.text()
+
+
+def test_colour():
+    text = on_terminal("terminal", {"TERM": "xterm"})
+    check("terminal: colour", "\x1b[" in text, repr(text[:300]), "colour")
+    check("terminal: every colour ends", text.count("\x1b[0m") >= len(re.findall("\x1b\\[[1-9]", text)) > 0, repr(text), "a reset for each")
+    hasnot("terminal: nothing but colours", re.sub("\x1b\\[[0-9;]*m", "", text).replace("\r\n", "\n"), "[\x00-\x09\x0b-\x1f\x7f]")
+    hasnot("terminal, NO_COLOR: none", on_terminal("NO_COLOR", {"TERM": "xterm", "NO_COLOR": "1"}), "\x1b")
+    with Server("pipe, with TERM", env={"TERM": "xterm-256color"}) as s:
+        s.agent()
+        s.err.until("stream ended", times=2)
+        hasnot("pipe: no colour", s.out.text(), "\x1b")
+
+
+# ---- All of them ----
+
+def one(function):
+    began = time.monotonic()
+    try:
+        function()
+    except Exception as e:                     # a test that breaks is a failure, and the others go on
+        where = e.__traceback__
+        while where.tb_next and where.tb_next.tb_frame.f_code.co_filename == __file__:
+            where = where.tb_next
+        check(f"{function.__name__}, line {where.tb_lineno}", False, repr(e), "no exception")
+    if VERBOSE:
+        with lock:
+            print(f"     {function.__name__}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def main():
+    global W
+    words = [a for a in sys.argv[1:] if a != "-v"]
+    if not words:
+        sys.exit(__doc__)
+    W = World(os.path.abspath(words[0]))
+    tests = [f for n, f in globals().items() if n.startswith("test_") and (not words[1:] or any(w in n for w in words[1:]))]
+    tests.sort(key=lambda f: f.__name__ != "test_signal_stuck")    # the one that waits 5 s begins first
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(one, tests))
+    finally:
+        shutil.rmtree(W.dir, ignore_errors=True)
+    print(f"{totals['passed']} passed, {totals['failed']} failed" + (f", {totals['skipped']} skipped" if totals["skipped"] else ""))
+    return 1 if totals["failed"] or not totals["passed"] else 0
+
+
+W = None
+if __name__ == "__main__":
+    sys.exit(main())
