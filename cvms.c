@@ -8,17 +8,18 @@
  *   socket <--send-- conn_peek <--frames-- streams <--blobs-- grpc_send <--messages-- a service
  *
  * Sections 2 to 15 hold no descriptor, read no clock and never block (those that read the user's files, 11 to 13, run
- * before the port opens, and again only when a file has changed).  The event loop, section 16, owns every descriptor.
+ * before the port opens, and again only when a file has changed).  The event loop, section 17, owns every descriptor.
  *
- *    1  this map, includes                       10  options: one table for every command
+ *    1  this map, includes
  *    2  errors and formatted appends             11  checksums of files and folders
  *    3  HPACK                                    12  PEM and public keys
  *    4  frames                                   13  the manifest
- *    5  the core's shared state, safe text       14  services; how messages are shown
- *    6  streams and flow control                 15  TLS
- *    7  connections                              16  event loop
- *    8  gRPC                                     17  the client commands: stand-in agent, health
- *    9  message tables                           18  the server command, main
+ *    5  the core's shared state, safe text       14  the verdict of a smoke test
+ *    6  streams and flow control                 15  services; how messages are shown
+ *    7  connections                              16  TLS
+ *    8  gRPC                                     17  event loop
+ *    9  message tables                           18  the client commands: stand-in agent, health
+ *   10  options: one table for every command     19  the server command, control, main
  *
  * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
  */
@@ -36,6 +37,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <regex.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -621,6 +623,13 @@ struct core {
     const struct grpc_method *methods;
     size_t method_count, max_message;
     struct manifest *manifest;        /* what Process serves */
+    struct verdict *verdict;          /* the server's; what it makes of the messages */
+    struct session *sessions;         /* open Process streams */
+    const struct faults *faults;      /* made on purpose */
+    bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
+    bool recording;
+    struct buf record;                /* lines on their way to -record's file */
+    bool touched;                     /* something was sent outside a connection's own turn */
     void *app;                        /* the client commands' own state */
     int64_t stamp_s;
     char stamp[STAMP_LEN + 1];
@@ -2542,6 +2551,24 @@ PB_DEFINE(ServerStreamMessage, PB_PLAIN, "message",
     PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
     PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message));
 
+/* ---- A line of -record: one message as it came (received) or went (sent), and its very bytes ---- */
+struct Record {
+    struct Timestamp *time;
+    struct bytes peer, kind, job_id, raw;
+    int32_t stream;
+    struct ClientStreamMessage *received;
+    struct ServerStreamMessage *sent;
+};
+PB_DEFINE(Record, PB_PLAIN, NULL,
+    PB_ROW(Record, 1, MESSAGE, 0, time,     &Timestamp_message),
+    PB_ROW(Record, 2, STRING,  0, peer,     NULL),
+    PB_ROW(Record, 3, INT32,   0, stream,   NULL),
+    PB_ROW(Record, 4, STRING,  0, kind,     NULL),
+    PB_ROW(Record, 5, STRING,  0, job_id,   NULL),
+    PB_ROW(Record, 6, MESSAGE, 0, received, &ClientStreamMessage_message),
+    PB_ROW(Record, 7, MESSAGE, 0, sent,     &ServerStreamMessage_message),
+    PB_ROW(Record, 8, BYTES,   0, raw,      NULL));
+
 /* ---- grpc.health.v1 ---- */
 enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
 static const char *const ServingStatus_values[] = { "UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" };
@@ -2708,12 +2735,12 @@ struct options {
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
         *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
-        *algo_public_key_path;
+        *algo_public_key_path, *until, *report, *record, *replay;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
-        result_consumer_keys, manifest_for;
-    int64_t max_message, wait_ms, repeat;
-    bool once, base64, help, version;
+        result_consumer_keys, manifest_for, expect, reject, fault;
+    int64_t max_message, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
+    bool once, base64, help, version, control, skip_forwarder, fast;
     const char **args;
     size_t arg_count;
     struct pb_arena arena;            /* everything that is made of the words, until the end */
@@ -2775,6 +2802,18 @@ static const struct option option_table[] = {
     { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat), "manifest dialect: all (every agent), or exactly that of seed or head" },
     { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output), "how messages are shown on stdout: text, or json (one object a line)" },
     { "ready-file", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until), "end with a verdict once an agent is connected, accepted, running, ready or complete" },
+    { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms), "verdict 4 if that has not happened in time (0: wait for ever)" },
+    { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms), "verdict 5 if a lost agent has not come back in this time" },
+    { "poll", "DURATION", "5s", OPT_DURATION, CMD_SERVE, AT(poll_ms), "with a verdict wanted: ask agents for their state so often (0: never)" },
+    { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect), "events that must come, in this order; others may stand between" },
+    { "reject", "PATTERN", NULL, OPT_LIST, CMD_SERVE, AT(reject), "a log line or event that this extended regular expression finds is a failure; may be repeated" },
+    { "agents", "N", "1", OPT_COUNT, CMD_SERVE, AT(agents), "so many agents must get there, told apart by job-id or address" },
+    { "report", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(report), "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
+    { "record", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(record), "keep every message, both ways, as JSON lines for cvms agent -replay" },
+    { "control", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(control), "lines on stdin are commands, as on a terminal; help lists them" },
+    { "skip-forwarder", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(skip_forwarder), "send no manifest to a stream that says it is a log-forwarder" },
+    { "fault", "NAME[=VALUE]", NULL, OPT_LIST, CMD_SERVE, AT(fault), "do something wrong on purpose (see below); may be repeated" },
     { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message), "longest message that an agent may send" },
     { "o", "FILE", NULL, OPT_TEXT, CMD_MANIFEST, AT(out_file), "write the manifest's bytes to FILE instead of printing JSON" },
     { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
@@ -2783,6 +2822,8 @@ static const struct option option_table[] = {
     { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
     { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail), "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
     { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id), "send this as the metadata job-id, as the newest agents do" },
+    { "replay", "FILE", NULL, OPT_TEXT, CMD_AGENT, AT(replay), "play the agents' side of a server's -record FILE, at its own pace" },
+    { "fast", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(fast), "with -replay: without the pauses" },
     { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
     { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
@@ -2812,6 +2853,33 @@ static const char *const environment_table[][2] = {
     { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
     { "PORT", "port to listen on (default 7001; 0: any free one)" },
     { "NO_COLOR", "if set, no colour, also on a terminal" },
+};
+
+/* What -fault can do, to see how an agent takes it. */
+enum fault {
+    FAULT_DELAY, FAULT_MISSING_CHUNK, FAULT_NO_LAST, FAULT_FLIP, FAULT_SHORT_HASH, FAULT_WRONG_HASH, FAULT_RST,
+    FAULT_GOAWAY, FAULT_FREEZE, FAULT_REFUSE, FAULT_PLAIN, FAULT_TWICE, FAULTS
+};
+static const struct {
+    const char *name, *arg, *help;
+} fault_table[FAULTS] = {
+    [FAULT_DELAY] = { "delay", "DURATION", "wait so long before the manifest is sent" },
+    [FAULT_MISSING_CHUNK] = { "missing-chunk", "N", "leave out chunk N, counted from 0" },
+    [FAULT_NO_LAST] = { "no-last", NULL, "never send the last chunk" },
+    [FAULT_FLIP] = { "flip", "OFFSET", "flip a bit in this byte of the manifest" },
+    [FAULT_SHORT_HASH] = { "short-hash", NULL, "the algorithm's hash has 31 bytes" },
+    [FAULT_WRONG_HASH] = { "wrong-hash", NULL, "the algorithm's hash is that of something else" },
+    [FAULT_RST] = { "rst", NULL, "RST_STREAM once the manifest is out" },
+    [FAULT_GOAWAY] = { "goaway", NULL, "GOAWAY, and the streams' end, once the manifest is out" },
+    [FAULT_FREEZE] = { "freeze", "N", "send N chunks, then nothing more" },
+    [FAULT_REFUSE] = { "refuse", "N", "close the first N connections at once" },
+    [FAULT_PLAIN] = { "plain", NULL, "one plain runReq instead of chunks" },
+    [FAULT_TWICE] = { "twice", NULL, "the whole manifest twice" },
+};
+
+/* The faults that were asked for; -1: not this one. */
+struct faults {
+    int64_t value[FAULTS];
 };
 
 /* Mistakes of a user, told together before anything starts. */
@@ -3046,6 +3114,28 @@ static void options_parse(struct report *r, struct options *o, char **words, siz
     o->arg_count = n - i;
 }
 
+/* -fault NAME[=VALUE], each of them. */
+static void faults_parse(struct report *r, const struct options *o, struct faults *f)
+{
+    for (size_t i = 0; i < FAULTS; i++)
+        f->value[i] = -1;
+    for (size_t k = 0; k < o->fault.n; k++) {
+        const char *given = o->fault.v[k];
+        size_t n = strcspn(given, "="), i = 0;
+        while (i < FAULTS && (strlen(fault_table[i].name) != n || strncmp(fault_table[i].name, given, n) != 0))
+            i++;
+        if (i == FAULTS) {
+            tell(r, USAGE, "-fault: \"%s\" is not known; cvms -help lists the faults", given);
+            continue;
+        }
+        const char *value = given[n] ? given + n + 1 : NULL;
+        f->value[i] = !value ? 0 : i == FAULT_DELAY ? parse_duration(value) : parse_decimal(bytes_of(value));
+        if (!fault_table[i].arg != !value || f->value[i] < 0)
+            tell(r, USAGE, "-fault: write %s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : " alone",
+                 fault_table[i].arg ? fault_table[i].arg : "");
+    }
+}
+
 /* -help on stdout. */
 static void options_help(void)
 {
@@ -3069,6 +3159,13 @@ static void options_help(void)
             printf("  %-31s %s%s%s%s\n", flag, o->help, tell_preset ? " (default " : "", tell_preset ? o->preset : "",
                    tell_preset ? ")" : "");
         }
+    }
+    puts("\nFaults, for -fault:");
+    for (size_t i = 0; i < FAULTS; i++) {
+        char name[48];
+        snprintf(name, sizeof name, "%s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : "",
+                 fault_table[i].arg ? fault_table[i].arg : "");
+        printf("  %-31s %s\n", name, fault_table[i].help);
     }
     puts("\nEnvironment:");
     for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
@@ -4122,6 +4219,7 @@ struct manifest {
     size_t input_count;
     bool algo_input;                  /* the last input is the algorithm */
     enum compat compat;
+    const struct faults *faults;      /* NULL: none */
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
 };
 
@@ -4532,39 +4630,80 @@ static void hash_inputs(struct manifest *m, struct report *r)
     }
 }
 
-/* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory). */
-static struct blob *manifest_chunks(struct bytes id, struct bytes manifest)
+/* Appends one message with its gRPC prefix to a blob with room for it; b->n is what stands there.  False without
+ * memory for the scratch buffer. */
+static bool blob_append(struct blob *b, struct buf *scratch, const struct ServerStreamMessage *msg)
 {
-    size_t at = 0, pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
-    struct blob *b = blob_new(manifest.n + (pieces + 1) * (64 + id.n));
+    struct bytes wire = pb_encode(scratch, &ServerStreamMessage_message, msg);
+    if (scratch->failed)
+        return false;
+    grpc_put_prefix(b->p + b->n, wire.n);
+    memcpy(b->p + b->n + 5, wire.p, wire.n);
+    b->n += 5 + wire.n;
+    return true;
+}
+
+/* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory); faults may be
+ * NULL. */
+static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest, const struct faults *faults)
+{
+    size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
+    size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
+    struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
     struct buf scratch = { 0 };
-    for (size_t i = 0; b && i <= pieces; i++) {
-        struct RunReqChunks chunk = { .id = id, .is_last = i == pieces };
-        struct ServerStreamMessage msg = { .runReqChunks = &chunk };
-        if (i < pieces)
-            chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN, min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
-        struct bytes wire = pb_encode(&scratch, &ServerStreamMessage_message, &msg);
-        if (scratch.failed) {
-            blob_unref(b);
-            b = NULL;
-            break;
+    bool ok = b != NULL;
+    bool plain = faults && faults->value[FAULT_PLAIN] >= 0;
+    int64_t leave_out = faults ? faults->value[FAULT_MISSING_CHUNK] : -1;
+    size_t end = faults && faults->value[FAULT_FREEZE] >= 0 ? (size_t)faults->value[FAULT_FREEZE]
+               : faults && faults->value[FAULT_NO_LAST] >= 0 ? pieces : pieces + 1;
+    if (ok)
+        b->n = 0;
+    for (; ok && times > 0; times--) {
+        struct ComputationRunReq copy = *req;
+        if (plain)
+            ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReq = &copy });
+        for (size_t i = 0; ok && !plain && i <= pieces && i < end; i++) {
+            struct RunReqChunks chunk = { .id = req->id, .is_last = i == pieces };
+            if (i < pieces)
+                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN, min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
+            if ((int64_t)i != leave_out)
+                ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReqChunks = &chunk });
         }
-        grpc_put_prefix(b->p + at, wire.n);
-        memcpy(b->p + at + 5, wire.p, wire.n);
-        at += 5 + wire.n;
     }
-    if (b)
-        b->n = at;
     buf_free(&scratch);
-    return b;
+    if (ok)
+        return b;
+    blob_unref(b);
+    return NULL;
+}
+
+/* The faults that are in the manifest itself. */
+static void manifest_spoil(struct manifest *m, uint8_t spoilt[SHA3_256_LEN])
+{
+    struct Algorithm *a = m->req.algorithm;
+    if (m->faults->value[FAULT_WRONG_HASH] >= 0 && a->hash.n == SHA3_256_LEN) {
+        for (size_t i = 0; i < SHA3_256_LEN; i++)
+            spoilt[i] = (uint8_t)~a->hash.p[i];
+        a->hash.p = spoilt;
+    }
+    if (m->faults->value[FAULT_SHORT_HASH] >= 0 && a->hash.n)
+        a->hash.n--;
 }
 
 /* Encodes req anew, after inputs have changed.  False without memory: the old bytes stay. */
 static bool manifest_encode(struct manifest *m)
 {
     struct buf b = { 0 };
+    uint8_t spoilt[SHA3_256_LEN];
+    struct bytes hash = m->req.algorithm ? m->req.algorithm->hash : (struct bytes){ 0 };
+    if (m->faults && m->req.algorithm)
+        manifest_spoil(m, spoilt);
     struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
-    struct blob *stream = b.failed ? NULL : manifest_chunks(m->req.id, wire);
+    if (!b.failed && m->faults && m->faults->value[FAULT_FLIP] >= 0 && (uint64_t)m->faults->value[FAULT_FLIP] < wire.n)
+        b.p[(size_t)(wire.p - b.p) + (size_t)m->faults->value[FAULT_FLIP]] ^= 1;
+    struct blob *stream = b.failed ? NULL : manifest_chunks(&m->req, wire, m->faults);
+    if (m->req.algorithm)
+        m->req.algorithm->hash = hash;
     buf_free(&b);
     if (!stream)
         return false;
@@ -4610,6 +4749,7 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct repor
         struct manifest *of = keep(o, sizeof *of);
         char *job = keep(o, (size_t)(eq - given) + 1);
         of->job_id = memcpy(job, given, (size_t)(eq - given));
+        of->faults = m->faults;
         of->next = m->next;
         m->next = of;
         manifest_read(of, o, r, "manifest-for", eq + 1);
@@ -4695,7 +4835,416 @@ static void manifest_refresh(struct manifest *m, struct core *core)
         core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
 }
 
-/* ==== 14. Services: Process, Health, Reflection; how messages are shown ============================================
+/* ==== 14. The verdict: a smoke test's stages, failures and summary ==================================================
+ * Owns: what an agent's messages mean for the question "did it work?", the summary and the report.
+ * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
+ */
+enum stage { STAGE_NONE, STAGE_CONNECTED, STAGE_ACCEPTED, STAGE_RUNNING, STAGE_READY, STAGE_COMPLETE, STAGES };
+static const char *const stage_names[STAGES] = { "none", "connected", "accepted", "running", "ready", "complete" };
+
+enum {
+    VERDICT_REACHED = 0, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
+    MAX_HOSTS = 1000,                 /* agent hosts that are told apart */
+    CONTEXT_LINES = 8,                /* of a host's log, kept for the summary of a failure */
+    CONTEXT_BYTES = 300,
+    CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
+};
+
+/* What an event or a state says; status NULL: any.  Failures come before this table. */
+static const struct {
+    const char *type, *status;
+    enum stage stage;
+} event_stages[] = {
+    { "Running", "Completed", STAGE_READY },
+    { "ConsumingResults", "Ready", STAGE_READY },
+    { "Complete", "Completed", STAGE_COMPLETE },
+    { "Running", NULL, STAGE_RUNNING },
+}, state_stages[] = {
+    { "Running", NULL, STAGE_RUNNING },
+    { "ConsumingResults", NULL, STAGE_READY },
+    { "Complete", NULL, STAGE_COMPLETE },
+};
+
+/* Log lines of level WARN or ERROR that mean a failure which no event tells. */
+static const char *const silent_failures[] = {
+    "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
+};
+
+/* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
+struct host {
+    struct host *next;
+    char *name, *failure;             /* failure NULL: none */
+    enum stage stage;
+    int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
+    unsigned agents, forwarders;      /* streams that are open */
+    bool had_agent, had_forwarder;
+    size_t expected;                  /* of -expect, as many have been seen */
+    uint64_t messages, bytes;
+    char *context[CONTEXT_LINES];     /* a ring of the last lines */
+    size_t context_at;
+};
+
+struct verdict {
+    bool wanted, over;
+    enum stage until;
+    int status;
+    unsigned agents;                  /* as many must get there */
+    int64_t start_ms, timeout_ms, grace_ms, poll_ms, end_ms, next_poll_ms;   /* INT64_MAX: never */
+    struct values expect;             /* TYPE/STATUS, in this order */
+    regex_t *reject;
+    struct values reject_text;
+    struct host *hosts;
+    size_t host_count;
+    struct buf why;                   /* one line: the reason of the end */
+};
+
+/* A copy that lasts until verdict_free; NULL without memory, which all users take for "unknown". */
+static char *text_copy(struct bytes b, size_t max)
+{
+    size_t n = min_size(b.n, max);
+    char *s = malloc(n + 1);
+    if (s) {
+        if (n)
+            memcpy(s, b.p, n);
+        s[n] = 0;
+    }
+    return s;
+}
+
+static void verdict_free(struct verdict *v)
+{
+    while (v->hosts) {
+        struct host *h = v->hosts;
+        v->hosts = h->next;
+        for (size_t i = 0; i < CONTEXT_LINES; i++)
+            free(h->context[i]);
+        free(h->name);
+        free(h->failure);
+        free(h);
+    }
+    for (size_t i = 0; i < v->reject_text.n && v->reject; i++)
+        regfree(&v->reject[i]);
+    buf_free(&v->why);
+}
+
+/* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict is wanted, or too many. */
+static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
+{
+    const char *port = strrchr(peer, ':');
+    struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
+    if (!v->wanted)
+        return NULL;
+    struct host **at = &v->hosts;
+    for (; *at; at = &(*at)->next)
+        if (bytes_eq(bytes_of((*at)->name), name))
+            return *at;
+    struct host *h = v->host_count < MAX_HOSTS ? calloc(1, sizeof *h) : NULL;
+    if (!h || !(h->name = text_copy(name, SIZE_MAX))) {
+        free(h);
+        return NULL;
+    }
+    h->lost_ms = INT64_MAX;
+    v->host_count++;
+    return *at = h;
+}
+
+static void host_reach(const struct verdict *v, struct host *h, enum stage stage, int64_t now_ms)
+{
+    for (; h->stage < stage; h->stage++)
+        h->reached_ms[h->stage + 1] = now_ms - v->start_ms;
+}
+
+PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
+{
+    char text[CONTEXT_BYTES];
+    va_list ap;
+    if (h->failure)
+        return;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    struct buf safe = { 0 };
+    put_text(&safe, bytes_of(text), NULL);
+    h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
+    buf_free(&safe);
+}
+
+/* Keeps a line of the host's log, made safe. */
+static void host_context(struct host *h, const char *head, struct bytes text)
+{
+    struct buf line = { 0 };
+    buf_puts(&line, head);
+    buf_putc(&line, ' ');
+    put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
+    char **slot = &h->context[h->context_at++ % CONTEXT_LINES];
+    free(*slot);
+    *slot = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
+    buf_free(&line);
+}
+
+static bool bytes_contain(struct bytes in, const char *what)
+{
+    size_t n = strlen(what);
+    for (size_t i = 0; i + n <= in.n; i++)
+        if (memcmp(in.p + i, what, n) == 0)
+            return true;
+    return false;
+}
+
+/* -reject: a line that one of the patterns finds is a failure. */
+static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
+{
+    char *line = v->reject_text.n ? text_copy(text, SIZE_MAX) : NULL;
+    for (size_t i = 0; line && i < v->reject_text.n; i++)
+        if (regexec(&v->reject[i], line, 0, NULL, 0) == 0)
+            host_fail(h, "-reject %s: %s", v->reject_text.v[i], line);
+    free(line);
+}
+
+static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
+{
+    char level[16];
+    snprintf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8), log->level.n ? (const char *)log->level.p : "");
+    host_context(h, level, log->message);
+    bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
+    for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
+        if (bytes_contain(log->message, silent_failures[i]))
+            host_fail(h, "log: %.*s", (int)min_size(log->message.n, 200), (const char *)log->message.p);
+    verdict_reject(v, h, log->message);
+}
+
+static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
+{
+    char name[128];
+    snprintf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
+             event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
+             event->status.n ? (const char *)event->status.p : "");
+    host_context(h, "event", bytes_of(name));
+    if (h->expected < v->expect.n && strcmp(v->expect.v[h->expected], name) == 0)
+        h->expected++;
+    if (bytes_eq(event->status, BYTES("Failed")))
+        host_fail(h, "event %s", name);
+    for (size_t i = 0; !h->failure && i < PB_COUNT(event_stages); i++)
+        if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
+            (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
+            host_reach(v, h, event_stages[i].stage, now_ms);
+    verdict_reject(v, h, bytes_of(name));
+    if (event->details.n)
+        verdict_reject(v, h, event->details);
+}
+
+static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
+{
+    if (bytes_eq(state, BYTES("Failed")))
+        host_fail(h, "state Failed");
+    for (size_t i = 0; i < PB_COUNT(state_stages); i++)
+        if (bytes_eq(state, bytes_of(state_stages[i].type)))
+            host_reach(v, h, state_stages[i].stage, now_ms);
+}
+
+/* A message of the host has come. */
+static void verdict_message(struct verdict *v, struct host *h, const struct ClientStreamMessage *msg, size_t n,
+                            int64_t now_ms)
+{
+    h->messages++;
+    h->bytes += n;
+    if (msg->agent_log)
+        verdict_log(v, h, msg->agent_log);
+    else if (msg->agent_event)
+        verdict_event(v, h, msg->agent_event, now_ms);
+    else if (msg->agentStateRes)
+        verdict_state(v, h, msg->agentStateRes->state, now_ms);
+    else if (msg->run_res && msg->run_res->error.n)
+        host_fail(h, "run_res: %.*s", (int)min_size(msg->run_res->error.n, 200), (const char *)msg->run_res->error.p);
+    else if (msg->run_res)
+        host_reach(v, h, STAGE_ACCEPTED, now_ms);
+}
+
+/* A stream of the host has shown its kind (by = 1), or has ended (by = -1). */
+static void verdict_stream(struct verdict *v, struct host *h, bool agent, int by, int64_t now_ms)
+{
+    if (agent) {
+        h->agents += (unsigned)by;
+        h->had_agent = true;
+        h->lost_ms = h->agents ? INT64_MAX : now_ms;
+        host_reach(v, h, STAGE_CONNECTED, now_ms);
+    } else {
+        h->forwarders += (unsigned)by;
+        h->had_forwarder = true;
+    }
+}
+
+static bool host_is_done(const struct verdict *v, const struct host *h)
+{
+    return !h->failure && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+}
+
+static void verdict_end(struct verdict *v, int status)
+{
+    v->over = true;
+    v->status = status;
+}
+
+/* What a time-out was waiting for, for one host. */
+static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
+{
+    buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
+    if (!h->had_agent)
+        buf_puts(out, "; only its log-forwarder connected, no agent");
+    else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
+        buf_printf(out, "; no events, because no log-forwarder connected%s", v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
+    else if (h->expected < v->expect.n)
+        buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
+}
+
+static void verdict_timeout(struct verdict *v, unsigned done)
+{
+    buf_printf(&v->why, "timed out after %.1f s", (double)(v->timeout_ms - v->start_ms) / 1000);
+    if (!v->hosts)
+        buf_puts(&v->why, ": no agent connected");
+    else if (v->agents > 1)
+        buf_printf(&v->why, ": %u of %u agents got there", done, v->agents);
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (!host_is_done(v, h)) {
+            buf_puts(&v->why, ": ");
+            put_missing(&v->why, v, h);
+        }
+    verdict_end(v, VERDICT_TIMEOUT);
+}
+
+/* Looks at where everybody stands.  Called after every turn of the loop. */
+static void verdict_tick(struct verdict *v, int64_t now_ms)
+{
+    unsigned done = 0;
+    if (!v->wanted || v->over)
+        return;
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        done += host_is_done(v, h);
+        if (h->failure && v->end_ms == INT64_MAX) {
+            v->end_ms = now_ms + CONTEXT_MS;
+            buf_printf(&v->why, "the agent %s failed: %s", h->name, h->failure);
+        }
+    }
+    if (v->end_ms != INT64_MAX) {
+        if (now_ms >= v->end_ms)
+            verdict_end(v, VERDICT_FAILED);
+        return;
+    }
+    if (done && done >= v->agents) {
+        buf_printf(&v->why, "%s%s after %.3f s", v->until ? stage_names[v->until] : "all expected events",
+                   v->until ? " reached" : " seen", (double)(now_ms - v->start_ms) / 1000);
+        verdict_end(v, VERDICT_REACHED);
+        return;
+    }
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (h->lost_ms != INT64_MAX && now_ms - h->lost_ms >= v->grace_ms && !host_is_done(v, h) && !v->over) {
+            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within %.1f s",
+                       h->name, stage_names[h->stage], (double)v->grace_ms / 1000);
+            verdict_end(v, VERDICT_LOST);
+        }
+    if (!v->over && now_ms >= v->timeout_ms)
+        verdict_timeout(v, done);
+}
+
+/* When verdict_tick has something to do of itself. */
+static int64_t verdict_deadline(const struct verdict *v)
+{
+    if (!v->wanted || v->over)
+        return INT64_MAX;
+    int64_t at = v->end_ms < v->timeout_ms ? v->end_ms : v->timeout_ms;
+    if (v->next_poll_ms < at)
+        at = v->next_poll_ms;
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (h->lost_ms != INT64_MAX && !host_is_done(v, h) && h->lost_ms + v->grace_ms < at)
+            at = h->lost_ms + v->grace_ms;
+    return at;
+}
+
+static const char *verdict_word(int status)
+{
+    return status == VERDICT_REACHED ? "PASSED" : status == VERDICT_FAILED ? "FAILED"
+         : status == VERDICT_TIMEOUT ? "TIMED OUT" : status == VERDICT_LOST ? "LOST" : "INTERRUPTED";
+}
+
+/* The summary for people. */
+static void verdict_summary(const struct verdict *v, struct buf *out)
+{
+    buf_printf(out, "cvms: %s: %.*s (exit status %d)\n", verdict_word(v->status), (int)v->why.len,
+               v->why.len ? (char *)v->why.p : "", v->status);
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        buf_printf(out, "cvms:   %s:", h->name);
+        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
+            buf_printf(out, " %s %.3f s,", stage_names[i], (double)h->reached_ms[i] / 1000);
+        buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+                   (unsigned long long)h->bytes);
+        if (h->failure)
+            buf_printf(out, "cvms:   %s failed: %s; the last lines before the end:\n", h->name, h->failure);
+        for (size_t i = 0; h->failure && i < CONTEXT_LINES; i++) {
+            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
+            if (line)
+                buf_printf(out, "cvms:     | %s\n", line);
+        }
+    }
+}
+
+/* XML text: the five characters, and nothing that XML 1.0 forbids (put_text has escaped control characters). */
+static void put_xml(struct buf *out, struct bytes t)
+{
+    static const char special[] = "<>&\"'";
+    static const char *const names[] = { "&lt;", "&gt;", "&amp;", "&quot;", "&apos;" };
+    for (size_t i = 0; i < t.n; i++) {
+        const char *at = t.p[i] ? strchr(special, t.p[i]) : NULL;
+        if (at)
+            buf_puts(out, names[at - special]);
+        else
+            buf_putc(out, t.p[i]);
+    }
+}
+
+/* JUnit XML: one test case for each agent, and one for the verdict. */
+static void verdict_junit(const struct verdict *v, struct buf *out, double seconds)
+{
+    struct buf summary = { 0 };
+    verdict_summary(v, &summary);
+    buf_printf(out, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"cvms\" tests=\"1\" failures=\"%d\" "
+               "errors=\"0\" time=\"%.3f\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"%.3f\">\n",
+               v->status != 0, seconds, v->until ? stage_names[v->until] : "expect", seconds);
+    if (v->status) {
+        buf_puts(out, "    <failure message=\"");
+        put_xml(out, (struct bytes){ v->why.p, v->why.len });
+        buf_printf(out, "\" type=\"%s\"/>\n", verdict_word(v->status));
+    }
+    buf_puts(out, "    <system-out>");
+    put_xml(out, (struct bytes){ summary.p, summary.len });
+    buf_puts(out, "</system-out>\n  </testcase>\n</testsuite>\n");
+    buf_free(&summary);
+}
+
+static void verdict_json(const struct verdict *v, struct buf *out, double seconds)
+{
+    buf_printf(out, "{\"verdict\":\"%s\",\"status\":%d,\"seconds\":%.3f,\"why\":", verdict_word(v->status), v->status,
+               seconds);
+    pb_json_string(out, (struct bytes){ v->why.p, v->why.len });
+    buf_puts(out, ",\"agents\":[");
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        buf_puts(out, "{\"name\":");
+        pb_json_string(out, bytes_of(h->name));
+        buf_printf(out, ",\"stage\":\"%s\",\"stages\":{", stage_names[h->stage]);
+        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
+            buf_printf(out, "%s\"%s\":%.3f", i > STAGE_CONNECTED ? "," : "", stage_names[i],
+                       (double)h->reached_ms[i] / 1000);
+        buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
+                   (unsigned long long)h->bytes);
+        if (h->failure)
+            pb_json_string(out, bytes_of(h->failure));
+        else
+            buf_puts(out, "null");
+        buf_puts(out, h->next ? "}," : "}");
+    }
+    buf_puts(out, "]}\n");
+}
+
+/* ==== 15. Services: Process, Health, Reflection; how messages are shown ============================================
  * Owns: what each method answers, and the lines on stdout that an agent's messages become.
  * Never: touches frames; it sends messages and a status.
  */
@@ -4704,8 +5253,14 @@ static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
 
 /* One Process stream.  It is named when its kind is known: by metadata, or by its first message. */
 struct session {
+    struct session *prev, *next;
+    struct stream *stream;
+    struct manifest *manifest;
+    struct host *host;                /* NULL: no verdict is wanted */
     enum stream_kind kind;
     uint64_t messages, bytes;
+    int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
+    bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
     char *job_id;                     /* safe to print; NULL: none was sent */
 };
 
@@ -4939,6 +5494,75 @@ static void process_note(struct stream *s, const char *text)
               job ? "[" : "", job ? job : "", job ? "]" : "", text);
 }
 
+/* A line of -record. */
+static void record_line(struct stream *s, struct Record *r, struct bytes raw)
+{
+    struct core *core = s->conn->core;
+    const struct session *session = s->user;
+    struct Timestamp t = { .seconds = core->wall_ms / 1000, .nanos = (int32_t)(core->wall_ms % 1000 * 1000000) };
+    r->time = &t;
+    r->peer = bytes_of(s->conn->peer);
+    r->stream = (int32_t)s->id;
+    r->kind = bytes_of(kind_names[session->kind]);
+    r->job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
+    r->raw = raw;
+    pb_json(&core->record, &Record_message, r, 0);
+    buf_putc(&core->record, '\n');
+}
+
+/* Records what a blob of prefixed messages sends. */
+static void record_sent(struct stream *s, const struct blob *b)
+{
+    struct core *core = s->conn->core;
+    for (size_t at = 0, n; core->recording && at < b->n; at += 5 + n) {
+        struct ServerStreamMessage msg = { 0 };
+        bool unknown;
+        n = get_be32(b->p + at + 1);
+        pb_arena_reset(&core->arena);
+        struct bytes wire = { b->p + at + 5, n };
+        if (pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown) == PB_OK)
+            record_line(s, &(struct Record){ .sent = &msg }, wire);
+    }
+}
+
+/* Sends the session one message outside its connection's own turn. */
+static void session_send(struct session *session, const struct ServerStreamMessage *msg)
+{
+    struct buf scratch = { 0 };
+    struct bytes wire = pb_encode(&scratch, &ServerStreamMessage_message, msg);
+    struct blob *b = scratch.failed ? NULL : blob_new(wire.n + 5);
+    if (b) {
+        grpc_put_prefix(b->p, wire.n);
+        if (wire.n)
+            memcpy(b->p + 5, wire.p, wire.n);
+        record_sent(session->stream, b);
+    }
+    buf_free(&scratch);
+    grpc_send_blob(session->stream, b);
+    session->stream->conn->core->touched = true;
+}
+
+static void session_send_manifest(struct session *session)
+{
+    struct stream *s = session->stream;
+    session->send_ms = INT64_MAX;
+    record_sent(s, session->manifest->stream);
+    grpc_send_blob(s, blob_ref(session->manifest->stream));
+    if (session->ended)
+        grpc_finish(s, GRPC_OK, "");
+    s->conn->core->touched = true;
+}
+
+/* The stream has shown what it is. */
+static void session_kind(struct session *session, enum stream_kind kind)
+{
+    struct core *core = session->stream->conn->core;
+    session->kind = kind;
+    session->host = verdict_host(core->verdict, session->job_id, session->stream->conn->peer);
+    if (session->host)
+        verdict_stream(core->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+}
+
 static void process_open(struct stream *s, const struct fields *f)
 {
     struct core *core = s->conn->core;
@@ -4947,20 +5571,32 @@ static void process_open(struct stream *s, const struct fields *f)
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
+    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX };
+    if (core->sessions)
+        core->sessions->prev = session;
+    core->sessions = session;
     s->user = session;
+    enum stream_kind kind = KIND_UNKNOWN;
     if (f->value[F_JOB_ID].n) {
         struct buf name = { 0 };
         put_text(&name, (struct bytes){ f->value[F_JOB_ID].p, min_size(f->value[F_JOB_ID].n, 200) }, NULL);
         buf_putc(&name, 0);
         session->job_id = (char *)name.p;
-        session->kind = KIND_AGENT;
+        kind = KIND_AGENT;
     }
     if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
-        session->kind = KIND_FORWARDER;
+        kind = KIND_FORWARDER;
+    if (kind)
+        session_kind(session, kind);
     process_note(s, "connected");
-    struct manifest *m = manifest_for(core->manifest, f->value[F_JOB_ID]);
-    manifest_refresh(m, core);
-    grpc_send_blob(s, blob_ref(m->stream));
+    session->manifest = manifest_for(core->manifest, f->value[F_JOB_ID]);
+    manifest_refresh(session->manifest, core);
+    if (kind == KIND_FORWARDER && core->skip_forwarder)
+        grpc_send_headers(s);
+    else if (core->faults && core->faults->value[FAULT_DELAY] > 0)
+        session->send_ms = core->now_ms + core->faults->value[FAULT_DELAY];
+    else
+        session_send_manifest(session);
 }
 
 static void process_message(struct stream *s, struct bytes wire)
@@ -4981,20 +5617,39 @@ static void process_message(struct stream *s, struct bytes wire)
     }
     const struct pb_field *member = message_member(&msg);
     if (session->kind == KIND_UNKNOWN && member)
-        session->kind = shown[member->number].kind;
+        session_kind(session, shown[member->number].kind);
     session->messages++;
     session->bytes += wire.n;
     show_message(s, &msg, wire, unknown);
+    if (session->host)
+        verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
+    if (core->recording)
+        record_line(s, &(struct Record){ .received = &msg }, wire);
 }
 
 static void process_drained(struct stream *s)
 {
+    const struct faults *faults = s->conn->core->faults;
     struct session *session = s->user;
-    if (session && !s->finishing)
-        process_note(s, "computation run request sent successfully");
+    if (!session || s->finishing || session->announced)
+        return;
+    session->announced = true;
+    process_note(s, "computation run request sent successfully");
+    if (faults && faults->value[FAULT_RST] >= 0)
+        stream_reset(s, INTERNAL_ERROR);
+    if (faults && faults->value[FAULT_GOAWAY] >= 0)
+        conn_shutdown(s->conn, GRPC_UNAVAILABLE, "fault injected: goaway");
 }
 
 static void process_end(struct stream *s)
+{
+    struct session *session = s->user;
+    session->ended = true;
+    if (session->send_ms == INT64_MAX)
+        grpc_finish(s, GRPC_OK, "");
+}
+
+static void reflection_end(struct stream *s)
 {
     grpc_finish(s, GRPC_OK, "");
 }
@@ -5008,6 +5663,11 @@ static void process_closed(struct stream *s)
     snprintf(text, sizeof text, "stream ended after %llu message%s, %llu bytes", (unsigned long long)session->messages,
              session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
     process_note(s, text);
+    if (session->host)
+        verdict_stream(s->conn->core->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
+    *(session->prev ? &session->prev->next : &s->conn->core->sessions) = session->next;
+    if (session->next)
+        session->next->prev = session->prev;
     free(session->job_id);
     free(session);
     s->user = NULL;
@@ -5194,12 +5854,12 @@ static const struct grpc_method server_methods[] = {
     { .path = "/grpc.health.v1.Health/List", .open = ignore_open, .message = health_list, .end = unary_end },
     { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
     { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = process_end },
+      .message = reflection_message, .end = reflection_end },
     { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = process_end },
+      .message = reflection_message, .end = reflection_end },
 };
 
-/* ==== 16. Event loop: descriptors, clocks, signals =================================================================
+/* ==== 17. Event loop: descriptors, clocks, signals =================================================================
  * Owns: every descriptor, the clock, the only place that waits.  epoll where there is one, poll elsewhere.
  * Never: looks into bytes; it carries them between sockets, the core and stdout.
  */
@@ -5247,17 +5907,17 @@ struct sink {
 struct loop {
     struct core core;
     struct watch signals, listeners[MAX_LISTENERS];
-    struct sink out, err;
+    struct sink out, err, record;
     size_t listener_count, link_count;
     struct link *links, *graveyard;
     struct link **heap;
     size_t heap_len, heap_cap;
     bool accept_full, paused, stopping, hurry;
-    bool touched;                     /* something was sent outside a link's own turn */
-    int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants a call; INT64_MAX: never */
+    int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
+    int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
     int exit_status, signal_number;
     const char *stop_why;             /* set: the loop is to end */
-    void (*timer)(struct loop *);
+    void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
     const struct addrinfo *addresses; /* of the server, for the client commands */
     int64_t give_up_ms;               /* until when they try to connect */
     void (*link_up)(struct link *);   /* a connect has succeeded */
@@ -5445,6 +6105,10 @@ static void sink_fail(struct loop *l, struct sink *s, int error)
     s->broken = true;
     s->lines->len = s->sent = 0;
     poller_set(l, &s->watch, 0);
+    if (s == &l->record) {
+        l->core.recording = false;
+        core_note(&l->core, NULL, "-record: %s: nothing more is recorded", strerror(error));
+    }
     if (s != &l->out)
         return;
     core_note(&l->core, NULL, "stdout: %s: no message can be shown any more, so cvms ends", strerror(error));
@@ -5679,12 +6343,14 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
             accept_error(l);
             return;
         }
-        struct link *k = link_new(l, fd, link_ready);
+        peer_name(name, &sa);
+        struct link *k = l->refuse > 0 ? NULL : link_new(l, fd, link_ready);
         if (!k) {
+            core_note(&l->core, name, l->refuse > 0 ? "refused (-fault refuse)" : "refused: out of memory");
+            l->refuse -= l->refuse > 0;
             close(fd);
             continue;
         }
-        peer_name(name, &sa);
         conn_init(&k->conn, &l->core, &grpc_server, false, name);
         link_ready(l, &k->watch, WATCH_IN);   /* a client speaks first, and mostly has */
     }
@@ -5921,6 +6587,7 @@ static struct loop *loop_new(void)
     pb_arena_init(&l->core.arena, NULL, 0, 64 << 20);
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);
     sink_init(&l->err, STDERR_FILENO, &l->core.err);
+    sink_init(&l->record, -1, &l->core.record);
     loop_clock(l);
     if (!poller_init(l) || !signals_init(l)) {
         fprintf(stderr, "cvms: can't start: %s\n", strerror(errno));
@@ -5954,7 +6621,7 @@ static void loop_pressure(struct loop *l)
 /* Sends what was put on other links than the one whose turn it was. */
 static void loop_flush_all(struct loop *l)
 {
-    l->touched = false;
+    l->core.touched = false;
     for (struct link *k = l->links, *next; k; k = next) {
         next = k->next;
         if (!k->connecting)
@@ -5988,10 +6655,6 @@ static void loop_deadlines(struct loop *l)
         if (!k->dead && k->deadline_ms <= l->core.now_ms)
             link_close(k, "timed out");
     }
-    if (l->timer && l->core.now_ms >= l->timer_ms) {
-        l->timer_ms = INT64_MAX;
-        l->timer(l);
-    }
     if (l->accept_full)
         accept_resume(l);
 }
@@ -6021,11 +6684,14 @@ static bool loop_done(const struct loop *l)
 static int loop_run(struct loop *l)
 {
     while (!loop_done(l)) {
+        if (l->turn && !l->stop_why)
+            l->turn(l);
         if (l->stop_why && !l->stopping)
             loop_goodbye(l);
-        if (l->touched)
+        if (l->core.touched)
             loop_flush_all(l);
         sink_flush(l, &l->out);
+        sink_flush(l, &l->record);
         sink_flush(l, &l->err);
         loop_pressure(l);
         loop_bury(l);
@@ -6054,13 +6720,14 @@ static void loop_free(struct loop *l)
     signal_pipe = -1;
     buf_free(&l->core.out);
     buf_free(&l->core.err);
+    buf_free(&l->core.record);
     buf_free(&l->core.spare);
     pb_arena_free(&l->core.arena);
     free(l->heap);
     free(l);
 }
 
-/* ==== 17. The client commands: a stand-in agent, and health ========================================================
+/* ==== 18. The client commands: a stand-in agent, and health ========================================================
  * Owns: what a real agent host sends, in its order and on its two streams; the check of the manifest that it gets.
  * Never: runs a computation.
  */
@@ -6108,7 +6775,7 @@ struct agent {
     bool done[STREAMS];
     int64_t run;
     size_t chunks, datasets;
-    bool whole, failed, short_chunk;
+    bool whole, failed, short_chunk, next_run;
     struct buf manifest, id;
     const char *state;
     int fail;                         /* row of failures, -1: none */
@@ -6257,7 +6924,7 @@ static void agent_go(struct agent *a)
     for (int i = 0; i < STREAMS; i++)
         if (a->stream[i])
             grpc_half_close(a->stream[i]);
-    a->loop->touched = true;
+    a->loop->core.touched = true;
 }
 
 /* A chunk of the manifest, in the agent's order: full ones, a shorter one, an empty one that is the last. */
@@ -6334,7 +7001,7 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
     if (a->run == a->o->repeat)
         loop_stop(a->loop, "done");
     else
-        a->loop->timer_ms = 0;        /* the next run begins outside this call */
+        a->next_run = true;
 }
 
 static void agent_stream_closed(struct stream *s)
@@ -6398,9 +7065,12 @@ static void agent_dial(struct agent *a, int which)
 }
 
 /* The next run begins, on new connections. */
-static void agent_timer(struct loop *l)
+static void agent_turn(struct loop *l)
 {
     struct agent *a = l->core.app;
+    if (!a->next_run)
+        return;
+    a->next_run = false;
     for (struct link *k = l->links, *next; k; k = next) {
         next = k->next;
         link_close(k, "the run is over");
@@ -6468,7 +7138,7 @@ static int cmd_agent(struct options *o)
         return 1;
     a.authority = addr_text(o);
     a.loop = client_loop(o, list, &a, agent_up, agent_down);
-    a.loop->timer = agent_timer;
+    a.loop->turn = agent_turn;
     agent_dial(&a, AGENT);
     int status = loop_run(a.loop);
     if (a.loop->signal_number && !status)
@@ -6553,7 +7223,7 @@ static int cmd_health(struct options *o)
     return status;
 }
 
-/* ==== 18. The server command, and main ============================================================================= */
+/* ==== 19. The server command, and main ============================================================================= */
 
 /* HOST:PORT, with brackets around an IPv6 address. */
 static void host_port(char *out, size_t cap, const char *host, unsigned port)
@@ -6664,39 +7334,342 @@ static int cmd_manifest(struct options *o, struct report *r)
     return status;
 }
 
-static int cmd_serve(struct options *o, struct report *r)
+/* ---- The server: verdict, control, faults ---- */
+enum { COMMAND_LINE = 1024 };
+
+struct server {
+    struct loop *loop;
+    const struct options *o;
+    struct manifest manifest;
+    struct verdict verdict;
+    struct faults faults;
+    struct watch input;               /* stdin, when its lines are commands */
+    char line[COMMAND_LINE];
+    size_t line_len;
+};
+
+static void ask_state(struct session *s)
+{
+    struct AgentStateReq req = { .id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .agentStateReq = &req });
+}
+
+static void ask_stop(struct session *s)
+{
+    struct StopComputation stop = { .computation_id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .stopComputation = &stop });
+}
+
+static void ask_disconnect(struct session *s)
+{
+    struct DisconnectReq req = { .id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .disconnectReq = &req });
+}
+
+static void ask_run(struct session *s)
+{
+    manifest_refresh(s->manifest, s->stream->conn->core);
+    session_send_manifest(s);
+}
+
+static void control_help(struct server *v);
+
+static void control_quit(struct server *v)
+{
+    if (v->verdict.wanted && !v->verdict.over) {
+        buf_puts(&v->verdict.why, "ended by the command quit");
+        verdict_end(&v->verdict, VERDICT_TIMEOUT);
+        v->loop->exit_status = VERDICT_TIMEOUT;
+    }
+    loop_stop(v->loop, "the server was told to quit");
+}
+
+static void control_agents(struct server *v)
+{
+    struct core *core = &v->loop->core;
+    size_t n = 0;
+    for (const struct session *s = core->sessions; s; s = s->next, n++)
+        core_note(core, s->stream->conn->peer, "%s%s%s: %llu messages", kind_names[s->kind], s->job_id ? " " : "",
+                  s->job_id ? s->job_id : "", (unsigned long long)s->messages);
+    if (n == 0)
+        core_note(core, NULL, "no agent is connected");
+}
+
+/* What a line on stdin may be: a question to the agents, each or the one that is named, or something for the server. */
+static const struct {
+    const char *name, *help;
+    void (*ask)(struct session *);
+    void (*run)(struct server *);
+} controls[] = {
+    { "state", "[AGENT]       ask for the state", ask_state, NULL },
+    { "stop", "[AGENT]        stop the computation", ask_stop, NULL },
+    { "disconnect", "[AGENT]  make the agent leave; it comes back by itself", ask_disconnect, NULL },
+    { "run", "[AGENT]         send the manifest again", ask_run, NULL },
+    { "agents", "             list the open streams", NULL, control_agents },
+    { "quit", "               end the server", NULL, control_quit },
+    { "help", "               this list; AGENT is a job-id or an address", NULL, control_help },
+};
+
+static void control_help(struct server *v)
+{
+    for (size_t i = 0; i < PB_COUNT(controls); i++)
+        core_note(&v->loop->core, NULL, "%s %s", controls[i].name, controls[i].help);
+}
+
+/* Whether the session is meant by this name: its job-id, its address with or without the port, or "" for all. */
+static bool session_is(const struct session *s, const char *name)
+{
+    const char *peer = s->stream->conn->peer;
+    size_t n = strlen(name);
+    return n == 0 || (s->job_id && strcmp(s->job_id, name) == 0) || strcmp(peer, name) == 0 ||
+           (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
+}
+
+/* Asks every agent's stream that is meant. */
+static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
+{
+    struct core *core = &v->loop->core;
+    size_t n = 0;
+    bool gone = false;
+    for (struct session *s = core->sessions; s; s = s->next)
+        if (s->kind != KIND_FORWARDER && !s->ended && session_is(s, name)) {
+            ask(s);
+            n++;
+        }
+    for (const struct host *h = v->verdict.hosts; h; h = h->next)
+        gone |= *name && strcmp(h->name, name) == 0;
+    if (n == 0)
+        core_note(core, NULL, *name ? "the agent %s %s" : "no agent is connected%s%s", *name ? name : "",
+                  !*name ? "" : gone ? "has gone" : "is not connected");
+}
+
+static void control_line(struct server *v, char *line)
+{
+    char *save, *name = strtok_r(line, " \t\r", &save), *agent = strtok_r(NULL, " \t\r", &save);
+    for (size_t i = 0; name && i < PB_COUNT(controls); i++)
+        if (strcmp(name, controls[i].name) == 0) {
+            if (controls[i].ask)
+                control_ask(v, controls[i].ask, agent ? agent : "");
+            else
+                controls[i].run(v);
+            return;
+        }
+    if (name)
+        core_note(&v->loop->core, NULL, "there is no command %.20s; help lists them", name);
+}
+
+/* Bytes of commands: whole lines are done, the rest is kept; a line that is too long is dropped. */
+static void control_bytes(struct server *v, const char *p, size_t n)
+{
+    for (; n; p++, n--) {
+        if (*p == '\n') {
+            v->line[v->line_len < COMMAND_LINE ? v->line_len : 0] = 0;
+            v->line_len = 0;
+            control_line(v, v->line);
+        } else if (v->line_len < COMMAND_LINE) {
+            v->line[v->line_len++] = *p;
+        }
+    }
+}
+
+/* stdin has something, or has ended; a background job that may not read its terminal has no commands. */
+static void control_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    struct server *v = l->core.app;
+    char p[512];
+    (void)events;
+    ssize_t n = read(w->fd, p, sizeof p);
+    if (n > 0) {
+        control_bytes(v, p, (size_t)n);
+    } else if (n == 0 || errno != EINTR) {
+        control_bytes(v, "\n", 1);
+        poller_set(l, w, 0);
+    }
+}
+
+static void control_start(struct server *v)
+{
+    v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
+    signal(SIGTTIN, SIG_IGN);
+    if (poller_set(v->loop, &v->input, WATCH_IN))
+        return;
+    char p[512];                      /* a file can't be waited for: all its lines are there */
+    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0;)
+        control_bytes(v, p, (size_t)n);
+}
+
+/* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
+static void server_turn(struct loop *l)
+{
+    struct server *v = l->core.app;
+    int64_t now = l->core.now_ms, next = INT64_MAX;
+    for (struct session *s = l->core.sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
+        if (s->send_ms <= now)
+            session_send_manifest(s);
+        else if (s->send_ms < next)
+            next = s->send_ms;
+    }
+    if (now >= v->verdict.next_poll_ms) {
+        for (struct session *s = l->core.sessions; s; s = s->next)
+            if (s->kind == KIND_AGENT && !s->ended)
+                ask_state(s);
+        v->verdict.next_poll_ms = now + v->verdict.poll_ms;
+    }
+    verdict_tick(&v->verdict, now);
+    if (v->verdict.over) {
+        l->exit_status = v->verdict.status;
+        loop_stop(l, "the smoke test is over");
+    }
+    l->timer_ms = verdict_deadline(&v->verdict);
+    if (next < l->timer_ms)
+        l->timer_ms = next;
+}
+
+/* The flags that ask for a verdict. */
+static void verdict_setup(struct verdict *v, struct options *o, struct report *r)
+{
+    *v = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
+                           .grace_ms = o->grace_ms, .poll_ms = o->poll_ms > 0 ? o->poll_ms : INT64_MAX,
+                           .agents = (unsigned)o->agents };
+    if (o->until) {
+        check_choice(r, "until", o->until, stage_names + STAGE_CONNECTED, STAGES - STAGE_CONNECTED);
+        for (int i = STAGE_CONNECTED; i < STAGES; i++)
+            if (strcmp(o->until, stage_names[i]) == 0)
+                v->until = (enum stage)i;
+    }
+    v->expect = list_split(o, &o->expect);
+    for (size_t i = 0; i < v->expect.n; i++)
+        if (!strchr(v->expect.v[i], '/'))
+            tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
+    v->reject_text = o->reject;
+    v->reject = o->reject.n ? keep(o, o->reject.n * sizeof *v->reject) : NULL;
+    for (size_t i = 0; i < o->reject.n; i++) {
+        char why[100];
+        int error = regcomp(&v->reject[i], o->reject.v[i], REG_EXTENDED | REG_NOSUB);
+        regerror(error, &v->reject[i], why, sizeof why);
+        if (error) {
+            tell(r, USAGE, "-reject: \"%s\": %s", o->reject.v[i], why);
+            v->reject_text.n = i;
+        }
+    }
+    v->wanted = v->until || v->expect.n || o->reject.n || o->timeout_ms;
+    if (o->report && !v->wanted)
+        tell(r, USAGE, "-report: there is no verdict to report; add -until STAGE");
+}
+
+/* The clock of the verdict starts when the port is open. */
+static void verdict_start(struct verdict *v, const struct options *o, int64_t now_ms)
+{
+    v->start_ms = now_ms;
+    if (o->timeout_ms)
+        v->timeout_ms = now_ms + o->timeout_ms;
+    if (v->wanted && o->poll_ms)
+        v->next_poll_ms = now_ms + o->poll_ms;
+}
+
+/* The end of a smoke test: the summary on stderr, the report in its file.  Returns the exit status. */
+static int verdict_finish(struct server *v, int status)
+{
+    struct buf text = { 0 };
+    struct err e;
+    int64_t end_ms = v->loop->core.now_ms;
+    if (!v->verdict.over) {
+        buf_printf(&v->verdict.why, v->loop->signal_number ? "signal %d" : "the server ended before", v->loop->signal_number);
+        v->verdict.status = v->loop->signal_number ? 128 + v->loop->signal_number : status ? status : 1;
+    }
+    verdict_summary(&v->verdict, &text);
+    if (text.len)
+        fwrite(text.p, 1, text.len, stderr);
+    text.len = 0;
+    if (v->o->report) {
+        size_t n = strlen(v->o->report);
+        bool json = n > 5 && strcmp(v->o->report + n - 5, ".json") == 0;
+        (json ? verdict_json : verdict_junit)(&v->verdict, &text, (double)(end_ms - v->verdict.start_ms) / 1000);
+        if (text.failed || !write_file(v->o->report, text.p, text.len, &e)) {
+            fprintf(stderr, "cvms: -report: %s\n", text.failed ? "out of memory" : e.text);
+            v->verdict.status = v->verdict.status ? v->verdict.status : 1;
+        }
+    }
+    buf_free(&text);
+    return v->verdict.status;
+}
+
+/* Everything that the flags ask for, checked.  False: it has been told what is wrong. */
+static bool server_check(struct server *v, struct options *o, struct report *r)
 {
     static const char *const outputs[] = { "text", "json" };
-    struct manifest m = { 0 };
-    struct err e;
-    char where[300];
     check_choice(r, "output", o->output, outputs, 2);
     check_environment(r);
-    manifest_build(&m, o, r);
-    if (r->usage || r->start)
+    faults_parse(r, o, &v->faults);
+    verdict_setup(&v->verdict, o, r);
+    v->manifest.faults = o->fault.n ? &v->faults : NULL;
+    manifest_build(&v->manifest, o, r);
+    return !r->usage && !r->start;
+}
+
+/* Opens what is written to and listened on.  False: told. */
+static bool server_open(struct server *v, struct report *r, char *where, size_t cap)
+{
+    const struct options *o = v->o;
+    struct err e;
+    if (o->record) {
+        int fd = open(o->record, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+        if (fd < 0) {
+            tell(r, START, "-record: %s: %s", o->record, strerror(errno));
+            return false;
+        }
+        sink_init(&v->loop->record, fd, &v->loop->core.record);
+        v->loop->core.recording = true;
+    }
+    if (!serve_listen(v->loop, r, where, cap))
+        return false;
+    struct buf line = { 0 };
+    buf_printf(&line, "%s\n", where);
+    bool ok = !o->ready_file || write_file(o->ready_file, line.p, line.len, &e);
+    buf_free(&line);
+    if (!ok)
+        tell(r, START, "-ready-file: %s", e.text);
+    return ok;
+}
+
+static int cmd_serve(struct options *o, struct report *r)
+{
+    char where[300];
+    struct server v = { .o = o };
+    if (!server_check(&v, o, r)) {
+        manifest_free(&v.manifest);
+        verdict_free(&v.verdict);
         return r->usage ? 2 : 1;
-    struct loop *l = loop_new();
+    }
+    struct loop *l = v.loop = loop_new();
     l->core.methods = server_methods;
     l->core.method_count = PB_COUNT(server_methods);
     l->core.max_message = (size_t)o->max_message;
-    l->core.manifest = &m;
+    l->core.manifest = &v.manifest;
+    l->core.verdict = &v.verdict;
+    l->core.faults = v.manifest.faults;
+    l->core.skip_forwarder = o->skip_forwarder;
     l->core.json = strcmp(o->output, "json") == 0;
     l->core.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR"));
-    if (!serve_listen(l, r, where, sizeof where))
-        return 1;
-    struct buf line = { 0 };
-    buf_printf(&line, "%s\n", where);
-    if (o->ready_file && !write_file(o->ready_file, line.p, line.len, &e)) {
-        tell(r, START, "-ready-file: %s", e.text);
-        return 1;
+    l->core.app = &v;
+    l->turn = server_turn;
+    l->refuse = v.faults.value[FAULT_REFUSE];
+    int status = 1;
+    if (server_open(&v, r, where, sizeof where)) {
+        for (size_t i = 0; i < l->listener_count; i++)
+            poller_set(l, &l->listeners[i], WATCH_IN);
+        core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s without TLS", where);
+        loop_clock(l);
+        verdict_start(&v.verdict, o, l->core.now_ms);
+        if (o->control || isatty(STDIN_FILENO))
+            control_start(&v);
+        status = loop_run(l);
+        if (v.verdict.wanted)
+            status = verdict_finish(&v, status);
     }
-    buf_free(&line);
-    for (size_t i = 0; i < l->listener_count; i++)
-        poller_set(l, &l->listeners[i], WATCH_IN);
-    core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s without TLS", where);
-    int status = loop_run(l);
     loop_free(l);
-    manifest_free(&m);
+    manifest_free(&v.manifest);
+    verdict_free(&v.verdict);
     return status;
 }
 

@@ -6,12 +6,12 @@ the openssl command only; loopback only; every port is the system's choice.  The
 """
 import base64
 import concurrent.futures
-import glob
 import hashlib
 import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -113,26 +113,35 @@ def run(name, args, env=None, limit=LIMIT, command=None, **kw):
 class Collector:
     """Reads a pipe to its end in a thread; until() waits for what is awaited to appear."""
     def __init__(self, fd):
-        self.data, self.ended, self.cond = b"", False, threading.Condition()
-        self.thread = threading.Thread(target=self.read, args=(fd,), daemon=True)
+        self.fd, self.data, self.ended, self.cond = fd, b"", False, threading.Condition()
+        self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
 
-    def read(self, fd):
-        while True:
+    def read(self):
+        while not self.ended:
+            select.select([self.fd], [], [])
+            with self.cond:
+                self.take()
+
+    def take(self):
+        """With the lock held: all that waits in the pipe."""
+        while not self.ended and select.select([self.fd], [], [], 0)[0]:
             try:
-                piece = os.read(fd, 65536)
+                piece = os.read(self.fd, 65536)
             except OSError:                 # a pty whose other end has closed
                 piece = b""
-            with self.cond:
-                self.data += piece
-                self.ended = not piece
-                self.cond.notify_all()
-            if not piece:
-                return
+            self.data += piece
+            self.ended = not piece
+            self.cond.notify_all()
+
+    def bytes(self):
+        """All that has been written so far."""
+        with self.cond:
+            self.take()
+            return self.data
 
     def text(self):
-        with self.cond:
-            return self.data.decode(errors="replace")
+        return self.bytes().decode(errors="replace")
 
     def until(self, pattern, seconds=LIMIT, times=1):
         """The text once the pattern is there so many times; None if that does not come about."""
@@ -217,6 +226,25 @@ def read(path):
         return f.read()
 
 
+def read_fifo(path, seconds=5):
+    """What is written into it; nothing if that does not come about in time."""
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        return os.read(fd, 65536) if select.select([fd], [], [], seconds)[0] else b""
+    finally:
+        os.close(fd)
+
+
+def end(p, seconds=8):
+    """The exit status of a process that should end by itself; None if it had to be killed."""
+    try:
+        return p.wait(seconds)
+    except subprocess.TimeoutExpired:
+        p.kill()
+        p.wait()
+        return None
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -249,6 +277,14 @@ class World:
         self.remote = [*self.required, "-algo-source-url", "https://h/a", "-algo-kbs-path", "r/k/a",
                        "-algo-hash", "ab" * 32, "-kbs-url", "http://kbs:8080"]
         self.remote_data = ["-dataset-source-urls", "s3://b/x,oci:d:t", "-dataset-kbs-paths", "r/k/x,r/k/y"]
+
+
+def but(args, flag, value):
+    """The flags with one of them set to this instead."""
+    args = list(args)
+    while flag in args:
+        del args[args.index(flag):args.index(flag) + 2]
+    return [*args, flag, value]
 
 
 def manifest(name, args, env=None, **kw):
@@ -391,7 +427,8 @@ def test_flag_syntax():
         ("a value that is two dashes", [*base, "-client-ca-file", "--"], "agentConfig.clientCaFile", "--"),
         ("an empty value", [*base, "-client-ca-file", ""], "agentConfig.clientCaFile", None),
         ("last of two wins", [*base, "-algo-type", "wasm", "--algo-type=bin"], "algorithm.algoType", "bin"),
-        ("last of two lists wins", [*base, "-algo-args", "a,b", "-algo-args", "c"], "algorithm.algoArgs", ["c"]),
+        ("a list in several uses is not split", [*base, "-algo-args", "a,b", "--algo-args=", "-algo-args", "c"], "algorithm.algoArgs",
+         ["a,b", "", "c"]),
         ("-- at the end", [*base, "-algo-type", "wasm", "--"], "algorithm.algoType", "wasm"),
         ("empty elements", [*base, "-algo-args", ",a,,"], "algorithm.algoArgs", ["", "a", "", ""]),
         ("one comma", [*base, "-algo-args", ","], "algorithm.algoArgs", ["", ""]),
@@ -457,7 +494,7 @@ def test_every_flag():
         ("-compat", W.base + ["-data-paths", W.data], "head", "datasets.0.filename", None),
     ]
     for flag, base, value, path, wanted in rows:
-        got, r = manifest(flag, [*base, flag, value])
+        got, r = manifest(flag, but(base, flag, value))
         if check(f"flag {flag}: status", got is not None, f"{r.status} {r.err}", "0"):
             same(f"flag {flag} {value}: {path}", dig(got, path), wanted)
     got, r = manifest("defaults", W.remote + urls)
@@ -607,8 +644,8 @@ def test_mistakes_usage():
         ("dataset URL without KBS path", [*base, "-dataset-source-urls", "s3://x"],
          [("-dataset-source-urls", "-dataset-kbs-paths")]),
         ("dataset KBS path without URL", [*base, "-dataset-kbs-paths", "x"], [("-dataset-source-urls", "-dataset-kbs-paths")]),
-        ("fewer KBS paths", [*remote, *data, "-dataset-kbs-paths", "a"], [("-dataset-kbs-paths", r"\b1\b", r"\b2\b")]),
-        ("more KBS paths", [*remote, *data, "-dataset-kbs-paths", "a,b,c"], [("-dataset-kbs-paths", r"\b3\b", r"\b2\b")]),
+        ("fewer KBS paths", but(remote + data, "-dataset-kbs-paths", "a"), [("-dataset-kbs-paths", r"\b1\b", r"\b2\b")]),
+        ("more KBS paths", but(remote + data, "-dataset-kbs-paths", "a,b,c"), [("-dataset-kbs-paths", r"\b3\b", r"\b2\b")]),
         ("fewer KBS URLs", [*remote, *data, "-dataset-kbs-urls", "http://a"], [("-dataset-kbs-urls", r"\b1\b", r"\b2\b")]),
         ("more KBS URLs", [*remote, *data, "-dataset-kbs-urls", "a,b,c"], [("-dataset-kbs-urls", r"\b3\b", r"\b2\b")]),
         ("empty dataset", [*base, "-data-paths", f"{W.data},"], [("-data-paths", "empty", "comma|2")]),
@@ -820,7 +857,7 @@ def fix(name, command, d, tty):
         out = p.communicate()[0]
     asked.thread.join(LIMIT)
     os.close(master)
-    return out, asked.data
+    return out, asked.bytes()
 
 
 def test_keys():
@@ -901,9 +938,9 @@ def test_warnings():
         ("unknown scheme of the algorithm", [*remote, "-algo-source-url", "ftp://h/a"], ["-algo-source-url", "ftp://h/a", "s3://"]),
         ("no scheme", [*remote, "-algo-source-url", "registry.example/a:1"], ["-algo-source-url", "registry.example"]),
         ("scheme in capitals", [*remote, "-algo-source-url", "S4://x"], ["-algo-source-url", "S4://x"]),
-        ("unknown scheme of a dataset", [*remote, *data, "-dataset-source-urls", "s3://a,file:///x"],
+        ("unknown scheme of a dataset", but(remote + data, "-dataset-source-urls", "s3://a,file:///x"),
          ["-dataset-source-urls", "file:///x"]),
-        ("empty URL of a dataset", [*remote, *data, "-dataset-source-urls", "s3://a,"], ["-dataset-source-urls"]),
+        ("empty URL of a dataset", but(remote + data, "-dataset-source-urls", "s3://a,"), ["-dataset-source-urls"]),
         ("-algo-path unused", [*remote, "-algo-path", W.algo], ["-algo-path", "not used"]),
         ("-data-paths unused", [*full, "-data-paths", W.data], ["-data-paths", "not used"]),
         ("-dataset-decompress not a boolean", [*full, "-dataset-decompress", "yes,1"], ["-dataset-decompress", "yes", "false"]),
@@ -911,8 +948,8 @@ def test_warnings():
         ("-kbs-url with -compat head", [*remote, "-compat", "head", "-algo-kbs-url", "http://x"], ["-compat head", "-kbs-url"]),
         ("-algo-kbs-url with -compat seed", [*remote, "-compat", "seed", "-algo-kbs-url", "http://x"],
          ["-compat seed", "-algo-kbs-url"]),
-        ("no KBS for -compat head", [*remote, "-compat", "head"], ["algorithm has no", "-algo-kbs-url"]),
-        ("no KBS for -compat seed", [*nokbs, "-compat", "seed", "-algo-kbs-url", "http://x"], ["algorithm has no", " -kbs-url"]),
+        ("no KBS for -compat head", [*remote, "-compat", "head"], ["algorithm.* has no", "-algo-kbs-url"]),
+        ("no KBS for -compat seed", [*nokbs, "-compat", "seed", "-algo-kbs-url", "http://x"], ["algorithm.* has no", " -kbs-url"]),
     ]
     for name, args, patterns in rows:
         out = os.path.join(temp("warn"), "m")
@@ -1165,7 +1202,7 @@ def test_listening():
     ready = os.path.join(temp("ready"), "ready")
     os.mkfifo(ready)
     with Server("ready file as a FIFO", [*W.base, "-ready-file", ready], wait=False) as s:
-        where = read(ready).decode().strip()
+        where = read_fifo(ready).decode().strip()
         same("ready file as a FIFO: open when it is written", run("FIFO", ["health", where]).status, 0)
 
 
@@ -1191,6 +1228,7 @@ def test_ready_fifo_unread():
             check(f"ready file unread, signal {number}: ends", ended, "still there after 3 s", "the end")
             if not ended:
                 s.p.kill()
+                s.p.wait()
 
 
 def test_signals():
@@ -1231,8 +1269,19 @@ def big_server(name):
     return server, stream
 
 
+def stuck_server(name):
+    """A server whose stdout nobody reads, and which has more to write there than a pipe holds; the pipe's reading end."""
+    r, w = os.pipe()
+    server = Server(name, stdout=w)
+    os.close(w)
+    stream = Stream(server.address)
+    stream.send(log("\x01" * 60000))           # four characters each, once it is shown
+    select.select([r], [], [], LIMIT)
+    return server, stream, r
+
+
 def test_signal_stuck():
-    """A client that reads nothing cannot hold the server: 5 s, or a second signal."""
+    """Neither a client that reads nothing nor a stdout that takes nothing holds the server for more than 5 s."""
     server, stream = big_server("SIGTERM, stuck client")
     with server as s:
         began = time.monotonic()
@@ -1240,10 +1289,20 @@ def test_signal_stuck():
         same("SIGTERM, stuck client: status", s.wait(9), 0)
         check("SIGTERM, stuck client: within 5 s", time.monotonic() - began < 5.7, time.monotonic() - began, "5 s")
     stream.close()
+    server, stream, r = stuck_server("SIGTERM, stuck stdout")
+    with server as s:
+        began = time.monotonic()
+        s.signal(signal.SIGTERM)
+        status = s.wait(9)
+        check("SIGTERM, stuck stdout: status", status in (0, 1), status, "0, or 1 for what is lost")
+        check("SIGTERM, stuck stdout: within 5 s", time.monotonic() - began < 5.7, time.monotonic() - began, "5 s")
+        has("SIGTERM, stuck stdout: told", s.err.text(), "stdout", r"\d+ bytes")
+    stream.close()
+    os.close(r)
 
 
 def test_signal_twice():
-    server, stream = big_server("second signal")
+    server, stream, r = stuck_server("second signal")
     with server as s:
         s.signal(signal.SIGTERM)
         check("second signal: the first is told", s.err.until("(?i)signal|goodbye", 4), s.err.text(), "a line")
@@ -1254,15 +1313,27 @@ def test_signal_twice():
         check("second signal: ends at once", time.monotonic() - began < 1.5, time.monotonic() - began, "at once")
         check("second signal: status", status in (130, 143, -2, -15), status, "that of a signal")
     stream.close()
+    os.close(r)
 
 
 def test_stdout_lost():
     """Without stdout the server serves until a message must be shown, then ends with status 1 and says why."""
+    def until_it_ends(s):
+        """Messages until the server ends.  One may get by: a child of another test's that is just being started has the
+        pipe's reading end until its exec."""
+        for _ in range(5):
+            s.agent("-once", "-wait", "0s")
+            try:
+                s.p.wait(2)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+
     def goes(name, server, why):
         with server as s:
             same(f"{name}: serves until then", run(name, ["health", s.address]).status, 0)
             check(f"{name}: still there", s.p.poll() is None, s.p.poll(), "a server")
-            s.agent("-wait", "0s", name=f"{name}: agent")
+            until_it_ends(s)
             same(f"{name}: status", s.wait(8), 1)
             has(f"{name}: told", s.err.text(), "stdout", why)
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", W.cvms, *W.base]
@@ -1279,13 +1350,14 @@ def test_stdout_lost():
         os.close(w)
         first_agent = s.agent("-once")
         same("stdout lost on the way: before", first_agent.status, 0)
-        check("stdout lost on the way: shown", b"ATTESTATION" in os.read(r, 65536), "", "a message")
+        check("stdout lost on the way: shown", select.select([r], [], [], LIMIT)[0] and b"ATTESTATION" in os.read(r, 65536), "",
+              "a message")
         os.close(r)
-        s.agent("-once")
+        until_it_ends(s)
         same("stdout lost on the way: status", s.wait(8), 1)
         has("stdout lost on the way: told", s.err.text(), "stdout")
     with Server("readonly stdout", command=["sh", "-c", 'exec "$@" 1</dev/null', "sh", W.cvms, *W.base]) as s:
-        s.agent("-once")
+        until_it_ends(s)
         same("stdout open for reading only: status", s.wait(8), 1)
 
 
@@ -1297,7 +1369,7 @@ def fifo_server(name, redirect):
     p = subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", W.cvms, *W.base, "-ready-file", f"{d}/ready"], cwd=d,
                          env=environment(LOCAL), stdout=out)
     out.close()
-    return p, read(f"{d}/ready").decode().strip(), f"{d}/out"
+    return p, read_fifo(f"{d}/ready").decode().strip(), f"{d}/out"
 
 
 def test_stderr_lost():
@@ -1308,30 +1380,32 @@ def test_stderr_lost():
         same(f"{name}: agent", run(name, ["agent", where]).status, 0)
         same(f"{name}: health", run(name, ["health", where]).status, 0)
         p.send_signal(signal.SIGTERM)
-        same(f"{name}: status", p.wait(8), 0)
+        same(f"{name}: status", end(p), 0)
         check(f"{name}: messages", b"Complete" in read(out), read(out), "the run's messages")
     p, where, out = fifo_server("all closed", "<&- >&- 2>&-")
     same("no descriptors at all: serves", run("no descriptors", ["health", where]).status, 0)
     same("no descriptors at all: goes on serving", run("no descriptors", ["health", where]).status, 0)
     p.send_signal(signal.SIGTERM)
-    same("no descriptors at all: status", p.wait(8), 0)
+    same("no descriptors at all: status", end(p), 0)
     p, where, out = fifo_server("no stdout and no stderr", ">&- 2>&-")
     same("no stdout and no stderr: serves", run("no stdout", ["health", where]).status, 0)
     run("no stdout and no stderr", ["agent", "-wait", "0s", where])
-    same("no stdout and no stderr: status", p.wait(8), 1)
+    same("no stdout and no stderr: status", end(p), 1)
     r, w = os.pipe()
     p = subprocess.Popen([W.cvms, *W.base, "-ready-file", os.path.join(temp("e"), "r")], env=environment(LOCAL),
                          stdout=subprocess.PIPE, stderr=w, stdin=subprocess.DEVNULL)
     os.close(w)
     text = b""
-    while b"listening at" not in text or not text.endswith(b"\n"):
-        text += os.read(r, 65536)
+    while (b"listening at" not in text or not text.endswith(b"\n")) and select.select([r], [], [], LIMIT)[0]:
+        piece = os.read(r, 65536)
+        text += piece or b"listening at nothing\n"
     os.close(r)
     where = re.search(rb"listening at (\S+)", text).group(1).decode()
     same("stderr's reader gone: agent", run("stderr's reader gone", ["agent", where]).status, 0)
     p.send_signal(signal.SIGTERM)
-    check("stderr's reader gone: messages", b"Complete" in p.communicate(timeout=LIMIT)[0], "", "the run's messages")
-    same("stderr's reader gone: status", p.returncode, 0)
+    same("stderr's reader gone: status", end(p), 0)
+    check("stderr's reader gone: messages", b"Complete" in p.stdout.read(), "", "the run's messages")
+    p.stdout.close()
 
 
 def agent_manifest(r):
@@ -1481,7 +1555,7 @@ def test_agent_usage():
             ("-wait -5s", ["-wait", "-5s"], ["-wait", "-5s"]), ("-wait empty", ["-wait="], ["-wait"]),
             ("two addresses", ["a:1", "b:2"], ["b:2"]), ("port 0", ["localhost:0"], ["localhost:0"]),
             ("port abc", ["localhost:abc"], ["localhost:abc"]), ("port 65536", ["localhost:65536"], ["localhost:65536"]),
-            ("a flag behind the address", ["localhost:1", "-once"], ["-once"])):
+            ("a word behind the flags behind the address", ["localhost:1", "-once", "x:1"], ["x:1"])):
         r = run(f"agent {name}", ["agent", *args])
         same(f"agent, {name}: status", r.status, 2)
         has(f"agent, {name}", r.err, *patterns)
@@ -1538,7 +1612,11 @@ def test_late_server():
         p = subprocess.Popen([W.cvms, command, *args, f"127.0.0.1:{port}"], env=environment(), stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with Server(name, env={"PORT": str(port)}):
-            out, err = p.communicate(timeout=LIMIT)
+            try:
+                out, err = p.communicate(timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                p.kill()
+                out, err = p.communicate()
             same(f"{name}: status", p.returncode, 0)
             check(f"{name}: output", command == "health" or b"sample computation" in out, out, "the manifest")
             sanitizers(name, err.decode(errors="replace"))
@@ -1560,8 +1638,8 @@ def test_job_id():
         same("job-id, json: streams", {x["stream"] for x in lines}, {"agent", "log-forwarder"})
     with Server("agents at once: server") as s:
         agents = [subprocess.Popen([W.cvms, "agent", "-job-id", f"job{i}", s.address], env=environment(), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for i in range(6)]
-        same("agents at once: status", [(p.communicate(timeout=LIMIT), p.returncode)[1] for p in agents], [0] * 6)
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for i in range(6)]
+        same("agents at once: status", [end(p, LIMIT) for p in agents], [0] * 6)
         s.err.until("stream ended", times=12)
         for i in range(6):
             same(f"agents at once: events of job{i}", re.findall(rf"log-forwarder\[job{i}\] EVENT (\S+)", s.out.text()),
@@ -1579,6 +1657,7 @@ def test_agent_lost():
         same("agent's stdout full: status", r.status, 1)
         has("agent's stdout full: told", r.err, "stdout", "No space")
     listener = socket.socket()
+    listener.settimeout(LIMIT)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     p = subprocess.Popen([W.cvms, "agent", f"127.0.0.1:{listener.getsockname()[1]}"], env=environment(), stdin=subprocess.DEVNULL,
@@ -1586,12 +1665,10 @@ def test_agent_lost():
     held = listener.accept()[0]                # taken, and never answered
     held.recv(24)
     p.send_signal(signal.SIGINT)
-    try:
-        p.communicate(timeout=8)
-    except subprocess.TimeoutExpired:
-        p.kill()
-        p.communicate()
-    check("agent, SIGINT: status", p.returncode in (130, -2), p.returncode, "130")
+    status = end(p)
+    check("agent, SIGINT: status", status in (130, -2), status, "130")
+    p.stdout.close()
+    p.stderr.close()
     held.close()
     listener.close()
 
@@ -1620,35 +1697,50 @@ NASTY = ["\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "bell\x07 back\x08 del\x7f nu
 
 def test_nasty_text():
     """Control characters, escapes and forged lines in a log are shown, never raw."""
-    raw = [b"bad \xff\xfe utf-8", b"\xed\xa0\x80", b"cut \xe2\x82"]
     nasty_fields = field(1, field(1, "text\x1b") + field(2, "id\x1b[2J\n") + field(3, "LEV\x1b\nEL"))
     event = field(2, field(1, "type\x1b\n") + field(4, b"\x1b{\n}\x00\xff") + field(5, "orig\x07") + field(6, "stat\r\n"))
     for form in ("text", "json"):
         with Server(f"nasty, {form}", [*W.base, "-output", form]) as s:
             stream = Stream(s.address)
-            stream.send(*(log(t) for t in NASTY), *(log(t) for t in raw), nasty_fields, event, log("the last one"))
+            stream.send(*(log(t) for t in NASTY), nasty_fields, event, log("the last one"))
             s.out.until("the last one")
             stream.close()
             s.err.until("stream ended|closed|reset")
-            data, out = s.out.data, s.out.text()
+            data = s.out.bytes()
+            out = data.decode(errors="replace")
             check(f"nasty, {form}: valid UTF-8", b"\xff" not in data and "\ufffd" not in out.replace("\\ufffd", ""), repr(out[-300:]), "UTF-8")
             found = CONTROL.search(out)
             check(f"nasty, {form}: nothing raw", not found, found and repr(out[max(0, found.start() - 60):found.end() + 20]), "escapes")
             if form == "text":
-                for wanted in (r"\x1b[31mred\x1b[0m", r"\x07", r"\u202egpj.exe", "größe 漢字 😀", r"\xff", r"carriage\rreturn"):
+                for wanted in (r"\x1b[31mred\x1b[0m", r"\x07", r"\u202egpj.exe", "größe 漢字 😀", r"carriage\rreturn"):
                     check(f"nasty, text: {wanted}", wanted in out, shorten(out, 1500), wanted)
                 entries = [line for line in out.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
-                same("nasty, text: entries", len(entries), len(NASTY) + len(raw) + 3)
+                same("nasty, text: entries", len(entries), len(NASTY) + 3)
                 hasnot("nasty, text: no forged entry", out, r"^2026-01-01T00:00:00.000Z")
                 has("nasty, text: continuation", out, r"^\s+line two")
                 has("nasty, text: continuation after an empty line", out, r"^\s+line four")
                 check("nasty, text: a long one is whole", "x" * 40000 in out, len(out), "40000 letters")
             else:
                 lines = [json.loads(x) for x in out.splitlines()]
-                same("nasty, json: lines", len(lines), len(NASTY) + len(raw) + 3)
+                same("nasty, json: lines", len(lines), len(NASTY) + 3)
                 same("nasty, json: texts", [x["message"]["agentLog"].get("message", "") for x in lines[:len(NASTY)]], NASTY)
                 check("nasty, json: the rest", lines[-1]["message"]["agentLog"]["message"] == "the last one", lines[-1], "the last one")
                 same("nasty, json: bytes", lines[-2]["message"]["agentEvent"]["details"], b64(b"\x1b{\n}\x00\xff"))
+
+
+def test_bad_utf8():
+    """A proto3 string that is not UTF-8: shown escaped, or its stream refused with a line that says why; never raw."""
+    for bad in (b"bad \xff\xfe utf-8", b"\xed\xa0\x80", b"cut \xe2\x82", b"\xc0\x80"):
+        for form in ("text", "json"):
+            with Server(f"bad UTF-8, {form}", [*W.base, "-output", form]) as s:
+                stream = Stream(s.address)
+                stream.send(log("before"), log(bad), end=True)
+                s.err.until("stream ended")
+                stream.close()
+                check(f"bad UTF-8 {bad}, {form}: nothing raw", bad not in s.out.bytes() + s.err.bytes(), s.out.bytes() + s.err.bytes(), "escapes")
+                has(f"bad UTF-8 {bad}, {form}: before it", s.out.text(), "before")
+                check(f"bad UTF-8 {bad}, {form}: told", len(s.out.text().splitlines()) == 2 or "UTF-8" in s.err.text(),
+                      s.out.text() + s.err.text(), "the message, or a line that says why not")
 
 
 def test_unknown_fields():

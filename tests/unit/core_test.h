@@ -110,7 +110,7 @@ static void core_drop(void)
     manifest.stream = NULL;
 }
 
-static void set_manifest(struct bytes b)
+static inline void set_manifest(struct bytes b)
 {
     blob_unref(manifest.stream);
     manifest.stream = blob_copy(b);

@@ -114,7 +114,7 @@ static void put_field_word(struct buf *b, const char *word)
         const char *at = is + 1;
         if (*at == '"')
             put_quoted(&value, &at);
-        else if (*at == '*')
+        else if (*at == '*' && at[1])
             for (unsigned long n = strtoul(at + 1, NULL, 10); n; n--)
                 buf_putc(&value, 'a');
         else
@@ -574,7 +574,9 @@ static void run_check_op(struct run *r, const struct op *op)
 
 static void run_op(struct run *r, const struct op *op)
 {
-    if (op->kind != OP_WANT)
+    if (op->kind >= OP_LOG && op->kind <= OP_GOES_ON)
+        run_collect(r);
+    else if (op->kind != OP_WANT && op->kind != OP_CLIENT)
         run_quiet(r, op->line);
     switch (op->kind) {
     case OP_IN:

@@ -1,0 +1,714 @@
+/* The core where a text file of frames does not reach: long manifests under flow control, windows shared by streams,
+ * descriptors, caps counted in octets, timers, and every allocation failed in turn.
+ */
+#include "core_test.h"
+
+/* ---- A peer that counts ---- */
+struct side {
+    struct conn conn;
+    struct peer peer;
+    struct buf in, out, lines;        /* to the server; from it; as text */
+    uint64_t data[8];                 /* octets of DATA on streams 1, 3, 5 ... */
+    size_t largest;
+    bool same;                        /* all DATA on stream 1 is the manifest's, in order */
+};
+
+static void side_open(struct side *a)
+{
+    memset(a, 0, sizeof *a);
+    a->peer.who = 'S';
+    a->same = true;
+    hpack_init(&a->peer.hpack);
+    conn_init(&a->conn, &core, &grpc_server, false, "peer");
+}
+
+static void side_close(struct side *a)
+{
+    conn_free(&a->conn);
+    hpack_free(&a->peer.hpack);
+    buf_free(&a->in);
+    buf_free(&a->out);
+    buf_free(&a->lines);
+}
+
+/* Gives the server what has been put into a->in, in reads of 64 KiB. */
+static void side_send(struct side *a)
+{
+    for (size_t at = 0, n; at < a->in.len; at += n) {
+        n = min_size(a->in.len - at, 65536);
+        if (conn_wants_input(&a->conn))
+            conn_recv(&a->conn, a->in.p + at, n);
+    }
+    a->in.len = 0;
+}
+
+static void side_count(struct side *a, const struct frame *f, const uint8_t *p)
+{
+    uint64_t *n = &a->data[f->stream_id / 2 % 8];
+    if (f->stream_id == 1)
+        a->same &= *n + f->len <= manifest.stream->n && memcmp(manifest.stream->p + *n, p, f->len) == 0;
+    *n += f->len;
+    a->largest = f->len > a->largest ? f->len : a->largest;
+}
+
+/* Takes what the server has to say, up to `limit` octets; DATA is counted, all else becomes lines. */
+static void side_take(struct side *a, size_t limit)
+{
+    const uint8_t *p;
+    for (size_t n; limit && (n = conn_peek(&a->conn, &p)) != 0;) {
+        n = min_size(n, limit);
+        buf_put(&a->out, p, n);
+        conn_sent(&a->conn, n);
+        limit -= n;
+    }
+    size_t at = 0;
+    for (;;) {
+        struct bytes rest = { a->out.p + at, a->out.len - at };
+        struct frame f = rest.n >= FRAME_HEADER_LEN ? frame_parse(rest.p) : (struct frame){ .len = 1 << 30 };
+        if (rest.n < FRAME_HEADER_LEN + (size_t)f.len)
+            break;
+        if (f.type == FRAME_DATA)
+            side_count(a, &f, rest.p + FRAME_HEADER_LEN);
+        if (f.type != FRAME_DATA || f.flags & END_STREAM)
+            peer_frame(&a->peer, rest, &a->lines);
+        at += FRAME_HEADER_LEN + (size_t)f.len;
+    }
+    if (at)
+        memmove(a->out.p, a->out.p + at, a->out.len - at);
+    a->out.len -= at;
+}
+
+static void side_exchange(struct side *a)
+{
+    side_send(a);
+    side_take(a, SIZE_MAX);
+}
+
+/* The lines since the last call. */
+#define SIDE_LINES(a, wanted) do { CHECK_TEXT(whole(&(a)->lines), wanted); (a)->lines.len = 0; } while (0)
+
+static void put_setting(struct side *a, enum setting id, uint32_t value)
+{
+    frame_put(&a->in, 6, FRAME_SETTINGS, 0, 0);
+    frame_put_setting(&a->in, id, value);
+}
+
+static void put_window(struct side *a, uint32_t id, uint32_t add)
+{
+    frame_put_u32(&a->in, FRAME_WINDOW_UPDATE, id, add);
+}
+
+static void put_data(struct side *a, uint32_t id, const void *p, size_t n, unsigned flags)
+{
+    frame_put(&a->in, (uint32_t)n, FRAME_DATA, flags, id);
+    buf_put(&a->in, p, n);
+}
+
+static void put_call(struct side *a, uint32_t id, const char *path, unsigned flags, const char *job_id)
+{
+    struct buf b = { 0 };
+    put_field(&b, ":method", BYTES("POST"));
+    put_field(&b, ":scheme", BYTES("http"));
+    put_field(&b, ":path", bytes_of(path));
+    put_field(&b, "content-type", BYTES("application/grpc"));
+    if (job_id)
+        put_field(&b, "job-id", bytes_of(job_id));
+    frame_put(&a->in, (uint32_t)b.len, FRAME_HEADERS, END_HEADERS | flags, id);
+    buf_put(&a->in, b.p, b.len);
+    buf_free(&b);
+}
+
+static void put_preface(struct side *a)
+{
+    buf_put(&a->in, preface, PREFACE_LEN);
+    frame_put(&a->in, 0, FRAME_SETTINGS, 0, 0);
+}
+
+/* Data of which every octet tells where it stands. */
+static void manifest_of(size_t n)
+{
+    blob_unref(manifest.stream);
+    manifest.stream = blob_new(n);
+    for (size_t i = 0; manifest.stream && i < n; i++)
+        manifest.stream->p[i] = (uint8_t)(i * 2654435761u >> 13);
+}
+
+static const char *const process = "/cvms.Service/Process";
+#define OPENED "S SETTINGS MAX_CONCURRENT_STREAMS=100 MAX_HEADER_LIST_SIZE=16384\nS SETTINGS ACK\n"
+#define ANSWER(id) "S HEADERS stream=" #id " :status=200 content-type=application/grpc\n"
+
+/* ---- A manifest of 3 MiB under flow control (RFC 9113 6.9) ---- */
+static void test_long_manifest(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(3 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_call(&a, 1, process, 0, NULL);
+    side_exchange(&a);
+    SIDE_LINES(&a, OPENED ANSWER(1));
+    CHECK(a.data[0], 65535);
+    put_window(&a, 0, 10 << 20);
+    side_exchange(&a);
+    CHECK(a.data[0], 65535);
+    put_window(&a, 1, (3 << 19) - 65535);
+    side_exchange(&a);
+    CHECK(a.data[0], 3 << 19);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 0);       /* the stream's window: -65535 */
+    put_window(&a, 1, 65535);
+    side_exchange(&a);
+    CHECK(a.data[0], 3 << 19);
+    put_window(&a, 1, 1);
+    side_exchange(&a);
+    CHECK(a.data[0], (3 << 19) + 1);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 1000);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 10);      /* up and down again before anything goes: 10 - 0 - 0 */
+    put_data(&a, 1, "", 0, END_STREAM);
+    side_exchange(&a);
+    CHECK(a.data[0], (3 << 19) + 11);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 1 << 22);
+    side_exchange(&a);
+    CHECK(a.data[0], 3 << 20);
+    CHECK(a.same, true);
+    CHECK(a.largest, MAX_FRAME_SIZE);
+    SIDE_LINES(&a, "S SETTINGS ACK\nS SETTINGS ACK\nS SETTINGS ACK\nS SETTINGS ACK\n"
+                   "S HEADERS stream=1 END_STREAM grpc-status=0\n");
+    CHECK(a.conn.stream_count, 0);
+    CHECK(manifest.stream->refs, 1);
+    side_close(&a);
+}
+
+/* The connection's window is shared, in turn; a peer that takes larger frames gets 16,384 all the same. */
+static void test_shared_window(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(1 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 4 << 20);
+    put_setting(&a, SETTINGS_MAX_FRAME_SIZE, 1 << 20);
+    put_window(&a, 0, 3 * 16384 * 20 - 65535);
+    put_call(&a, 1, process, 0, NULL);
+    put_call(&a, 3, process, 0, NULL);
+    put_call(&a, 5, process, 0, NULL);
+    side_exchange(&a);
+    CHECK(a.data[0], 16384 * 20);
+    CHECK(a.data[1], 16384 * 20);
+    CHECK(a.data[2], 16384 * 20);
+    CHECK(a.largest, MAX_FRAME_SIZE);
+    CHECK(manifest.stream->refs, 4);
+    side_close(&a);
+    CHECK(manifest.stream->refs, 1);
+}
+
+/* A socket that takes little: never more output is made than a few large writes, and the rest is not lost. */
+static void test_slow_socket(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(1 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 4 << 20);
+    put_window(&a, 0, 4 << 20);
+    put_call(&a, 1, process, END_STREAM, NULL);
+    side_send(&a);
+    size_t most = 0;
+    for (size_t n = 1; a.conn.stream_count && n < 100000; n++) {
+        side_take(&a, n % 7000 + 1);
+        most = conn_pending(&a.conn) > most ? conn_pending(&a.conn) : most;
+    }
+    side_take(&a, SIZE_MAX);
+    CHECK(a.data[0], 1 << 20);
+    CHECK(a.same, true);
+    CHECK(most <= OUT_TARGET + MAX_FRAME_SIZE + FRAME_HEADER_LEN, true);
+    side_close(&a);
+}
+
+/* The log-forwarder that never reads: its window is shut, its messages are shown all the same. */
+static void test_never_read(void)
+{
+    static const uint8_t log[] = "\0\0\0\0\7\12\5\12\3abc";
+    struct side a;
+    core_reset();
+    manifest_of(3 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_call(&a, 1, process, 0, NULL);
+    side_exchange(&a);
+    a.lines.len = 0;
+    int credit = 0;
+    for (int i = 0; i < 100000; i++) {
+        put_data(&a, 1, log, sizeof log - 1, 0);
+        if (i % 2000 == 1999)
+            side_exchange(&a);
+    }
+    for (size_t i = 0; i + 15 < a.lines.len; i++)
+        credit += memcmp(a.lines.p + i, "S WINDOW_UPDATE", 15) == 0;
+    CHECK(a.data[0], 65535);
+    CHECK(credit, 2 * (100000 * 12 / 32767));
+    long lines = 0;
+    for (size_t i = 0; i < core.out.len; i++)
+        lines += core.out.p[i] == '\n';
+    CHECK(lines, 100000);
+    CHECK(a.conn.phase, CONN_OPEN);
+    side_close(&a);
+}
+
+/* ---- Long messages: one stream of a connection at a time is let past its window ---- */
+
+/* Two streams with the first 65,535 octets of a message of 300,000 each, on a connection whose window is open. */
+static void begin_two_long(struct side *a)
+{
+    static uint8_t zeros[16384];
+    uint8_t prefix[5];
+    core_reset();
+    core.max_message = 4 << 20;
+    manifest_of(10);
+    side_open(a);
+    put_preface(a);
+    put_call(a, 1, process, 0, NULL);
+    put_call(a, 3, process, 0, NULL);
+    grpc_put_prefix(prefix, 300000);
+    for (uint32_t id = 1; id <= 3; id += 2) {
+        put_data(a, id, prefix, 5, 0);
+        for (size_t left = 32767 - 5, n; left; left -= n) {
+            n = min_size(left, sizeof zeros);
+            put_data(a, id, zeros, n, 0);
+        }
+        side_exchange(a);
+    }
+    SIDE_LINES(a, OPENED ANSWER(1) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=1 add=32767\n"
+                  ANSWER(3) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=3 add=32767\n");
+}
+
+static void put_zeros(struct side *a, uint32_t id, size_t left)
+{
+    static uint8_t zeros[16384];
+    for (size_t n; left; left -= n) {
+        n = min_size(left, sizeof zeros);
+        put_data(a, id, zeros, n, 0);
+    }
+}
+
+static uint32_t credit_of(struct side *a, uint32_t id)
+{
+    uint32_t sum = 0;
+    char want[40];
+    buf_putc(&a->lines, 0);
+    const char *at = (char *)a->lines.p;
+    snprintf(want, sizeof want, "S WINDOW_UPDATE stream=%u add=", (unsigned)id);
+    while ((at = strstr(at, want)) != NULL) {
+        at += strlen(want);
+        sum += (uint32_t)strtoul(at, NULL, 10);
+    }
+    a->lines.len = 0;
+    return sum;
+}
+
+/* Brings stream 1 past its window and stream 3 to the end of its own, both in the middle of a message. */
+static void block_second(struct side *a)
+{
+    put_zeros(a, 1, 65535);
+    side_exchange(a);
+    CHECK(credit_of(a, 1) >= CREDIT_STEP, true);
+    put_zeros(a, 3, 65535);
+    side_exchange(a);
+    CHECK(credit_of(a, 3), 0);
+    CHECK(a->conn.phase, CONN_OPEN);
+}
+
+static void test_big_completes(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    put_zeros(&a, 1, 65535);
+    put_zeros(&a, 1, 32767);
+    side_exchange(&a);
+    a.lines.len = 0;
+    put_zeros(&a, 1, 300000 + 5 - 32767 - 65535 - 65535 - 32767);
+    side_exchange(&a);                /* all zeros is no message: the stream ends, and the other goes on */
+    CHECK(credit_of(&a, 3), 65535);
+    CHECK(a.conn.phase, CONN_OPEN);
+    side_close(&a);
+}
+
+static void test_big_reset(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    frame_put_u32(&a.in, FRAME_RST_STREAM, 1, CANCEL);
+    side_exchange(&a);
+    CHECK(credit_of(&a, 3), 65535);
+    side_close(&a);
+}
+
+static void test_big_deadline(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    for (struct stream *s = a.conn.streams; s; s = s->next)
+        s->deadline_ms = s->id == 1 ? NOW + 1 : INT64_MAX;
+    core.now_ms++;
+    conn_tick(&a.conn);
+    side_exchange(&a);
+    CHECK(a.conn.stream_count, 1);
+    CHECK(credit_of(&a, 3), 65535);
+    side_close(&a);
+}
+
+/* RFC 9113 6.9.1: over a stream's own window, the connection's still being open: that stream alone ends. */
+static void test_stream_overrun(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    put_data(&a, 3, "x", 1, 0);
+    side_exchange(&a);
+    SIDE_LINES(&a, "S RST_STREAM stream=3 FLOW_CONTROL_ERROR\n");
+    CHECK(a.conn.stream_count, 1);
+    side_close(&a);
+}
+
+/* ---- Caps in octets ---- */
+static void put_block_in_parts(struct side *a, const struct buf *b, uint32_t id)
+{
+    for (size_t at = 0, n; at < b->len; at += n) {
+        n = min_size(b->len - at, MAX_FRAME_SIZE);
+        frame_put(&a->in, (uint32_t)n, at ? FRAME_CONTINUATION : FRAME_HEADERS,
+                  (at ? 0 : END_STREAM) | (at + n == b->len ? (unsigned)END_HEADERS : 0u), id);
+        buf_put(&a->in, b->p + at, n);
+    }
+}
+
+/* A request whose header list counts so many octets (RFC 9113 6.5.2). */
+static void put_list_of(struct side *a, uint32_t id, size_t size)
+{
+    struct buf b = { 0 }, value = { 0 };
+    put_field(&b, ":method", BYTES("POST"));
+    put_field(&b, ":scheme", BYTES("http"));
+    put_field(&b, ":path", BYTES("/x"));
+    put_field(&b, "content-type", BYTES("application/grpc"));
+    size -= 7 + 4 + 7 + 4 + 5 + 2 + 12 + 16 + 4 * HPACK_OVERHEAD + 1 + HPACK_OVERHEAD;
+    for (; value.len < size;)
+        buf_putc(&value, 'v');
+    put_field(&b, "x", whole(&value));
+    put_block_in_parts(a, &b, id);
+    buf_free(&b);
+    buf_free(&value);
+}
+
+static void test_header_list(void)
+{
+    struct side a;
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    put_list_of(&a, 1, MAX_HEADER_LIST - 1);
+    put_list_of(&a, 3, MAX_HEADER_LIST);
+    side_exchange(&a);
+    SIDE_LINES(&a, OPENED
+               "S HEADERS stream=3 END_STREAM :status=200 content-type=application/grpc grpc-status=12 "
+               "grpc-message=\"unknown service /x\" grpc-accept-encoding=identity\n"
+               "S HEADERS stream=1 END_STREAM :status=200 content-type=application/grpc grpc-status=12 "
+               "grpc-message=\"unknown service /x\" grpc-accept-encoding=identity\n");
+    put_list_of(&a, 5, MAX_HEADER_LIST + 1);
+    side_exchange(&a);
+    CHECK(strncmp((char *)a.lines.p, "S HEADERS stream=5 :status=431", 30), 0);
+    CHECK(a.conn.phase, CONN_OPEN);
+    side_close(&a);
+}
+
+/* A field block of so many octets, of many fields that are each in the table: the list is far over its limit. */
+static void run_field_block(size_t size, enum conn_phase wanted)
+{
+    struct side a;
+    struct buf b = { 0 };
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    while (b.len < size)
+        buf_putc(&b, 0x80 | 19);      /* accept: "" */
+    put_block_in_parts(&a, &b, 1);
+    side_exchange(&a);
+    CHECK(a.conn.phase, wanted);
+    CHECK(strstr((buf_putc(&a.lines, 0), (char *)a.lines.p), "ENHANCE_YOUR_CALM") != NULL, wanted == CONN_CLOSING);
+    buf_free(&b);
+    side_close(&a);
+}
+
+/* ---- Timers ---- */
+static void test_timers(void)
+{
+    struct side a;
+    core_reset();
+    side_open(&a);
+    CHECK(conn_deadline(&a.conn), NOW + PREFACE_MS);
+    put_preface(&a);
+    side_send(&a);
+    CHECK(conn_deadline(&a.conn), NOW + STUCK_MS);
+    core.now_ms += 20000;
+    side_take(&a, 5);                 /* some progress */
+    core.now_ms += STUCK_MS - 1;
+    conn_tick(&a.conn);
+    CHECK(conn_finished(&a.conn), false);
+    core.now_ms++;
+    conn_tick(&a.conn);
+    CHECK(conn_finished(&a.conn), true);
+    side_close(&a);
+
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    side_exchange(&a);
+    CHECK(conn_deadline(&a.conn), INT64_MAX);       /* nothing waits: for ever */
+    frame_put(&a.in, 0, FRAME_PING, 0, 0);
+    side_exchange(&a);
+    CHECK(a.conn.phase, CONN_CLOSING);
+    CHECK(conn_deadline(&a.conn), NOW + LINGER_MS);
+    core.now_ms += LINGER_MS;
+    conn_tick(&a.conn);
+    CHECK(conn_finished(&a.conn), true);
+    side_close(&a);
+}
+
+/* Output that is not taken: the connection is not read above OUT_HIGH, and goes on when it is. */
+static void test_output_full(void)
+{
+    struct side a;
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    side_exchange(&a);
+    size_t sent = 0;
+    for (; conn_wants_input(&a.conn) && sent < 100000; sent++) {
+        core.now_ms += 10;            /* so slowly that no cap on PING is met */
+        frame_put(&a.in, 8, FRAME_PING, 0, 0);
+        buf_puts(&a.in, "pingpong");
+        conn_recv(&a.conn, a.in.p, a.in.len);
+        a.in.len = 0;
+    }
+    CHECK(sent, OUT_HIGH / 17 + 1);
+    side_take(&a, SIZE_MAX);
+    CHECK(conn_wants_input(&a.conn), true);
+    side_close(&a);
+}
+
+/* One line a second for each cap, however many meet it. */
+static void test_cap_log(void)
+{
+    core_reset();
+    for (int i = 0; i < 100; i++) {
+        core_cap(&core, "p", caps[0].name);
+        core_cap(&core, "p", caps[1].name);
+    }
+    core.now_ms += 999;
+    core_cap(&core, "p", caps[0].name);
+    core.now_ms++;
+    core_cap(&core, "p", caps[0].name);
+    long lines = 0;
+    for (size_t i = 0; i < core.err.len; i++)
+        lines += core.err.p[i] == '\n';
+    CHECK(lines, 3);
+}
+
+/* ---- Reflection: the descriptors name what is on the wire ---- */
+
+/* Asks for one thing; the answer is the message of ServerReflectionResponse, decoded into the arena. */
+static const struct ServerReflectionResponse *reflect(struct side *a, struct pb_arena *arena, unsigned field,
+                                                      const char *what)
+{
+    static struct ServerReflectionResponse res;
+    struct buf m = { 0 }, all = { 0 };
+    const uint8_t *p;
+    bool unknown;
+    buf_putc(&m, (int)(field << 3 | PB_LEN));
+    buf_putc(&m, (int)strlen(what));
+    buf_puts(&m, what);
+    side_open(a);
+    put_preface(a);
+    put_call(a, 1, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", 0, NULL);
+    frame_put(&a->in, (uint32_t)m.len + 5, FRAME_DATA, 0, 1);
+    buf_put(&a->in, (uint8_t[]){ 0, 0, 0, 0, (uint8_t)m.len }, 5);
+    buf_put(&a->in, m.p, m.len);
+    side_send(a);
+    for (size_t n; (n = conn_peek(&a->conn, &p)) != 0; conn_sent(&a->conn, n))
+        buf_put(&all, p, n);
+    buf_free(&m);
+    pb_arena_init(arena, NULL, 0, 1 << 20);
+    res = (struct ServerReflectionResponse){ 0 };
+    for (size_t at = 0; at < all.len;) {
+        struct frame f = frame_parse(all.p + at);
+        if (f.type == FRAME_DATA) {
+            uint8_t *copy = pb_arena_alloc(arena, f.len);
+            memcpy(copy, all.p + at + FRAME_HEADER_LEN, f.len);
+            CHECK(pb_decode(&ServerReflectionResponse_message, &res, (struct bytes){ copy + 5, f.len - 5u }, arena,
+                            &unknown), PB_OK);
+        }
+        at += FRAME_HEADER_LEN + (size_t)f.len;
+    }
+    buf_free(&all);
+    side_close(a);
+    return &res;
+}
+
+/* Number of files in the answer; the first must begin with this name (FileDescriptorProto.name is field 1). */
+static void check_files(unsigned field, const char *what, const char *name, size_t n)
+{
+    struct side a;
+    struct pb_arena arena;
+    core_reset();
+    const struct ServerReflectionResponse *res = reflect(&a, &arena, field, what);
+    const struct FileDescriptorResponse *files = res->file_descriptor_response;
+    if (CHECK(files != NULL, true)) {
+        const struct bytes *first = files->file_descriptor_proto.items;
+        CHECK(files->file_descriptor_proto.n, n);
+        CHECK(first->p[0], 0x0a);
+        CHECK_TEXT(((struct bytes){ first->p + 2, first->p[1] }), name);
+    }
+    pb_arena_free(&arena);
+}
+
+static void test_reflection(void)
+{
+    static const char cvms[] = "agent/cvms/cvms.proto";
+    check_files(3, cvms, cvms, 2);
+    check_files(4, "cvms.Service", cvms, 2);
+    check_files(4, "cvms.Service.Process", cvms, 2);
+    check_files(4, "cvms.ServerStreamMessage", cvms, 2);
+    check_files(4, "cvms.azureAttestationToken", cvms, 2);
+    check_files(3, "google/protobuf/timestamp.proto", "google/protobuf/timestamp.proto", 1);
+    check_files(4, "google.protobuf.Timestamp", "google/protobuf/timestamp.proto", 1);
+    check_files(4, "grpc.health.v1.Health", "grpc/health/v1/health.proto", 1);
+    check_files(4, "grpc.reflection.v1.ServerReflection", "grpc/reflection/v1/reflection.proto", 1);
+    check_files(4, "grpc.reflection.v1alpha.ServerReflection", "grpc/reflection/v1alpha/reflection.proto", 1);
+}
+
+/* ---- Every allocation failed in turn ---- */
+
+/* Messages of one agent: text, a long log in two frames, one with unknown fields. */
+static void put_messages(struct side *a, uint32_t id)
+{
+    static const uint8_t plain[] = "\0\0\0\0\7\12\5\12\3abc", unknown[] = "\0\0\0\0\12\52\4\12\2id\232\6\1x";
+    uint8_t text[9000];
+    memset(text, 'x', sizeof text);
+    memcpy(text, (uint8_t[]){ 0, 0, 0, 0x23, 0x23, 0x0a, 0xa0, 0x46, 0x0a, 0x9d, 0x46 }, 11);
+    put_data(a, id, plain, sizeof plain - 1, 0);
+    put_data(a, id, text, 4000, 0);
+    put_data(a, id, text + 4000, 8995 + 5 - 4000, 0);
+    put_data(a, id, unknown, sizeof unknown - 1, 0);
+}
+
+/* A connection from its preface to its end, with all services. */
+static void play_all(struct side *a)
+{
+    static const uint8_t empty[5], list[] = "\0\0\0\0\2\72\0", file[] = "\0\0\0\0\16\42\14cvms.Service";
+    char job[180];
+    memset(job, 1, sizeof job);       /* escaped it is four times as long */
+    job[sizeof job - 1] = 0;
+    put_preface(a);
+    put_setting(a, SETTINGS_HEADER_TABLE_SIZE, 0);
+    put_window(a, 0, 1 << 20);
+    put_call(a, 1, process, 0, job);
+    side_exchange(a);
+    put_messages(a, 1);
+    put_call(a, 3, "/grpc.health.v1.Health/Check", 0, NULL);
+    put_data(a, 3, empty, 5, END_STREAM);
+    put_call(a, 5, "/grpc.health.v1.Health/List", 0, NULL);
+    put_data(a, 5, empty, 5, END_STREAM);
+    put_call(a, 7, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, NULL);
+    put_data(a, 7, list, 7, 0);
+    put_data(a, 7, file, 5 + 14, END_STREAM);
+    put_call(a, 9, "/x.Y/Z", END_STREAM, NULL);
+    put_list_of(a, 11, 17000);
+    frame_put(&a->in, 3, FRAME_HEADERS, END_HEADERS | END_STREAM, 13);
+    buf_put(&a->in, "\x82\x84\x86", 3);
+    frame_put(&a->in, 7, FRAME_HEADERS, END_HEADERS | END_STREAM, 15);
+    buf_put(&a->in, "\x82\x84\x86\x40\1x\0", 7);
+    side_exchange(a);
+    put_data(a, 1, "", 0, END_STREAM);
+    side_exchange(a);
+}
+
+/* Whether the first stream ended well: then everything that came on it must have been shown. */
+static bool ended_well(struct side *a)
+{
+    buf_putc(&a->lines, 0);
+    return a->lines.p && strstr((char *)a->lines.p, "S HEADERS stream=1 END_STREAM grpc-status=0\n");
+}
+
+static void test_allocations(bool json)
+{
+    struct side a;
+    struct buf whole_out = { 0 };
+    long total = 0, lost = 0, first_lost = 0, ended = 0, garbled = 0;
+    for (long n = 0; n == 0 || n <= total; n++) {
+        core_reset();
+        core_drop();
+        core_reset();
+        core.json = json;
+        core.stamp[0] = 0;
+        manifest_of(20000);
+        side_open(&a);
+        /* The test's own buffers are made beforehand: only the core's allocations fail. */
+        alloc_fail = 0;
+        buf_room(&a.in, 1 << 17);
+        buf_room(&a.out, 1 << 17);
+        buf_room(&a.lines, 1 << 17);
+        alloc_count = 0;
+        alloc_fail = n;
+        play_all(&a);
+        if (n == 0) {
+            total = alloc_count;
+            buf_put(&whole_out, core.out.p, core.out.len);
+        }
+        bool failed_here = alloc_count >= n;
+        alloc_fail = 0;
+        ended += a.conn.phase != CONN_OPEN;
+        garbled += a.peer.fault != NULL && a.conn.phase == CONN_OPEN;
+        if (failed_here && ended_well(&a) && !bytes_eq(whole(&core.out), whole(&whole_out))) {
+            lost++;
+            first_lost = first_lost ? first_lost : n;
+        }
+        if (n == 0)
+            CHECK(ended_well(&a), true);
+        side_close(&a);
+    }
+    CHECK(total > 30, true);
+    CHECK(garbled, 0);
+    if (!CHECK(lost, 0))
+        printf("  of %ld allocations the %ldth was the first whose failure lost or changed a line on stdout\n", total,
+               first_lost);
+    CHECK(ended < total, true);
+    buf_free(&whole_out);
+}
+
+int main(void)
+{
+    test_long_manifest();
+    test_shared_window();
+    test_slow_socket();
+    test_never_read();
+    test_big_completes();
+    test_big_reset();
+    test_big_deadline();
+    test_stream_overrun();
+    test_header_list();
+    run_field_block(MAX_FIELD_BLOCK - 1, CONN_OPEN);
+    run_field_block(MAX_FIELD_BLOCK, CONN_OPEN);
+    run_field_block(MAX_FIELD_BLOCK + 1, CONN_CLOSING);
+    test_timers();
+    test_output_full();
+    test_cap_log();
+    test_reflection();
+    test_allocations(false);
+    test_allocations(true);
+    core_drop();
+    printf("%ld passed, %ld failed\n", passed, failed);
+    return failed != 0 || passed == 0;
+}
