@@ -64,7 +64,7 @@ enum {
 
 /* One clear line for the user: what is wrong and what to do, without a newline.  Empty means no error. */
 struct err {
-    char text[600];
+    char text[1600];
 };
 
 #if defined(__GNUC__)
@@ -86,19 +86,34 @@ PRINTF_LIKE(2, 3) static bool err_set(struct err *e, const char *fmt, ...)
 }
 
 /* Appends formatted text of any length. */
-PRINTF_LIKE(2, 3) static void buf_printf(struct buf *b, const char *fmt, ...)
+PRINTF_LIKE(2, 0) static void buf_vprintf(struct buf *b, const char *fmt, va_list ap)
 {
-    va_list ap, again;
-    va_start(ap, fmt);
+    va_list again;
     va_copy(again, ap);
     int n = vsnprintf(NULL, 0, fmt, ap);
-    va_end(ap);
     uint8_t *to = n < 0 ? NULL : buf_room(b, (size_t)n + 1);
     if (to) {
         vsnprintf((char *)to, (size_t)n + 1, fmt, again);
         b->len += (size_t)n;
     }
     va_end(again);
+}
+
+PRINTF_LIKE(2, 3) static void buf_printf(struct buf *b, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    buf_vprintf(b, fmt, ap);
+    va_end(ap);
+}
+
+static bool bytes_contain(struct bytes in, const char *what)
+{
+    size_t n = strlen(what);
+    for (size_t i = 0; i + n <= in.n; i++)
+        if (memcmp(in.p + i, what, n) == 0)
+            return true;
+    return false;
 }
 
 /* Lower-case hex, with its end. */
@@ -699,13 +714,13 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
 /* One line on stderr: time, whom it is about, what.  Arguments that come from a peer must have gone through put_text. */
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
-    char text[1024];
     va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
     buf_put(&core->err, core_stamp(core), STAMP_LEN);
-    buf_printf(&core->err, " %s%s%s\n", peer ? peer : "", peer ? " " : "", text);
+    buf_printf(&core->err, " %s%s", peer ? peer : "", peer ? " " : "");
+    va_start(ap, fmt);
+    buf_vprintf(&core->err, fmt, ap);
+    va_end(ap);
+    buf_putc(&core->err, '\n');
 }
 
 /* A peer has met a cap: one line a second for each. */
@@ -894,6 +909,14 @@ static int conn_how_closed(const struct conn *c, uint32_t id)
     return 0;
 }
 
+/* The server's first frame. */
+static void conn_put_settings(struct conn *c)
+{
+    frame_put(conn_out(c), 12, FRAME_SETTINGS, 0, 0);
+    frame_put_setting(&c->out, SETTINGS_MAX_CONCURRENT_STREAMS, MAX_CONCURRENT_STREAMS);
+    frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
+}
+
 /* The connection ends: the first reason is the true one.  GOAWAY is queued; the loop flushes it, then closes. */
 static void conn_fail(struct conn *c, enum h2_error code, const char *why)
 {
@@ -905,8 +928,9 @@ static void conn_fail(struct conn *c, enum h2_error code, const char *why)
         core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
                   c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
                   (unsigned long)c->frame.stream_id);
-    if (c->phase == CONN_OPEN || c->preface_len)
-        frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
+    if (c->phase == CONN_PREFACE)
+        conn_put_settings(c);
+    frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
     c->phase = CONN_CLOSING;
     c->closing_ms = c->core->now_ms;
 }
@@ -1069,6 +1093,20 @@ static size_t min_size(size_t a, size_t b)
     return a < b ? a : b;
 }
 
+/* Puts a whole field block into the output.  The first one after a peer's SETTINGS_HEADER_TABLE_SIZE begins with the
+ * update that it asks for; we add nothing to the table, so nought is always right (RFC 7541 4.2). */
+static void conn_put_block(struct conn *c, uint32_t id, struct bytes block, unsigned flags)
+{
+    struct buf update = { 0 };
+    if (c->size_update_due)
+        hpack_encode_size_update(&update, 0);
+    c->size_update_due = false;
+    frame_put(conn_out(c), (uint32_t)(update.len + block.n), FRAME_HEADERS, END_HEADERS | flags, id);
+    buf_put(&c->out, update.p, update.len);
+    buf_put(&c->out, block.p, block.n);
+    buf_free(&update);
+}
+
 /* Puts one frame of the stream's queue into the output. */
 static void stream_emit(struct stream *s)
 {
@@ -1084,9 +1122,12 @@ static void stream_emit(struct stream *s)
     }
     bool whole = i->sent + n == i->blob->n;
     bool end = whole && i->kind != ITEM_DATA;
-    frame_put(&c->out, (uint32_t)n, trailers ? FRAME_HEADERS : FRAME_DATA,
-              (trailers ? END_HEADERS : 0u) | (end ? END_STREAM : 0u), s->id);
-    buf_put(&c->out, i->blob->p + i->sent, n);
+    if (trailers) {
+        conn_put_block(c, s->id, (struct bytes){ i->blob->p, i->blob->n }, END_STREAM);
+    } else {
+        frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
+        buf_put(&c->out, i->blob->p + i->sent, n);
+    }
     i->sent += n;
     if (!whole)
         return;
@@ -1415,14 +1456,16 @@ static void conn_block(struct conn *c, struct bytes block)
         return;
     }
     struct stream *s = stream_find(c, id);
-    if (c->block_dependency == id)
-        conn_stream_error(c, id, PROTOCOL_ERROR);      /* RFC 7540 5.3.1: a stream that depends on itself */
-    else if (s)
+    bool opens = conn_is_idle(c, id) && !c->client && (id & 1);
+    if (c->block_dependency == id) {  /* RFC 7540 5.3.1: a stream that depends on itself */
+        c->last_id = opens ? id : c->last_id;
+        conn_stream_error(c, id, PROTOCOL_ERROR);
+    } else if (s)
         conn_trailers(c, s, &f, end);
-    else if (conn_is_idle(c, id) && (c->client || (id & 1) == 0))
-        conn_fail(c, PROTOCOL_ERROR, "HEADERS on a stream that nobody may open");
-    else if (conn_is_idle(c, id))
+    else if (opens)
         conn_request(c, id, &f, end);
+    else if (conn_is_idle(c, id))
+        conn_fail(c, PROTOCOL_ERROR, "HEADERS on a stream that nobody may open");
     else if (conn_how_closed(c, id) == 0)
         conn_fail(c, PROTOCOL_ERROR, "a stream identifier that is not above the last one");
     else if (conn_how_closed(c, id) == 1)
@@ -1432,7 +1475,7 @@ static void conn_block(struct conn *c, struct bytes block)
 static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
 {
     bool whole = flags & END_HEADERS;
-    if (whole && c->block.len == 0) {
+    if (whole && c->block.len == 0 && c->continuations == 0) {
         conn_block(c, part);
         return;
     }
@@ -1553,8 +1596,11 @@ static void on_ping(struct conn *c, struct bytes p)
 
 static void on_goaway(struct conn *c, struct bytes p)
 {
-    (void)p;
+    uint32_t last = get_be32(p.p) & 0x7fffffff;
     c->goaway_seen = true;
+    for (struct stream *s = c->streams; c->client && s; s = s->next)
+        if (s->id > last && !s->dead)
+            stream_done(s);           /* the server has not taken it; closed tells */
 }
 
 static void on_window_update(struct conn *c, struct bytes p)
@@ -1717,46 +1763,65 @@ static size_t conn_payload(struct conn *c, struct bytes p)
     return n;
 }
 
-/* What came instead of the preface: a line for the log, and for an HTTP/1 request an answer that it understands. */
-static void conn_no_preface(struct conn *c, struct bytes p)
+/* What a client is that does not begin with the preface. */
+enum stranger { STRANGER_UNKNOWN, STRANGER_HTTP1, STRANGER_TLS, STRANGER_OTHER };
+
+static enum stranger stranger_kind(struct bytes p)
 {
-    static const char body[] = "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
+    enum { ENOUGH = 24, PREFACE_LINE = 14 };
     size_t word = 0;
     while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
         word++;
-    if (p.n > word + 1 && word >= 3 && p.p[word] == ' ' && (p.p[word + 1] == '/' || p.p[word + 1] == '*')) {
-        core_note(c->core, c->peer, "an HTTP/1.1 client; this port speaks gRPC over HTTP/2");
-        buf_printf(conn_out(c), "HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
-                                "content-type: text/plain\r\ncontent-length: %zu\r\n\r\n%s", sizeof body - 1, body);
-    } else if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03) {
-        core_note(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: "
-                                    "set SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
-    } else {
-        core_note(c->core, c->peer, "not an HTTP/2 client: no connection preface");
-        frame_put(conn_out(c), 0, FRAME_SETTINGS, 0, 0);
-        frame_put_goaway(&c->out, 0, PROTOCOL_ERROR, "no connection preface");
-    }
-    conn_fail(c, PROTOCOL_ERROR, "no connection preface");
+    if (p.n >= PREFACE_LINE && memcmp(p.p, preface, PREFACE_LINE) == 0)
+        return STRANGER_OTHER;
+    if (p.n > word + 1 && word >= 3 && p.p[word] == ' ' && (p.p[word + 1] == '/' || p.p[word + 1] == '*'))
+        return STRANGER_HTTP1;
+    if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03)
+        return STRANGER_TLS;
+    bool may_be = word == p.n || (word + 1 == p.n && word >= 3 && p.p[word] == ' ') || (p.n == 1 && p.p[0] == 0x16);
+    return may_be && p.n < ENOUGH ? STRANGER_UNKNOWN : STRANGER_OTHER;
 }
 
-/* The client's 24 bytes (RFC 9113 3.4); ours follow once they have begun well.  Returns how many were taken. */
+/* Takes bytes of a client that has no preface until it is plain what it is: a line for the log, and for an HTTP/1
+ * request an answer that it understands. */
+static void conn_stranger(struct conn *c, struct bytes p)
+{
+    static const char body[] = "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
+    buf_put(&c->in, p.p, min_size(p.n, 64));
+    enum stranger kind = c->in.failed ? STRANGER_OTHER : stranger_kind((struct bytes){ c->in.p, c->in.len });
+    if (kind == STRANGER_UNKNOWN)
+        return;
+    core_note(c->core, c->peer, kind == STRANGER_HTTP1 ? "an HTTP/1.1 client; this port speaks gRPC over HTTP/2"
+                              : kind == STRANGER_TLS ? "this port speaks plaintext HTTP/2; the client sent a TLS "
+                                "ClientHello: set SERVER_CERT and SERVER_KEY, or turn TLS off at the client"
+                              : "not an HTTP/2 client: no connection preface");
+    if (kind == STRANGER_HTTP1)
+        buf_printf(conn_out(c), "HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
+                                "content-type: text/plain\r\ncontent-length: %zu\r\n\r\n%s", sizeof body - 1, body);
+    if (kind == STRANGER_OTHER) {
+        conn_fail(c, PROTOCOL_ERROR, "no connection preface");
+        return;
+    }
+    c->phase = CONN_CLOSING;          /* neither would understand a GOAWAY */
+    c->closing_ms = c->core->now_ms;
+}
+
+/* The client's 24 bytes (RFC 9113 3.4); ours follow them.  Returns how many were taken. */
 static size_t conn_preface(struct conn *c, struct bytes p)
 {
     size_t n = min_size(p.n, PREFACE_LEN - c->preface_len);
+    if (c->in.len) {
+        conn_stranger(c, p);
+        return p.n;
+    }
     if (memcmp(p.p, preface + c->preface_len, n) != 0) {
-        struct buf all = { 0 };
-        buf_put(&all, preface, c->preface_len);
-        buf_put(&all, p.p, min_size(p.n, 64));
-        c->preface_len = 0;
-        conn_no_preface(c, (struct bytes){ all.p, all.len });
-        buf_free(&all);
+        buf_put(&c->in, preface, c->preface_len);
+        conn_stranger(c, p);
         return p.n;
     }
     c->preface_len = (uint8_t)(c->preface_len + n);
     if (c->preface_len == PREFACE_LEN) {
-        frame_put(conn_out(c), 12, FRAME_SETTINGS, 0, 0);
-        frame_put_setting(&c->out, SETTINGS_MAX_CONCURRENT_STREAMS, MAX_CONCURRENT_STREAMS);
-        frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
+        conn_put_settings(c);
         c->phase = CONN_OPEN;
     }
     return n;
@@ -1961,17 +2026,7 @@ static void conn_put_headers(struct conn *c, uint32_t id, const struct buf *bloc
         conn_fail(c, INTERNAL_ERROR, "out of memory");
         return;
     }
-    frame_put(conn_out(c), (uint32_t)block->len, FRAME_HEADERS, END_HEADERS | flags, id);
-    buf_put(&c->out, block->p, block->len);
-}
-
-/* The start of each field block of ours: the table size update that a peer's SETTINGS asked for.  We add nothing to the
- * table, so nought is always right (RFC 7541 4.2). */
-static void block_begin(struct conn *c, struct buf *block)
-{
-    if (c->size_update_due)
-        hpack_encode_size_update(block, 0);
-    c->size_update_due = false;
+    conn_put_block(c, id, (struct bytes){ block->p, block->len }, flags);
 }
 
 static void put_field(struct buf *block, const char *name, struct bytes value)
@@ -1986,7 +2041,6 @@ static void grpc_send_headers(struct stream *s)
         return;
     struct buf block = { 0 };
     s->headers_sent = true;
-    block_begin(s->conn, &block);
     put_field(&block, ":status", BYTES("200"));
     put_field(&block, "content-type", BYTES("application/grpc"));
     conn_put_headers(s->conn, s->id, &block, 0);
@@ -2016,7 +2070,6 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     s->finishing = true;
     buf_free(&s->message);
     snprintf(number, sizeof number, "%u", status);
-    block_begin(s->conn, &block);
     if (alone) {
         s->headers_sent = true;
         put_field(&block, ":status", BYTES("200"));
@@ -2043,7 +2096,6 @@ static void plain_answer(struct stream *s)
     char number[12];
     bool with_body = !s->no_body;
     s->finishing = s->headers_sent = true;
-    block_begin(s->conn, &block);
     snprintf(number, sizeof number, "%u", s->plain);
     put_field(&block, ":status", bytes_of(number));
     put_field(&block, "content-type", BYTES("text/plain"));
@@ -2273,10 +2325,14 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->plain && !s->finishing)
+    if (s->plain && s->finishing) {
+        stream_reset(s, CANCEL);
+    } else if (s->plain) {
         plain_answer(s);
-    else
+    } else {
+        s->finishing = false;         /* a status that waited to be sent gives way to this one */
         grpc_finish(s, status, text);
+    }
 }
 
 static const struct h2_handler grpc_server = {
@@ -2296,7 +2352,6 @@ static struct stream *grpc_call(struct conn *c, const struct grpc_method *m, con
         return NULL;
     c->next_id += 2;
     s->method = m;
-    block_begin(c, &block);
     put_field(&block, ":method", BYTES("POST"));
     put_field(&block, ":scheme", c->secure ? BYTES("https") : BYTES("http"));
     put_field(&block, ":path", bytes_of(m->path));
@@ -2740,13 +2795,14 @@ struct options {
         dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
         result_consumer_keys, manifest_for, expect, reject, fault;
     int64_t max_message, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
-    bool once, base64, help, version, control, skip_forwarder, fast;
+    bool once, base64, help, version, control, skip_forwarder, fast, flagged;
     const char **args;
     size_t arg_count;
     struct pb_arena arena;            /* everything that is made of the words, until the end */
 };
 
-enum option_kind { OPT_TEXT, OPT_LIST, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
+/* A text or list goes to agents and must be UTF-8; a path is only this machine's. */
+enum option_kind { OPT_TEXT, OPT_LIST, OPT_PATH, OPT_PATHS, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
 
 struct option {
     const char *name, *arg, *preset;
@@ -2760,12 +2816,12 @@ struct option {
 enum { BOTH = CMD_SERVE | CMD_MANIFEST };
 
 static const struct option option_table[] = {
-    { "public-key-path", "FILE", NULL, OPT_TEXT, BOTH, AT(public_key_path),
+    { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
       "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
     { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
       "whether the agent is to serve attested TLS: true or false; required" },
-    { "algo-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_path), "algorithm that is uploaded directly: a file or folder to hash" },
-    { "data-paths", "PATH,...", NULL, OPT_LIST, BOTH, AT(data_paths), "datasets that are uploaded directly: files or folders to hash" },
+    { "algo-path", "PATH", NULL, OPT_PATH, BOTH, AT(algo_path), "algorithm that is uploaded directly: a file or folder to hash" },
+    { "data-paths", "PATH,...", NULL, OPT_PATHS, BOTH, AT(data_paths), "datasets that are uploaded directly: files or folders to hash" },
     { "algo-type", "TYPE", NULL, OPT_TEXT, BOTH, AT(algo_type), "bin, python, wasm or docker" },
     { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args), "arguments of the algorithm; an empty element is an empty argument" },
     { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url), "where the agent fetches the algorithm; needs -algo-kbs-path" },
@@ -2782,13 +2838,13 @@ static const struct option option_table[] = {
     { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls), "key brokers of the datasets, as many as URLs (default -kbs-url)" },
     { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file), "AgentConfig.client_ca_file: a path on the agent's machine" },
     { "algo-encrypted", "BOOL", NULL, OPT_TEXT, BOTH, AT(algo_encrypted), "false: the remote algorithm is plain and needs no -algo-kbs-path" },
-    { "algo-public-key-path", "FILE", NULL, OPT_TEXT, BOTH, AT(algo_public_key_path), "the algorithm's own public key (default -public-key-path)" },
+    { "algo-public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(algo_public_key_path), "the algorithm's own public key (default -public-key-path)" },
     { "dataset-hashes", "HEX,...", NULL, OPT_LIST, BOTH, AT(dataset_hashes), "a hash for each dataset" },
     { "dataset-filenames", "NAME,...", NULL, OPT_LIST, BOTH, AT(dataset_filenames), "Dataset.filename of each dataset" },
     { "dataset-source-types", "TYPE,...", NULL, OPT_LIST, BOTH, AT(dataset_source_types), "Source.type of each remote dataset" },
     { "dataset-encrypted", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_encrypted), "false: that remote dataset is plain and needs no key" },
-    { "dataset-public-key-paths", "FILE,...", NULL, OPT_LIST, BOTH, AT(dataset_public_key_paths), "a public key for each dataset" },
-    { "result-consumer-keys", "FILE,...", NULL, OPT_LIST, BOTH, AT(result_consumer_keys), "who may fetch results (default -public-key-path)" },
+    { "dataset-public-key-paths", "FILE,...", NULL, OPT_PATHS, BOTH, AT(dataset_public_key_paths), "a public key for each dataset" },
+    { "result-consumer-keys", "FILE,...", NULL, OPT_PATHS, BOTH, AT(result_consumer_keys), "who may fetch results (default -public-key-path)" },
     { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (\"1\")" },
     { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name), "ComputationRunReq.name" },
     { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description), "ComputationRunReq.description" },
@@ -2797,11 +2853,11 @@ static const struct option option_table[] = {
     { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
     { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
     { "agent-server-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_server_ca_file), "AgentConfig.server_ca_file" },
-    { "manifest", "FILE", NULL, OPT_TEXT, BOTH, AT(manifest), "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
-    { "manifest-for", "JOBID=FILE", NULL, OPT_LIST, CMD_SERVE, AT(manifest_for), "another manifest for the agents with this job-id; may be repeated" },
+    { "manifest", "FILE", NULL, OPT_PATH, BOTH, AT(manifest), "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
+    { "manifest-for", "JOBID=FILE", NULL, OPT_PATHS, CMD_SERVE, AT(manifest_for), "another manifest for the agents with this job-id; may be repeated" },
     { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat), "manifest dialect: all (every agent), or exactly that of seed or head" },
     { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output), "how messages are shown on stdout: text, or json (one object a line)" },
-    { "ready-file", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { "ready-file", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
     { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until), "end with a verdict once an agent is connected, accepted, running, ready or complete" },
     { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms), "verdict 4 if that has not happened in time (0: wait for ever)" },
     { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms), "verdict 5 if a lost agent has not come back in this time" },
@@ -2809,20 +2865,20 @@ static const struct option option_table[] = {
     { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect), "events that must come, in this order; others may stand between" },
     { "reject", "PATTERN", NULL, OPT_LIST, CMD_SERVE, AT(reject), "a log line or event that this extended regular expression finds is a failure; may be repeated" },
     { "agents", "N", "1", OPT_COUNT, CMD_SERVE, AT(agents), "so many agents must get there, told apart by job-id or address" },
-    { "report", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(report), "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
-    { "record", "FILE", NULL, OPT_TEXT, CMD_SERVE, AT(record), "keep every message, both ways, as JSON lines for cvms agent -replay" },
+    { "report", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(report), "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
+    { "record", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(record), "keep every message, both ways, as JSON lines for cvms agent -replay" },
     { "control", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(control), "lines on stdin are commands, as on a terminal; help lists them" },
     { "skip-forwarder", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(skip_forwarder), "send no manifest to a stream that says it is a log-forwarder" },
     { "fault", "NAME[=VALUE]", NULL, OPT_LIST, CMD_SERVE, AT(fault), "do something wrong on purpose (see below); may be repeated" },
     { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message), "longest message that an agent may send" },
-    { "o", "FILE", NULL, OPT_TEXT, CMD_MANIFEST, AT(out_file), "write the manifest's bytes to FILE instead of printing JSON" },
+    { "o", "FILE", NULL, OPT_PATH, CMD_MANIFEST, AT(out_file), "write the manifest's bytes to FILE instead of printing JSON" },
     { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
     { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
     { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
     { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
     { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail), "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
     { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id), "send this as the metadata job-id, as the newest agents do" },
-    { "replay", "FILE", NULL, OPT_TEXT, CMD_AGENT, AT(replay), "play the agents' side of a server's -record FILE, at its own pace" },
+    { "replay", "FILE", NULL, OPT_PATH, CMD_AGENT, AT(replay), "play the agents' side of a server's -record FILE, at its own pace" },
     { "fast", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(fast), "with -replay: without the pauses" },
     { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
@@ -2890,19 +2946,24 @@ struct report {
 /* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
 enum severity { USAGE, START, WARNING };
 
-PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
+static void tell_line(const char *head, const char *fmt, va_list ap)
 {
-    char text[1400];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    struct buf line = { 0 };
-    buf_puts(&line, kind == WARNING ? "cvms: warning: " : "cvms: ");
-    put_text(&line, bytes_of(text), NULL);
+    struct buf text = { 0 }, line = { 0 };
+    buf_vprintf(&text, fmt, ap);
+    buf_puts(&line, head);
+    put_text(&line, (struct bytes){ text.p, text.len }, NULL);
     buf_putc(&line, '\n');
     fwrite(line.p ? line.p : (const uint8_t *)"cvms: out of memory\n", 1, line.p ? line.len : 20, stderr);
+    buf_free(&text);
     buf_free(&line);
+}
+
+PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    tell_line(kind == WARNING ? "cvms: warning: " : "cvms: ", fmt, ap);
+    va_end(ap);
     r->usage |= kind == USAGE;
     r->start |= kind == START;
     r->warned |= kind == WARNING;
@@ -2913,9 +2974,7 @@ PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
-    fputs("cvms: ", stderr);
-    vfprintf(stderr, fmt, ap);
-    fputc('\n', stderr);
+    tell_line("cvms: ", fmt, ap);
     va_end(ap);
 }
 
@@ -3007,6 +3066,9 @@ static void option_unknown(struct report *r, const char *name, size_t n, unsigne
         if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
             best = d, near = &option_table[i];
     }
+    for (size_t i = 0; i < OPTIONS && !near && n >= 4; i++)
+        if (option_table[i].commands & command && strncmp(option_table[i].name, name, n) == 0)
+            near = &option_table[i];
     if (near)
         tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
     else if (other)
@@ -3049,10 +3111,16 @@ static void option_set(struct report *r, struct options *o, const struct option 
     int64_t n;
     switch (opt->kind) {
     case OPT_TEXT:
-        *(const char **)at = value;
-        break;
     case OPT_LIST:
-        values_add(o, at, value);
+        if (!pb_utf8_valid(bytes_of(value)))
+            tell(r, USAGE, "-%s: \"%s\" is not UTF-8, which all text in a manifest has to be", opt->name, value);
+        /* fall through */
+    case OPT_PATH:
+    case OPT_PATHS:
+        if (opt->kind == OPT_LIST || opt->kind == OPT_PATHS)
+            values_add(o, at, value);
+        else
+            *(const char **)at = value;
         break;
     case OPT_FLAG:
         n = value ? parse_bool(value) : 1;
@@ -3095,6 +3163,7 @@ static void options_parse(struct report *r, struct options *o, char **words, siz
         }
         size_t len = strcspn(name, "=");
         const struct option *opt = option_find(name, len, o->command);
+        o->flagged = true;
         const char *value = name[len] ? name + len + 1 : NULL;
         if (!opt) {
             option_unknown(r, name, len, o->command);
@@ -4078,6 +4147,8 @@ struct key_mistake {
 
 static const struct key_mistake label_mistakes[] = { /* the first that fits */
     { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in ", " -pubout" },
+    { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM",
+      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
     { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f ", "" },
     { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in ", " -pubout" },
     { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in ", " -pubout" },
@@ -4102,6 +4173,11 @@ static const struct key_mistake der_mistakes[] = {
 /* The path as a shell word; cut short rather than overflowing. */
 static void shell_word(char *to, size_t cap, const char *path)
 {
+    if (*path == '-' && cap > 2) {    /* not to be taken for an option */
+        memcpy(to, "./", 2);
+        to += 2;
+        cap -= 2;
+    }
     static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
     if (*path && path[strspn(path, plain)] == '\0') {
         snprintf(to, cap, "%s", path);
@@ -4121,7 +4197,7 @@ static void shell_word(char *to, size_t cap, const char *path)
 
 static bool mistake_set(struct err *e, const char *path, const struct key_mistake *m)
 {
-    char word[256] = "";
+    char word[1200] = "";
     if (m->after)
         shell_word(word, sizeof word, path);
     return err_set(e, "%s: is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one with: %s%s%s", path, m->what,
@@ -4170,6 +4246,8 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
         return text_mistake(path, text, e);
     if (der->failed)
         return err_set(e, "%s: no memory for the key", path);
+    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain((struct bytes){ der->p, der->len }, "ssh-ed25519"))
+        return label_mistake(path, "OPENSSH ED25519", e);
     if (strcmp(label, PEM_PUBLIC_KEY) != 0)
         return label_mistake(path, label, e);
     struct bytes key = { der->p, der->len };
@@ -4177,7 +4255,7 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
         return err_set(e, "%s: its PEM block is damaged or cut off; make it again from the private key with: "
                        "openssl pkey -in PRIVATE.pem -pubout", path);
     if (!der_is_spki(key)) {
-        char word[256];
+        char word[1200];
         shell_word(word, sizeof word, path);
         return err_set(e, "%s: is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right with: "
                        "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' %s | openssl rsa -RSAPublicKey_in -pubout", path, word);
@@ -4396,9 +4474,9 @@ static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum 
                                       const char *what, const char *url)
 {
     const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
-    if (!present(kbs) && !present(o->kbs_url))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s or -kbs-url", what, url,
-             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls");
+    if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", what, url,
+             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls", compat == COMPAT_HEAD ? "" : " or -kbs-url");
     return new_kbs(o, kbs);
 }
 
@@ -4420,6 +4498,17 @@ static struct bytes base_name(const char *path)
     for (from = n; from > 0 && path[from - 1] != '/';)
         from--;
     return (struct bytes){ (const uint8_t *)path + from, n - from };
+}
+
+/* Dataset.filename of a direct dataset; empty, with a warning, if no manifest can hold the name. */
+static struct bytes upload_name(struct report *r, const char *path)
+{
+    struct bytes name = base_name(path);
+    if (pb_utf8_valid(name))
+        return name;
+    tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest agents "
+                     "refuse such a dataset", path);
+    return (struct bytes){ 0 };
 }
 
 static struct bytes new_input(struct manifest *m, const char *path)
@@ -4499,7 +4588,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
             if (!*paths.v[i])
                 tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
             d[i].hash = new_input(m, paths.v[i]);
-            d[i].filename = m->compat == COMPAT_ALL ? base_name(paths.v[i]) : (struct bytes){ 0 };
+            d[i].filename = m->compat == COMPAT_ALL ? upload_name(r, paths.v[i]) : (struct bytes){ 0 };
         } else {
             d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
         }
@@ -4932,7 +5021,7 @@ static struct host *verdict_host(struct verdict *v, const char *job_id, const ch
 {
     const char *port = strrchr(peer, ':');
     struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
-    if (!v->wanted)
+    if (!v || !v->wanted)
         return NULL;
     struct host **at = &v->hosts;
     for (; *at; at = &(*at)->next)
@@ -4980,15 +5069,6 @@ static void host_context(struct host *h, const char *head, struct bytes text)
     free(*slot);
     *slot = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
     buf_free(&line);
-}
-
-static bool bytes_contain(struct bytes in, const char *what)
-{
-    size_t n = strlen(what);
-    for (size_t i = 0; i + n <= in.n; i++)
-        if (memcmp(in.p + i, what, n) == 0)
-            return true;
-    return false;
 }
 
 /* -reject: a line that one of the patterns finds is a failure. */
@@ -5612,7 +5692,7 @@ static void process_message(struct stream *s, struct bytes wire)
         snprintf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
                  (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
         process_note(s, text);
-        grpc_finish(s, GRPC_INTERNAL, text);
+        grpc_abort(s, GRPC_INTERNAL, text);
         return;
     }
     const struct pb_field *member = message_member(&msg);
@@ -5683,7 +5763,7 @@ static bool health_decode(struct stream *s, const struct pb_message *type, void 
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(type, msg, wire, &core->arena, &unknown);
     if (err != PB_OK)
-        grpc_finish(s, GRPC_INTERNAL, pb_error_text(err));
+        grpc_abort(s, GRPC_INTERNAL, pb_error_text(err));
     return err == PB_OK;
 }
 
@@ -5710,7 +5790,7 @@ static void unary_end(struct stream *s)
     if (s->answered)
         grpc_finish(s, GRPC_OK, "");
     else
-        grpc_finish(s, GRPC_INTERNAL, "a unary call without a message");
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call without a message");
 }
 
 static void ignore_open(struct stream *s, const struct fields *f)
@@ -5760,22 +5840,48 @@ static void health_list(struct stream *s, struct bytes wire)
 
 /* ---- grpc.reflection ---- */
 
-/* Whether "package.name" is the symbol, or the symbol lies inside it. */
-static bool symbol_in(struct bytes symbol, const char *package, const char *name)
+/* Takes "name" off the front of a dotted symbol; false if it begins with something else. */
+static bool symbol_take(struct bytes *symbol, const char *name)
 {
-    size_t p = strlen(package), n = strlen(name);
-    return symbol.n > p + n && memcmp(symbol.p, package, p) == 0 && symbol.p[p] == '.' &&
-           memcmp(symbol.p + p + 1, name, n) == 0 && (symbol.n == p + 1 + n || symbol.p[p + 1 + n] == '.');
+    size_t n = strlen(name);
+    if (symbol->n < n || memcmp(symbol->p, name, n) != 0 || (symbol->n > n && symbol->p[n] != '.'))
+        return false;
+    n += symbol->n > n;
+    *symbol = (struct bytes){ symbol->p + n, symbol->n - n };
+    return true;
 }
 
+static bool message_has(const struct pb_message *m, struct bytes symbol)
+{
+    bool found = symbol.n == 0 || (m->oneof && bytes_eq(symbol, bytes_of(m->oneof)));
+    for (size_t i = 0; i < m->n && !found; i++) {
+        const struct pb_field *f = &m->fields[i];
+        const struct pb_message *entry = f->kind == PB_MESSAGE ? f->sub : NULL;
+        const struct pb_enum *values = f->kind == PB_ENUM ? f->sub : NULL;
+        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name))) ||
+                (entry && entry->form == PB_MAP_ENTRY && bytes_eq(symbol, bytes_of(entry->name)));
+    }
+    return found;
+}
+
+/* Whether the file defines the symbol: a message, service, or what is named inside one. */
 static bool file_has(const struct pb_file *f, struct bytes symbol)
 {
-    for (size_t i = 0; i < f->n_messages; i++)
-        if (symbol_in(symbol, f->package, f->messages[i]->name))
+    if (!symbol_take(&symbol, f->package) || symbol.n == 0)
+        return false;
+    for (size_t i = 0; i < f->n_messages; i++) {
+        struct bytes rest = symbol;
+        if (symbol_take(&rest, f->messages[i]->name) && message_has(f->messages[i], rest))
             return true;
-    for (size_t i = 0; i < f->n_services; i++)
-        if (symbol_in(symbol, f->package, f->services[i].name))
+    }
+    for (size_t i = 0; i < f->n_services; i++) {
+        struct bytes rest = symbol;
+        bool found = symbol_take(&rest, f->services[i].name) && rest.n == 0;
+        for (size_t j = 0; j < f->services[i].n && rest.n < symbol.n; j++)
+            found |= bytes_eq(rest, bytes_of(f->services[i].methods[j].name));
+        if (found)
             return true;
+    }
     return false;
 }
 
@@ -6570,7 +6676,6 @@ static bool signals_init(struct loop *l)
     l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
     struct sigaction sa = { .sa_handler = on_signal };
     sigemptyset(&sa.sa_mask);
-    sa.sa_flags = SA_RESTART;
     for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
         sigaction(stops[i], &sa, NULL);
     sa.sa_handler = SIG_IGN;
@@ -6895,13 +7000,16 @@ static void agent_play(struct agent *a)
     agent_send(a, AGENT, &(struct ClientStreamMessage){ .run_res = &res });
     for (size_t i = 0; i < PB_COUNT(run_steps) && a->fail != 0; i++) {
         const struct step *step = &run_steps[i];
-        if (step->with_data && !a->datasets)
+        const char *last = a->fail > 0 ? failures[a->fail].last : NULL;
+        bool skip = step->with_data && !a->datasets;
+        if (skip && !(last && strcmp(last, step->event) == 0))
             continue;
+        if (skip)
+            break;
         if (step->level)
             agent_log(a, step->level, step->text);
         else
             agent_event(a, step->event, step->status, step->originator);
-        const char *last = a->fail > 0 ? failures[a->fail].last : NULL;
         if (last && step->event && (strcmp(last, step->event) == 0 || strcmp(last, step->status) == 0) &&
             (a->fail < 3 || strcmp(step->event, "Running") == 0))
             break;
@@ -7084,9 +7192,10 @@ static void agent_turn(struct loop *l)
     agent_dial(a, AGENT);
 }
 
-/* Resolves ADDR; the list is the caller's.  NULL, and a line on stderr, if that can't be done. */
-static struct addrinfo *resolve(const char *addr)
+/* Resolves ADDR; the list is the caller's.  NULL, and the exit status, if that can't be done. */
+static struct addrinfo *resolve(const struct options *o, int *status)
 {
+    const char *addr = addr_text(o);
     char host[256];
     const char *colon = strrchr(addr, ':'), *port = colon ? colon + 1 : "7001";
     size_t n = colon ? (size_t)(colon - addr) : strlen(addr);
@@ -7094,14 +7203,21 @@ static struct addrinfo *resolve(const char *addr)
     if (n >= 2 && addr[0] == '[' && addr[n - 1] == ']')
         addr++, n -= 2;
     int64_t number = parse_decimal(bytes_of(port));
-    if (n >= sizeof host || number < 1 || number > 65535) {
-        fprintf(stderr, "cvms: \"%s\" is not an address; write it like localhost:7001 or [::1]:7001\n", addr);
+    struct report r = { 0 };
+    *status = 2;
+    if (o->arg_count > 1) {
+        tell(&r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
         return NULL;
     }
+    if (n >= sizeof host || number < 1 || number > 65535) {
+        tell(&r, USAGE, "\"%s\" is not an address; write it like localhost:7001 or [::1]:7001", addr_text(o));
+        return NULL;
+    }
+    *status = 1;
     snprintf(host, sizeof host, "%.*s", (int)n, addr);
     int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
     if (error)
-        fprintf(stderr, "cvms: can't resolve \"%s\": %s\n", host, gai_strerror(error));
+        tell(&r, START, "can't resolve \"%s\": %s", host, gai_strerror(error));
     return error ? NULL : list;
 }
 
@@ -7129,18 +7245,17 @@ static int cmd_agent(struct options *o)
     if (o->fail && a.fail < 0)
         tell(&r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
                         "ReceivingData or Running", o->fail);
-    if (o->arg_count > 1)
-        tell(&r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
     if (r.usage)
         return 2;
-    struct addrinfo *list = resolve(addr_text(o));
+    int status;
+    struct addrinfo *list = resolve(o, &status);
     if (!list)
-        return 1;
+        return status;
     a.authority = addr_text(o);
     a.loop = client_loop(o, list, &a, agent_up, agent_down);
     a.loop->turn = agent_turn;
     agent_dial(&a, AGENT);
-    int status = loop_run(a.loop);
+    status = loop_run(a.loop);
     if (a.loop->signal_number && !status)
         status = 128 + a.loop->signal_number;
     loop_free(a.loop);
@@ -7210,14 +7325,15 @@ static void health_down(struct link *k, const char *why)
 
 static int cmd_health(struct options *o)
 {
-    struct addrinfo *list = resolve(addr_text(o));
+    int status;
+    struct addrinfo *list = resolve(o, &status);
     struct health h = { .o = o, .authority = addr_text(o) };
     if (!list)
-        return 1;
+        return status;
     h.loop = client_loop(o, list, &h, health_up, health_down);
     if (!link_dial(h.loop))
         health_end(&h, 1, "out of memory");
-    int status = loop_run(h.loop);
+    status = loop_run(h.loop);
     loop_free(h.loop);
     freeaddrinfo(list);
     return status;
@@ -7258,7 +7374,7 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
         real = listen_all(l, list, (unsigned)port);
     if (!real)
-        tell(r, START, "can't listen at %s port %lld: %s%s", *host ? host : "all interfaces", (long long)port,
+        tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces", (long long)port,
              strerror(errno), errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
                               : errno == EACCES ? "; set PORT to one above 1023" : "");
     freeaddrinfo(list);
@@ -7696,6 +7812,9 @@ static int run(struct options *o, struct report *r)
 int main(int argc, char **argv)
 {
     struct options o = { .command = CMD_SERVE };
+    for (int fd = 0; fd < 3; fd++)    /* no socket may come to stand where stdout was: a folder can't be written */
+        if (fcntl(fd, F_GETFD) < 0 && open("/", O_RDONLY) < 0)
+            return 1;
     pb_arena_init(&o.arena, NULL, 0, SIZE_MAX / 2);
     struct report r = { 0 };
     int at = 1;
@@ -7714,7 +7833,7 @@ int main(int argc, char **argv)
         return fflush(stdout) == 0 ? 0 : 1;
     }
     if (o.command & BOTH)
-        positional_form(&o, &r, o.args != (const char **)(argv + at));
+        positional_form(&o, &r, o.flagged);
     int status = r.usage && !(o.command & BOTH) ? 2 : run(&o, &r);
     pb_arena_free(&o.arena);
     return status;

@@ -433,7 +433,7 @@ static void run_collect(struct run *r)
         buf_putc(&r->lines, '\n');
         at = r->out.len;
     }
-    for (size_t n; (n = peer_frame(&r->peer, (struct bytes){ r->out.p + at, r->out.len - at }, &r->lines)) != 0;)
+    for (size_t n; r->out.p && (n = peer_frame(&r->peer, (struct bytes){ r->out.p + at, r->out.len - at }, &r->lines)) != 0;)
         at += n;
     if (at < r->out.len && !r->peer.fault)
         r->peer.fault = "octets that are no frame";

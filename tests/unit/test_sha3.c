@@ -6,7 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "sha3.h"
+#include "../../sha3.h"
 
 static unsigned passed, failed;
 
