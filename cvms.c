@@ -7235,6 +7235,191 @@ static struct loop *client_loop(const struct options *o, const struct addrinfo *
     return l;
 }
 
+/* ---- cvms agent -replay ---- */
+enum { REPLAY_FILE_MAX = 1 << 30, REPLAY_PARTS = 1000, REPLAY_AHEAD = MAX_QUEUED_ITEMS / 2 };
+
+/* One recorded stream, played on a connection of its own. */
+struct replay_part {
+    struct Record first;              /* who it was: peer, stream, kind, job_id */
+    struct link *link;
+    struct stream *stream;
+};
+
+struct replay_line {
+    int64_t at_ms;
+    struct replay_part *part;
+    struct bytes raw;
+};
+
+struct replay {
+    struct loop *loop;
+    const struct options *o;
+    const char *authority;
+    struct replay_part *parts;
+    struct replay_line *lines;
+    size_t part_count, line_count, next, up, done;
+    int64_t start_ms;
+    bool half_closed;
+};
+
+static void replay_fail(struct replay *r, const char *what, struct bytes why)
+{
+    struct buf safe = { 0 };
+    if (r->loop->stop_why)
+        return;
+    put_text(&safe, (struct bytes){ why.p, min_size(why.n, 300) }, NULL);
+    core_note(&r->loop->core, NULL, "cvms agent: FAILED: %s %.*s", what, (int)safe.len, safe.len ? (char *)safe.p : "");
+    buf_free(&safe);
+    r->loop->exit_status = 1;
+    loop_stop(r->loop, "the replay ends");
+}
+
+/* The part that a line belongs to, made if need be; NULL: too many. */
+static struct replay_part *replay_part(struct replay *r, const struct Record *line)
+{
+    for (size_t i = 0; i < r->part_count; i++)
+        if (bytes_eq(r->parts[i].first.peer, line->peer) && r->parts[i].first.stream == line->stream)
+            return &r->parts[i];
+    if (r->part_count == REPLAY_PARTS)
+        return NULL;
+    r->parts[r->part_count].first = *line;
+    return &r->parts[r->part_count++];
+}
+
+/* Reads the lines that a server received.  False: told. */
+static bool replay_load(struct replay *r, struct options *o, struct report *report)
+{
+    struct buf text = { 0 };
+    struct err e;
+    size_t lines = 1, number = 0;
+    if (!file_load(o->replay, REPLAY_FILE_MAX, &text, &e)) {
+        tell(report, START, "-replay: %s", e.text);
+        return false;
+    }
+    struct bytes rest = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
+    buf_free(&text);
+    for (size_t i = 0; i < rest.n; i++)
+        lines += rest.p[i] == '\n';
+    r->lines = keep(o, lines * sizeof *r->lines);
+    r->parts = keep(o, REPLAY_PARTS * sizeof *r->parts);
+    while (rest.n) {
+        const uint8_t *end = memchr(rest.p, '\n', rest.n);
+        struct bytes line = { rest.p, end ? (size_t)(end - rest.p) : rest.n };
+        struct Record record = { 0 };
+        number++;
+        rest = (struct bytes){ rest.p + line.n + (end != NULL), rest.n - line.n - (end != NULL) };
+        if (!pb_json_parse(&Record_message, &record, line, &o->arena, e.text, sizeof e.text)) {
+            tell(report, START, "-replay: %s: record %zu: %s", o->replay, number, e.text);
+            return false;
+        }
+        struct replay_part *part = record.received && record.time ? replay_part(r, &record) : NULL;
+        if (part)
+            r->lines[r->line_count++] = (struct replay_line){
+                .at_ms = record.time->seconds * 1000 + record.time->nanos / 1000000, .part = part, .raw = record.raw };
+    }
+    if (r->line_count == 0)
+        tell(report, START, "-replay: %s: no message that a server has received stands in it", o->replay);
+    return r->line_count != 0;
+}
+
+static void replay_status(struct stream *s, unsigned status, struct bytes text)
+{
+    struct replay *r = s->conn->core->app;
+    if (status != GRPC_OK || !r->half_closed) {
+        replay_fail(r, status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status], text);
+    } else if (++r->done == r->part_count) {
+        core_note(&r->loop->core, NULL, "cvms agent: %zu messages replayed on %zu stream%s: the server has taken "
+                  "everything", r->line_count, r->part_count, r->part_count == 1 ? "" : "s");
+        loop_stop(r->loop, "done");
+    }
+}
+
+static void replay_closed(struct stream *s)
+{
+    ((struct replay_part *)s->user)->stream = NULL;
+}
+
+static const struct grpc_method replay_method = {
+    .path = "/cvms.Service/Process", .status = replay_status, .closed = replay_closed,
+};
+
+static void replay_up(struct link *k)
+{
+    struct replay *r = k->loop->core.app;
+    const char *metadata[5] = { 0 };
+    size_t n = 0;
+    for (size_t i = 0; i < r->part_count; i++) {
+        struct replay_part *p = &r->parts[i];
+        if (p->link != k)
+            continue;
+        char *job = text_copy(p->first.job_id, 200);
+        if (job && *job)
+            metadata[n++] = "job-id", metadata[n++] = job;
+        if (n && bytes_eq(p->first.kind, bytes_of(kind_names[KIND_FORWARDER])))
+            metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
+        p->stream = grpc_call(&k->conn, &replay_method, r->authority, metadata);
+        free(job);
+        if (!p->stream)
+            replay_fail(r, "out of memory", (struct bytes){ 0 });
+        else
+            p->stream->user = p;
+    }
+    if (++r->up == r->part_count)
+        r->start_ms = r->loop->core.now_ms;
+}
+
+static void replay_down(struct link *k, const char *why)
+{
+    replay_fail(k->loop->core.app, "can't connect:", bytes_of(why));
+}
+
+/* Sends what is due; a stream whose queue is full waits until it has drained. */
+static void replay_turn(struct loop *l)
+{
+    struct replay *r = l->core.app;
+    bool blocked = false;
+    if (r->up < r->part_count)
+        return;
+    l->timer_ms = INT64_MAX;
+    for (size_t n = 0; r->next < r->line_count && !blocked; r->next++, n++) {
+        const struct replay_line *line = &r->lines[r->next];
+        int64_t due = r->start_ms + (r->o->fast ? 0 : line->at_ms - r->lines[0].at_ms);
+        struct stream *s = line->part->stream;
+        if (due > l->core.now_ms || !s || s->queued >= REPLAY_AHEAD) {
+            l->timer_ms = due > l->core.now_ms ? due : n ? l->core.now_ms : INT64_MAX;
+            return;
+        }
+        struct blob *b = blob_new(line->raw.n + 5);
+        if (b) {
+            grpc_put_prefix(b->p, line->raw.n);
+            if (line->raw.n)
+                memcpy(b->p + 5, line->raw.p, line->raw.n);
+        }
+        grpc_send_blob(s, b);
+        l->core.touched = true;
+    }
+    for (size_t i = 0; i < r->part_count && !r->half_closed; i++)
+        if (r->parts[i].stream)
+            grpc_half_close(r->parts[i].stream);
+    r->half_closed = l->core.touched = true;
+}
+
+static int cmd_replay(struct options *o, const struct addrinfo *list)
+{
+    struct replay r = { .o = o, .authority = addr_text(o) };
+    struct report report = { 0 };
+    if (!replay_load(&r, o, &report))
+        return 1;
+    r.loop = client_loop(o, list, &r, replay_up, replay_down);
+    r.loop->turn = replay_turn;
+    for (size_t i = 0; i < r.part_count; i++)
+        if (!(r.parts[i].link = link_dial(r.loop)))
+            replay_fail(&r, "out of memory", (struct bytes){ 0 });
+    int status = loop_run(r.loop);
+    loop_free(r.loop);
+    return status;
+}
+
 static int cmd_agent(struct options *o)
 {
     struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest", .fail = -1 };
@@ -7251,6 +7436,11 @@ static int cmd_agent(struct options *o)
     struct addrinfo *list = resolve(o, &status);
     if (!list)
         return status;
+    if (o->replay) {
+        status = cmd_replay(o, list);
+        freeaddrinfo(list);
+        return status;
+    }
     a.authority = addr_text(o);
     a.loop = client_loop(o, list, &a, agent_up, agent_down);
     a.loop->turn = agent_turn;
