@@ -1843,7 +1843,7 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
             if (c->header_len == FRAME_HEADER_LEN) {
                 conn_frame_begin(c);
                 if (c->left == 0 && c->phase == CONN_OPEN)
-                    conn_frame_end(c, (struct bytes){ 0 });
+                    conn_frame_end(c, (struct bytes){ c->header, 0 });
             }
         } else {
             taken = conn_payload(c, rest);
@@ -5504,7 +5504,7 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
 static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
 {
     struct buf *out = arg;
-    buf_puts(out, out->p[out->len - 1] == '[' ? "" : ",");
+    buf_puts(out, out->len && out->p[out->len - 1] == '[' ? "" : ",");
     buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
     if (wire == PB_LEN || wire == PB_SGROUP) {
         buf_putc(out, '"');
@@ -5700,7 +5700,14 @@ static void process_message(struct stream *s, struct bytes wire)
         session_kind(session, shown[member->number].kind);
     session->messages++;
     session->bytes += wire.n;
+    size_t shown_before = core->out.len;
     show_message(s, &msg, wire, unknown);
+    if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
+        core->out.len = shown_before;
+        core->out.failed = false;
+        grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        return;
+    }
     if (session->host)
         verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
     if (core->recording)
@@ -6226,6 +6233,7 @@ static void sink_fail(struct loop *l, struct sink *s, int error)
  * PIPE_BUF, which it can take at once when it says that it is writable; a file gets all. */
 static void sink_flush(struct loop *l, struct sink *s)
 {
+    s->lines->failed = false;         /* a line of our own that found no memory is lost; those of agents never are */
     while (sink_pending(s) && !s->broken) {
         size_t n = sink_pending(s);
         if (!s->regular) {

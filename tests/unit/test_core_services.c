@@ -395,7 +395,7 @@ static void put_list_of(struct side *a, uint32_t id, size_t size)
     put_field(&b, ":path", BYTES("/x"));
     put_field(&b, "content-type", BYTES("application/grpc"));
     size -= 7 + 4 + 7 + 4 + 5 + 2 + 12 + 16 + 4 * HPACK_OVERHEAD + 1 + HPACK_OVERHEAD;
-    for (; value.len < size;)
+    while (value.len < size && !value.failed)
         buf_putc(&value, 'v');
     put_field(&b, "x", whole(&value));
     put_block_in_parts(a, &b, id);
