@@ -663,12 +663,11 @@ static const char *core_stamp(struct core *core)
 {
     int64_t s = core->wall_ms / 1000;
     if (core->stamp[0] == 0 || s != core->stamp_s) {
-        struct buf b = { 0 };
-        pb_timestamp(&b, s, 1000000);
-        if (b.len == STAMP_LEN)
+        uint8_t room[64];
+        struct buf b = { .p = room, .cap = sizeof room };   /* large enough: nothing is allocated */
+        if (pb_timestamp(&b, s, 1000000) && b.len == STAMP_LEN)
             memcpy(core->stamp, b.p, STAMP_LEN);
         core->stamp_s = s;
-        buf_free(&b);
     }
     int ms = (int)(core->wall_ms % 1000);
     core->stamp[20] = (char)('0' + ms / 100);
@@ -1026,9 +1025,12 @@ static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
     conn_remember_closed(c, id, true);
 }
 
+static void conn_release_big(struct conn *c);
+
 /* Frees the streams that are done. */
 static void conn_reap(struct conn *c)
 {
+    bool had_big = c->big != NULL;
     c->reap = false;
     for (struct stream **at = &c->streams, *s; (s = *at);) {
         if (!s->dead) {
@@ -1049,6 +1051,8 @@ static void conn_reap(struct conn *c)
         free(s);
         c->stream_count--;
     }
+    if (had_big && !c->big)
+        conn_release_big(c);
 }
 
 /* Our END_STREAM is in the output.  A server that has said all it has to say stops the client's side too
@@ -2069,6 +2073,8 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     bool alone = !s->headers_sent;
     s->finishing = true;
     buf_free(&s->message);
+    if (s->conn->big == s)
+        conn_release_big(s->conn);
     snprintf(number, sizeof number, "%u", status);
     if (alone) {
         s->headers_sent = true;
@@ -5661,6 +5667,11 @@ static void process_open(struct stream *s, const struct fields *f)
         struct buf name = { 0 };
         put_text(&name, (struct bytes){ f->value[F_JOB_ID].p, min_size(f->value[F_JOB_ID].n, 200) }, NULL);
         buf_putc(&name, 0);
+        if (name.failed) {
+            buf_free(&name);
+            grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+            return;
+        }
         session->job_id = (char *)name.p;
         kind = KIND_AGENT;
     }
@@ -5786,7 +5797,7 @@ static int32_t health_status(struct bytes service)
 static bool unary_first(struct stream *s)
 {
     if (s->answered)
-        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
+        grpc_abort(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
     bool first = !s->answered;
     s->answered = true;
     return first;

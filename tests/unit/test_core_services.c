@@ -280,8 +280,8 @@ static void begin_two_long(struct side *a)
         }
         side_exchange(a);
     }
-    SIDE_LINES(a, OPENED ANSWER(1) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=1 add=32767\n"
-                  ANSWER(3) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=3 add=32767\n");
+    SIDE_LINES(a, OPENED ANSWER(1) ANSWER(3) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=1 add=32767\n"
+                  "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=3 add=32767\n");
 }
 
 static void put_zeros(struct side *a, uint32_t id, size_t left)
