@@ -48,6 +48,20 @@
 #include <sys/epoll.h>
 #endif
 
+#ifndef CVMS_TLS
+#define CVMS_TLS 1                    /* 0: without BearSSL */
+#endif
+#ifndef CVMS_TLS_POOL
+#define CVMS_TLS_POOL 1               /* 0: each connection keeps its 32 KiB of buffers, no BearSSL internals are touched */
+#endif
+#if CVMS_TLS
+#include <bearssl.h>
+#include <strings.h>
+#if defined(__APPLE__)
+#include <sys/random.h>
+#endif
+#endif
+
 #include "proto_wire.h"
 #include "sha3.h"
 
@@ -852,6 +866,7 @@ struct conn {
     enum h2_error error;
     const char *why;
     char peer[56];
+    const char *subject;              /* of the peer's certificate, safe to print; NULL: none */
 };
 
 static struct blob *blob_new(size_t n)
@@ -2796,12 +2811,13 @@ struct options {
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
         *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
-        *algo_public_key_path, *until, *report, *record, *replay;
+        *algo_public_key_path, *until, *report, *record, *replay, *server_cert,
+        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
         result_consumer_keys, manifest_for, expect, reject, fault;
     int64_t max_message, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
-    bool once, base64, help, version, control, skip_forwarder, fast, flagged;
+    bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
     const char **args;
     size_t arg_count;
     struct pb_arena arena;            /* everything that is made of the words, until the end */
@@ -2819,7 +2835,7 @@ struct option {
 };
 
 #define AT(member) offsetof(struct options, member)
-enum { BOTH = CMD_SERVE | CMD_MANIFEST };
+enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
 
 static const struct option option_table[] = {
     { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
@@ -2864,6 +2880,11 @@ static const struct option option_table[] = {
     { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat), "manifest dialect: all (every agent), or exactly that of seed or head" },
     { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output), "how messages are shown on stdout: text, or json (one object a line)" },
     { "ready-file", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { "server-cert", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_cert), "certificate chain, a path or PEM text: serve with TLS (default $SERVER_CERT)" },
+    { "server-key", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_key), "its private key (default $SERVER_KEY)" },
+    { "client-ca-certs", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(client_ca_certs), "authorities: clients must have a certificate of theirs (default $CLIENT_CA_CERTS)" },
+    { "client-san", "NAME", NULL, OPT_TEXT, CMD_SERVE, AT(client_san), "and it must carry this subject alternative name" },
+    { "allow-no-alpn", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(allow_no_alpn), "serve TLS clients that offer no ALPN, too" },
     { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until), "end with a verdict once an agent is connected, accepted, running, ready or complete" },
     { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms), "verdict 4 if that has not happened in time (0: wait for ever)" },
     { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms), "verdict 5 if a lost agent has not come back in this time" },
@@ -2886,6 +2907,11 @@ static const struct option option_table[] = {
     { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id), "send this as the metadata job-id, as the newest agents do" },
     { "replay", "FILE", NULL, OPT_PATH, CMD_AGENT, AT(replay), "play the agents' side of a server's -record FILE, at its own pace" },
     { "fast", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(fast), "with -replay: without the pauses" },
+    { "ca", "PEM", NULL, OPT_PATH, CLIENTS, AT(ca), "use TLS, and believe these authorities (default $AGENT_CVM_GRPC_SERVER_CA_CERTS)" },
+    { "cert", "PEM", NULL, OPT_PATH, CLIENTS, AT(cert), "client certificate (default $AGENT_CVM_GRPC_CLIENT_CERT)" },
+    { "key", "PEM", NULL, OPT_PATH, CLIENTS, AT(key), "its private key (default $AGENT_CVM_GRPC_CLIENT_KEY)" },
+    { "server-name", "NAME", NULL, OPT_TEXT, CLIENTS, AT(server_name), "name to look for in the server's certificate (default: ADDR's host)" },
+    { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
     { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
     { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
@@ -2914,6 +2940,9 @@ enum { COMMANDS = sizeof command_table / sizeof *command_table };
 static const char *const environment_table[][2] = {
     { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
     { "PORT", "port to listen on (default 7001; 0: any free one)" },
+    { "SERVER_CERT, SERVER_KEY", "TLS: certificate chain and key, each a path or PEM text" },
+    { "SERVER_CA_CERTS, CLIENT_CA_CERTS", "either: clients need a certificate, verified against the latter (or the only one)" },
+    { "AGENT_CVM_GRPC_URL, ..._SERVER_CA_CERTS, ..._CLIENT_CERT, ..._CLIENT_KEY", "agent and health: an agent's own settings" },
     { "NO_COLOR", "if set, no colour, also on a terminal" },
 };
 
@@ -5534,6 +5563,10 @@ static void show_json(struct stream *s, const struct ClientStreamMessage *msg, s
         buf_puts(out, ",\"job_id\":");
         pb_json_string(out, bytes_of(session->job_id));
     }
+    if (s->conn->subject) {
+        buf_puts(out, ",\"subject\":");
+        pb_json_string(out, bytes_of(s->conn->subject));
+    }
     buf_puts(out, ",\"message\":");
     pb_json(out, &ClientStreamMessage_message, msg, 0);
     if (unknown) {
@@ -5679,7 +5712,9 @@ static void process_open(struct stream *s, const struct fields *f)
         kind = KIND_FORWARDER;
     if (kind)
         session_kind(session, kind);
-    process_note(s, "connected");
+    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream", session->job_id ? "[" : "",
+              session->job_id ? session->job_id : "", session->job_id ? "]" : "", s->conn->subject ? " as " : "",
+              s->conn->subject ? s->conn->subject : "");
     session->manifest = manifest_for(core->manifest, f->value[F_JOB_ID]);
     manifest_refresh(session->manifest, core);
     if (kind == KIND_FORWARDER && core->skip_forwarder)
@@ -5983,6 +6018,1176 @@ static const struct grpc_method server_methods[] = {
       .message = reflection_message, .end = reflection_end },
 };
 
+/* ==== 16. TLS: chain, key, BearSSL pump ============================================================================
+ * Owns: certificates, keys and authorities (RFC 5280), TLS 1.2 connections (RFC 5246, RFC 9113 9.2), pooled buffers.
+ * BearSSL's engine does the protocol; what it lacks is here: extended key usage, subjects for the log, the alert that
+ * goes with each refusal, randomness without /dev.
+ * Never: touches a descriptor or reads the clock; the caller passes wall-clock seconds (Unix time).
+ */
+/* A setting: the name the user knows it by, and a path or PEM text; NULL or "" is not set. */
+struct tls_source {
+    const char *name, *value;
+};
+
+struct tls_options {
+    struct tls_source cert, key;
+    struct tls_source server_ca, client_ca; /* a client uses server_ca; "" is the system's bundle */
+    const char *client_san;                 /* server: the name that a client certificate must carry, or NULL */
+    const char *server_name;                /* client: a host name or an IP address */
+    bool insecure;                          /* client: believe any server */
+    bool allow_no_alpn;                     /* server: a client that offers no ALPN may stay (RFC 9113 3.2 forbids) */
+};
+
+/* TLS_CLOSING and TLS_FAILED: close the socket once tls_send_buf has no more. */
+enum tls_state { TLS_HANDSHAKE, TLS_OPEN, TLS_CLOSING, TLS_FAILED };
+
+#if CVMS_TLS
+enum {
+    TLS_LEAF_MAX = 16 << 10,  /* octets of a peer's own certificate; they are about 1 KiB */
+    TLS_CHAIN_MAX = 10,       /* certificates in a peer's chain; each costs a signature check */
+    TLS_NAMES_MAX = 65535,    /* RFC 5246 7.4.4: authorities in a CertificateRequest, in octets */
+    TLS_SUBJECT_MAX = 240,    /* characters of a subject in a log line */
+    TLS_POOL_MAX = 16,        /* idle buffers that are kept */
+    TLS_RSA_MIN = 2048, TLS_RSA_MAX = 4096
+};
+
+enum { /* our own reasons, beside BearSSL's 0 to 62 */
+    TLS_ERR_USAGE = 128, TLS_ERR_NAME, TLS_ERR_ACCESS, TLS_ERR_CHAIN, TLS_ERR_ALPN, TLS_ERR_PLAINTEXT, TLS_ERR_MEMORY
+};
+
+static const struct tls_alert {
+    int number;
+    const char *name, *hint;
+} tls_alerts[] = { /* RFC 5246 7.2, RFC 7301 3.2 */
+    { 10, "unexpected_message", "" },
+    { 20, "bad_record_mac", "" },
+    { 22, "record_overflow", "" },
+    { 40, "handshake_failure", ": no common cipher suite, curve or signature" },
+    { 42, "bad_certificate", ": it does not accept our certificate" },
+    { 43, "unsupported_certificate", ": it does not accept our certificate" },
+    { 44, "certificate_revoked", ": it does not accept our certificate" },
+    { 45, "certificate_expired", ": it does not accept our certificate" },
+    { 46, "certificate_unknown", ": it does not accept our certificate" },
+    { 47, "illegal_parameter", "" },
+    { 48, "unknown_ca", ": it does not know the authority of our certificate" },
+    { 49, "access_denied", ": our certificate gives no access" },
+    { 50, "decode_error", "" },
+    { 51, "decrypt_error", "" },
+    { 70, "protocol_version", ": no common TLS version" },
+    { 71, "insufficient_security", "" },
+    { 80, "internal_error", "" },
+    { 86, "inappropriate_fallback", "" },
+    { 90, "user_canceled", "" },
+    { 100, "no_renegotiation", "" },
+    { 110, "unsupported_extension", "" },
+    { 112, "unrecognized_name", "" },
+    { 116, "certificate_required", ": it wants a client certificate" },
+    { 120, "no_application_protocol", ": it does not speak HTTP/2 (ALPN h2)" },
+};
+
+/* Reasons, the alert that goes with each (0: none, or BearSSL sends it), and their texts after "the client ...". */
+static const struct tls_reason {
+    int err, alert;
+    const char *text;
+} tls_reasons[] = {
+    { BR_ERR_UNSUPPORTED_VERSION, 70, "sent something that is no TLS record" },
+    { BR_ERR_BAD_VERSION, 70, "changed the record version in midstream" },
+    { BR_ERR_BAD_LENGTH, 22, "sent a record of impossible length" },
+    { BR_ERR_TOO_LARGE, 22, "sent a record that is too large" },
+    { BR_ERR_BAD_MAC, 20, "sent a record that does not decrypt" },
+    { BR_ERR_NO_RANDOM, 80, "is refused: the operating system gives no random numbers" },
+    { BR_ERR_UNKNOWN_TYPE, 10, "sent a record of unknown type" },
+    { BR_ERR_UNEXPECTED, 10, "sent a message out of order" },
+    { BR_ERR_BAD_CIPHER_SUITE, 47, "chose a cipher suite that was not offered" },
+    { BR_ERR_BAD_SECRENEG, 40, "sent a wrong secure renegotiation extension" },
+    { BR_ERR_BAD_FINISHED, 51, "sent a wrong Finished message" },
+    { BR_ERR_INVALID_ALGORITHM, 40, "wants a curve or signature that is not supported" },
+    { BR_ERR_BAD_SIGNATURE, 51, "does not hold the private key of its certificate" },
+    { BR_ERR_WRONG_KEY_USAGE, 43, "has a certificate whose key usage forbids signatures" },
+    { BR_ERR_NO_CLIENT_AUTH, 40, "sent no certificate" },
+    { BR_ERR_X509_UNSUPPORTED, 43, "uses an algorithm that is not supported (RSA, EC P-256 to P-521, SHA-2 are)" },
+    { BR_ERR_X509_LIMIT_EXCEEDED, 43, "has a key or a certificate that is too large" },
+    { BR_ERR_X509_BAD_SIGNATURE, 42, "has a wrong signature in its chain" },
+    { BR_ERR_X509_EXPIRED, 45, "has a certificate in its chain that is expired or not yet valid" },
+    { BR_ERR_X509_DN_MISMATCH, 42, "comes in a chain out of order" },
+    { BR_ERR_X509_BAD_SERVER_NAME, 42, "is not for this server name" },
+    { BR_ERR_X509_CRITICAL_EXTENSION, 43, "has a critical extension that is not understood" },
+    { BR_ERR_X509_NOT_CA, 42, "is signed by a certificate that is no authority" },
+    { BR_ERR_X509_FORBIDDEN_KEY_USAGE, 43, "is signed by a certificate whose key usage forbids that" },
+    { BR_ERR_X509_WEAK_PUBLIC_KEY, 42, "has an RSA key of less than 2048 bits in its chain" },
+    { BR_ERR_X509_NOT_TRUSTED, 48, "is not signed by a trusted authority" },
+    { TLS_ERR_USAGE, 43, "has an extended key usage that does not allow this" },
+    { TLS_ERR_NAME, 42, "is not for this server address" },
+    { TLS_ERR_ACCESS, 49, "does not carry the name that -client-san asks for" },
+    { TLS_ERR_CHAIN, 43, "or its chain is too long" },
+    { TLS_ERR_ALPN, 120, "did not agree on ALPN h2, which HTTP/2 over TLS needs (RFC 9113 3.2)" },
+    { TLS_ERR_PLAINTEXT, 0, "speaks plaintext HTTP where TLS is spoken" },
+    { TLS_ERR_MEMORY, 80, "is refused: no memory" },
+    { BR_ERR_SEND_FATAL_ALERT + 40, 0, "is refused: no common cipher suite, curve or signature (TLS 1.2 with ECDHE and "
+                                       "AES-GCM or ChaCha20-Poly1305 is spoken here)" },
+    { BR_ERR_SEND_FATAL_ALERT + 70, 0, "is refused: it speaks no TLS 1.2" },
+    { BR_ERR_SEND_FATAL_ALERT + 120, 0, "is refused: it offers ALPN, but not h2" },
+};
+
+/* The row of a reason; those without one are told by their range alone. */
+static struct tls_reason tls_reason(int err)
+{
+    for (size_t i = 0; i < sizeof tls_reasons / sizeof tls_reasons[0]; i++)
+        if (tls_reasons[i].err == err)
+            return tls_reasons[i];
+    if (err >= BR_ERR_X509_OK && err <= BR_ERR_X509_NOT_TRUSTED)
+        return (struct tls_reason){ err, 42, "is damaged" };
+    return (struct tls_reason){ err, err < BR_ERR_RECV_FATAL_ALERT ? 50 : 0, "sent a malformed handshake message" };
+}
+
+/* Key material does not outlive its use: the compiler may not drop these writes. */
+static void wipe(void *p, size_t n)
+{
+    for (volatile uint8_t *v = p; n; n--)
+        *v++ = 0;
+}
+
+static void wipe_buf(struct buf *b)
+{
+    if (b->p)
+        wipe(b->p, b->cap);
+    buf_free(b);
+}
+
+/* ---- Certificates, as far as BearSSL does not read them ---- */
+
+struct cert {
+    br_x509_decoder_context decoder; /* pkey points into it */
+    const br_x509_pkey *pkey;
+    struct bytes subject, extensions; /* the Name with its header; what stands inside SEQUENCE OF Extension */
+    int64_t not_before, not_after;
+};
+
+/* RFC 5280 4.1: finds the subject and the extensions of a certificate. */
+static bool cert_walk(struct cert *c, struct bytes der)
+{
+    struct bytes body, tbs, part;
+    c->subject = c->extensions = (struct bytes){ NULL, 0 };
+    if (der_next(&der, &body) != DER_SEQUENCE || der_next(&body, &tbs) != DER_SEQUENCE)
+        return false;
+    int tag = der_next(&tbs, &part);
+    if (tag == 0xa0)
+        tag = der_next(&tbs, &part);
+    for (int i = 0; i < 3; i++) /* signature, issuer, validity */
+        if (tag != DER_INTEGER || der_next(&tbs, &part) != DER_SEQUENCE)
+            return false;
+    const uint8_t *start = tbs.p;
+    if (der_next(&tbs, &part) != DER_SEQUENCE)
+        return false;
+    c->subject = (struct bytes){ start, (size_t)(part.p + part.n - start) };
+    while ((tag = der_next(&tbs, &part)) >= 0)
+        if (tag == 0xa3 && der_next(&part, &c->extensions) != DER_SEQUENCE)
+            return false;
+    return true;
+}
+
+/* Decodes a whole certificate; returns 0 or a BearSSL error.  *c points into der. */
+static int cert_decode(struct cert *c, struct bytes der)
+{
+    const int64_t epoch = 719528; /* days from year 0 to 1970 */
+    br_x509_decoder_context *d = &c->decoder;
+    br_x509_decoder_init(d, NULL, NULL);
+    br_x509_decoder_push(d, der.p, der.n);
+    c->pkey = br_x509_decoder_get_pkey(d);
+    c->not_before = ((int64_t)d->notbefore_days - epoch) * 86400 + d->notbefore_seconds;
+    c->not_after = ((int64_t)d->notafter_days - epoch) * 86400 + d->notafter_seconds;
+    if (!cert_walk(c, der))
+        return BR_ERR_X509_UNEXPECTED;
+    return c->pkey ? 0 : br_x509_decoder_last_error(d);
+}
+
+/* The extension's value, or n = 0 when it is absent (RFC 5280 4.2). */
+static struct bytes cert_extension(struct bytes extensions, struct bytes oid)
+{
+    struct bytes extension, id, value;
+    while (der_next(&extensions, &extension) == DER_SEQUENCE)
+        if (der_next(&extension, &id) == DER_OID && bytes_eq(id, oid)) {
+            int tag = der_next(&extension, &value);
+            if (tag == DER_BOOLEAN) /* critical */
+                tag = der_next(&extension, &value);
+            return tag == DER_OCTET_STRING ? value : (struct bytes){ NULL, 0 };
+        }
+    return (struct bytes){ NULL, 0 };
+}
+
+/* True if there is no extended key usage, or it holds this purpose or any (RFC 5280 4.2.1.12). */
+static bool cert_allows(struct bytes extensions, struct bytes purpose)
+{
+    struct bytes value = cert_extension(extensions, BYTES("\x55\x1d\x25")), list, id;
+    if (value.n == 0)
+        return true;
+    if (der_next(&value, &list) != DER_SEQUENCE)
+        return false;
+    while (der_next(&list, &id) == DER_OID)
+        if (bytes_eq(id, purpose) || bytes_eq(id, BYTES("\x55\x1d\x25\x00")))
+            return true;
+    return false;
+}
+
+/* True if the subject alternative name holds this DNS name, mail address, URI or IP address (RFC 5280 4.2.1.6).  No
+ * wildcards. */
+static bool cert_has_name(struct bytes extensions, const char *name)
+{
+    uint8_t ip[16];
+    size_t ip_len = inet_pton(AF_INET, name, ip) == 1 ? 4 : inet_pton(AF_INET6, name, ip) == 1 ? 16 : 0;
+    struct bytes value = cert_extension(extensions, BYTES("\x55\x1d\x11")), list, one;
+    int tag;
+    if (der_next(&value, &list) != DER_SEQUENCE)
+        return false;
+    while ((tag = der_next(&list, &one)) >= 0) {
+        if (tag == 0x87 && bytes_eq(one, (struct bytes){ ip, ip_len }))
+            return true;
+        bool text = tag == 0x81 || tag == 0x82 || tag == 0x86;
+        if (text && ip_len == 0 && one.n == strlen(name) && strncasecmp((const char *)one.p, name, one.n) == 0)
+            return true;
+    }
+    return false;
+}
+
+static const struct {
+    const char *oid, *name;
+} dn_types[] = { /* RFC 4514 3, and two that are common */
+    { "\x55\x04\x03", "CN" }, { "\x55\x04\x07", "L" }, { "\x55\x04\x08", "ST" }, { "\x55\x04\x0a", "O" },
+    { "\x55\x04\x0b", "OU" }, { "\x55\x04\x06", "C" }, { "\x55\x04\x09", "STREET" },
+    { "\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x19", "DC" }, { "\x09\x92\x26\x89\x93\xf2\x2c\x64\x01\x01", "UID" },
+    { "\x55\x04\x05", "serialNumber" }, { "\x2a\x86\x48\x86\xf7\x0d\x01\x09\x01", "emailAddress" },
+};
+
+/* One AttributeTypeAndValue.  The value comes out in printable ASCII whatever it holds (RFC 4514 2.4). */
+static void dn_attribute(struct buf *out, struct bytes oid, int tag, struct bytes value)
+{
+    size_t i = 0, types = sizeof dn_types / sizeof dn_types[0];
+    while (i < types && !bytes_eq(oid, bytes_of(dn_types[i].oid)))
+        i++;
+    buf_puts(out, i < types ? dn_types[i].name : "?");
+    buf_putc(out, '=');
+    bool text = tag == 12 || tag == 19 || tag == 20 || tag == 22; /* UTF8String and its elders */
+    if (!text)
+        buf_putc(out, '#');
+    for (size_t k = 0; k < value.n && out->len <= TLS_SUBJECT_MAX; k++) {
+        int c = value.p[k];
+        bool edge = (k == 0 && (c == ' ' || c == '#')) || (k + 1 == value.n && c == ' ');
+        if (!text || c < ' ' || c > '~')
+            buf_printf(out, text ? "\\%02X" : "%02x", (unsigned)c);
+        else
+            buf_printf(out, edge || strchr("\"+,;<>\\", c) ? "\\%c" : "%c", c);
+    }
+}
+
+/* A Name as RFC 4514 writes it, last component first, NUL-terminated; cut at TLS_SUBJECT_MAX.  A Name of more than 16
+ * components loses its first ones. */
+static void dn_text(struct buf *out, struct bytes name)
+{
+    struct bytes rdns, rdn[16], pair, oid, value;
+    size_t n = 0;
+    if (der_next(&name, &rdns) != DER_SEQUENCE)
+        buf_puts(out, "(unreadable)");
+    else
+        while (der_next(&rdns, &rdn[n % 16]) == DER_SET)
+            n++;
+    for (size_t first = n > 16 ? n - 16 : 0; n-- > first && out->len <= TLS_SUBJECT_MAX;) {
+        struct bytes *set = &rdn[n % 16];
+        while (der_next(set, &pair) == DER_SEQUENCE && der_next(&pair, &oid) == DER_OID) {
+            int tag = der_next(&pair, &value);
+            if (tag >= 0)
+                dn_attribute(out, oid, tag, value);
+            if (set->n)
+                buf_putc(out, '+');
+        }
+        if (n > first)
+            buf_putc(out, ',');
+    }
+    if (out->len > TLS_SUBJECT_MAX) {
+        out->len = TLS_SUBJECT_MAX;
+        buf_puts(out, "...");
+    }
+    buf_putc(out, '\0');
+}
+
+static void date_text(char to[32], int64_t t)
+{
+    time_t when = (time_t)t;
+    struct tm tm;
+    if (!gmtime_r(&when, &tm) || strftime(to, 32, "%Y-%m-%d %H:%M UTC", &tm) == 0)
+        strcpy(to, "a date out of range");
+}
+
+/* ---- Configuration ---- */
+
+union tls_engine {
+    br_ssl_engine_context eng; /* the first member of both */
+    br_ssl_server_context server;
+    br_ssl_client_context client;
+};
+
+/* Made once and never changed; each connection holds a reference, so that a reload leaves live ones alone. */
+struct tls_config {
+    unsigned refs;
+    bool client, verify, insecure, allow_no_alpn;
+    char *peer_name; /* the server's name, or what -client-san asks for, or NULL */
+    bool peer_is_ip;
+    br_x509_certificate *chain;
+    size_t chain_len;
+    br_skey_decoder_context key;
+    br_x509_trust_anchor *anchors;
+    size_t anchors_len;
+    const char *alpn;
+    union tls_engine base; /* initialised: a connection starts as a copy */
+};
+
+static bool source_set(const struct tls_source *s)
+{
+    return s->value && *s->value;
+}
+
+/* err_set after "NAME (path): ", or "NAME: " for PEM text. */
+PRINTF_LIKE(3, 4) static bool source_bad(const struct tls_source *s, struct err *e, const char *fmt, ...)
+{
+    char text[400];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (strstr(s->value, "-----BEGIN"))
+        return err_set(e, "%s: %s", s->name, text);
+    return err_set(e, "%s (%.150s): %s", s->name, s->value, text);
+}
+
+/* The PEM text of a setting; wipe_buf it. */
+static bool source_load(const struct tls_source *s, struct buf *text, struct err *e)
+{
+    struct err why = { "" };
+    if (strstr(s->value, "-----BEGIN")) {
+        buf_puts(text, s->value);
+        return !text->failed || err_set(e, "%s: no memory", s->name);
+    }
+    return file_load(s->value, PEM_FILE_MAX, text, &why) || err_set(e, "%s: %s", s->name, why.text);
+}
+
+static bool label_is_private(const char *label)
+{
+    size_t n = strlen(label);
+    return n >= 11 && strcmp(label + n - 11, "PRIVATE KEY") == 0;
+}
+
+static void certs_free(br_x509_certificate *list, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(list[i].data);
+    free(list);
+}
+
+static bool certs_add(br_x509_certificate **list, size_t *n, const struct buf *der)
+{
+    br_x509_certificate *more = realloc(*list, (*n + 1) * sizeof **list);
+    if (!more)
+        return false;
+    *list = more;
+    more[*n] = (br_x509_certificate){ malloc(der->len + 1), der->len };
+    if (!more[*n].data)
+        return false;
+    memcpy(more[(*n)++].data, der->p, der->len);
+    return true;
+}
+
+/* All CERTIFICATE blocks of a setting; others are passed over.  Free the list with certs_free, also on failure. */
+static bool certs_load(const struct tls_source *s, br_x509_certificate **list, size_t *n, struct err *e)
+{
+    struct buf text = { 0 }, der = { 0 };
+    char label[PEM_LABEL];
+    bool key = false, ok = source_load(s, &text, e);
+    struct bytes in = { text.p, text.len };
+    int got = 1;
+    while (ok && (got = pem_next(&in, label, &der)) > 0) {
+        key |= label_is_private(label);
+        if (der.failed || (strcmp(label, "CERTIFICATE") == 0 && !certs_add(list, n, &der)))
+            ok = source_bad(s, e, "no memory");
+    }
+    if (ok && got < 0)
+        ok = source_bad(s, e, "the PEM block \"%s\" is damaged or cut off", label);
+    else if (ok && *n == 0 && key)
+        ok = source_bad(s, e, "holds a private key, not a certificate; are two settings swapped?");
+    else if (ok && *n == 0)
+        ok = source_bad(s, e, "holds no certificate in PEM (\"BEGIN CERTIFICATE\")");
+    wipe_buf(&der);
+    wipe_buf(&text);
+    return ok;
+}
+
+/* Decodes the index-th certificate and checks its dates. */
+static bool cert_check(const struct tls_source *s, size_t index, struct cert *c, struct bytes der, int64_t wall_s,
+                       struct err *e)
+{
+    struct buf subject = { 0 };
+    char date[32];
+    int err = cert_decode(c, der);
+    bool early = wall_s < c->not_before, ok = !err && !early && wall_s <= c->not_after;
+    dn_text(&subject, c->subject);
+    const char *who = subject.failed ? "" : (const char *)subject.p;
+    date_text(date, early ? c->not_before : c->not_after);
+    if (err)
+        source_bad(s, e, "certificate %zu, \"%s\", %s", index + 1, who, tls_reason(err).text);
+    else if (!ok)
+        source_bad(s, e, "certificate %zu, \"%s\", %s on %s", index + 1, who,
+                   early ? "is not yet valid; it starts" : "expired", date);
+    buf_free(&subject);
+    return ok;
+}
+
+static bool key_decode(struct tls_config *c, const struct tls_source *s, struct buf *der, struct err *e)
+{
+    br_skey_decoder_init(&c->key);
+    br_skey_decoder_push(&c->key, der->p, der->len);
+    int type = br_skey_decoder_key_type(&c->key), err = br_skey_decoder_last_error(&c->key);
+    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
+    if (type == 0 && (err == BR_ERR_X509_UNSUPPORTED || err == BR_ERR_X509_LIMIT_EXCEEDED))
+        return source_bad(s, e, "this kind of private key is not supported; use RSA (2048 to 4096 bits) or EC (P-256, "
+                          "P-384, P-521)");
+    if (type == 0)
+        return source_bad(s, e, "the private key is damaged");
+    if (rsa && (rsa->n_bitlen < TLS_RSA_MIN || rsa->n_bitlen > TLS_RSA_MAX))
+        return source_bad(s, e, "the RSA key has %u bits; use 2048 to 4096", (unsigned)rsa->n_bitlen);
+    return true;
+}
+
+/* The first private key of a setting: PKCS#1, SEC1 or PKCS#8. */
+static bool key_load(struct tls_config *c, const struct tls_source *s, struct err *e)
+{
+    struct buf text = { 0 }, der = { 0 };
+    char label[PEM_LABEL] = "", other[PEM_LABEL] = "";
+    bool ok = source_load(s, &text, e);
+    struct bytes in = { text.p, text.len };
+    int got = ok;
+    while (got > 0 && (got = pem_next(&in, label, &der)) > 0 && !label_is_private(label))
+        memcpy(other, label, sizeof other);
+    if (der.failed)
+        ok = source_bad(s, e, "no memory");
+    else if (got < 0)
+        ok = source_bad(s, e, "the PEM block \"%s\" is damaged or cut off", label);
+    else if (got > 0 && strncmp(label, "ENCRYPTED ", 10) == 0)
+        ok = source_bad(s, e, "the private key is encrypted; decrypt it with: openssl pkey -in KEY -out PLAIN");
+    else if (got > 0 && strncmp(label, "OPENSSH ", 8) == 0)
+        ok = source_bad(s, e, "is an OpenSSH private key; convert a copy with: ssh-keygen -p -m PKCS8 -f COPY");
+    else if (got > 0)
+        ok = key_decode(c, s, &der, e);
+    else if (ok && *other)
+        ok = source_bad(s, e, "holds a \"%s\", not a private key; are two settings swapped?", other);
+    else if (ok)
+        ok = source_bad(s, e, "holds no private key in PEM (\"BEGIN PRIVATE KEY\")");
+    wipe_buf(&der);
+    wipe_buf(&text);
+    return ok;
+}
+
+/* True if a signature by the key verifies under the certificate's key. */
+static bool key_fits(const struct tls_config *c, const br_x509_pkey *pk)
+{
+    static const uint8_t hash[32] = { 1 };
+    uint8_t sig[TLS_RSA_MAX / 8], out[32];
+    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(&c->key);
+    if (rsa && pk->key_type == BR_KEYTYPE_RSA)
+        return br_rsa_pkcs1_sign_get_default()(BR_HASH_OID_SHA256, hash, sizeof hash, rsa, sig) &&
+               br_rsa_pkcs1_vrfy_get_default()(sig, (rsa->n_bitlen + 7) / 8, BR_HASH_OID_SHA256, sizeof hash,
+                                               &pk->key.rsa, out) && memcmp(hash, out, sizeof hash) == 0;
+    if (!ec || pk->key_type != BR_KEYTYPE_EC || ec->curve != pk->key.ec.curve)
+        return false;
+    size_t n = br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), &br_sha256_vtable, hash, ec, sig);
+    return n && br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), hash, sizeof hash, &pk->key.ec, sig, n);
+}
+
+static bool identity_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    struct cert cert;
+    if (!source_set(&o->cert) || !source_set(&o->key))
+        return err_set(e, "TLS needs both %s and %s; %s is not set", o->cert.name, o->key.name,
+                       (source_set(&o->cert) ? &o->key : &o->cert)->name);
+    if (!certs_load(&o->cert, &c->chain, &c->chain_len, e) || !key_load(c, &o->key, e))
+        return false;
+    for (size_t i = c->chain_len; i-- > 0;) /* the first last: it stays in cert */
+        if (!cert_check(&o->cert, i, &cert, (struct bytes){ c->chain[i].data, c->chain[i].data_len }, wall_s, e))
+            return false;
+    return key_fits(c, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
+                                                o->cert.name);
+}
+
+/* Copies a certificate's name and key into an anchor, in one allocation. */
+static bool anchor_make(br_x509_trust_anchor *a, const struct cert *c)
+{
+    const br_rsa_public_key *rsa = &c->pkey->key.rsa;
+    const br_ec_public_key *ec = &c->pkey->key.ec;
+    bool is_rsa = c->pkey->key_type == BR_KEYTYPE_RSA;
+    size_t n = c->subject.n;
+    uint8_t *p = malloc(n + (is_rsa ? rsa->nlen + rsa->elen : ec->qlen));
+    if (!p)
+        return false;
+    *a = (br_x509_trust_anchor){ { p, n }, c->decoder.isCA ? BR_X509_TA_CA : 0, *c->pkey };
+    memcpy(p, c->subject.p, n);
+    if (is_rsa) {
+        a->pkey.key.rsa.n = memcpy(p + n, rsa->n, rsa->nlen);
+        a->pkey.key.rsa.e = memcpy(p + n + rsa->nlen, rsa->e, rsa->elen);
+    } else {
+        a->pkey.key.ec.q = memcpy(p + n, ec->q, ec->qlen);
+    }
+    return true;
+}
+
+/* The authorities of a setting.  One that has expired or is not understood is passed over (lists live long); that none
+ * is left is an error, which tells about the last. */
+static bool anchors_load(struct tls_config *c, const struct tls_source *s, int64_t wall_s, struct err *e)
+{
+    br_x509_certificate *list = NULL;
+    struct cert cert;
+    size_t n = 0, names = 0;
+    bool ok = certs_load(s, &list, &n, e);
+    if (ok && !(c->anchors = calloc(n, sizeof *c->anchors)))
+        ok = source_bad(s, e, "no memory");
+    for (size_t i = 0; ok && i < n; i++) {
+        if (!cert_check(s, i, &cert, (struct bytes){ list[i].data, list[i].data_len }, wall_s, e))
+            continue;
+        names += 2 + cert.subject.n;
+        if (!anchor_make(&c->anchors[c->anchors_len], &cert))
+            ok = source_bad(s, e, "no memory");
+        else
+            c->anchors_len++;
+    }
+    certs_free(list, n);
+    if (ok && !c->client && names > TLS_NAMES_MAX)
+        ok = source_bad(s, e, "holds too many authorities to name in a handshake; give only those of the clients");
+    return ok && c->anchors_len > 0;
+}
+
+/* Drops one reference. */
+static void tls_config_free(struct tls_config *c)
+{
+    if (!c || --c->refs)
+        return;
+    certs_free(c->chain, c->chain_len);
+    for (size_t i = 0; i < c->anchors_len; i++)
+        free(c->anchors[i].dn.data);
+    free(c->anchors);
+    free(c->peer_name);
+    wipe(c, sizeof *c);
+    free(c);
+}
+
+/* AES-GCM first where the processor has AES, else ChaCha20: six from the third on, or from the first. */
+static const uint16_t tls_suites[] = {
+    BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+    BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,       BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,       BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+};
+
+static const struct {
+    int id;
+    const br_hash_class *class;
+} tls_hashes[] = { { br_sha256_ID, &br_sha256_vtable }, { br_sha384_ID, &br_sha384_vtable },
+                   { br_sha512_ID, &br_sha512_vtable } };
+
+static void config_engine(struct tls_config *c)
+{
+    br_ssl_engine_context *eng = &c->base.eng;
+    bool aes = br_aes_x86ni_ctr_get_vtable() || br_aes_pwr8_ctr_get_vtable();
+    if (c->client)
+        br_ssl_client_zero(&c->base.client);
+    else
+        br_ssl_server_zero(&c->base.server);
+    br_ssl_engine_set_versions(eng, BR_TLS12, BR_TLS12);
+    br_ssl_engine_set_suites(eng, tls_suites + (aes ? 2 : 0), 6);
+    br_ssl_engine_set_default_ec(eng);
+    br_ssl_engine_set_default_rsavrfy(eng);
+    br_ssl_engine_set_default_ecdsa(eng);
+    br_ssl_engine_set_default_aes_gcm(eng);
+    br_ssl_engine_set_default_chapol(eng);
+    for (size_t i = 0; i < sizeof tls_hashes / sizeof tls_hashes[0]; i++)
+        br_ssl_engine_set_hash(eng, tls_hashes[i].id, tls_hashes[i].class);
+    br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
+    br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
+    c->alpn = "h2";
+    br_ssl_engine_set_protocol_names(eng, &c->alpn, 1);
+    br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_NO_RENEGOTIATION |
+                                     BR_OPT_FAIL_ON_ALPN_MISMATCH);
+    eng->rng_os_rand_done = 1; /* BearSSL 0.6 asks RDRAND alone, or /dev/urandom: we ask getentropy */
+}
+
+static struct tls_config *config_new(const struct tls_options *o, bool client, struct err *e)
+{
+    uint8_t probe[16];
+    const char *name = client ? o->server_name : o->client_san;
+    if (getentropy(probe, sizeof probe) != 0) {
+        err_set(e, "TLS: the operating system gives no random numbers: %s", strerror(errno));
+        return NULL;
+    }
+    struct tls_config *c = calloc(1, sizeof *c);
+    if (c && name && *name && !(c->peer_name = strdup(name))) {
+        free(c);
+        c = NULL;
+    }
+    if (!c) {
+        err_set(e, "TLS: no memory");
+        return NULL;
+    }
+    c->refs = 1;
+    c->client = client;
+    c->insecure = client && o->insecure;
+    c->allow_no_alpn = o->allow_no_alpn;
+    c->peer_is_ip = name && (inet_pton(AF_INET, name, probe) == 1 || inet_pton(AF_INET6, name, probe) == 1);
+    config_engine(c);
+    return c;
+}
+
+/* Either list of authorities asks for client certificates.  They are verified against client_ca or, when that is not
+ * set, against server_ca; server_ca beside client_ca is only checked for being readable. */
+static bool server_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    br_x509_certificate *list = NULL;
+    size_t n = 0;
+    c->verify = source_set(&o->server_ca) || source_set(&o->client_ca);
+    if (!identity_load(c, o, wall_s, e))
+        return false;
+    if (c->peer_name && !c->verify)
+        return err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
+    if (source_set(&o->client_ca) && source_set(&o->server_ca)) {
+        bool ok = certs_load(&o->server_ca, &list, &n, e);
+        certs_free(list, n);
+        if (!ok)
+            return false;
+    }
+    if (!c->verify)
+        return true;
+    if (!anchors_load(c, source_set(&o->client_ca) ? &o->client_ca : &o->server_ca, wall_s, e))
+        return false;
+    br_ssl_server_set_trust_anchor_names_alt(&c->base.server, c->anchors, c->anchors_len);
+    return true;
+}
+
+/* Loads and checks everything that a server needs; NULL and *e on failure.  The caller holds one reference. */
+static struct tls_config *tls_server_config(const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    struct tls_config *c = config_new(o, false, e);
+    if (c && !server_load(c, o, wall_s, e)) {
+        tls_config_free(c);
+        return NULL;
+    }
+    return c;
+}
+
+static const char *const tls_bundles[] = {
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/tls/cacert.pem",            "/etc/ssl/cert.pem",
+};
+
+static bool client_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    struct tls_source ca = o->server_ca;
+    c->verify = true;
+    if ((source_set(&o->cert) || source_set(&o->key)) && !identity_load(c, o, wall_s, e))
+        return false;
+    if (c->peer_name && strlen(c->peer_name) > 255)
+        return err_set(e, "TLS: the server name is longer than 255 characters");
+    if (c->insecure)
+        return true;
+    if (!c->peer_name)
+        return err_set(e, "TLS: no server name to verify; give -server-name");
+    for (size_t i = 0; !source_set(&ca) && i < sizeof tls_bundles / sizeof tls_bundles[0]; i++)
+        if (access(tls_bundles[i], R_OK) == 0)
+            ca = (struct tls_source){ "the system's authorities", tls_bundles[i] };
+    if (!source_set(&ca))
+        return err_set(e, "TLS: this system has no list of authorities; give one with %s", ca.name);
+    return anchors_load(c, &ca, wall_s, e);
+}
+
+/* The same for a client, whose certificate is optional. */
+static struct tls_config *tls_client_config(const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    struct tls_config *c = config_new(o, true, e);
+    if (c && !client_load(c, o, wall_s, e)) {
+        tls_config_free(c);
+        return NULL;
+    }
+    return c;
+}
+
+/* ---- Buffers, lent to a connection while bytes live in them ---- */
+
+struct tls_buffers {
+    struct tls_buffers *next;
+    uint8_t in[BR_SSL_BUFSIZE_INPUT], out[BR_SSL_BUFSIZE_OUTPUT];
+};
+
+/* All zero is empty.  Outlives its connections. */
+struct tls_pool {
+    struct tls_buffers *idle;
+    unsigned count;
+};
+
+static struct tls_buffers *pool_take(struct tls_pool *pool)
+{
+    struct tls_buffers *b = pool->idle;
+    if (!b)
+        return malloc(sizeof *b);
+    pool->idle = b->next;
+    pool->count--;
+    return b;
+}
+
+static void pool_give(struct tls_pool *pool, struct tls_buffers *b)
+{
+    if (!b || pool->count >= TLS_POOL_MAX) {
+        free(b);
+        return;
+    }
+    b->next = pool->idle;
+    pool->idle = b;
+    pool->count++;
+}
+
+static void tls_pool_free(struct tls_pool *pool)
+{
+    while (pool->idle)
+        free(pool_take(pool));
+    pool->count = 0;
+}
+
+/* ---- A connection ---- */
+
+struct tls {
+    union tls_engine u;
+    struct tls_config *config;
+    struct tls_pool *pool;
+    struct tls_buffers *buffers; /* NULL while nothing lives in them */
+    struct tls_verify *verify;   /* until the handshake ends */
+    struct buf subject, why;     /* NUL-terminated */
+    struct bytes last;           /* failed: what still goes out */
+    bool greeted, open, closing, failed;
+};
+
+/* Verifies the peer's chain: a br_x509_class around br_x509_minimal that keeps the first certificate. */
+struct tls_verify {
+    const br_x509_class *vtable;
+    br_x509_minimal_context minimal;
+    struct tls *tls;
+    int64_t wall_s;
+    struct buf leaf;
+    struct cert cert; /* the leaf, decoded at the chain's end */
+    unsigned count;
+};
+
+static struct tls_verify *verify_of(const br_x509_class **ctx)
+{
+    return (struct tls_verify *)(void *)ctx;
+}
+
+static void verify_start_chain(const br_x509_class **ctx, const char *server_name)
+{
+    struct tls_verify *v = verify_of(ctx);
+    v->count = 0;
+    v->leaf.len = 0;
+    v->minimal.vtable->start_chain(&v->minimal.vtable, server_name);
+}
+
+static void verify_start_cert(const br_x509_class **ctx, uint32_t length)
+{
+    struct tls_verify *v = verify_of(ctx);
+    if (v->count++ < TLS_CHAIN_MAX)
+        v->minimal.vtable->start_cert(&v->minimal.vtable, length);
+}
+
+static void verify_append(const br_x509_class **ctx, const unsigned char *p, size_t n)
+{
+    struct tls_verify *v = verify_of(ctx);
+    if (v->count == 1 && v->leaf.len + n <= TLS_LEAF_MAX)
+        buf_put(&v->leaf, p, n);
+    else if (v->count == 1)
+        v->leaf.failed = true;
+    if (v->count <= TLS_CHAIN_MAX && !v->leaf.failed)
+        v->minimal.vtable->append(&v->minimal.vtable, p, n);
+}
+
+static void verify_end_cert(const br_x509_class **ctx)
+{
+    struct tls_verify *v = verify_of(ctx);
+    if (v->count <= TLS_CHAIN_MAX)
+        v->minimal.vtable->end_cert(&v->minimal.vtable);
+}
+
+/* What BearSSL does not check: the purpose, and names that it cannot match. */
+static int verify_leaf(const struct tls_verify *v)
+{
+    const struct tls_config *c = v->tls->config;
+    struct bytes ext = v->cert.extensions;
+    if (!cert_allows(ext, c->client ? BYTES("\x2b\x06\x01\x05\x05\x07\x03\x01") : /* id-kp-serverAuth */
+                     BYTES("\x2b\x06\x01\x05\x05\x07\x03\x02")))                  /* id-kp-clientAuth */
+        return TLS_ERR_USAGE;
+    if (!c->client && c->peer_name && !cert_has_name(ext, c->peer_name))
+        return TLS_ERR_ACCESS;
+    if (c->client && c->peer_is_ip && !cert_has_name(ext, c->peer_name))
+        return TLS_ERR_NAME;
+    return 0;
+}
+
+/* Says why the chain is refused: the leaf's subject and the reason. */
+static void verify_say(struct tls_verify *v, int err)
+{
+    struct tls *t = v->tls;
+    char date[32];
+    bool early = v->wall_s < v->cert.not_before, late = v->wall_s > v->cert.not_after;
+    buf_printf(&t->why, "%s certificate \"%s\" is refused: it ", t->config->client ? "server" : "client",
+               t->subject.failed ? "" : (const char *)t->subject.p);
+    date_text(date, early ? v->cert.not_before : v->cert.not_after);
+    if (err == BR_ERR_X509_EXPIRED && (early || late))
+        buf_printf(&t->why, "%s on %s", early ? "is not yet valid; it starts" : "expired", date);
+    else
+        buf_puts(&t->why, tls_reason(err).text);
+    buf_putc(&t->why, '\0');
+}
+
+static unsigned verify_end_chain(const br_x509_class **ctx)
+{
+    struct tls_verify *v = verify_of(ctx);
+    struct tls *t = v->tls;
+    int err = (int)v->minimal.vtable->end_chain(&v->minimal.vtable);
+    int damage = cert_decode(&v->cert, (struct bytes){ v->leaf.p, v->leaf.failed ? 0 : v->leaf.len });
+    dn_text(&t->subject, v->cert.subject);
+    if (t->config->insecure)
+        err = damage;
+    else if (v->count > TLS_CHAIN_MAX || v->leaf.failed)
+        err = TLS_ERR_CHAIN;
+    else if (err == 0)
+        err = damage ? damage : verify_leaf(v);
+    if (err)
+        verify_say(v, err);
+    return (unsigned)err;
+}
+
+static const br_x509_pkey *verify_get_pkey(const br_x509_class *const *ctx, unsigned *usages)
+{
+    const struct tls_verify *v = (const struct tls_verify *)(const void *)ctx;
+    if (!v->tls->config->insecure)
+        return v->minimal.vtable->get_pkey(&v->minimal.vtable, usages);
+    if (usages)
+        *usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+    return v->cert.pkey;
+}
+
+static const br_x509_class tls_verify_class = {
+    sizeof(struct tls_verify), verify_start_chain, verify_start_cert, verify_append,
+    verify_end_cert, verify_end_chain, verify_get_pkey,
+};
+
+static bool verify_new(struct tls *t, int64_t wall_s)
+{
+    const struct tls_config *c = t->config;
+    struct tls_verify *v = t->verify = calloc(1, sizeof *v);
+    if (!v)
+        return false;
+    v->vtable = &tls_verify_class;
+    v->tls = t;
+    v->wall_s = wall_s;
+    br_x509_minimal_init(&v->minimal, &br_sha256_vtable, c->anchors, c->anchors_len);
+    br_x509_minimal_set_rsa(&v->minimal, c->base.eng.irsavrfy);
+    br_x509_minimal_set_ecdsa(&v->minimal, c->base.eng.iec, c->base.eng.iecdsa);
+    for (size_t i = 0; i < sizeof tls_hashes / sizeof tls_hashes[0]; i++)
+        br_x509_minimal_set_hash(&v->minimal, tls_hashes[i].id, tls_hashes[i].class);
+    br_x509_minimal_set_minrsa(&v->minimal, TLS_RSA_MIN / 8);
+    br_x509_minimal_set_time(&v->minimal, (uint32_t)(wall_s / 86400 + 719528), (uint32_t)(wall_s % 86400));
+    br_ssl_engine_set_x509(&t->u.eng, &v->vtable);
+    return true;
+}
+
+static void verify_free(struct tls *t)
+{
+    if (t->verify)
+        buf_free(&t->verify->leaf);
+    free(t->verify);
+    t->verify = NULL;
+    t->u.eng.x509ctx = NULL;
+}
+
+/* Lends buffers; false if there is no memory. */
+static bool tls_hold(struct tls *t)
+{
+    if (!t->buffers && (t->buffers = pool_take(t->pool))) {
+        t->u.eng.ibuf = t->buffers->in;
+        t->u.eng.obuf = t->buffers->out;
+    }
+    return t->buffers != NULL;
+}
+
+/* Ends the connection with a reason; the first reason stays.  The rest of a record on its way still goes out, and
+ * after it the alert, under whatever protection the engine has reached. */
+static void tls_fail(struct tls *t, int err)
+{
+    br_ssl_engine_context *eng = &t->u.eng;
+    struct tls_reason reason = tls_reason(err);
+    const char *who = t->config->client ? "server" : "client";
+    int number = err & 255;
+    if (t->failed)
+        return;
+    t->failed = true;
+    size_t i = 0, alerts = sizeof tls_alerts / sizeof tls_alerts[0];
+    while (i < alerts && tls_alerts[i].number != number)
+        i++;
+    if (t->why.len == 0 && err >= BR_ERR_RECV_FATAL_ALERT && err < BR_ERR_SEND_FATAL_ALERT)
+        buf_printf(&t->why, "the %s sent alert %s (%d)%s", who, i < alerts ? tls_alerts[i].name : "unknown", number,
+                   i < alerts ? tls_alerts[i].hint : "");
+    else if (t->why.len == 0)
+        buf_printf(&t->why, "the %s %s", who, reason.text);
+    buf_putc(&t->why, '\0');
+    if (reason.alert == 0 || !t->buffers)
+        return;
+    size_t from = eng->oxc > eng->oxa ? eng->oxa : 0, end = eng->oxc > eng->oxa ? eng->oxc : 0;
+    size_t a = end + 5, b = eng->obuf_len, len = 2;
+    eng->out.vtable->max_plaintext(&eng->out.vtable, &a, &b);
+    if (b < a + 2)
+        return;
+    eng->obuf[a] = 2; /* fatal */
+    eng->obuf[a + 1] = (uint8_t)reason.alert;
+    uint8_t *alert = eng->out.vtable->encrypt(&eng->out.vtable, 21, BR_TLS12, eng->obuf + a, &len);
+    memmove(eng->obuf + end, alert, len);
+    t->last = (struct bytes){ eng->obuf + from, end - from + len };
+}
+
+/* After each step: notices the end of the handshake and of the connection, and gives idle buffers back. */
+static void tls_settle(struct tls *t)
+{
+    br_ssl_engine_context *eng = &t->u.eng;
+    unsigned state = br_ssl_engine_current_state(eng);
+    if (t->failed)
+        return;
+    if (state == BR_SSL_CLOSED) {
+        t->closing = true;
+        if (br_ssl_engine_last_error(eng) != 0)
+            tls_fail(t, br_ssl_engine_last_error(eng));
+        return;
+    }
+    t->closing |= eng->shutdown_recv != 0;
+    if (!t->open && state & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)) {
+        t->open = true;
+        verify_free(t);
+        if (!br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn) {
+            tls_fail(t, TLS_ERR_ALPN);
+            return;
+        }
+    }
+#if CVMS_TLS_POOL
+    if (eng->ixa == 0 && eng->ixb == 0 && eng->oxa == eng->oxc) { /* no octet in either buffer, not even a header's */
+        pool_give(t->pool, t->buffers);
+        t->buffers = NULL;
+        eng->ibuf = eng->obuf = NULL;
+    }
+#endif
+}
+
+static void tls_free(struct tls *t)
+{
+    if (!t)
+        return;
+    verify_free(t);
+    pool_give(t->pool, t->buffers);
+    buf_free(&t->subject);
+    buf_free(&t->why);
+    tls_config_free(t->config);
+    wipe(t, sizeof *t);
+    free(t);
+}
+
+/* Points the copied engine at the identity: these setters hold pointers into the context itself. */
+static void tls_set_identity(struct tls *t)
+{
+    const struct tls_config *c = t->config;
+    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(&c->key);
+    const br_ec_impl *curves = c->base.eng.iec;
+    br_rsa_pkcs1_sign rsa_sign = br_rsa_pkcs1_sign_get_default();
+    br_ecdsa_sign ec_sign = br_ecdsa_sign_asn1_get_default();
+    if (c->client && rsa)
+        br_ssl_client_set_single_rsa(&t->u.client, c->chain, c->chain_len, rsa, rsa_sign);
+    else if (c->client && ec)
+        br_ssl_client_set_single_ec(&t->u.client, c->chain, c->chain_len, ec, BR_KEYTYPE_SIGN, 0, curves, ec_sign);
+    else if (rsa)
+        br_ssl_server_set_single_rsa(&t->u.server, c->chain, c->chain_len, rsa, BR_KEYTYPE_SIGN, NULL, rsa_sign);
+    else if (ec)
+        br_ssl_server_set_single_ec(&t->u.server, c->chain, c->chain_len, ec, BR_KEYTYPE_SIGN, 0, curves, ec_sign);
+}
+
+/* A new connection in the role of its configuration, to which it takes a reference.  NULL without memory or
+ * randomness. */
+static struct tls *tls_new(struct tls_config *c, struct tls_pool *pool, int64_t wall_s)
+{
+    uint8_t seed[32];
+    struct tls *t = calloc(1, sizeof *t);
+    if (!t)
+        return NULL;
+    c->refs++;
+    t->config = c;
+    t->pool = pool;
+    t->u = c->base;
+    tls_set_identity(t);
+    if ((c->verify && !verify_new(t, wall_s)) || !tls_hold(t) || getentropy(seed, sizeof seed) != 0) {
+        tls_free(t);
+        return NULL;
+    }
+    br_ssl_engine_inject_entropy(&t->u.eng, seed, sizeof seed);
+    wipe(seed, sizeof seed);
+    br_ssl_engine_set_buffers_bidi(&t->u.eng, t->buffers->in, sizeof t->buffers->in, t->buffers->out,
+                                   sizeof t->buffers->out);
+    if (c->client)
+        br_ssl_client_reset(&t->u.client, c->peer_is_ip ? NULL : c->peer_name, 0);
+    else
+        br_ssl_server_reset(&t->u.server);
+    tls_settle(t);
+    return t;
+}
+
+static enum tls_state tls_state(const struct tls *t)
+{
+    return t->failed ? TLS_FAILED : t->closing ? TLS_CLOSING : t->open ? TLS_OPEN : TLS_HANDSHAKE;
+}
+
+/* One line for the log, or "". */
+static const char *tls_why(const struct tls *t)
+{
+    return t->why.failed ? "no memory" : t->why.len ? (const char *)t->why.p : "";
+}
+
+/* The subject of the peer's certificate, in printable ASCII (RFC 4514), or "" when it sent none. */
+static const char *tls_peer_subject(const struct tls *t)
+{
+    return t->subject.failed || t->subject.len == 0 ? "" : (const char *)t->subject.p;
+}
+
+/* Where ciphertext from the peer goes, and how much is wanted now: NULL while tls_app_in has bytes, and at the end.
+ * Every tls_recv_buf is followed by tls_recv_ack, with 0 if nothing came; likewise tls_app_out and its ack. */
+static uint8_t *tls_recv_buf(struct tls *t, size_t *n)
+{
+    *n = 0;
+    if (!t->failed && !tls_hold(t))
+        tls_fail(t, TLS_ERR_MEMORY);
+    return t->failed ? NULL : br_ssl_engine_recvrec_buf(&t->u.eng, n);
+}
+
+static void tls_recv_ack(struct tls *t, size_t n)
+{
+    if (t->failed || !t->buffers)
+        return;
+    if (n && !t->greeted && t->u.eng.ibuf[0] >= 'A' && t->u.eng.ibuf[0] <= 'Z') { /* "PRI" or "GET": no record type */
+        tls_fail(t, TLS_ERR_PLAINTEXT);
+        return;
+    }
+    t->greeted |= n > 0;
+    if (n)
+        br_ssl_engine_recvrec_ack(&t->u.eng, n);
+    tls_settle(t);
+}
+
+/* Ciphertext for the peer; NULL when there is none. */
+static const uint8_t *tls_send_buf(struct tls *t, size_t *n)
+{
+    *n = t->last.n;
+    if (t->failed)
+        return t->last.n ? t->last.p : NULL;
+    return t->buffers ? br_ssl_engine_sendrec_buf(&t->u.eng, n) : NULL;
+}
+
+static void tls_send_ack(struct tls *t, size_t n)
+{
+    if (t->failed) {
+        t->last = bytes_from(t->last, n);
+    } else if (n && t->buffers) {
+        br_ssl_engine_sendrec_ack(&t->u.eng, n);
+        tls_settle(t);
+    }
+}
+
+/* Plaintext from the peer; NULL when there is none. */
+static const uint8_t *tls_app_in(struct tls *t, size_t *n)
+{
+    *n = 0;
+    return t->failed || !t->buffers ? NULL : br_ssl_engine_recvapp_buf(&t->u.eng, n);
+}
+
+static void tls_app_in_ack(struct tls *t, size_t n)
+{
+    if (n && !t->failed) {
+        br_ssl_engine_recvapp_ack(&t->u.eng, n);
+        tls_settle(t);
+    }
+}
+
+/* Where plaintext for the peer goes; NULL while a record waits to be sent, and outside TLS_OPEN. */
+static uint8_t *tls_app_out(struct tls *t, size_t *n)
+{
+    *n = 0;
+    if (tls_state(t) == TLS_OPEN && !tls_hold(t))
+        tls_fail(t, TLS_ERR_MEMORY);
+    return tls_state(t) == TLS_OPEN ? br_ssl_engine_sendapp_buf(&t->u.eng, n) : NULL;
+}
+
+static void tls_app_out_ack(struct tls *t, size_t n)
+{
+    if (n && !t->failed)
+        br_ssl_engine_sendapp_ack(&t->u.eng, n);
+    if (t->buffers)
+        tls_settle(t);
+}
+
+/* Makes a record of what was put in so far. */
+static void tls_flush(struct tls *t)
+{
+    if (t->buffers && !t->failed)
+        br_ssl_engine_flush(&t->u.eng, 0);
+}
+
+/* Starts the end: flushes, then close_notify (RFC 5246 7.2.1). */
+static void tls_close(struct tls *t)
+{
+    if (t->failed || t->closing || !tls_hold(t))
+        return;
+    t->closing = true;
+    br_ssl_engine_close(&t->u.eng);
+    tls_settle(t);
+}
+
+#else /* the same calls without TLS: a configuration cannot be made, so the others are never reached */
+
+struct tls_config { int unused; };
+struct tls_pool { int unused; };
+struct tls { int unused; };
+
+static struct tls_config *tls_server_config(const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    (void)o, (void)wall_s;
+    err_set(e, "this cvms was built without TLS (make TLS=0); unset the certificate settings, or build it with TLS");
+    return NULL;
+}
+
+#define tls_client_config tls_server_config
+#define tls_config_free(c) ((void)(c))
+#define tls_pool_free(pool) ((void)(pool))
+#define tls_new(c, pool, wall_s) ((void)(c), (void)(pool), (void)(wall_s), (struct tls *)NULL)
+#define tls_free(t) ((void)(t))
+#define tls_state(t) ((void)(t), TLS_FAILED)
+#define tls_why(t) ((void)(t), "")
+#define tls_peer_subject(t) ((void)(t), "")
+#define tls_recv_buf(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
+#define tls_recv_ack(t, n) ((void)(t), (void)(n))
+#define tls_send_buf(t, n) ((void)(t), *(n) = 0, (const uint8_t *)NULL)
+#define tls_send_ack(t, n) ((void)(t), (void)(n))
+#define tls_app_in(t, n) ((void)(t), *(n) = 0, (const uint8_t *)NULL)
+#define tls_app_in_ack(t, n) ((void)(t), (void)(n))
+#define tls_app_out(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
+#define tls_app_out_ack(t, n) ((void)(t), (void)(n))
+#define tls_flush(t) ((void)(t))
+#define tls_close(t) ((void)(t))
+#endif
+
 /* ==== 17. Event loop: descriptors, clocks, signals =================================================================
  * Owns: every descriptor, the clock, the only place that waits.  epoll where there is one, poll elsewhere.
  * Never: looks into bytes; it carries them between sockets, the core and stdout.
@@ -6015,7 +7220,8 @@ struct link {
     struct link *prev, *next;
     size_t heap_at;                   /* place in the heap of deadlines, from 1; 0: not in it */
     int64_t deadline_ms;
-    bool connecting, shut, dead;
+    bool connecting, shut, dead, told;
+    struct tls *tls;                  /* NULL: plaintext */
     const struct addrinfo *to;        /* while connecting: the address that is tried */
     struct conn conn;
 };
@@ -6034,9 +7240,11 @@ struct loop {
     struct sink out, err, record;
     size_t listener_count, link_count;
     struct link *links, *graveyard;
+    struct tls_config *tls;           /* NULL: plaintext */
+    struct tls_pool tls_pool;
     struct link **heap;
     size_t heap_len, heap_cap;
-    bool accept_full, paused, stopping, hurry;
+    bool accept_full, paused, stopping, hurry, reload;   /* reload: SIGHUP has come */
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
     int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
     int exit_status, signal_number;
@@ -6338,6 +7546,8 @@ static void link_close(struct link *k, const char *why)
     l->link_count--;
     if (!k->connecting)
         conn_free(&k->conn);
+    if (k->tls)
+        tls_free(k->tls);
     k->next = l->graveyard;
     l->graveyard = k;
 }
@@ -6349,23 +7559,106 @@ static void link_interest(struct link *k, bool blocked)
     heap_set(k->loop, k, conn_deadline(&k->conn));
 }
 
+/* Sends n bytes.  Returns how many have gone; -1: the socket takes no more now, -2: the peer is gone. */
+static ssize_t link_send(struct link *k, const uint8_t *p, size_t n)
+{
+    ssize_t sent;
+    do
+        sent = send(k->watch.fd, p, n, MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    return sent >= 0 ? sent : errno == EAGAIN || errno == EWOULDBLOCK ? -1 : -2;
+}
+
+/* Plaintext: straight from the connection's output.  True: the socket takes no more now. */
+static bool link_send_plain(struct link *k)
+{
+    const uint8_t *p;
+    for (size_t n, turn = 0; (n = conn_peek(&k->conn, &p)) != 0; turn += n) {
+        ssize_t sent = turn > WRITE_TURN ? -1 : link_send(k, p, n);
+        if (sent == -1)
+            return true;
+        if (sent < 0)
+            conn_unheard(&k->conn);
+        else
+            conn_sent(&k->conn, (size_t)sent);
+    }
+    return false;
+}
+
+/* The connection's output becomes records until one has to go out first.  True if anything moved. */
+static bool link_encrypt(struct link *k)
+{
+    const uint8_t *p;
+    bool moved = false;
+    for (size_t n, room; (n = conn_peek(&k->conn, &p)) != 0;) {
+        uint8_t *to = tls_app_out(k->tls, &room);
+        n = to ? min_size(n, room) : 0;
+        if (n) {
+            memcpy(to, p, n);
+            conn_sent(&k->conn, n);
+        }
+        tls_app_out_ack(k->tls, n);
+        if (n == 0)
+            break;
+        moved = true;
+    }
+    if (moved)
+        tls_flush(k->tls);
+    return moved;
+}
+
+/* TLS: output to records, records to the socket.  True: the socket takes no more now. */
+static bool link_send_tls(struct link *k)
+{
+    size_t turn = 0;
+    for (bool more = true; more;) {
+        const uint8_t *p;
+        if (k->conn.phase != CONN_OPEN && !conn_pending(&k->conn) && conn_finished(&k->conn))
+            tls_close(k->tls);
+        more = link_encrypt(k);
+        for (size_t n; (p = tls_send_buf(k->tls, &n)) != NULL && n; more = true) {
+            ssize_t sent = turn > WRITE_TURN ? -1 : link_send(k, p, n);
+            if (sent == -1)
+                return true;
+            if (sent < 0) {
+                conn_unheard(&k->conn);
+                return false;
+            }
+            tls_send_ack(k->tls, (size_t)sent);
+            turn += (size_t)sent;
+        }
+    }
+    return false;
+}
+
+/* TLS has failed or the peer has closed it: a line for the log, and the connection has nothing more to say. */
+static void link_tls_state(struct link *k)
+{
+    struct core *core = &k->loop->core;
+    enum tls_state state = tls_state(k->tls);
+    if (state == TLS_OPEN && !k->told) {
+        k->told = true;
+        if (*tls_peer_subject(k->tls))
+            k->conn.subject = tls_peer_subject(k->tls);
+    }
+    if (state < TLS_CLOSING || k->conn.phase >= CONN_CLOSING)
+        return;
+    if (state == TLS_FAILED)
+        core_note(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
+    conn_unheard(&k->conn);
+    conn_eof(&k->conn);
+    k->conn.eof = false;
+    k->conn.phase = CONN_CLOSING;
+    k->conn.closing_ms = core->now_ms;
+}
+
 /* Sends what the connection has to say, closes it when all is said. */
 static void link_flush(struct link *k)
 {
-    const uint8_t *p;
-    bool blocked = false;
-    for (size_t n, turn = 0; !blocked && (n = conn_peek(&k->conn, &p)) != 0; turn += n) {
-        ssize_t sent = send(k->watch.fd, p, n, MSG_NOSIGNAL);
-        if (sent > 0) {
-            conn_sent(&k->conn, (size_t)sent);
-            blocked = turn > WRITE_TURN;
-        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-            blocked = true;
-        } else if (errno != EINTR) {
-            conn_unheard(&k->conn);
-        }
-    }
-    if (k->conn.phase == CONN_CLOSING && !k->shut && !conn_pending(&k->conn)) {
+    bool blocked = k->tls ? link_send_tls(k) : link_send_plain(k);
+    if (k->tls)
+        link_tls_state(k);
+    if (k->conn.phase == CONN_CLOSING && !k->shut && !blocked && !conn_pending(&k->conn)) {
         shutdown(k->watch.fd, SHUT_WR);
         k->shut = true;
     }
@@ -6375,12 +7668,39 @@ static void link_flush(struct link *k)
         link_interest(k, blocked);
 }
 
+/* Reads records, one connection's turn of them, and hands on what they hold; as read(2) answers.  After a failure what
+ * still comes is dropped. */
+static ssize_t link_read_tls(struct link *k)
+{
+    ssize_t n = 1;
+    for (size_t turn = 0, room; n > 0 && turn < READ_LEN && conn_wants_input(&k->conn); turn += (size_t)n) {
+        if (tls_state(k->tls) >= TLS_CLOSING)
+            return read(k->watch.fd, k->loop->read_buf, sizeof k->loop->read_buf);
+        uint8_t *to = tls_recv_buf(k->tls, &room);
+        if (!to) {
+            tls_recv_ack(k->tls, 0);
+            return turn ? 1 : (errno = EAGAIN, -1);   /* a flight of ours has to go out first */
+        }
+        n = read(k->watch.fd, to, room);
+        tls_recv_ack(k->tls, n > 0 ? (size_t)n : 0);
+        for (const uint8_t *p; (p = tls_app_in(k->tls, &room)) != NULL && room;) {
+            conn_recv(&k->conn, p, room);
+            tls_app_in_ack(k->tls, room);
+        }
+        if (n < 0 && turn && errno == EAGAIN)
+            return 1;
+    }
+    if (n == 0 && tls_state(k->tls) == TLS_HANDSHAKE)
+        core_note(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
+    return n;
+}
+
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
     if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && conn_wants_input(&k->conn)) {
-        ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
-        if (n > 0) {
+        ssize_t n = k->tls ? link_read_tls(k) : read(k->watch.fd, l->read_buf, sizeof l->read_buf);
+        if (n > 0 && !k->tls) {
             conn_recv(&k->conn, l->read_buf, (size_t)n);
         } else if (n == 0) {
             conn_eof(&k->conn);
@@ -6470,6 +7790,12 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
         }
         peer_name(name, &sa);
         struct link *k = l->refuse > 0 ? NULL : link_new(l, fd, link_ready);
+        if (k && l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
+            core_note(&l->core, name, "refused: out of memory");
+            k->connecting = true;     /* no connection has been made on it */
+            link_close(k, "out of memory");
+            continue;
+        }
         if (!k) {
             core_note(&l->core, name, l->refuse > 0 ? "refused (-fault refuse)" : "refused: out of memory");
             l->refuse -= l->refuse > 0;
@@ -6501,9 +7827,14 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
         link_dial_on(k, error);
         return;
     }
+    if (l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
+        link_close(k, "out of memory");
+        return;
+    }
     k->connecting = false;
     w->ready = link_ready;
     conn_init(&k->conn, &l->core, &grpc_client, true, "server");
+    k->conn.secure = l->tls != NULL;
     l->link_up(k);
     link_flush(k);
 }
@@ -6671,6 +8002,10 @@ static void signals_ready(struct loop *l, struct watch *w, unsigned events)
     uint8_t number;
     (void)events;
     while (read(w->fd, &number, 1) == 1) {
+        if (number == SIGHUP) {
+            l->reload = true;
+            continue;
+        }
         if (l->stop_why) {
             l->hurry = true;
             l->signal_number = number;
@@ -6697,6 +8032,7 @@ static bool signals_init(struct loop *l)
     sigemptyset(&sa.sa_mask);
     for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
         sigaction(stops[i], &sa, NULL);
+    sigaction(SIGHUP, &sa, NULL);
     sa.sa_handler = SIG_IGN;
     sigaction(SIGPIPE, &sa, NULL);
     return poller_set(l, &l->signals, WATCH_IN);
@@ -6838,6 +8174,9 @@ static void loop_free(struct loop *l)
         link_close(k, "the program ends");
     }
     loop_bury(l);
+    if (l->tls)
+        tls_config_free(l->tls);
+    tls_pool_free(&l->tls_pool);
     poller_free(l);
     close(l->signals.fd);
     close((int)signal_pipe);
@@ -7144,7 +8483,8 @@ static const struct grpc_method agent_method = {
 
 static const char *addr_text(const struct options *o)
 {
-    return o->arg_count ? o->args[0] : "localhost:7001";
+    const char *url = getenv("AGENT_CVM_GRPC_URL");
+    return o->arg_count ? o->args[0] : present(url) ? url : "localhost:7001";
 }
 
 static void agent_dial(struct agent *a, int which);
@@ -7240,11 +8580,50 @@ static struct addrinfo *resolve(const struct options *o, int *status)
     return error ? NULL : list;
 }
 
-/* A loop that connects to the server of the list. */
+/* A flag's value, else the variable's. */
+static struct tls_source tls_source(const char *flag, const char *value, const char *variable)
+{
+    const char *v = getenv(variable);
+    return present(value) ? (struct tls_source){ flag, value } : (struct tls_source){ variable, v };
+}
+
+/* The client's TLS as flags or an agent's own variables ask for it; *config stays NULL for plaintext.  False: told. */
+static bool client_tls(const struct options *o, struct tls_config **config)
+{
+    struct report r = { 0 };
+    struct err e;
+    char name[256];
+    const char *addr = addr_text(o), *colon = strrchr(addr, ':');
+    snprintf(name, sizeof name, "%.*s", colon ? (int)min_size((size_t)(colon - addr), 255) : 255, addr);
+    if (name[0] == '[' && name[strlen(name) - 1] == ']') {
+        memmove(name, name + 1, strlen(name));
+        name[strlen(name) - 1] = 0;
+    }
+    struct tls_options t = {
+        .server_ca = tls_source("-ca", o->ca, "AGENT_CVM_GRPC_SERVER_CA_CERTS"),
+        .cert = tls_source("-cert", o->cert, "AGENT_CVM_GRPC_CLIENT_CERT"),
+        .key = tls_source("-key", o->key, "AGENT_CVM_GRPC_CLIENT_KEY"),
+        .server_name = present(o->server_name) ? o->server_name : *name ? name : "localhost", .insecure = o->insecure,
+    };
+    if (!present(t.server_ca.value) && !present(t.cert.value) && !present(t.key.value) && !o->insecure)
+        return true;
+    if (o->insecure)
+        tell(&r, WARNING, "-insecure: any server is believed");
+    *config = tls_client_config(&t, (int64_t)time(NULL), &e);
+    if (!*config)
+        tell(&r, START, "%s", e.text);
+    return *config != NULL;
+}
+
+/* A loop that connects to the server of the list; NULL: told why not. */
 static struct loop *client_loop(const struct options *o, const struct addrinfo *list, void *app,
                                 void (*up)(struct link *), void (*down)(struct link *, const char *))
 {
+    struct tls_config *tls = NULL;
+    if (!client_tls(o, &tls))
+        return NULL;
     struct loop *l = loop_new();
+    l->tls = tls;
     l->core.app = app;
     l->core.max_message = CLIENT_MAX_MESSAGE;
     l->addresses = list;
@@ -7430,6 +8809,8 @@ static int cmd_replay(struct options *o, const struct addrinfo *list)
     if (!replay_load(&r, o, &report))
         return 1;
     r.loop = client_loop(o, list, &r, replay_up, replay_down);
+    if (!r.loop)
+        return 1;
     r.loop->turn = replay_turn;
     for (size_t i = 0; i < r.part_count; i++)
         if (!(r.parts[i].link = link_dial(r.loop)))
@@ -7462,6 +8843,10 @@ static int cmd_agent(struct options *o)
     }
     a.authority = addr_text(o);
     a.loop = client_loop(o, list, &a, agent_up, agent_down);
+    if (!a.loop) {
+        freeaddrinfo(list);
+        return 1;
+    }
     a.loop->turn = agent_turn;
     agent_dial(&a, AGENT);
     status = loop_run(a.loop);
@@ -7540,6 +8925,10 @@ static int cmd_health(struct options *o)
     if (!list)
         return status;
     h.loop = client_loop(o, list, &h, health_up, health_down);
+    if (!h.loop) {
+        freeaddrinfo(list);
+        return 1;
+    }
     if (!link_dial(h.loop))
         health_end(&h, 1, "out of memory");
     status = loop_run(h.loop);
@@ -7608,8 +8997,6 @@ static void check_environment(struct report *r)
     int64_t n = present(port) ? parse_decimal(bytes_of(port)) : 0;
     if (n < 0 || n > 65535)
         tell(r, USAGE, "PORT: \"%s\" is not a port; use 0 to 65535 (0: any free one)", port);
-    if (present(getenv("SERVER_CERT")) || present(getenv("SERVER_KEY")))
-        tell(r, START, "SERVER_CERT, SERVER_KEY: this cvms was built without TLS; unset them to serve in plaintext");
 }
 
 /* The words that are not flags: the older form ALGO PUBKEY BOOL [DATA...], or a mistake. */
@@ -7669,6 +9056,7 @@ struct server {
     struct verdict verdict;
     struct faults faults;
     struct watch input;               /* stdin, when its lines are commands */
+    struct tls_config *tls;           /* on its way to the loop */
     char line[COMMAND_LINE];
     size_t line_len;
 };
@@ -7823,11 +9211,50 @@ static void control_start(struct server *v)
         control_bytes(v, p, (size_t)n);
 }
 
+/* The server's TLS as flags and variables ask for it, made anew; *config stays as it is for plaintext. */
+static bool server_tls(const struct options *o, struct tls_config **config, struct err *e)
+{
+    struct tls_options t = {
+        .cert = tls_source("-server-cert", o->server_cert, "SERVER_CERT"),
+        .key = tls_source("-server-key", o->server_key, "SERVER_KEY"),
+        .client_ca = tls_source("-client-ca-certs", o->client_ca_certs, "CLIENT_CA_CERTS"),
+        .server_ca = { "SERVER_CA_CERTS", getenv("SERVER_CA_CERTS") },
+        .client_san = o->client_san, .allow_no_alpn = o->allow_no_alpn,
+    };
+    if (!present(t.cert.value) && !present(t.key.value)) {
+        if (present(o->client_san) || present(o->client_ca_certs))
+            return err_set(e, "client certificates need TLS: give -server-cert and -server-key");
+        return true;
+    }
+    struct tls_config *made = tls_server_config(&t, (int64_t)time(NULL), e);
+    if (!made)
+        return false;
+    if (*config)
+        tls_config_free(*config);
+    *config = made;
+    return true;
+}
+
+/* SIGHUP: the certificate files are read again; what is wrong with them changes nothing. */
+static void server_reload(struct server *v)
+{
+    struct err e;
+    v->loop->reload = false;
+    if (!v->loop->tls)
+        core_note(&v->loop->core, NULL, "SIGHUP: there is no TLS to load anew");
+    else if (server_tls(v->o, &v->loop->tls, &e))
+        core_note(&v->loop->core, NULL, "SIGHUP: certificates loaded anew; open connections keep theirs");
+    else
+        core_note(&v->loop->core, NULL, "SIGHUP: %s; the old certificates stay", e.text);
+}
+
 /* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
 static void server_turn(struct loop *l)
 {
     struct server *v = l->core.app;
     int64_t now = l->core.now_ms, next = INT64_MAX;
+    if (l->reload)
+        server_reload(v);
     for (struct session *s = l->core.sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
         if (s->send_ms <= now)
             session_send_manifest(s);
@@ -7928,6 +9355,9 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
     v->manifest.faults = o->fault.n ? &v->faults : NULL;
+    struct err e;
+    if (!server_tls(o, &v->tls, &e))
+        tell(r, START, "%s", e.text);
     manifest_build(&v->manifest, o, r);
     return !r->usage && !r->start;
 }
@@ -7964,9 +9394,12 @@ static int cmd_serve(struct options *o, struct report *r)
     if (!server_check(&v, o, r)) {
         manifest_free(&v.manifest);
         verdict_free(&v.verdict);
+        if (v.tls)
+            tls_config_free(v.tls);
         return r->usage ? 2 : 1;
     }
     struct loop *l = v.loop = loop_new();
+    l->tls = v.tls;
     l->core.methods = server_methods;
     l->core.method_count = PB_COUNT(server_methods);
     l->core.max_message = (size_t)o->max_message;
@@ -7983,7 +9416,8 @@ static int cmd_serve(struct options *o, struct report *r)
     if (server_open(&v, r, where, sizeof where)) {
         for (size_t i = 0; i < l->listener_count; i++)
             poller_set(l, &l->listeners[i], WATCH_IN);
-        core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s without TLS", where);
+        core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s %s", where,
+                  l->tls ? "with TLS" : "without TLS");
         loop_clock(l);
         verdict_start(&v.verdict, o, l->core.now_ms);
         if (o->control || isatty(STDIN_FILENO))

@@ -52,10 +52,11 @@ def layer(name, command, **kw):
     count(name, p.stdout, p.returncode)
 
 
-def build(cc, out, source, flags):
+def build(cc, out, source, flags, strict=STRICT):
     """Compiles one file without a warning.  Returns the program's path, or None and a failure."""
     path = os.path.join(BUILD, out)
-    p = subprocess.run([cc, *STRICT, *flags, "-o", path, source], cwd=TOP, capture_output=True, text=True)
+    libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
+    p = subprocess.run([cc, *strict, *flags, "-o", path, source, *libraries], cwd=TOP, capture_output=True, text=True)
     if p.returncode:
         print(f"FAIL build of {out} with {cc}:\n{p.stderr[-3000:]}")
         totals[1] += 1
@@ -70,7 +71,7 @@ def unit():
         for source in sorted(os.listdir(os.path.join(HERE, "unit"))):
             if source.startswith("test_") and source.endswith(".c"):
                 name = f"{source[:-2]}-{cc}"
-                program = build(cc, name, f"tests/unit/{source}", SANITIZE + ["-D_GNU_SOURCE"])
+                program = build(cc, name, f"tests/unit/{source}", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
                 if program:
                     layer(name, [program], cwd=os.path.join(HERE, "unit"))
 
@@ -87,13 +88,30 @@ def script(directory, name, *args):
 
 
 def cli():
-    script("cli", "test_checksum", os.path.join(HERE, "vectors"))
+    script("cli", "test_checksum", os.path.join(HERE, "vectors"), "--small")
     script("cli", "test_cli")
+
+
+def smoke():
+    script("smoke", "test_smoke")
+
+
+def tls():
+    """PEM files, the TLS section through an echo driver, then the whole server."""
+    driver = ["-std=c11", "-D_GNU_SOURCE"]
+    pem = build(COMPILERS[0], "pem_driver", "tests/tls/pem_driver.c", SANITIZE + ["-DCVMS_TLS=0"], driver)
+    if pem:
+        layer("test_pem", [sys.executable, os.path.join(HERE, "tls", "test_pem.py"), pem])
+    echo = build(COMPILERS[0], "tls_driver", "tests/tls/tls_driver.c", SANITIZE, driver)
+    fast = build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
+    if echo and fast:
+        layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast])
+    script("tls", "test_serve", os.path.join(BUILD, "tools"))
 
 
 def proto():
     """The codec and the message tables against the reference implementation."""
-    tool = build(COMPILERS[0], "pb_tool", "tests/proto/pb_tool.c", SANITIZE + ["-D_GNU_SOURCE"])
+    tool = build(COMPILERS[0], "pb_tool", "tests/proto/pb_tool.c", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
     python = os.path.join(BUILD, "tools", "venv", "bin", "python")
     if not os.path.exists(python):
         missing("proto", "no Python protobuf; run tests/install.sh")
@@ -110,11 +128,12 @@ def builds():
     """Every way to build it that the README names, warning-free."""
     for cc in COMPILERS:
         build(cc, f"cvms-{cc}", "cvms.c", ["-O2"])
+        build(cc, f"cvms-{cc}-plain", "cvms.c", ["-O2", "-DCVMS_TLS=0"])
     if shutil.which("musl-gcc"):
-        build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static"])
+        build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static", "-DCVMS_TLS=0"])
 
 
-LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "clients": clients}
+LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "tls": tls, "smoke": smoke, "clients": clients}
 
 
 def main():

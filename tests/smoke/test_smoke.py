@@ -1,0 +1,1407 @@
+#!/usr/bin/env python3
+"""The smoke test's verdicts, steering, records and faults.  usage: test_smoke.py CVMS [-v] [NAME...]
+
+Agents and log-forwarders are played by a small HTTP/2 client, message by message.  Each function named test_... is one
+subject; NAMEs pick those that contain one of them.  Python's standard library only; loopback only; every port is the
+system's choice; what is awaited is an event, or a PING's answer.  The last line is `N passed, M failed`.
+"""
+import base64
+import concurrent.futures
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as xml
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+VECTORS = os.path.join(os.path.dirname(HERE), "vectors")
+VERBOSE = "-v" in sys.argv
+LIMIT = 20                                  # seconds that anything awaited may take; all should take far less
+MIB = 1 << 20                               # bytes of the manifest in a chunk
+SANITIZER = re.compile(r"(ERROR: \w+Sanitizer.*|.*runtime error:.*|SUMMARY: \w+Sanitizer.*)")
+totals = {"passed": 0, "failed": 0}
+lock = threading.Lock()
+
+
+# ---- Telling results ----
+
+def check(name, good, got="", wanted=""):
+    with lock:
+        totals["passed" if good else "failed"] += 1
+        if not good:
+            print(f"FAIL {name}: got {shorten(got)}, wanted {shorten(wanted)}", flush=True)
+        elif VERBOSE:
+            print(f"ok {name}", flush=True)
+    return good
+
+
+def same(name, got, wanted):
+    return check(name, got == wanted, repr(got), repr(wanted))
+
+
+def has(name, text, *patterns):
+    """One line of the text matches all the patterns."""
+    good = any(all(re.search(p, line) for p in patterns) for line in text.splitlines())
+    return check(name, good, repr(text), "a line with " + " and ".join(patterns))
+
+
+def hasnot(name, text, pattern):
+    return check(name, not re.search(pattern, text, re.M), repr(text), f"nothing like {pattern}")
+
+
+def shorten(text, limit=900):
+    text = str(text)
+    return text if len(text) <= limit else text[:limit // 3] + " ... " + text[-limit * 2 // 3:]
+
+
+def sanitizers(name, err):
+    found = SANITIZER.findall(err)
+    if found:
+        frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err)
+        check(f"{name}: sanitizer", False, f"{found[0]} ({' < '.join(frames[:6])})", "no report")
+
+
+# ---- Running commands ----
+
+def environment():
+    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS")
+    env = {k: v for k, v in os.environ.items() if k not in own}
+    return {**env, "TZ": "UTC", "LC_ALL": "C.UTF-8", "HOST": "127.0.0.1", "PORT": "0"}
+
+
+def run(name, args, limit=LIMIT, env=None):
+    """Runs `cvms ARGS` to its end: (status, stdout, stderr, seconds).  One that does not end is killed: status None."""
+    began = time.monotonic()
+    p = subprocess.Popen([W.cvms, *args], env={**environment(), **(env or {})}, stdin=subprocess.DEVNULL, cwd=W.dir,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = p.communicate(timeout=limit)
+        status = p.returncode
+    except subprocess.TimeoutExpired:
+        p.kill()
+        out, err = p.communicate()
+        status = None
+    err = err.decode(errors="replace")
+    sanitizers(name, err)
+    return status, out.decode(errors="replace"), err, time.monotonic() - began
+
+
+class Collector:
+    """Reads a pipe to its end in a thread; until() waits for what is awaited to appear."""
+    def __init__(self, pipe):
+        self.pipe, self.data, self.ended, self.cond = pipe, b"", False, threading.Condition()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        while True:
+            piece = os.read(self.pipe.fileno(), 65536)
+            with self.cond:
+                self.data += piece
+                self.ended = not piece
+                self.cond.notify_all()
+            if not piece:
+                return
+
+    def raw(self):
+        with self.cond:
+            return self.data
+
+    def text(self):
+        return self.raw().decode(errors="replace")
+
+    def until(self, pattern, times=1, seconds=LIMIT):
+        """The text once the pattern is there so many times; None if that does not come about."""
+        end = time.monotonic() + seconds
+        with self.cond:
+            while True:
+                text = self.data.decode(errors="replace")
+                if len(re.findall(pattern, text, re.M)) >= times:
+                    return text
+                if self.ended or not self.cond.wait(max(0, end - time.monotonic())) and time.monotonic() >= end:
+                    return None
+
+
+class Server:
+    """`cvms FLAGS` in the background.  .address is what its -ready-file says.  At the end, what it is left with ends."""
+    def __init__(self, name, *args, base=None, stdin=subprocess.DEVNULL):
+        self.name, self.streams = name, []
+        ready = os.path.join(temp(), "ready")
+        self.p = subprocess.Popen([W.cvms, *(W.base if base is None else base), "-ready-file", ready, *args], cwd=W.dir,
+                                  env=environment(), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.out, self.err = Collector(self.p.stdout), Collector(self.p.stderr)
+        text = self.err.until(r"listening at \S+ with")
+        if not check(f"{name}: ready line", text is not None, self.err.text(), "the ready line"):
+            raise RuntimeError("no server")
+        self.address = read(ready).decode().strip()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for s in self.streams:
+            s.close()
+        if self.p.poll() is None:
+            self.p.send_signal(signal.SIGTERM)
+        self.wait()
+        for pipe in (self.p.stdin, self.p.stdout, self.p.stderr):
+            with contextlib.suppress(OSError, AttributeError):
+                pipe.close()
+        sanitizers(self.name, self.err.text())
+
+    def wait(self, seconds=LIMIT):
+        """The exit status; None, and the end of it, if it does not end by itself."""
+        try:
+            status = self.p.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.p.kill()
+            self.p.wait()
+            status = None
+        self.err.thread.join(LIMIT)
+        self.out.thread.join(LIMIT)
+        return status
+
+    def stop(self, number=signal.SIGTERM):
+        self.p.send_signal(number)
+        return self.wait()
+
+    def open(self, metadata=(), first=b"", **kw):
+        """A new stream, with its first message sent and taken by the server."""
+        s = Stream(self.address, metadata, **kw)
+        self.streams.append(s)
+        if first:
+            s.send(first)
+        s.sync()
+        return s
+
+    def agent(self, job=None, **kw):
+        return self.open([("job-id", job)] if job else (), ATTESTATION, **kw)
+
+    def forwarder(self, job=None, first=None, **kw):
+        meta = [("job-id", job), ("connection-type", "log-forwarder")] if job else ()
+        return self.open(meta, log("started") if first is None else first, **kw)
+
+    def both(self, job=None, forwarder_first=False):
+        """(agent, log-forwarder), opened in this order or the other."""
+        if forwarder_first:
+            f = self.forwarder(job)
+            return self.agent(job), f
+        a = self.agent(job)
+        return a, self.forwarder(job)
+
+    def command(self, text):
+        self.p.stdin.write(text.encode())
+        self.p.stdin.flush()
+
+    def ended(self, status, *patterns, word=None):
+        """It ends by itself with this status, and one line of the summary matches all the patterns."""
+        same(f"{self.name}: exit status", self.wait(), status)
+        err = self.summary()
+        word = word or {0: "PASSED", 3: "FAILED", 4: "TIMED OUT", 5: "LOST"}.get(status, "INTERRUPTED")
+        has(f"{self.name}: verdict line", err, f"^cvms: {word}: ", *patterns)
+        return err
+
+    def summary(self):
+        text = self.err.text()
+        return text[text.find("\ncvms: ") + 1:] if "\ncvms: " in text else text
+
+
+def temp():
+    return tempfile.mkdtemp(prefix="t-", dir=W.dir)
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write(name, text):
+    path = os.path.join(temp(), name)
+    with open(path, "w") as f:
+        f.write(text)
+    return path
+
+
+class World:
+    """What every test may use: a folder, the program, the flags that are always needed."""
+    def __init__(self, cvms):
+        self.dir = tempfile.mkdtemp(prefix="cvms-smoke-")
+        self.cvms = os.path.abspath(cvms)
+        self.key = os.path.join(VECTORS, "keys", "ed25519.pem")
+        self.algo = os.path.join(VECTORS, "inputs", "algo.py")
+        self.need = ["-public-key-path", self.key, "-attested-tls-bool", "false"]
+        self.base = [*self.need, "-algo-path", self.algo]
+        self.data = [*self.base, "-data-paths", os.path.join(VECTORS, "inputs", "data.csv")]
+        self.big = [*self.base, "-description", "d" * 100000]      # grows in big()
+
+
+# ---- Protobuf, by hand ----
+
+def varint(n):
+    out = b""
+    while n > 127:
+        out += bytes([n & 127 | 128])
+        n >>= 7
+    return out + bytes([n])
+
+
+def field(number, value):
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def take_varint(b, at):
+    shift = n = 0
+    while True:
+        n |= (b[at] & 127) << shift
+        shift += 7
+        at += 1
+        if b[at - 1] < 128:
+            return n, at
+
+
+def fields(b):
+    """[(number, value)] of one message; varints as int, the rest as bytes."""
+    at, out = 0, []
+    while at < len(b):
+        tag, at = take_varint(b, at)
+        if tag & 7 == 0:
+            value, at = take_varint(b, at)
+        elif tag & 7 == 2:
+            n, at = take_varint(b, at)
+            value, at = b[at:at + n], at + n
+            if len(value) != n:
+                raise ValueError("cut off")
+        else:
+            raise ValueError(f"wire type {tag & 7}")
+        out.append((tag >> 3, value))
+    return out
+
+
+def first(b, number, default=b""):
+    return dict(reversed(fields(b))).get(number, default)
+
+
+# The messages that are recorded, and how canonical JSON names their fields: number -> (name, kind).
+SCHEMA = {
+    "client": {1: ("agentLog", "log"), 2: ("agentEvent", "event"), 3: ("runRes", "run_res"),
+               4: ("stopComputationRes", "stop_res"), 5: ("agentStateRes", "state"),
+               6: ("vTPMattestationReport", "attestation"), 7: ("azureAttestationToken", "attestation")},
+    "server": {1: ("runReqChunks", "chunks"), 2: ("runReq", "run_req"), 3: ("stopComputation", "stop"),
+               4: ("agentStateReq", "state"), 5: ("disconnectReq", "id")},
+    "log": {1: ("message", str), 2: ("computationId", str), 3: ("level", str), 4: ("timestamp", "time")},
+    "event": {1: ("eventType", str), 2: ("timestamp", "time"), 3: ("computationId", str), 4: ("details", bytes),
+              5: ("originator", str), 6: ("status", str)},
+    "run_res": {1: ("computationId", str), 2: ("error", str)},
+    "stop_res": {1: ("computationId", str), 2: ("message", str)},
+    "state": {1: ("id", str), 2: ("state", str)},
+    "attestation": {1: ("file", bytes), 2: ("certSerialNumber", str)},
+    "chunks": {1: ("data", bytes), 2: ("id", str), 3: ("isLast", bool)},
+    "stop": {1: ("computationId", str)},
+    "id": {1: ("id", str)},
+}
+
+
+def as_json(kind, b):
+    """What canonical protobuf JSON has for these bytes."""
+    if kind == "time":
+        t = dict(fields(b))
+        text = datetime.datetime.fromtimestamp(t.get(1, 0), datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        nanos = t.get(2, 0)
+        return text + (f".{nanos:09d}".rstrip("0") if nanos else "") + "Z"
+    out = {}
+    for number, value in fields(b):
+        name, sub = SCHEMA[kind][number]
+        out[name] = (value.decode() if sub is str else base64.b64encode(value).decode() if sub is bytes
+                     else bool(value) if sub is bool else as_json(sub, value))
+    return out
+
+
+def plain_times(value):
+    """JSON with timestamps' trailing zeros dropped: canonical JSON allows 0, 3, 6 or 9 digits."""
+    if isinstance(value, dict):
+        return {k: re.sub(r"(\.\d*?)0+Z$", r"\1Z", v).replace(".Z", "Z") if k == "timestamp" else plain_times(v)
+                for k, v in value.items()}
+    return value
+
+
+# ---- The messages of an agent host ----
+
+ATTESTATION = field(6, field(1, b"report"))
+ACCEPTED = field(3, field(1, "1"))
+
+
+def log(text, level="INFO"):
+    return field(1, field(1, text) + field(2, "1") + field(3, level) + field(4, field(1, 1700000000) + field(2, 500000000)))
+
+
+def event(name, details=b"", originator="agent"):
+    kind, status = name.split("/")
+    return field(2, field(1, kind) + field(2, field(1, 1700000000)) + field(3, "1") + (field(4, details) if details else b"") +
+                 field(5, originator) + field(6, status))
+
+
+def refused(text):
+    return field(3, field(1, "1") + field(2, text))
+
+
+def state(text):
+    return field(5, field(1, "1") + field(2, text))
+
+
+START = ["ReceivingAlgorithm/InProgress"]
+RUNNING = ["Running/Starting", "Running/InProgress"]
+DONE = ["Running/Completed", "ConsumingResults/Ready"]
+RUN = [*START, *RUNNING, *DONE, "Complete/Completed"]
+
+
+# ---- HTTP/2, as much as a Process stream takes ----
+
+DATA, HEADERS, RST, SETTINGS, PING, GOAWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
+
+
+class Stream:
+    """A Process call on a connection of its own.  A thread reads what the server sends, unless deaf.
+
+    .messages are the server's messages; .goaway, .reset (their error codes) and .trailers tell how it ended."""
+    def __init__(self, address, metadata=(), deaf=False):
+        host, port = address.rsplit(":", 1)
+        self.cond = threading.Condition()
+        self.messages, self.times, self.pings, self.partial, self.sent = [], [], 0, b"", []
+        self.goaway = self.reset = None
+        self.trailers = self.eof = False
+        self.deaf = deaf
+        self.began = time.monotonic()
+        self.s = socket.create_connection((host, int(port)), LIMIT)
+        self.s.settimeout(None)
+        self.peer = "%s:%d" % self.s.getsockname()
+        text = lambda b: varint_hpack(len(b)) + b
+        head = [(":method", "POST"), (":scheme", "http"), (":path", "/cvms.Service/Process"), (":authority", address),
+                ("content-type", "application/grpc"), ("te", "trailers"), *metadata]
+        block = b"".join(b"\x00" + text(k.encode()) + text(v.encode()) for k, v in head)
+        self.put(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self.frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 24)) +
+                 self.frame(WINDOW, 0, 0, struct.pack(">I", 1 << 24)) + self.frame(HEADERS, 4, 1, block))
+        if not deaf:
+            self.thread = threading.Thread(target=self.read, daemon=True)
+            self.thread.start()
+
+    @staticmethod
+    def frame(kind, flags, stream, payload):
+        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+    def put(self, data):
+        with contextlib.suppress(OSError):             # what has become of the connection, the reader sees
+            self.s.sendall(data)
+
+    def send(self, *messages, end=False):
+        """All in one piece, so that the server meets them together."""
+        self.sent += messages
+        data = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
+        pieces = [data[i:i + 16384] for i in range(0, len(data), 16384)]
+        self.put(b"".join(self.frame(DATA, 0, 1, p) for p in pieces) + (self.frame(DATA, 1, 1, b"") if end else b""))
+
+    def events(self, *names):
+        self.send(*map(event, names))
+        return self
+
+    def read(self):
+        data = b""
+        while True:
+            try:
+                piece = self.s.recv(1 << 18)
+            except OSError:
+                piece = b""
+            data += piece
+            while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
+                n = int.from_bytes(data[:3], "big")
+                with self.cond:
+                    self.take(data[3], data[4], data[9:9 + n])
+                    self.cond.notify_all()
+                data = data[9 + n:]
+            if not piece:
+                with self.cond:
+                    self.eof = True
+                    self.cond.notify_all()
+                self.s.close()
+                return
+            if self.trailers and self.goaway is not None:      # as gRPC clients do: nothing more can come
+                with contextlib.suppress(OSError):
+                    self.s.shutdown(socket.SHUT_RDWR)
+
+    def take(self, kind, flags, payload):
+        if kind == SETTINGS and not flags & 1:
+            self.put(self.frame(SETTINGS, 1, 0, b""))
+        elif kind == PING and flags & 1:
+            self.pings += 1
+        elif kind == PING:
+            self.put(self.frame(PING, 1, 0, payload))
+        elif kind == GOAWAY:
+            self.goaway = int.from_bytes(payload[4:8], "big")
+        elif kind == RST:
+            self.reset = int.from_bytes(payload, "big")
+        elif kind == DATA:
+            self.partial += payload
+            while len(self.partial) >= 5 and len(self.partial) >= 5 + int.from_bytes(self.partial[1:5], "big"):
+                n = int.from_bytes(self.partial[1:5], "big")
+                self.messages.append(self.partial[5:5 + n])
+                self.times.append(time.monotonic() - self.began)
+                self.partial = self.partial[5 + n:]
+        if kind in (DATA, HEADERS) and flags & 1:
+            self.trailers = True
+
+    def until(self, good, seconds=LIMIT):
+        """Waits until good() holds or the connection is over; whether it holds."""
+        end = time.monotonic() + seconds
+        with self.cond:
+            while not good() and not self.eof and self.cond.wait(max(0, end - time.monotonic())):
+                pass
+            return bool(good())
+
+    def ping(self):
+        with self.cond:
+            wanted = self.pings + 1
+        self.put(self.frame(PING, 0, 0, b"smoke..."))
+        return self.until(lambda: self.pings >= wanted)
+
+    def sync(self):
+        """The server has taken all that was sent, and acted on it: the second PING comes in a later turn of its loop."""
+        return self.deaf or self.ping() and self.ping()
+
+    def alive(self):
+        return self.sync() and self.goaway is None and self.reset is None and not self.trailers
+
+    def asked(self, number, times=1, seconds=LIMIT):
+        """Waits for so many messages of this kind; the last one of them, or None."""
+        of = lambda: [m for m in self.messages if fields(m) and fields(m)[0][0] == number]
+        return first(of()[times - 1], number) if self.until(lambda: len(of()) >= times, seconds) else None
+
+    def chunks(self):
+        """[(data, id, is_last)] so far."""
+        with self.cond:
+            all_of = [first(m, 1) for m in self.messages if fields(m)[0][0] == 1]
+        return [(first(c, 1), first(c, 2).decode(), bool(first(c, 3, 0))) for c in all_of]
+
+    def manifest(self):
+        """The whole manifest, once it is there; None if it does not come."""
+        if not self.until(lambda: any(first(first(m, 1), 3, 0) for m in self.messages if fields(m)[0][0] == 1)):
+            return None
+        return b"".join(c[0] for c in self.chunks())
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.s.shutdown(socket.SHUT_RDWR)
+        if self.deaf:
+            self.s.close()
+        elif self.thread is not threading.current_thread():
+            self.thread.join(LIMIT)
+
+
+def varint_hpack(n):
+    """An HPACK integer with a prefix of 7 bits."""
+    return bytes([n]) if n < 127 else b"\x7f" + varint(n - 127)
+
+
+# ---- Status 0: every stage ----
+
+def answers(a, states):
+    """Answers each agentStateReq with the next of the states, the last for good; returns how many were answered."""
+    n = 0
+    while (q := a.asked(4, n + 1)) is not None:
+        a.send(field(5, field(1, first(q, 1)) + field(2, states[min(n, len(states) - 1)])))
+        n += 1
+    return n
+
+
+STAGES = ["connected", "accepted", "running", "ready", "complete"]
+
+
+def stage_row(stage, job, data, forwarder_first):
+    name = f"{stage}, {'job-id' if job else 'no job-id'}, {'data' if data else 'no data'}, {'forwarder' if forwarder_first else 'agent'} first"
+    script = [("accepted", "a", ACCEPTED), (None, "f", event(START[0]))]
+    script += [(None, "f", event("ReceivingData/InProgress"))] if data else []
+    script += [("running", "f", event(RUNNING[0])), (None, "f", event(RUNNING[1])), ("ready", "f", event(DONE[0])),
+               (None, "f", event(DONE[1])), ("complete", "f", event(RUN[-1]))]
+    with Server(name, "-until", stage, "-timeout", "20s", base=W.data if data else W.base) as s:
+        if stage == "connected":
+            if forwarder_first:
+                f = s.forwarder(job)
+                check(f"{name}: the log-forwarder alone is no agent", f.alive(), s.err.text(), "a server that goes on")
+            s.agent(job)
+        else:
+            a, f = s.both(job, forwarder_first)
+            for reached, by, message in script:
+                if reached == stage:
+                    check(f"{name}: not too early", a.alive() and f.alive(), s.err.text(), "a server that goes on")
+                (a if by == "a" else f).send(message)
+                (a if by == "a" else f).sync()
+                if reached == stage:
+                    break
+        err = s.ended(0, stage)
+        has(f"{name}: the host and its stages", err, r"^cvms:   \S+: connected \d+\.\d+ s", job or r"127\.0\.0\.1",
+            *(rf"{x} \d" for x in STAGES[:STAGES.index(stage) + 1]), r"\d+ messages?, \d+ bytes")
+
+
+def test_stages_by_events():
+    for stage in STAGES:
+        for job, data in ((None, False), ("job-1", True)):
+            for forwarder_first in (False, True):
+                stage_row(stage, job, data, forwarder_first)
+    stage_row("complete", "job-1", False, False)
+    stage_row("complete", None, True, True)
+
+
+def test_stages_by_poll():
+    for stage, states in (("running", ["ReceivingAlgorithm", "Running"]), ("ready", ["Running", "ConsumingResults"]),
+                          ("complete", ["Running", "ConsumingResults", "Complete"]), ("ready", ["Complete"]),
+                          ("complete", ["ReceivingManifest", "ReceivingAlgorithm", "ReceivingData", "Complete"])):
+        for job in (None, "job-1"):
+            name = f"poll, {stage} by {states[-1]}, {job}"
+            with Server(name, "-until", stage, "-timeout", "15s", "-poll", "50ms") as s:
+                a = s.agent(job)
+                a.send(ACCEPTED)
+                n = answers(a, states)
+                check(f"{name}: asked", n >= len(states), n, len(states))
+                s.ended(0, stage)
+    with Server("poll, asks for the id", "-until", "ready", "-timeout", "15s", "-poll", "50ms", "-computation-id", "c-7") as s:
+        a = s.agent()
+        q = a.asked(4)
+        same("poll: the question's id", q and first(q, 1), b"c-7")
+        f = s.forwarder("other")
+        a.asked(4, 3)
+        check("poll: a log-forwarder is never asked", f.sync() and not [m for m in f.messages if fields(m)[0][0] == 4], f.messages, "no question")
+
+
+def test_stages_ways():
+    with Server("deaf forwarder", "-until", "complete", "-timeout", "15s") as s:    # as the oldest log-forwarder
+        s.agent().send(ACCEPTED)
+        s.forwarder(deaf=True).events(*RUN)
+        s.ended(0, "complete")
+    with Server("one write", "-until", "complete", "-timeout", "15s") as s:
+        s.agent().send(ACCEPTED)
+        s.forwarder(first=event(START[0])).events(*RUN[1:])
+        s.ended(0, "complete")
+    with Server("empty report", "-until", "connected", "-timeout", "15s") as s:
+        s.open(first=field(6, b""))
+        s.ended(0, "connected")
+    with Server("connected by job-id alone", "-until", "connected", "-timeout", "15s") as s:
+        s.open([("job-id", "j")])
+        s.ended(0, "connected")
+    with Server("no verdict") as s:
+        a, f = s.both("j")
+        a.send(refused("bad"))
+        f.events(*RUN, "Failed/Failed")
+        check("no verdict wanted: it goes on", a.alive() and f.alive(), s.err.text(), "a server that goes on")
+        same("no verdict wanted: status of SIGTERM", s.stop(), 0)
+        hasnot("no verdict wanted: no summary", s.err.text(), "^cvms: ")
+
+
+def test_agent_command():
+    for args, status, words in (([], 0, ("complete",)), (["-job-id", "vm-1"], 0, ("complete",)),
+                                (["-fail", "ReceivingManifest"], 3, ("run_res",)), (["-fail", "ReceivingAlgorithm"], 3, ("Failed",)),
+                                (["-fail", "ReceivingData"], 3, ("Failed",)), (["-fail", "Running"], 3, ("Failed",)),
+                                (["-once"], 5, ("lost",))):
+        name = "cvms agent " + " ".join(args)
+        with Server(name, "-until", "complete", "-timeout", "15s", "-grace", "300ms", base=W.data) as s:
+            run(name, ["agent", *args, s.address])
+            s.ended(status, *words)
+
+
+# ---- Status 3: what an agent reports ----
+
+SILENT = ("hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy")
+
+
+def test_failures():
+    rows = [("event " + e, "f", event(e, b'{"why":1}'), e) for e in
+            ("Running/Failed", "Failed/Failed", "ReceivingAlgorithm/Failed", "ReceivingData/Failed", "New/Failed")]
+    rows += [("state Failed", "a", state("Failed"), "Failed"), ("run_res", "a", refused("no such key"), "no such key")]
+    rows += [(f"{level} {text}", "f", log(f"oops: {text}: x", level), text) for text in SILENT for level in ("WARN", "ERROR")]
+    for i, (what, by, message, told) in enumerate(rows):
+        job = "job-9" if i % 2 else None
+        with Server(f"fails: {what}", "-until", "complete", "-timeout", "15s") as s:
+            a, f = s.both(job, i % 3 == 0)
+            f.send(log("the line before", "INFO"))
+            f.sync()
+            (a if by == "a" else f).send(message)
+            (a if by == "a" else f).sync()
+            f.send(log("the line after", "ERROR"))
+            err = s.ended(3, re.escape(told), job or r"127\.0\.0\.1")
+            has(f"fails: {what}: the line before it", err, "^cvms: +\\| .*the line before")
+            has(f"fails: {what}: the line after it", err, "^cvms: +\\| .*the line after")
+    with Server("fails after reaching less", "-until", "complete", "-timeout", "15s") as s:
+        a, f = s.both()
+        a.send(ACCEPTED)
+        f.events(*RUN[:-1], "Failed/Failed")
+        s.ended(3, "Failed/Failed")
+    with Server("fails and reaches at once", "-until", "ready", "-timeout", "15s") as s:
+        a, f = s.both()
+        f.send(event("Running/Failed"), event("Running/Completed"))
+        s.ended(3, "Running/Failed")
+    with Server("fails, then lost", "-until", "ready", "-timeout", "15s", "-grace", "1ms") as s:
+        a, f = s.both()
+        f.events("Failed/Failed").sync()
+        a.close()
+        s.ended(3, "Failed/Failed")
+    with Server("fails by poll", "-until", "ready", "-timeout", "15s", "-poll", "50ms") as s:
+        answers(s.agent(), ["ReceivingAlgorithm", "Failed"])
+        s.ended(3, "Failed")
+
+
+def test_summary_is_safe():
+    """What a hostile agent sends cannot fool a terminal through the summary, nor break a report."""
+    report = os.path.join(temp(), "r.xml")
+    with Server("hostile text", "-until", "ready", "-timeout", "15s", "-report", report) as s:
+        a, f = s.both("j\tob<&>\"'")
+        f.send(log("\x1b[2J<b>&\"']]>\x07 \u202e \ufffe\uffff \x7f\x9b", "ERROR"))
+        f.send(log("level", "\x1b[31m\x01<"))
+        f.send(log("é" * 400, "WARN"), log("€" * 400, "INFO"), log("\U0001f600" * 300, "ERROR"), event("A\x1b\n/B\x02"))
+        f.send(event("Running\x1b]0;x\x07/Failed"))
+        f.send(log("%s%n%d hash does not match manifest", "ERROR"))
+        err = s.ended(3)
+        raw = s.err.raw()
+        check("hostile text: stderr is plain", not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", raw), repr(err), "no control characters")
+        try:
+            raw.decode()
+            check("hostile text: stderr is UTF-8", True)
+        except UnicodeDecodeError as e:
+            check("hostile text: stderr is UTF-8", False, repr(e), "UTF-8")
+    junit("hostile text", report, 3)
+
+
+def test_healthy():
+    """What is normal in a healthy run never fails it."""
+    for level in ("INFO", "DEBUG", "", "warn-ish"):
+        with Server(f"healthy: silent texts at {level}", "-until", "complete", "-timeout", "15s") as s:
+            a, f = s.both()
+            a.send(ACCEPTED)
+            f.send(*(log(t, level) for t in SILENT))
+            f.events(*RUN)
+            s.ended(0, "complete")
+    with Server("healthy: noise", "-until", "complete", "-timeout", "15s", "-expect", ",".join(RUN)) as s:
+        a, f = s.both("j", True)
+        a.send(ACCEPTED, field(7, field(1, b"token")), field(4, field(1, "1") + field(2, "failed to stop")), state("Idle"))
+        f.send(event("AlgorithmRun/Warning", b'{"error":"Failed"}', "computation-runner"),
+               log("Traceback: Failed", "ERROR"), log("failed to create Skopeo client", "WARN"),
+               log("No Confidential Computing platform detected", "WARN"), log("Failed", "ERROR"),
+               log("hash matches manifest", "ERROR"), log("", ""), log("x" * 500, "ERROR"),
+               event("Stopped/Stopped"), event("/"), event("Failed/"), field(2, b""), field(1, b""), b"", field(99, b"new"))
+        f.events(*RUN[:3]).send(log("stderr of the algorithm", "ERROR"))
+        f.events("AlgorithmRun/Warning", *RUN[3:])
+        s.ended(0, "complete")
+
+
+# ---- Status 4: timed out ----
+
+def test_timeouts():
+    with Server("no agent", "-until", "ready", "-timeout", "300ms") as s:
+        s.ended(4, "no agent connected")
+    with Server("only the log-forwarder", "-until", "connected", "-timeout", "700ms") as s:
+        s.forwarder("j").send(log("hello"))
+        s.ended(4, "only (its|the) log-forwarder")
+    with Server("only a log-forwarder of the old kind", "-until", "connected", "-timeout", "700ms") as s:
+        s.forwarder()
+        s.ended(4, "only (its|the) log-forwarder")
+    with Server("no log-forwarder", "-until", "running", "-timeout", "700ms", "-poll", "0") as s:
+        a = s.agent()
+        a.send(ACCEPTED)
+        s.ended(4, "accepted", "no events", "no log-forwarder")
+        check("no log-forwarder: -poll 0 asks nothing", not [m for m in a.messages if fields(m)[0][0] == 4], a.messages, "no question")
+    with Server("no log-forwarder, and not accepted", "-until", "running", "-timeout", "700ms", "-poll", "0") as s:
+        s.agent("j")
+        s.ended(4, "connected")
+    for upto, last in ((0, "connected"), (1, "accepted"), (3, "running"), (5, "ready")):
+        with Server(f"times out at {last}", "-until", "complete", "-timeout", "800ms") as s:
+            a, f = s.both("j")
+            a.send(*[ACCEPTED][:upto])
+            a.sync()
+            f.events(*RUN[:upto])
+            s.ended(4, rf"\bj\b.*\b{last}\b")
+    with Server("an expected event is missing", "-until", "ready", "-timeout", "800ms", "-expect", "Running/Starting,My/Event,Running/Completed") as s:
+        a, f = s.both()
+        a.send(ACCEPTED)
+        f.events(*RUN)
+        s.ended(4, "My/Event")
+    with Server("the time counts from the start", "-until", "ready", "-timeout", "1s") as s:
+        a, f = s.both()
+        began = time.monotonic()
+        s.ended(4, "1.0 s")
+        check("time-out: not much later", time.monotonic() - began < 4, time.monotonic() - began, "1 s")
+
+
+# ---- Status 5: lost ----
+
+def test_lost():
+    for stage, n in (("connected", 0), ("running", 3)):
+        for how in ("close", "end", "reset"):
+            name = f"lost at {stage} by {how}"
+            with Server(name, "-until", "ready", "-timeout", "15s", "-grace", "200ms") as s:
+                a, f = s.both("vm-3")
+                f.events(*RUN[:n]).sync()
+                if how == "close":
+                    a.close()
+                elif how == "end":
+                    a.send(end=True)
+                else:
+                    a.put(a.frame(RST, 0, 1, struct.pack(">I", 8)))
+                s.ended(5, "vm-3", stage)
+    with Server("forwarder goes, agent stays", "-until", "ready", "-timeout", "1200ms", "-grace", "100ms") as s:
+        a, f = s.both("vm")
+        f.close()
+        s.ended(4, "vm")
+    with Server("lost after what was wanted", "-until", "complete", "-timeout", "15s", "-grace", "100ms", "-agents", "2") as s:
+        a, f = s.both("one")
+        f.events(*RUN).sync()
+        a.close()
+        f.close()
+        s.err.until("stream ended", times=2)
+        a, f = s.both("two")
+        f.events(*RUN)
+        s.ended(0, "complete")
+
+
+def test_back_within_grace():
+    for job in (None, "vm"):
+        with Server(f"back in time, {job}", "-until", "complete", "-timeout", "15s", "-grace", "4s") as s:
+            a, f = s.both(job)
+            a.send(ACCEPTED)
+            f.events(*RUN[:3]).sync()
+            for k in (1, 2):
+                a.close()
+                s.err.until("agent.*stream ended", times=k)
+                a = s.agent(job)
+            check(f"back in time, {job}: goes on", f.alive(), s.err.text(), "a server that goes on")
+            f.close()
+            s.err.until("log-forwarder.*stream ended")
+            f = s.forwarder(job)
+            f.events(*RUN[3:])
+            s.ended(0, "complete")
+    with Server("new before old is gone", "-until", "ready", "-timeout", "15s", "-grace", "50ms") as s:
+        a, f = s.both("vm")
+        b = s.agent("vm")
+        a.close()
+        s.err.until("agent.*stream ended")
+        began = time.monotonic()
+        while time.monotonic() - began < 0.2:          # past the grace, and the server awake all the time
+            b.ping()
+        f.events(*RUN)
+        s.ended(0, "ready")
+    with Server("a disconnect is no loss", "-until", "ready", "-timeout", "15s", "-grace", "4s", "-control", stdin=subprocess.PIPE) as s:
+        a, f = s.both("vm")
+        s.command("disconnect vm\n")
+        same("disconnect: arrives", a.asked(5) is not None, True)
+        a.close()
+        s.err.until("agent.*stream ended")
+        s.agent("vm")
+        f.events(*RUN)
+        s.ended(0, "ready")
+
+
+# ---- -expect, -reject, -agents ----
+
+def test_expect():
+    order = "ReceivingAlgorithm/InProgress,Running/InProgress,Complete/Completed"
+    with Server("expect, others between", "-expect", order, "-timeout", "15s") as s:
+        a, f = s.both()
+        f.events(*RUN[:-1]).sync()
+        check("expect: waits for the last", f.alive(), s.err.text(), "a server that goes on")
+        f.events(RUN[-1])
+        s.ended(0)
+    with Server("expect, wrong order", "-expect", "B/2,A/1", "-timeout", "700ms") as s:
+        s.both()[1].events("A/1", "B/2", "C/3")
+        s.ended(4, "A/1")
+    with Server("expect, the same twice", "-expect", "A/1", "-expect", "A/1", "-timeout", "700ms") as s:
+        s.both()[1].events("A/1", "A/2", "B/1")
+        s.ended(4, "A/1")
+    with Server("expect and until", "-expect", "A/1", "-until", "running", "-timeout", "15s") as s:
+        a, f = s.both()
+        f.events("A/1").sync()
+        check("expect and until: needs the stage too", f.alive(), s.err.text(), "a server that goes on")
+        f.events("Running/Starting")
+        s.ended(0)
+    with Server("expect, over a reconnect", "-expect", "A/1,B/2", "-timeout", "15s") as s:
+        f = s.both("vm")[1]
+        f.events("A/1").sync()
+        f.close()
+        s.err.until("log-forwarder.*stream ended")
+        s.forwarder("vm").events("B/2")
+        s.ended(0)
+    for bad in ("Running", "A/1,,", "A/1,B"):
+        status, _, err, _ = run("expect", [*W.base, "-expect", bad, "-timeout", "1ms"])
+        same(f"-expect {bad}: usage", status, 2)
+        has(f"-expect {bad}: told", err, "-expect", "TYPE/STATUS")
+
+
+def test_reject():
+    args = ["-until", "complete", "-timeout", "15s", "-reject", "panic: .*index", "-reject", "^Weird/(Bad|Worse)$", "-reject", "ou+ch{2}"]
+    for what, message, told in (("log", log("goroutine 1: panic: bad index 7", "INFO"), "panic: bad index 7"),
+                                ("event", event("Weird/Worse"), "Weird/Worse"),
+                                ("details", event("A/B", b'{"m":"ouuchh"}'), "ouuchh"),
+                                ("log, after a newline", log("line one\npanic: no index", "DEBUG"), "panic: no index"),
+                                ("log, after a NUL", log("one\0panic: the index", "INFO"), "index")):
+        with Server(f"reject, {what}", *args) as s:
+            a, f = s.both()
+            f.send(message)
+            s.ended(3, told)
+    with Server("reject, none matches", *args) as s:
+        a, f = s.both()
+        f.send(log("panic of an idx", "ERROR"), event("Weird/Badly"), event("Weird/Good", b"ouch"))
+        f.events(*RUN)
+        s.ended(0)
+    for bad in ("(", "[a", "*(", "a{2,1}"):
+        status, _, err, _ = run("reject", [*W.base, "-until", "ready", "-reject", "fine", "-reject", bad, "-timeout", "1ms"])
+        same(f"-reject {bad}: usage", status, 2)
+        has(f"-reject {bad}: told", err, "-reject", re.escape(bad))
+
+
+def test_agents():
+    with Server("two agents", "-until", "ready", "-timeout", "15s", "-agents", "2") as s:
+        a, f = s.both("one")
+        b, g = s.both("two", True)
+        f.events(*RUN).sync()
+        check("two agents: one is not enough", a.alive() and g.alive(), s.err.text(), "a server that goes on")
+        g.events(*RUN)
+        err = s.ended(0, "ready")
+        has("two agents: the first in the summary", err, "^cvms: +one: .*ready")
+        has("two agents: the second in the summary", err, "^cvms: +two: .*ready")
+    with Server("one of two fails", "-until", "ready", "-timeout", "15s", "-agents", "2") as s:
+        f, g = s.both("one")[1], s.both("two")[1]
+        f.events(*RUN).sync()
+        g.events("Running/Failed")
+        s.ended(3, "two", "Running/Failed")
+    with Server("one of two comes", "-until", "ready", "-timeout", "900ms", "-agents", "2") as s:
+        s.both("one")[1].events(*RUN)
+        s.ended(4, "1 of 2")
+    with Server("one of two is lost", "-until", "ready", "-timeout", "15s", "-agents", "2", "-grace", "100ms") as s:
+        a, f = s.both("one")
+        f.events(*RUN).sync()
+        a.close()
+        s.both("two")[0].close()
+        s.ended(5, "two")
+    with Server("same job-id is one agent", "-until", "connected", "-timeout", "900ms", "-agents", "2") as s:
+        s.agent("one")
+        s.agent("one")
+        s.ended(4, "1 of 2")
+    for bad in ("0", "-1", "x"):
+        same(f"-agents {bad}: usage", run("agents", [*W.base, "-until", "ready", "-agents", bad, "-timeout", "1ms"])[0], 2)
+
+
+# ---- Reports, signals, start-up ----
+
+def junit(name, path, status):
+    try:
+        tree = xml.parse(path).getroot()
+    except (xml.ParseError, OSError) as e:
+        check(f"{name}: JUnit XML", False, repr(e) + repr(read(path)[-600:] if os.path.exists(path) else ""), "XML")
+        return None
+    suites = [tree] if tree.tag == "testsuite" else tree.findall("testsuite")
+    cases, bad = tree.findall(".//testcase"), tree.findall(".//failure") + tree.findall(".//error")
+    same(f"{name}: tests", sum(int(s.get("tests")) for s in suites), len(cases))
+    same(f"{name}: failures", sum(int(s.get("failures")) + int(s.get("errors")) for s in suites), len(bad))
+    check(f"{name}: verdict", bool(bad) == bool(status) and cases, (len(cases), len(bad)), f"status {status}")
+    check(f"{name}: names and times", all(c.get("name") and c.get("classname") and float(c.get("time")) >= 0 for c in cases), read(path), "both")
+    return tree
+
+
+def test_reports():
+    for ext in ("xml", "json", "XML"):
+        for want in (0, 3, 4, 5, 143):
+            name, path = f"report .{ext}, status {want}", os.path.join(temp(), "r." + ext)
+            with Server(name, "-until", "ready", "-timeout", "700ms" if want == 4 else "15s", "-grace", "50ms", "-report", path) as s:
+                a, f = s.both("vm <1>")
+                f.send(log("one < two & \"three\" 'é' ]]> \x01\x1b", "ERROR"))
+                if want == 0:
+                    f.events(*RUN)
+                elif want == 3:
+                    a.send(refused("<no> & \"never\" ]]> \x02 \ufffe"))
+                elif want == 5:
+                    a.close()
+                elif want == 143:
+                    s.p.send_signal(signal.SIGTERM)
+                err = s.ended(want)
+            line = next((x for x in err.splitlines() if x.startswith("cvms: ")), "cvms: ")
+            if ext != "json":
+                tree = junit(name, path, want)
+                if tree is not None and want:
+                    text = (tree.find(".//failure").get("message") or "") + (tree.find(".//failure").text or "")
+                    check(f"{name}: says why", line.split(": ", 2)[2].rsplit(" (exit", 1)[0] in text, text, line)
+                continue
+            try:
+                report = json.loads(read(path))
+            except (ValueError, OSError) as e:
+                check(f"{name}: JSON", False, repr(e), "JSON")
+                continue
+            same(f"{name}: status", report.get("status"), want)
+            check(f"{name}: verdict", line.startswith(f"cvms: {report.get('verdict')}: "), report, line)
+            check(f"{name}: why", report.get("why") and report["why"] in line, report, line)
+            agent = (report.get("agents") or [{}])[0]
+            same(f"{name}: agent", agent.get("name"), "vm <1>")
+            check(f"{name}: messages", agent.get("messages", 0) >= 3 and agent.get("bytes", 0) > 0, agent, "counts")
+            same(f"{name}: stage", agent.get("stage"), "ready" if want == 0 else "connected")
+            check(f"{name}: failure", (want == 3) == bool(agent.get("failure")), agent, "only with status 3")
+    with Server("report of no agent", "-until", "ready", "-timeout", "200ms", "-report", os.path.join(W.dir, "none.xml")) as s:
+        s.ended(4)
+    junit("report of no agent", os.path.join(W.dir, "none.xml"), 4)
+    status, _, err, _ = run("report", [*W.base, "-report", "x.xml"])
+    same("-report without a verdict: usage", status, 2)
+    has("-report without a verdict: told", err, "-report")
+    status, _, err, _ = run("report", [*W.base, "-report", "/nonexistent/x.xml", "-until", "ready", "-timeout", "100ms"])
+    check("-report that can't be written: not 0", status in (1, 4), status, "1 or 4")
+    has("-report that can't be written: told", err, "-report", "/nonexistent/x.xml")
+
+
+def test_signals():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with Server(f"{number.name}, verdict wanted", "-until", "ready", "-timeout", "15s") as s:
+            s.both("vm")[1].events(*RUN[:3]).sync()
+            s.p.send_signal(number)
+            err = s.ended(128 + number, word="INTERRUPTED")
+            has(f"{number.name}: the stages so far", err, "^cvms: +vm: .*running")
+
+
+def test_startup():
+    rows = [(["-until", "later"], 2, "-until"), (["-until", ""], 2, "-until"), (["-timeout", "5"], 2, "-timeout"),
+            (["-timeout", "-1s"], 2, "-timeout"), (["-grace", "x"], 2, "-grace"), (["-poll", "1"], 2, "-poll"),
+            (["-until"], 2, "-until"), (["-record", "/nonexistent/f"], 1, "-record"), (["-record", "/"], 1, "-record"),
+            (["-manifest-for", "x"], 2, "-manifest-for"), (["-manifest-for", "=x"], 2, "-manifest-for"),
+            (["-manifest-for", "j="], 2, "-manifest-for"), (["-manifest-for", "j=/nonexistent"], 1, "-manifest-for"),
+            (["-ready-file", "/nonexistent/f"], 1, "-ready-file"), (["-nonsense"], 2, "nonsense")]
+    for args, want, told in rows:
+        status, _, err, seconds = run("startup", [*W.base, *args, "-until", "connected", "-timeout", "3s"]
+                                      if "-until" not in args else [*W.base, "-timeout", "3s", *args])
+        same(f"start-up {args}: status", status, want)
+        has(f"start-up {args}: told", err, told)
+    with Server("has the port") as s:
+        status, _, err, _ = run("port", [*W.base, "-until", "ready", "-timeout", "3s"], env={"PORT": s.address.rsplit(":", 1)[1]})
+        same("a port that is taken: status", status, 1)
+        has("a port that is taken: told", err, "(?i)address.*in use|in use")
+
+
+# ---- -record ----
+
+def records(path):
+    return [json.loads(line) for line in read(path).splitlines()]
+
+
+def test_record():
+    path = os.path.join(temp(), "record.jsonl")
+    with Server("record", "-record", path, "-control", base=big(W.data), stdin=subprocess.PIPE) as s:
+        a, f = s.both("vm \x01")
+        b = s.agent()
+        a.send(ACCEPTED, refused("é\x01\n"), state("Running"), field(4, field(1, "1") + field(2, "bye")), field(7, field(1, b"\xff\0")))
+        f.send(log("two\nlines \x1b \u2028", "WARN"), event("A/B", b"\x00\xff"), log("x" * 70000), field(1, b""), field(6, b""))
+        f.events(*RUN)
+        a.manifest(), f.manifest(), b.manifest()
+        s.command("state\nstop\ndisconnect\n")
+        for x in (a, b):
+            x.asked(5)
+        f.sync()
+        same("record: status", s.stop(), 0)
+    rows = records(path)
+    for who, x in (("agent", a), ("log-forwarder", f), ("unnamed agent", b)):
+        mine = [r for r in rows if r["peer"] == x.peer]
+        raw = lambda key: [base64.b64decode(r.get("raw", "")) for r in mine if key in r]
+        check(f"record, {who}: all that came", raw("received") == x.sent, [len(r) for r in raw("received")], [len(m) for m in x.sent])
+        check(f"record, {who}: all that went", raw("sent") == x.messages, [len(r) for r in raw("sent")], [len(m) for m in x.messages])
+        check(f"record, {who}: one of both in each line", all(("received" in r) != ("sent" in r) for r in mine), mine[:2], "one")
+        check(f"record, {who}: stream and time", all(r["stream"] == 1 and re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z$", r["time"]) for r in mine), mine[:1], "both")
+        times = [r["time"].rstrip("Z").ljust(24, "0") for r in mine]
+        kinds = {r["kind"] for r in mine if "received" in r}
+        same(f"record, {who}: kind", kinds, {"log-forwarder"} if who == "log-forwarder" else {"agent"})
+        check(f"record, {who}: job-id", all(("jobId" in r) == (x is not b) for r in mine), mine[:1], "only if sent")
+        for r in mine:
+            kind = "client" if "received" in r else "server"
+            wanted = plain_times(as_json(kind, base64.b64decode(r["raw"])))
+            got = plain_times(r["received" if kind == "client" else "sent"])
+            if got != wanted:
+                check(f"record, {who}: raw is the message", False, got, wanted)
+                break
+        else:
+            check(f"record, {who}: raw is the message", True)
+    path = os.path.join(temp(), "r.jsonl")
+    with Server("record to the verdict", "-record", path, "-until", "complete", "-timeout", "15s") as s:
+        a, f = s.both()
+        f.events(*RUN)
+        s.ended(0)
+    check("record: the deciding message is in it", records(path)[-1]["received"]["agentEvent"]["eventType"] == "Complete", records(path)[-1], "Complete")
+
+
+# ---- -control ----
+
+def test_control():
+    with Server("control", "-control", "-output", "json", stdin=subprocess.PIPE) as s:
+        for command in ("state", "stop", "disconnect", "run"):
+            s.command(command + "\n")
+        check("control: nobody there", s.err.until("no agent is connected", times=4), s.err.text(), "4 times told")
+        a, f = s.both("vm-1")
+        b = s.agent("vm-2")
+        for word, number, key in (("state", 4, 1), ("stop", 3, 1), ("disconnect", 5, 1)):
+            s.command(f"{word}\n")
+            same(f"control {word}: to the first", first(a.asked(number) or b"", key), b"1")
+            same(f"control {word}: to the second", first(b.asked(number) or b"", key), b"1")
+            s.command(f"{word} vm-2\n")
+            same(f"control {word} vm-2: to it", first(b.asked(number, 2) or b"", key), b"1")
+            a.sync()
+            same(f"control {word} vm-2: not to the other", len([m for m in a.messages if fields(m)[0][0] == number]), 1)
+        s.command(f"  state\t {a.peer} \r\n")
+        check("control: by address and port", a.asked(4, 2) is not None, a.messages, "a question")
+        s.command("state 127.0.0.1\n")
+        check("control: by address", a.asked(4, 3) is not None and b.asked(4, 3) is not None, "", "a question to both")
+        check("control: never to the log-forwarder", f.sync() and all(fields(m)[0][0] == 1 for m in f.messages), f.messages, "chunks only")
+        a.send(state("Running"), field(4, field(1, "1") + field(2, "stopped it")))
+        check("control: the state is shown", s.out.until('"state": ?"Running"'), s.out.text(), "the state")
+        check("control: the stop answer is shown", s.out.until("stopped it"), s.out.text(), "the answer")
+        n = len(a.chunks())
+        s.command("run vm-1\n")
+        a.until(lambda: len(a.chunks()) == 2 * n)
+        same("control run: the manifest again", [c for c in a.chunks()[n:]], a.chunks()[:n])
+        same("control run vm-1: not to the other", b.sync() and len(b.chunks()), n)
+        s.command("agents\n")
+        for word in ("agent.* vm-1", "agent.* vm-2", "log-forwarder.* vm-1"):
+            check(f"control agents: {word}", s.err.until(word + ".*message"), s.err.text(), word)
+        s.command("help\n")
+        for word in ("state", "stop", "disconnect", "run", "agents", "quit", "help"):
+            check(f"control help: {word}", s.err.until(rf" {word} "), s.err.text(), word)
+        s.command("frobnicate\n\n \n")
+        check("control: unknown command", s.err.until("(no|unknown) command.*frobnicate"), s.err.text(), "told")
+        s.command("state vm-9\n")
+        check("control: not there", s.err.until("vm-9.*not connected"), s.err.text(), "told")
+        b.close()
+        s.err.until(r"vm-2.*stream ended")
+        s.command("state vm-2\n")
+        check("control: has gone", s.err.until("vm-2.* gone", seconds=3), s.err.text(), "the agent vm-2 has gone")
+        s.command(f"stop {b.peer}\n")
+        check("control: has gone, by address", s.err.until(re.escape(b.peer) + ".*(gone|not connected)", seconds=3), s.err.text(), "told")
+        for piece in ("sta", "te v", "m-1", "\nstate vm-1\nsta"):
+            s.command(piece)
+        check("control: lines in pieces", a.asked(4, 5) is not None, a.messages, "two more questions")
+        s.command("te " + "x" * 5000 + "\nstate " + "vm-1 " * 3000 + "\n")
+        s.command("state vm-1\n")
+        check("control: after lines that are too long", a.asked(4, 6) is not None, s.err.text(), "a question")
+        a.sync()
+        same("control: a line too long is not obeyed", len([m for m in a.messages if fields(m)[0][0] == 4]), 6)
+        s.command("state vm-1")
+        s.p.stdin.close()
+        check("control: a last line without its end", a.asked(4, 7) is not None, s.err.text(), "a question")
+        check("control: the end of stdin is not the server's", a.alive(), s.err.text(), "a server that goes on")
+        same("control: status at the end", s.stop(), 0)
+
+
+def test_control_ends():
+    with Server("control, gone with a verdict", "-control", "-until", "ready", "-timeout", "15s", stdin=subprocess.PIPE) as s:
+        s.agent("vm").close()
+        s.err.until("stream ended")
+        s.command("state vm\n")
+        check("control, with a verdict: has gone", s.err.until("vm.*gone"), s.err.text(), "told")
+        s.command("quit\n")
+        status = s.wait()
+        check("control quit, verdict wanted: status not 0", status not in (0, None), status, "not 0")
+        has("control quit, verdict wanted: summary", s.err.text(), "^cvms: .*quit")
+    with Server("control quit", "-control", stdin=subprocess.PIPE) as s:
+        a = s.agent("vm")
+        s.command("quit\nstate\n")
+        same("control quit: status", s.wait(), 0)
+        check("control quit: the stream ends properly", a.until(lambda: a.trailers), a.goaway, "trailers")
+    with Server("stdin is no terminal", stdin=subprocess.PIPE) as s:
+        a = s.agent("vm")
+        s.command("quit\n")
+        check("without -control a pipe is not read", a.alive(), s.err.text(), "a server that goes on")
+    with open(write("commands", "help\nnonsense"), "rb") as f:
+        with Server("control from a file", "-control", stdin=f) as s:
+            check("control from a file: done", s.err.until("(no|unknown) command.*nonsense"), s.err.text(), "told")
+            check("control from a file: goes on", s.agent().alive(), s.err.text(), "a server that goes on")
+    with Server("control, /dev/null", "-control") as s:
+        check("control, no stdin: goes on", s.agent().alive(), s.err.text(), "a server that goes on")
+
+
+# ---- -fault ----
+
+def big(base):
+    """Flags that make a manifest of 2.5 chunks."""
+    manifest = json.loads(run("manifest", ["manifest", *base])[1])
+    manifest["description"] = "0123456789abcdef" * (5 * MIB // 32)
+    return ["-manifest", write("big.json", json.dumps(manifest))]
+
+
+def manifest_bytes(flags):
+    path = os.path.join(temp(), "m")
+    run("manifest", ["manifest", *flags, "-o", path])
+    return read(path)
+
+
+def test_faults_chunks():
+    flags = big(W.base)
+    whole = manifest_bytes(flags)
+    p = [whole[i:i + MIB] for i in range(0, len(whole), MIB)]
+    same("faults: chunks of the big manifest", len(p), 3)
+    all_of = [(x, "1", False) for x in p] + [(b"", "1", True)]
+    rows = [([], all_of)] + [([f"missing-chunk={i}"], all_of[:i] + all_of[i + 1:]) for i in range(5)]
+    rows += [(["no-last"], all_of[:3]), (["twice"], all_of * 2), (["twice", "no-last"], all_of[:3] * 2),
+             (["flip=0"], None), (["flip=1500000"], None)] + [([f"freeze={n}"], all_of[:n]) for n in (0, 1, 2, 3, 4, 9)]
+    for faults, wanted in rows:
+        name = f"fault {','.join(faults)}"
+        with Server(name, *(x for f in faults for x in ("-fault", f)), base=flags) as s:
+            a = s.agent("vm")
+            if wanted is None:
+                at, got = int(faults[0][5:]), a.manifest() or b""
+                off = [(i, x ^ y) for i, (x, y) in enumerate(zip(got, whole)) if x != y] if got != whole else []
+                check(name, len(got) == len(whole) and len(off) == 1 and off[0][0] == at and off[0][1].bit_count() == 1, off[:5], f"a bit in byte {at}")
+            else:
+                a.until(lambda: len(a.messages) >= len(wanted))
+                a.sync()
+                got = a.chunks()
+                check(name, got == wanted, [(len(c[0]), *c[1:]) for c in got], [(len(c[0]), *c[1:]) for c in wanted])
+            check(f"{name}: the stream stays open", a.alive(), (a.goaway, a.reset), "an open stream")
+
+
+def test_faults_manifest():
+    """What is wrong within the manifest, and in how it is sent."""
+    whole = manifest_bytes(W.base)
+    algorithm, digest = first(whole, 5), hashlib.sha3_256(read(W.algo)).digest()
+    for fault in ("short-hash", "wrong-hash"):
+        with Server(f"fault {fault}", "-fault", fault) as s:
+            got = s.agent().manifest() or b""
+            mine = first(got, 5)
+            if fault == "short-hash":
+                same("fault short-hash", first(mine, 1), digest[:31])
+            else:
+                check("fault wrong-hash", len(first(mine, 1)) == 32 and first(mine, 1) != digest, first(mine, 1), "another hash")
+            same(f"fault {fault}: else unchanged", [x for x in fields(mine) if x[0] != 1], [x for x in fields(algorithm) if x[0] != 1])
+            same(f"fault {fault}: the rest unchanged", [x for x in fields(got) if x[0] != 5], [x for x in fields(whole) if x[0] != 5])
+            same(f"fault {fault}: again", s.agent().manifest(), got)
+    for faults, n in ((["plain"], 1), (["plain", "twice"], 2)):
+        with Server(f"fault {faults}", *(x for f in faults for x in ("-fault", f))) as s:
+            a = s.agent()
+            a.until(lambda: len(a.messages) >= n)
+            a.sync()
+            same(f"fault {faults}", a.messages, [field(2, whole)] * n)
+    with Server("fault delay", "-fault", "delay=500ms") as s:
+        a, f = s.agent(), s.forwarder()
+        same("fault delay: nothing yet", (a.messages, f.messages), ([], []))
+        hasnot("fault delay: not said to be out yet", s.err.text(), "sent successfully")
+        same("fault delay: then all of it", (a.manifest(), f.manifest()), (whole, whole))
+        check("fault delay: as long as that", a.times and 0.45 < a.times[0] < 5, a.times, "0.5 s")
+        check("fault delay: said then", s.err.until("sent successfully", times=2), s.err.text(), "twice")
+    with Server("fault delay, half-closed", "-fault", "delay=300ms") as s:
+        a = s.agent()
+        a.send(end=True)
+        same("fault delay, half-closed: the manifest", a.manifest(), whole)
+        check("fault delay, half-closed: then the end", a.until(lambda: a.trailers), a.trailers, "trailers")
+
+
+def test_faults_connection():
+    whole = manifest_bytes(W.base)
+    for extra in ([], ["-fault", "delay=200ms"]):
+        name = "fault rst" + (", delay" if extra else "")
+        with Server(name, "-fault", "rst", *extra) as s:
+            a = s.agent()
+            a.until(lambda: a.reset is not None)
+            same(f"{name}: the manifest first", a.manifest() if a.chunks() else None, whole)
+            check(f"{name}: RST_STREAM", a.reset, a.reset, "an error code that is not 0")
+            check(f"{name}: the connection lives", a.sync() and a.goaway is None, a.goaway, "a PING's answer")
+            b = s.open()
+            check(f"{name}: the next as well", b.until(lambda: b.reset is not None), b.reset, "RST_STREAM")
+        name = "fault goaway" + (", delay" if extra else "")
+        with Server(name, "-fault", "goaway", *extra) as s:
+            a = s.open()
+            a.until(lambda: a.goaway is not None and a.trailers)
+            same(f"{name}: the manifest first", a.manifest() if a.chunks() else None, whole)
+            check(f"{name}: GOAWAY, and the stream's end", a.goaway is not None and a.trailers, (a.goaway, a.trailers), "both")
+            b = s.open()
+            check(f"{name}: the server goes on", b.until(lambda: b.goaway is not None), b.goaway, "GOAWAY")
+    with Server("fault refuse", "-fault", "refuse=2") as s:
+        for i in range(2):
+            host, port = s.address.rsplit(":", 1)
+            with socket.create_connection((host, int(port)), LIMIT) as c:
+                try:
+                    got = c.recv(100)
+                except ConnectionError:
+                    got = b""
+                same(f"fault refuse: connection {i + 1}", got, b"")
+        same("fault refuse: the third", s.agent().manifest(), whole)
+    with Server("fault refuse, agent", "-fault", "refuse=1", "-until", "complete", "-timeout", "15s", "-grace", "9s") as s:
+        run("fault refuse", ["agent", "-wait", "5s", s.address])
+        s.p.send_signal(signal.SIGTERM) if s.p.poll() is None and not s.err.until("PASSED", seconds=2) else None
+        check("fault refuse: no verdict on it", s.wait() in (0, 143), s.err.text(), "0 or 143")
+
+
+def test_fault_mistakes():
+    for bad in ("bogus", "", "=", "delay", "delay=", "delay=5", "delay=-1s", "missing-chunk", "missing-chunk=-1", "missing-chunk=x",
+                "missing-chunk=", "no-last=1", "no-last=", "flip", "flip=x", "flip=99999999999999999999", "freeze", "freeze=1s",
+                "refuse", "rst=1", "goaway=", "plain=yes", "twice=2", "short-hash=31", "wrong-hash=x", "RST", "rst ", "twic", "twice,rst "):
+        status, _, err, _ = run("fault", [*W.base, "-fault", bad, "-until", "ready", "-timeout", "1ms"])
+        same(f"-fault {bad!r}: status", status, 2)
+        has(f"-fault {bad!r}: told", err, "-fault")
+
+
+# ---- Who gets which manifest ----
+
+def test_skip_forwarder():
+    with Server("skip forwarder", "-skip-forwarder", "-until", "running", "-timeout", "15s") as s:
+        f = s.forwarder("vm")
+        old = s.forwarder()
+        same("skip-forwarder: nothing for it", f.alive() and f.messages, [])
+        hasnot("skip-forwarder: not said to be out", "\n".join(x for x in s.err.text().splitlines() if "log-forwarder[" in x), "sent successfully")
+        same("skip-forwarder: one that does not say so gets it", old.manifest() is not None, True)
+        same("skip-forwarder: the agent gets it", s.agent("vm").manifest(), manifest_bytes(W.base))
+        f.events("Running/Starting")
+        s.ended(0)
+    with Server("without skip-forwarder") as s:
+        same("without -skip-forwarder it gets one", s.forwarder("vm").manifest(), manifest_bytes(W.base))
+
+
+def test_manifest_for():
+    def other(name, algo):
+        text = run("manifest", ["manifest", *W.base, "-name", name, "-computation-id", "c-" + name])[1]
+        return write(f"{name}.json", text), manifest_bytes([*W.base, "-name", name, "-computation-id", "c-" + name])
+    (file1, bytes1), (file2, bytes2) = other("one", "a"), other("two", "b")
+    with Server("manifest-for", "-manifest-for", "vm-1=" + file1, "-manifest-for", "vm=2=x=" + file2, "-manifest-for", "vm-2=" + file2,
+                "-control", stdin=subprocess.PIPE) if False else Server(
+                "manifest-for", "-manifest-for", "vm-1=" + file1, "-manifest-for", "vm-2=" + file2, "-control", stdin=subprocess.PIPE) as s:
+        default = manifest_bytes(W.base)
+        a = s.agent("vm-1")
+        for who, x, want in (("vm-1", a, bytes1), ("vm-2", s.agent("vm-2"), bytes2), ("vm-3", s.agent("vm-3"), default),
+                             ("no job-id", s.agent(), default), ("vm-1's forwarder", s.forwarder("vm-1"), bytes1),
+                             ("vm-1 and more", s.agent("vm-1x"), default), ("part of it", s.agent("vm"), default)):
+            same(f"manifest-for: {who}", x.manifest(), want)
+        same("manifest-for: its id in the chunks", {c[1] for c in a.chunks()}, {"c-one"})
+        s.command("state vm-1\n")
+        same("manifest-for: its id in a question", first(a.asked(4) or b"", 1), b"c-one")
+        n = len(a.chunks())
+        s.command("run vm-1\n")
+        a.until(lambda: len(a.chunks()) >= 2 * n)
+        same("manifest-for: run sends it again", a.chunks()[n:], a.chunks()[:n])
+    with Server("manifest-for and a fault", "-manifest-for", "vm-1=" + file1, "-fault", "short-hash") as s:
+        same("manifest-for: faults reach it", len(first(first(s.agent("vm-1").manifest() or b"", 5), 1)), 31)
+    status, _, err, _ = run("manifest-for", [*W.base, "-manifest-for", "j=" + write("bad.json", "{"), "-until", "ready", "-timeout", "1ms"])
+    same("manifest-for: bad JSON", status, 1)
+    has("manifest-for: bad JSON told", err, "-manifest-for", "bad.json")
+
+
+# ---- cvms agent -replay ----
+
+def played(path):
+    """What each stream has sent, in order: {(kind, job-id): [message]}, streams of one name one after the other."""
+    out = {}
+    for r in records(path):
+        if "received" in r:
+            out.setdefault((r["kind"], r.get("jobId")), []).append((r["received"], r["raw"]))
+    return out
+
+
+def replay(name, path, *args, until="complete"):
+    again = os.path.join(temp(), "again.jsonl")
+    with Server(name, "-until", until, "-timeout", "15s", "-grace", "9s", "-record", again) as s:
+        status, out, err, seconds = run(name, ["agent", "-replay", path, *args, s.address])
+        same(f"{name}: the agent's status", status, 0)
+        s.ended({"complete": 0, "ready": 3}[until])
+    return again, seconds
+
+
+def test_replay():
+    for job, forwarder_first in ((None, False), ("vm-1", False), ("vm-1", True)):
+        path = os.path.join(temp(), "record.jsonl")
+        with Server("replay, the original", "-until", "complete", "-timeout", "15s", "-poll", "100ms", "-record", path) as s:
+            a, f = s.both(job, forwarder_first)
+            a.send(ACCEPTED)
+            a.asked(4)
+            a.send(state("ReceivingAlgorithm"))
+            f.send(log("two\nlines é \x1b", "WARN"), event("AlgorithmRun/Warning", b"\x00\xff"), log("x" * 40000))
+            a.sync(), f.sync()
+            f.events(*RUN)
+            s.ended(0)
+        for args in ([], ["-fast"]):
+            name = f"replay {' '.join(args)}, {job}, {'forwarder' if forwarder_first else 'agent'} first"
+            again, _ = replay(name, path, *args)
+            want, got = played(path), played(again)
+            same(f"{name}: the streams", sorted(map(str, got)), sorted(map(str, want)))
+            for key in want:
+                check(f"{name}: {key[0]}'s messages", got.get(key) == want[key], len(got.get(key, [])), f"{len(want[key])}, the same")
+    path = os.path.join(temp(), "failed.jsonl")
+    with Server("replay of a failure, the original", "-until", "ready", "-timeout", "15s", "-record", path) as s:
+        a, f = s.both("vm")
+        f.events("Running/Failed", "Failed/Failed")
+        s.ended(3)
+    replay("replay of a failure", path, "-fast", until="ready")
+
+
+def test_replay_pace():
+    path = os.path.join(temp(), "record.jsonl")
+    with Server("pace, the original", "-until", "complete", "-timeout", "15s", "-record", path) as s:
+        a, f = s.both("vm")
+        f.events(*RUN)
+        s.ended(0)
+    rows = records(path)
+    start = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
+    for i, r in enumerate(rows):                # all at once, but the last message 1.5 s later
+        late = 1.5 if i == len(rows) - 1 else 0
+        r["time"] = (start + datetime.timedelta(seconds=late)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    slow = write("slow.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    _, seconds = replay("replay at its own pace", slow)
+    check("replay: its own pace", 1.4 < seconds < 6, seconds, "1.5 s")
+    _, quick = replay("replay -fast", slow, "-fast")
+    check("replay -fast: no pauses", quick < 1.4, quick, "less than 1.4 s")
+
+
+def test_replay_mistakes():
+    line = '{"time":"2024-01-01T00:00:00Z","peer":"a:1","stream":1,"kind":"agent","received":{"runRes":{}},"raw":"GgA="}\n'
+    with Server("replay mistakes") as s:
+        for what, path, status in (("no such file", "/nonexistent/r", (1, 2)), ("not JSON", write("r", "hello\n"), (1, 2)),
+                                   ("cut off", write("r", line + line[:40]), (1, 2)), ("a folder", W.dir, (1, 2)),
+                                   ("nothing in it", write("r", ""), (0, 1, 2)), ("raw is no base64", write("r", line.replace("GgA=", "!!")), (1, 2))):
+            got, _, err, _ = run(what, ["agent", "-replay", path, "-fast", "-wait", "1s", s.address])
+            check(f"replay, {what}: status", got in status, got, status)
+            if got:
+                has(f"replay, {what}: told", err, re.escape(path) if what != "nothing in it" else ".")
+        got, _, err, _ = run("fast alone", ["agent", "-fast", "-wait", "1s", s.address])
+        check("-fast without -replay: usage", got == 2, got, 2)
+
+
+# ---- All of them ----
+
+def one(function):
+    began = time.monotonic()
+    try:
+        function()
+    except Exception as e:                     # a test that breaks is a failure, and the others go on
+        where = e.__traceback__
+        while where.tb_next and where.tb_next.tb_frame.f_code.co_filename == __file__:
+            where = where.tb_next
+        check(f"{function.__name__}, line {where.tb_lineno}", False, repr(e), "no exception")
+    if VERBOSE:
+        with lock:
+            print(f"     {function.__name__}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def main():
+    global W
+    words = [a for a in sys.argv[1:] if a != "-v"]
+    if not words:
+        sys.exit(__doc__)
+    W = World(words[0])
+    tests = [f for n, f in globals().items() if n.startswith("test_") and (not words[1:] or any(w in n for w in words[1:]))]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            list(pool.map(one, tests))
+    finally:
+        shutil.rmtree(W.dir, ignore_errors=True)
+    print(f"{totals['passed']} passed, {totals['failed']} failed")
+    return 1 if totals["failed"] or not totals["passed"] else 0
+
+
+W = None
+if __name__ == "__main__":
+    sys.exit(main())

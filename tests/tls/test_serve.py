@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""usage: test_serve.py CVMS TOOLS_DIR.  The server with TLS and mutual TLS, with certificates made by exactly the openssl
+commands of the README, against cvms agent and health, openssl s_client, curl, grpcurl, grpc-go and h2spec."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CVMS, TOOLS = (os.path.abspath(p) for p in sys.argv[1:3])
+VECTORS = os.path.join(HERE, "../vectors")
+CI = bool(os.environ.get("CI"))
+passed = failed = skipped = 0
+
+
+def check(name, good, got=""):
+    global passed, failed
+    passed, failed = passed + bool(good), failed + (not good)
+    if not good:
+        print(f"FAIL {name}: got {str(got)[-600:]}")
+
+
+def run(*words, env=None, timeout=60):
+    p = subprocess.run([str(w) for w in words], capture_output=True, text=True, errors="replace", timeout=timeout,
+                       stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    check(f"{words[0]}: no sanitizer report", "Sanitizer" not in p.stderr and "runtime error" not in p.stderr, p.stderr)
+    return p.returncode, p.stdout, p.stderr
+
+
+def tool(name):
+    """A client's path; None, counted as skipped or in CI as failed, where it is not installed."""
+    global skipped, failed
+    path = os.path.join(TOOLS, "bin", name)
+    if os.path.exists(path):
+        return path
+    print(f"{'FAIL' if CI else 'skip'} {name}: not installed; run tests/install.sh")
+    skipped, failed = skipped + (not CI), failed + CI
+    return None
+
+
+class Server:
+    def __init__(self, *flags, env=None, output="text"):
+        self.dir = tempfile.mkdtemp(prefix="cvms-tls-")
+        ready = os.path.join(self.dir, "ready")
+        os.mkfifo(ready)
+        self.out, self.err = open(os.path.join(self.dir, "out"), "w+"), open(os.path.join(self.dir, "err"), "w+")
+        self.p = subprocess.Popen(
+            [CVMS, "-algo-path", f"{VECTORS}/inputs/algo.py", "-data-paths", f"{VECTORS}/inputs/data.csv", "-public-key-path",
+             f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false", "-ready-file", ready, "-output", output, *flags],
+            stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL,
+            env={**os.environ, "HOST": "localhost", "PORT": "0", **(env or {})})
+        with open(ready) as f:
+            self.address = f.read().strip()
+        self.port = self.address.rsplit(":", 1)[1]
+
+    def text(self, f):
+        f.flush()
+        with open(f.name) as g:
+            return g.read()
+
+    def has(self, pattern, limit=10):
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            if re.search(pattern, self.text(self.err)):
+                return True
+            time.sleep(0.02)          # a file can't be waited for
+        return False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.p.send_signal(signal.SIGTERM)
+        check("server: status", self.p.wait(10) == 0, self.text(self.err))
+        check("server: no sanitizer report", "Sanitizer" not in self.text(self.err), self.text(self.err))
+
+
+def readme_commands():
+    """The README's indented openssl lines, as they stand."""
+    with open(os.path.join(HERE, "../../README.md")) as f:
+        lines = [line[4:].rstrip("\n") for line in f if line.startswith("    openssl ") or line.startswith("    printf ")]
+    check("README: openssl commands", len(lines) >= 6, lines)
+    p = subprocess.run(["sh", "-e", "-c", "\n".join(lines)], capture_output=True, text=True)
+    check("README: they work", p.returncode == 0, p.stderr)
+
+
+def server_tls():
+    env = {"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}
+    with Server(env=env) as s:
+        check("ready line", s.has(r"listening at localhost:\d+ with TLS"), s.text(s.err))
+        check("agent -ca", run(CVMS, "agent", "-ca", "ca.pem", s.address)[0] == 0)
+        check("health -ca", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
+        status, _, err = run(CVMS, "health", "-insecure", s.address)
+        check("health -insecure warns", status == 0 and "warning" in err, err)
+        check("health: plaintext on the TLS port", run(CVMS, "health", s.address)[0] == 1)
+        check("plaintext is named", s.has("plaintext HTTP where TLS is spoken"), s.text(s.err))
+        status, _, err = run(CVMS, "health", "-ca", "other.pem", s.address)
+        check("health: another CA", status == 1, err)
+        env = {"AGENT_CVM_GRPC_URL": s.address, "AGENT_CVM_GRPC_SERVER_CA_CERTS": "ca.pem"}
+        check("an agent's own variables", run(CVMS, "agent", env=env)[0] == 0)
+        for version in ("-tls1", "-tls1_1", "-tls1_3"):
+            out = run("openssl", "s_client", "-connect", s.address, version, "-alpn", "h2")[1]
+            check(f"s_client {version} is refused", "Cipher is (NONE)" in out or "Cipher    : 0000" in out, out)
+        out = run("openssl", "s_client", "-connect", s.address, "-alpn", "h2", "-CAfile", "ca.pem", "-tls1_2")[1]
+        check("s_client: ALPN, verified, AEAD", "ALPN protocol: h2" in out and "Verify return code: 0" in out and "GCM" in out, out)
+        out = run("curl", "-s", "--http2", "--cacert", "ca.pem", f"https://{s.address}/")[1]
+        check("curl --http2", "speaks gRPC" in out, out)
+        clients(s, [])
+        if tool("h2spec"):
+            out = run(tool("h2spec"), "-h", "localhost", "-p", s.port, "-t", "-k", "--strict")[1]
+            check("h2spec over TLS", re.search(r"(\d+) tests, \1 passed, 0 skipped, 0 failed", out), out[-400:])
+        s.p.send_signal(signal.SIGHUP)
+        check("SIGHUP", s.has("certificates loaded anew"), s.text(s.err))
+        check("after SIGHUP", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
+
+
+def clients(s, certificate):
+    flags = ["-cacert", "ca.pem", *certificate]
+    if tool("grpcurl"):
+        status, out, err = run(tool("grpcurl"), *flags, s.address, "list")
+        check("grpcurl over TLS", status == 0 and "cvms.Service" in out, err)
+    if tool("client"):
+        go = [f.replace("-cacert", "-ca") for f in flags]
+        status, out, err = run(tool("client"), "-addr", s.address, "-tls", *go, "-mode", "logs", "-n", "10000",
+                               "-tag", "tls")
+        check("grpc-go: 10,000 logs", status == 0, out + err)
+        check("grpc-go: none is lost", s.text(s.out).count("tls") >= 10000, s.text(s.out).count("tls"))
+
+
+def mutual_tls():
+    env = {"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key", "CLIENT_CA_CERTS": "ca.pem"}
+    mine = ["-cert", "client.pem", "-key", "client.key"]
+    with Server(env=env, output="json") as s:
+        check("agent with a certificate", run(CVMS, "agent", "-ca", "ca.pem", *mine, s.address)[0] == 0)
+        check("its subject is logged", s.has("connected as CN=agent"), s.text(s.err))
+        line = json.loads(s.text(s.out).splitlines()[0])
+        check("its subject is in the JSON", line.get("subject", "").startswith("CN=agent"), line)
+        check("agent without one", run(CVMS, "agent", "-ca", "ca.pem", s.address)[0] == 1)
+        check("which is told", s.has("the client sent no certificate"), s.text(s.err))
+        check("a server's certificate", run(CVMS, "health", "-ca", "ca.pem", "-cert", "server.pem", "-key", "server.key", s.address)[0] == 1)
+        check("which is told, too", s.has("extended key usage"), s.text(s.err))
+        clients(s, mine)
+    with Server("-client-san", "someone.else", env=env) as s:
+        check("-client-san: another name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 1)
+    with Server("-client-san", "agent", env=env) as s:
+        check("-client-san: this name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 0)
+
+
+def start_up():
+    for name, env, pattern in (
+            ("key of another certificate", {"SERVER_CERT": "server.pem", "SERVER_KEY": "client.key"}, "SERVER_KEY"),
+            ("no key", {"SERVER_CERT": "server.pem", "SERVER_KEY": ""}, "SERVER_KEY"),
+            ("no such file", {"SERVER_CERT": "nowhere.pem", "SERVER_KEY": "server.key"}, "nowhere.pem"),
+            ("key as certificate", {"SERVER_CERT": "server.key", "SERVER_KEY": "server.key"}, "SERVER_CERT")):
+        status, _, err = run(CVMS, "-algo-path", f"{VECTORS}/inputs/algo.py", "-public-key-path", f"{VECTORS}/keys/rsa4096.pem",
+                             "-attested-tls-bool", "false", env={"PORT": "0", **env})
+        check(f"start-up: {name}", status == 1 and re.search(pattern, err), (status, err))
+
+
+def main():
+    os.chdir(tempfile.mkdtemp(prefix="cvms-tls-"))
+    readme_commands()
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
+                    "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
+    for test in (start_up, server_tls, mutual_tls):
+        test()
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return failed != 0
+
+
+sys.exit(main())
