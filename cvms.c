@@ -5009,7 +5009,7 @@ struct host {
 };
 
 struct verdict {
-    bool wanted, over;
+    bool wanted, over, control;       /* control: hosts are remembered for those who ask for them by name */
     enum stage until;
     int status;
     unsigned agents;                  /* as many must get there */
@@ -5022,16 +5022,18 @@ struct verdict {
     struct buf why;                   /* one line: the reason of the end */
 };
 
-/* A copy that lasts until verdict_free; NULL without memory, which all users take for "unknown". */
+/* A copy of at most max bytes, cut between characters, a NUL shown as a blank, to be freed by the caller.  NULL without
+ * memory, which all users take for "unknown". */
 static char *text_copy(struct bytes b, size_t max)
 {
     size_t n = min_size(b.n, max);
+    while (n && n < b.n && (b.p[n] & 0xc0) == 0x80)
+        n--;
     char *s = malloc(n + 1);
-    if (s) {
-        if (n)
-            memcpy(s, b.p, n);
+    for (size_t i = 0; s && i < n; i++)
+        s[i] = b.p[i] ? (char)b.p[i] : ' ';
+    if (s)
         s[n] = 0;
-    }
     return s;
 }
 
@@ -5056,7 +5058,7 @@ static struct host *verdict_host(struct verdict *v, const char *job_id, const ch
 {
     const char *port = strrchr(peer, ':');
     struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
-    if (!v || !v->wanted)
+    if (!v || !(v->wanted || v->control))
         return NULL;
     struct host **at = &v->hosts;
     for (; *at; at = &(*at)->next)
@@ -5072,8 +5074,16 @@ static struct host *verdict_host(struct verdict *v, const char *job_id, const ch
     return *at = h;
 }
 
+static bool host_is_done(const struct verdict *v, const struct host *h)
+{
+    return !h->failure && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+}
+
+/* Stages are counted until the host is where it should be. */
 static void host_reach(const struct verdict *v, struct host *h, enum stage stage, int64_t now_ms)
 {
+    if (host_is_done(v, h))
+        return;
     for (; h->stage < stage; h->stage++)
         h->reached_ms[h->stage + 1] = now_ms - v->start_ms;
 }
@@ -5097,7 +5107,7 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
 static void host_context(struct host *h, const char *head, struct bytes text)
 {
     struct buf line = { 0 };
-    buf_puts(&line, head);
+    put_text(&line, bytes_of(head), NULL);
     buf_putc(&line, ' ');
     put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
     char **slot = &h->context[h->context_at++ % CONTEXT_LINES];
@@ -5187,11 +5197,6 @@ static void verdict_stream(struct verdict *v, struct host *h, bool agent, int by
         h->forwarders += (unsigned)by;
         h->had_forwarder = true;
     }
-}
-
-static bool host_is_done(const struct verdict *v, const struct host *h)
-{
-    return !h->failure && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
 }
 
 static void verdict_end(struct verdict *v, int status)
@@ -8827,6 +8832,8 @@ static int cmd_agent(struct options *o)
     for (size_t i = 0; o->fail && i < PB_COUNT(failures); i++)
         if (strcmp(o->fail, failures[i].state) == 0)
             a.fail = (int)i;
+    if (o->fast && !o->replay)
+        tell(&r, USAGE, "-fast goes with -replay FILE");
     if (o->fail && a.fail < 0)
         tell(&r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
                         "ReceivingData or Running", o->fail);
@@ -9202,6 +9209,7 @@ static void control_ready(struct loop *l, struct watch *w, unsigned events)
 
 static void control_start(struct server *v)
 {
+    v->verdict.control = true;
     v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
     signal(SIGTTIN, SIG_IGN);
     if (poller_set(v->loop, &v->input, WATCH_IN))
@@ -9209,6 +9217,7 @@ static void control_start(struct server *v)
     char p[512];                      /* a file can't be waited for: all its lines are there */
     for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0;)
         control_bytes(v, p, (size_t)n);
+    control_bytes(v, "\n", 1);
 }
 
 /* The server's TLS as flags and variables ask for it, made anew; *config stays as it is for plaintext. */

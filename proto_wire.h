@@ -827,7 +827,7 @@ static size_t pb_json_name(char to[PB_NAME_MAX], const char *name)
 static bool pb_is_unsafe(uint32_t c)
 {
     return c < 0x20 || (c >= 0x7f && c < 0xa0) || c == 0x61c || c == 0x200e || c == 0x200f ||
-           (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069) || c == 0xfeff;
+           (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069) || c == 0xfeff || c == 0xfffe || c == 0xffff;
 }
 
 /* Whether 8 bytes are printable ASCII without the quote and the backslash: each term has the top bit of a byte set

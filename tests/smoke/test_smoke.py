@@ -606,7 +606,7 @@ def test_stages_ways():
         f.events(*RUN, "Failed/Failed")
         check("no verdict wanted: it goes on", a.alive() and f.alive(), s.err.text(), "a server that goes on")
         same("no verdict wanted: status of SIGTERM", s.stop(), 0)
-        hasnot("no verdict wanted: no summary", s.err.text(), "^cvms: ")
+        hasnot("no verdict wanted: no summary", s.err.text(), "^cvms: (PASSED|FAILED|TIMED OUT|LOST|INTERRUPTED)")
 
 
 def test_agent_command():
@@ -797,6 +797,7 @@ def test_back_within_grace():
         began = time.monotonic()
         while time.monotonic() - began < 0.2:          # past the grace, and the server awake all the time
             b.ping()
+            time.sleep(0.01)                            # a flood of PINGs would be cut off
         f.events(*RUN)
         s.ended(0, "ready")
     with Server("a disconnect is no loss", "-until", "ready", "-timeout", "15s", "-grace", "4s", "-control", stdin=subprocess.PIPE) as s:
@@ -964,7 +965,7 @@ def test_reports():
 
 
 def test_signals():
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         with Server(f"{number.name}, verdict wanted", "-until", "ready", "-timeout", "15s") as s:
             s.both("vm")[1].events(*RUN[:3]).sync()
             s.p.send_signal(number)
@@ -1302,12 +1303,12 @@ def played(path):
     return out
 
 
-def replay(name, path, *args, until="complete"):
+def replay(name, path, *args):
     again = os.path.join(temp(), "again.jsonl")
-    with Server(name, "-until", until, "-timeout", "15s", "-grace", "9s", "-record", again) as s:
+    with Server(name, "-record", again) as s:       # no verdict: it would end one stream before the other is played
         status, out, err, seconds = run(name, ["agent", "-replay", path, *args, s.address])
         same(f"{name}: the agent's status", status, 0)
-        s.ended({"complete": 0, "ready": 3}[until])
+        same(f"{name}: the server's status", s.stop(), 0)
     return again, seconds
 
 
@@ -1335,7 +1336,7 @@ def test_replay():
         a, f = s.both("vm")
         f.events("Running/Failed", "Failed/Failed")
         s.ended(3)
-    replay("replay of a failure", path, "-fast", until="ready")
+    replay("replay of a failure", path, "-fast")
 
 
 def test_replay_pace():
