@@ -32,7 +32,7 @@ check-large: cvms
 # A fully static, stripped binary: with musl where it is there and TLS=0 or BEARSSL=DIR names a library built for it.
 static: $(SOURCES)
 	cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
-	$$cc $(STRICT) -Os -ffunction-sections -fdata-sections $(CFLAGS) -static -s -Wl,--gc-sections -o cvms cvms.c \
+	$$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -static -s -Wl,--gc-sections -o cvms cvms.c \
 	    $(LDFLAGS) $(BEAR)
 
 install: cvms

@@ -12,6 +12,7 @@ import filecmp
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -43,6 +44,19 @@ MODES = {
     "attested TLS": ["-algo-path", "inputs/algo.py", "-data-paths", "inputs/data.csv", "-client-ca-file", "/etc/cocos/ca.pem",
                      "-public-key-path", "keys/ed25519.pem", "-attested-tls-bool", "true"],
 }
+
+
+def readme_modes():
+    """The README's own commands, one for each mode, as they stand; the test's folder is its tests/vectors."""
+    names = ["direct", "remote algorithm", "remote algorithm and datasets", "mixed: local algorithm, remote datasets", "attested TLS"]
+    with open(os.path.join(HERE, "../../README.md")) as f:
+        section = f.read().split("## The five modes")[1].split("\n## ")[0]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    ./cvms -")]
+    assert len(commands) == len(names), "the README has %d commands for %d modes" % (len(commands), len(names))
+    return {n: shlex.split(c.replace("tests/vectors/", ""))[1:] for n, c in zip(names, commands)}
+
+
+MODES.update(readme_modes())
 
 
 class Skip(Exception):
