@@ -5887,7 +5887,7 @@ static int32_t health_status(struct bytes service)
 static bool unary_first(struct stream *s)
 {
     if (s->answered)
-        grpc_abort(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
     bool first = !s->answered;
     s->answered = true;
     return first;
