@@ -565,6 +565,44 @@ def stops(number):
     return test
 
 
+# ---- verdicts, through grpc-go ----
+
+def field(number, content):
+    """A length-delimited protobuf field, content under 128 bytes."""
+    content = content.encode() if isinstance(content, str) else content
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def event(name):
+    kind, status = name.split("/")
+    return field(2, field(1, kind) + field(6, status))
+
+
+def log(level, text):
+    return field(1, field(1, text) + field(3, level))
+
+
+ATTESTATION, ACCEPTED = field(6, b""), field(3, field(1, "1"))
+RUN = [event(e) for e in ("ReceivingAlgorithm/InProgress", "Running/Starting", "Running/InProgress", "AlgorithmRun/Warning")]
+DONE = [event("Running/Completed"), event("ConsumingResults/Ready")]
+
+
+def verdict(want, says, agent, forwarder, *flags):
+    """The two streams of an agent host, one after the other within the grace, and the exit status and summary wanted."""
+    def test(t):
+        s = t.serve(*DIRECT, "-until", "ready", "-timeout", "20s", *flags)
+        for name, messages in (("agent", agent), ("forwarder", forwarder)):
+            with open(t.path(name), "w") as f:
+                f.writelines("%s %s\n" % (name, base64.b64encode(m).decode()) for m in messages)
+            if messages:
+                t.go(s, "send", "-send", t.path(name), ok=False)
+        status = s.exit(25)
+        text = bytes(s.err.data).decode()
+        check(status == want, "exit status %d, wanted %d: %s" % (status, want, short(text)))
+        check(says in text, "%r is not in %s" % (says, short(text)))
+    return test
+
+
 HEADERS, GOAWAY = 1, 7
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4\0" + bytes(4)
 # HEADERS of a Process request, not Huffman-coded, from the static table and literals
@@ -785,6 +823,13 @@ TESTS = [
     ("file changed after the start", changed_file),
     ("every kind of message, json", kinds_json),
     ("every kind of message, text", kinds_text),
+    ("verdict: success", verdict(0, "PASSED: ready reached", [ATTESTATION, ACCEPTED], RUN + DONE)),
+    ("verdict: the algorithm fails", verdict(3, "event Running/Failed", [ATTESTATION, ACCEPTED], RUN + [event("Running/Failed")])),
+    ("verdict: run_res with an error", verdict(3, "run_res: bad key", [ATTESTATION, field(3, field(2, "bad key"))], [])),
+    ("verdict: a failure that only a log line tells", verdict(3, "hash does not match manifest", [ATTESTATION, ACCEPTED],
+                                                              RUN + [log("ERROR", "dataset: hash does not match manifest")])),
+    ("verdict: only the log-forwarder", verdict(4, "only its log-forwarder", [], [log("INFO", "x")], "-timeout", "1s")),
+    ("verdict: the agent is lost", verdict(5, "LOST", [ATTESTATION, ACCEPTED], [], "-grace", "100ms")),
     ("metadata", metadata),
     ("log-forwarder that never reads", never_reading),
     ("slow stdout", slow_stdout),
