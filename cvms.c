@@ -2152,19 +2152,32 @@ static void grpc_put_prefix(uint8_t p[5], size_t n)
     put_be32(p + 1, (uint32_t)n);
 }
 
-/* Encodes a message and queues it. */
-static void grpc_send(struct stream *s, const struct pb_message *type, const void *msg)
+/* A blob that holds one message with its prefix; NULL without memory. */
+static struct blob *grpc_blob(struct bytes wire)
 {
-    struct buf b = { 0 };
-    struct bytes wire = pb_encode(&b, type, msg);
-    struct blob *blob = b.failed ? NULL : blob_new(wire.n + 5);
+    struct blob *blob = blob_new(wire.n + 5);
     if (blob) {
         grpc_put_prefix(blob->p, wire.n);
         if (wire.n)
             memcpy(blob->p + 5, wire.p, wire.n);
     }
+    return blob;
+}
+
+/* The same of a message that is yet to be encoded. */
+static struct blob *grpc_encode(const struct pb_message *type, const void *msg)
+{
+    struct buf b = { 0 };
+    struct bytes wire = pb_encode(&b, type, msg);
+    struct blob *blob = b.failed ? NULL : grpc_blob(wire);
     buf_free(&b);
-    grpc_send_blob(s, blob);
+    return blob;
+}
+
+/* Encodes a message and queues it. */
+static void grpc_send(struct stream *s, const struct pb_message *type, const void *msg)
+{
+    grpc_send_blob(s, grpc_encode(type, msg));
 }
 
 /* grpc-timeout: at most eight digits and a unit.  Milliseconds, rounded up; -1 if it is malformed. */
@@ -5702,16 +5715,9 @@ static void record_sent(struct stream *s, const struct blob *b)
 /* Sends the session one message outside its connection's own turn. */
 static void session_send(struct session *session, const struct ServerStreamMessage *msg)
 {
-    struct buf scratch = { 0 };
-    struct bytes wire = pb_encode(&scratch, &ServerStreamMessage_message, msg);
-    struct blob *b = scratch.failed ? NULL : blob_new(wire.n + 5);
-    if (b) {
-        grpc_put_prefix(b->p, wire.n);
-        if (wire.n)
-            memcpy(b->p + 5, wire.p, wire.n);
+    struct blob *b = grpc_encode(&ServerStreamMessage_message, msg);
+    if (b)
         record_sent(session->stream, b);
-    }
-    buf_free(&scratch);
     grpc_send_blob(session->stream, b);
     session->stream->conn->core->touched = true;
 }
@@ -8842,13 +8848,7 @@ static void replay_turn(struct loop *l)
             l->timer_ms = due > l->core.now_ms ? due : n ? l->core.now_ms : INT64_MAX;
             return;
         }
-        struct blob *b = blob_new(line->raw.n + 5);
-        if (b) {
-            grpc_put_prefix(b->p, line->raw.n);
-            if (line->raw.n)
-                memcpy(b->p + 5, line->raw.p, line->raw.n);
-        }
-        grpc_send_blob(s, b);
+        grpc_send_blob(s, grpc_blob(line->raw));
         l->core.touched = true;
     }
     for (size_t i = 0; i < r->part_count && !r->half_closed; i++)

@@ -118,6 +118,20 @@ def server_tls():
         check("after SIGHUP", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
 
 
+def large_manifest():
+    """20 MiB through TLS, to cvms agent, which checks the chunks and prints the manifest."""
+    status, out, _ = run(CVMS, "manifest", "-algo-path", f"{VECTORS}/inputs/algo.py", "-public-key-path", f"{VECTORS}/keys/rsa4096.pem",
+                         "-attested-tls-bool", "false")
+    manifest = json.loads(out)
+    manifest["description"] = "0123456789abcdef" * (20 << 16)
+    with open("big.json", "w") as f:
+        json.dump(manifest, f)
+    with Server("-manifest", "big.json", env={"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}) as s:
+        status, out, err = run(CVMS, "agent", "-once", "-ca", "ca.pem", s.address)
+        check("20 MiB: received", status == 0 and "in 22 chunks" in err, err)
+        check("20 MiB: unchanged", json.loads(out)["description"] == manifest["description"], len(out))
+
+
 def clients(s, certificate):
     flags = ["-cacert", "ca.pem", *certificate]
     if tool("grpcurl"):
@@ -166,7 +180,7 @@ def main():
     readme_commands()
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
                     "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
-    for test in (start_up, server_tls, mutual_tls):
+    for test in (start_up, server_tls, mutual_tls, large_manifest):
         test()
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return failed != 0
