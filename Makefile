@@ -10,7 +10,7 @@ BEARSSL =
 STRICT = -std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DCVMS_TLS=$(TLS)
 SOURCES = cvms.c proto_wire.h sha3.h
 # What TLS and BEARSSL add to the command line.
-BEAR = $$(test $(TLS) = 0 || { test -z "$(BEARSSL)" && echo -lbearssl || echo -I$(BEARSSL)/inc $(BEARSSL)/build/libbearssl.a; })
+BEAR = $$(test $(TLS) = 0 || { test -z "$(BEARSSL)" && echo -lbearssl || echo -isystem $(BEARSSL)/inc $(BEARSSL)/build/libbearssl.a; })
 
 all: cvms
 
