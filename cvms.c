@@ -39,6 +39,7 @@
 #include <poll.h>
 #include <regex.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -748,7 +749,7 @@ static void core_cap(struct core *core, const char *peer, const char *name)
         core->cap_log[i].at_ms = core->now_ms;
         break;
     }
-    core_note(core, peer, "too many or too large: %s; the peer is cut off", name);
+    core_note(core, peer, "too many or too large: %s%s", name, peer ? "; the peer is cut off" : "; new ones have to wait");
 }
 
 /* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
@@ -8099,11 +8100,22 @@ static bool signals_init(struct loop *l)
     return poller_set(l, &l->signals, WATCH_IN);
 }
 
+/* As many connections as the system lets this process have: the soft limit of descriptors becomes the hard one. */
+static void raise_descriptor_limit(void)
+{
+    struct rlimit r;
+    if (getrlimit(RLIMIT_NOFILE, &r) != 0)
+        return;
+    r.rlim_cur = r.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &r);
+}
+
 /* A loop with nothing in it but stdout, stderr and signals.  Exits the program if the system has nothing to give. */
 static struct loop *loop_new(void)
 {
     struct loop *l = need(calloc(1, sizeof *l));
     l->stop_ms = l->timer_ms = INT64_MAX;
+    raise_descriptor_limit();
     huffman_init(&l->core.huffman);
     pb_arena_init(&l->core.arena, NULL, 0, 64 << 20);
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);

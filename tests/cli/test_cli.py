@@ -1231,6 +1231,17 @@ def test_ready_fifo_unread():
                 s.p.wait()
 
 
+def test_descriptor_limit():
+    """The soft limit is no limit: it is raised to the hard one."""
+    command = ["sh", "-c", 'ulimit -Sn 40 && exec "$@"', "sh", W.cvms, *W.base]
+    with Server("descriptor limit", command=command) as s:
+        streams = [Stream(s.address) for _ in range(100)]
+        text = s.err.until(r"(?s)(?>.*?sent successfully){100}")
+        check("descriptor limit: 100 streams at once", text is not None, s.err.text()[-300:], "100 manifests")
+        for stream in streams:
+            stream.close()
+
+
 def test_signals():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT):
         name = f"{signal.Signals(number).name}"
