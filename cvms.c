@@ -8302,6 +8302,9 @@ static const struct {
     { "Running", "InProgress", true },
 };
 
+/* What a server with a verdict tells its agents when it ends. */
+#define VERDICT_OVER "the smoke test is over"
+
 struct agent {
     struct loop *loop;
     const struct options *o;
@@ -8527,7 +8530,8 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
     int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
     if (a->failed || a->loop->stop_why)
         return;
-    if (status != GRPC_OK || !a->whole) {
+    bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
+    if ((status != GRPC_OK && !verdict) || !a->whole) {
         agent_fail(a, "the server ended the %s's stream: %s %.*s", which == AGENT ? "agent" : "log-forwarder",
                    grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
         return;
@@ -8535,9 +8539,9 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
     a->done[which] = true;
     if (!a->done[AGENT] || !(a->done[FORWARDER] || a->o->once))
         return;
-    agent_note(a, "run %lld of %lld is over: the server has taken everything", (long long)a->run,
-               (long long)a->o->repeat);
-    if (a->run == a->o->repeat)
+    agent_note(a, "run %lld of %lld is over: the server has %s", (long long)a->run, (long long)a->o->repeat,
+               verdict ? "its verdict" : "taken everything");
+    if (a->run == a->o->repeat || verdict)
         loop_stop(a->loop, "done");
     else
         a->next_run = true;
@@ -9341,7 +9345,7 @@ static void server_turn(struct loop *l)
     verdict_tick(&v->verdict, now);
     if (v->verdict.over) {
         l->exit_status = v->verdict.status;
-        loop_stop(l, "the smoke test is over");
+        loop_stop(l, VERDICT_OVER);
     }
     l->timer_ms = verdict_deadline(&v->verdict);
     if (next < l->timer_ms)

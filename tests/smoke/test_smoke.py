@@ -1312,6 +1312,15 @@ def replay(name, path, *args):
     return again, seconds
 
 
+def test_stand_in():
+    """The server's verdict may come before `cvms agent` has half-closed: that is no failure of the stand-in's."""
+    for stage in ("accepted", "ready", "complete"):
+        with Server(f"stand-in, {stage}", "-until", stage, "-timeout", "15s") as s:
+            status, out, err, _ = run(f"stand-in, {stage}", ["agent", s.address])
+            same(f"stand-in, {stage}: the agent's status", status, 0)
+            s.ended(0, stage)
+
+
 def test_replay():
     for job, forwarder_first in ((None, False), ("vm-1", False), ("vm-1", True)):
         path = os.path.join(temp(), "record.jsonl")
