@@ -768,6 +768,10 @@ enum {
     PREFACE_MS = 10000,               /* from accept to the client's SETTINGS */
     STUCK_MS = 30000,                 /* output that makes no progress for so long ends the connection */
     LINGER_MS = 2000,                 /* after a GOAWAY: how long the peer has to read it */
+    IDLE_MS = 300000,                 /* a client without an open stream for so long is sent away */
+    SILENCE_MS = 300000,              /* a client that has sent nothing for so long gets a PING, */
+    ANSWER_MS = 60000,                /* and so long to answer it */
+    HEARD_STEP_MS = 1000,             /* how finely the time of a client's last bytes is kept */
 };
 
 /* What a peer may do so many times at once and so many times a second.  The first stops rapid reset
@@ -864,6 +868,7 @@ struct conn {
     uint32_t closed[CLOSED_IDS], closed_at;   /* top bit: we reset it, so frames in flight are to be ignored */
     struct bucket bucket[CAPS];
     int64_t opened_ms, progress_ms, closing_ms;
+    int64_t idle_ms, heard_ms, ping_ms;   /* the last stream's end, the peer's last bytes, our PING (0: none waits) */
     enum h2_error error;
     const char *why;
     char peer[56];
@@ -932,22 +937,28 @@ static void conn_put_settings(struct conn *c)
     frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
 }
 
-/* The connection ends: the first reason is the true one.  GOAWAY is queued; the loop flushes it, then closes. */
-static void conn_fail(struct conn *c, enum h2_error code, const char *why)
+/* The connection ends: GOAWAY is queued; the loop flushes it, then closes. */
+static void conn_end(struct conn *c, enum h2_error code, const char *why)
 {
-    if (c->phase >= CONN_CLOSING)
-        return;
     c->error = code;
     c->why = why;
-    if (c->phase == CONN_OPEN)
-        core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
-                  c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
-                  (unsigned long)c->frame.stream_id);
     if (c->phase == CONN_PREFACE)
         conn_put_settings(c);
     frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
     c->phase = CONN_CLOSING;
     c->closing_ms = c->core->now_ms;
+}
+
+/* The same because of what the peer has sent; the first reason is the true one. */
+static void conn_fail(struct conn *c, enum h2_error code, const char *why)
+{
+    if (c->phase >= CONN_CLOSING)
+        return;
+    if (c->phase == CONN_OPEN)
+        core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
+                  c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
+                  (unsigned long)c->frame.stream_id);
+    conn_end(c, code, why);
 }
 
 /* Takes a token of a cap.  False: none left, and the connection has been ended with ENHANCE_YOUR_CALM. */
@@ -1066,6 +1077,7 @@ static void conn_reap(struct conn *c)
         buf_free(&s->message);
         free(s);
         c->stream_count--;
+        c->idle_ms = c->core->now_ms;
     }
     if (had_big && !c->big)
         conn_release_big(c);
@@ -1377,6 +1389,7 @@ static void conn_init(struct conn *c, struct core *core, const struct h2_handler
     *c = (struct conn){
         .core = core, .on = on, .client = client, .peer_initial_window = DEFAULT_WINDOW, .send_window = DEFAULT_WINDOW,
         .recv_window = DEFAULT_WINDOW, .next_id = 1, .opened_ms = core->now_ms, .progress_ms = core->now_ms,
+        .idle_ms = core->now_ms, .heard_ms = core->now_ms,
     };
     snprintf(c->peer, sizeof c->peer, "%s", peer);
     hpack_init(&c->hpack);
@@ -1851,6 +1864,9 @@ static size_t conn_preface(struct conn *c, struct bytes p)
  * conn_wants_input first, so that the answers stay bounded. */
 static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
 {
+    c->ping_ms = 0;
+    if (c->core->now_ms - c->heard_ms >= HEARD_STEP_MS)
+        c->heard_ms = c->core->now_ms;
     while (n && c->phase < CONN_CLOSING) {
         struct bytes rest = { p, n };
         size_t taken;
@@ -1981,12 +1997,34 @@ static int64_t conn_deadline(const struct conn *c)
     int64_t at = INT64_MAX;
     if (!c->settings_seen)
         at = c->opened_ms + PREFACE_MS;
+    else if (!c->client)
+        at = c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
+    if (!c->client && c->stream_count == 0 && c->idle_ms + IDLE_MS < at)
+        at = c->idle_ms + IDLE_MS;
     if (conn_pending(c) && c->progress_ms + STUCK_MS < at)
         at = c->progress_ms + STUCK_MS;
     for (const struct stream *s = c->streams; s; s = s->next)
         if (s->deadline_ms < at)
             at = s->deadline_ms;
     return at;
+}
+
+/* A client that says nothing is asked whether it is there; a peer that has died without a word is found out so. */
+static void conn_tick_silence(struct conn *c)
+{
+    int64_t now = c->core->now_ms;
+    if (c->core->held || !conn_wants_input(c)) {   /* it is us who do not listen */
+        c->heard_ms = now;
+        c->ping_ms = 0;
+    } else if (c->ping_ms && now >= c->ping_ms + ANSWER_MS) {
+        core_note(c->core, c->peer, "silent for %d s, and no answer to a PING: the connection ends",
+                  (SILENCE_MS + ANSWER_MS) / 1000);
+        conn_end(c, NO_ERROR, "no answer to a PING");
+    } else if (!c->ping_ms && now >= c->heard_ms + SILENCE_MS) {
+        c->ping_ms = now;
+        frame_put(conn_out(c), 8, FRAME_PING, 0, 0);
+        buf_put(&c->out, (const uint8_t[8]){ 0 }, 8);
+    }
 }
 
 static void conn_tick(struct conn *c)
@@ -2001,6 +2039,11 @@ static void conn_tick(struct conn *c)
         conn_fail(c, PROTOCOL_ERROR, "no preface in time");
         if (!conn_pending(c))
             c->phase = CONN_DEAD;
+    } else if (!c->client && c->stream_count == 0 && now >= c->idle_ms + IDLE_MS) {
+        core_note(c->core, c->peer, "no open stream for %d s: the connection ends", IDLE_MS / 1000);
+        conn_end(c, NO_ERROR, "no open stream");
+    } else if (!c->client && c->settings_seen) {
+        conn_tick_silence(c);
     }
     for (struct stream *s = c->streams; s && c->phase == CONN_OPEN; s = s->next)
         if (now >= s->deadline_ms) {
@@ -2830,7 +2873,7 @@ struct options {
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
         result_consumer_keys, manifest_for, expect, reject, fault;
-    int64_t max_message, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
+    int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
     bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
     const char **args;
     size_t arg_count;
@@ -2956,6 +2999,8 @@ static const struct option option_table[] = {
       "do something wrong on purpose (see below); may be repeated" },
     { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message),
       "longest message that an agent may send" },
+    { "max-connections", "N", NULL, OPT_COUNT, CMD_SERVE, AT(max_connections),
+      "connections at a time (default: as many as the limit of descriptors leaves room for)" },
     { "o", "FILE", NULL, OPT_PATH, CMD_MANIFEST, AT(out_file),
       "write the manifest's bytes to FILE instead of printing JSON" },
     { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
@@ -7261,6 +7306,7 @@ enum {
     PAUSE_BYTES = 16 << 20,           /* and above which no connection is read */
     MAX_LISTENERS = 8,
     ACCEPT_TURN = 64,
+    SPARE_DESCRIPTORS = 32,           /* not for connections: stdio, listeners, inputs that are read again */
     STOP_MS = 5000,                   /* from the first signal to the end */
     RETRY_MS = 100,
 };
@@ -7300,7 +7346,7 @@ struct loop {
     struct core core;
     struct watch signals, listeners[MAX_LISTENERS];
     struct sink out, err, record;
-    size_t listener_count, link_count;
+    size_t listener_count, link_count, max_links;
     struct link *links, *graveyard;
     struct tls_config *tls;           /* NULL: plaintext */
     struct tls_pool tls_pool;
@@ -7836,6 +7882,19 @@ static void accept_resume(struct loop *l)
         poller_set(l, &l->listeners[i], WATCH_IN);
 }
 
+/* One connection too many: it is told so, as far as it understands, and closed. */
+static void accept_refuse(struct loop *l, int fd, const char *name)
+{
+    struct buf out = { 0 };
+    frame_put(&out, 0, FRAME_SETTINGS, 0, 0);
+    frame_put_goaway(&out, 0, ENHANCE_YOUR_CALM, "too many connections");
+    if (!l->tls && !out.failed && send(fd, out.p, out.len, MSG_NOSIGNAL) > 0)
+        shutdown(fd, SHUT_WR);
+    buf_free(&out);
+    close(fd);
+    core_cap(&l->core, name, "connections (-max-connections)");
+}
+
 static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 {
     (void)events;
@@ -7851,6 +7910,10 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
             return;
         }
         peer_name(name, &sa);
+        if (l->link_count >= l->max_links) {
+            accept_refuse(l, fd, name);
+            continue;
+        }
         struct link *k = l->refuse > 0 ? NULL : link_new(l, fd, link_ready);
         if (k && l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
             core_note(&l->core, name, "refused: out of memory");
@@ -8100,14 +8163,18 @@ static bool signals_init(struct loop *l)
     return poller_set(l, &l->signals, WATCH_IN);
 }
 
-/* As many connections as the system lets this process have: the soft limit of descriptors becomes the hard one. */
-static void raise_descriptor_limit(void)
+/* The soft limit of descriptors becomes the hard one.  Returns how many connections that leaves room for. */
+static size_t raise_descriptor_limit(void)
 {
     struct rlimit r;
     if (getrlimit(RLIMIT_NOFILE, &r) != 0)
-        return;
+        return 1;
     r.rlim_cur = r.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &r);
+    if (setrlimit(RLIMIT_NOFILE, &r) != 0 && getrlimit(RLIMIT_NOFILE, &r) != 0)
+        return 1;
+    if (r.rlim_cur > INT_MAX)
+        return INT_MAX;
+    return r.rlim_cur > SPARE_DESCRIPTORS ? (size_t)r.rlim_cur - SPARE_DESCRIPTORS : 1;
 }
 
 /* A loop with nothing in it but stdout, stderr and signals.  Exits the program if the system has nothing to give. */
@@ -8115,7 +8182,6 @@ static struct loop *loop_new(void)
 {
     struct loop *l = need(calloc(1, sizeof *l));
     l->stop_ms = l->timer_ms = INT64_MAX;
-    raise_descriptor_limit();
     huffman_init(&l->core.huffman);
     pb_arena_init(&l->core.arena, NULL, 0, 64 << 20);
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);
@@ -9429,6 +9495,11 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     check_environment(r);
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
+    int64_t room = (int64_t)raise_descriptor_limit();
+    if (o->max_connections > room)
+        tell(r, USAGE, "-max-connections: %lld is more than the limit of descriptors leaves room for, which is %lld; "
+             "raise it (ulimit -Hn) or ask for fewer", (long long)o->max_connections, (long long)room);
+    o->max_connections = o->max_connections ? o->max_connections : room;
     v->manifest.faults = o->fault.n ? &v->faults : NULL;
     struct err e;
     if (!server_tls(o, &v->tls, &e))
@@ -9478,6 +9549,7 @@ static int cmd_serve(struct options *o, struct report *r)
     l->core.methods = server_methods;
     l->core.method_count = PB_COUNT(server_methods);
     l->core.max_message = (size_t)o->max_message;
+    l->max_links = (size_t)o->max_connections;
     l->core.manifest = &v.manifest;
     l->core.verdict = &v.verdict;
     l->core.faults = v.manifest.faults;

@@ -581,7 +581,7 @@ def test_unknown_flag():
 
 SERVER_FLAGS = """public-key-path attested-tls-bool algo-path data-paths algo-source-url algo-kbs-path dataset-source-urls
     dataset-kbs-paths kbs-url algo-kbs-url dataset-kbs-urls algo-source-type dataset-source-type algo-type algo-args
-    algo-hash dataset-hash dataset-decompress client-ca-file dataset-type compat output ready-file max-message help
+    algo-hash dataset-hash dataset-decompress client-ca-file dataset-type compat output ready-file max-message max-connections help
     ca-url cvm-id cmv-id""".split()
 OTHER_FLAGS = "wait repeat once fail job-id service b o".split()
 
@@ -655,6 +655,9 @@ def test_mistakes_usage():
         ("-max-message 0", [*base, "-max-message", "0"], [("-max-message", '"0"')]),
         ("-max-message -5", [*base, "-max-message", "-5"], [("-max-message", "-5")]),
         ("-max-message 4MiB", [*base, "-max-message", "4MiB"], [("-max-message", "4MiB", "number")]),
+        ("-max-connections 0", [*base, "-max-connections", "0"], [("-max-connections", '"0"')]),
+        ("-max-connections over the limit of descriptors", [*base, "-max-connections", "4294967295"],
+         [("-max-connections", "4294967295", "limit of descriptors", "ulimit")]),
         ("-max-message of 2^64", [*base, "-max-message", "18446744073709551617"], [("-max-message", "number")]),
         ("a stray word", [*base, "stray"], [("stray",)]),
         ("unknown command", ["frobnicate", "-ready-file"], [("frobnicate", "-help")]),
