@@ -8,6 +8,11 @@ PREFIX = /usr/local
 TLS = 1
 BEARSSL =
 STRICT = -std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DCVMS_TLS=$(TLS)
+# Hardening, as far as the compiler has it; make HARDEN= does without.
+HARDEN = $$(for f in "-fPIE -pie" -fstack-protector-strong -fstack-clash-protection -fcf-protection \
+    "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2" -Wl,-z,relro,-z,now -Wl,-z,noexecstack; do \
+    printf '\043include <stdio.h>\nint main(void) { return 0; }' | \
+    $(CC) $(CFLAGS) -Werror $$f -x c -o /dev/null - 2>/dev/null && echo $$f; done)
 SOURCES = cvms.c proto_wire.h sha3.h
 # What TLS and BEARSSL add to the command line.
 BEAR = $$(test $(TLS) = 0 || { test -z "$(BEARSSL)" && echo -lbearssl || echo -isystem $(BEARSSL)/inc $(BEARSSL)/build/libbearssl.a; })
@@ -15,7 +20,7 @@ BEAR = $$(test $(TLS) = 0 || { test -z "$(BEARSSL)" && echo -lbearssl || echo -i
 all: cvms
 
 cvms: $(SOURCES)
-	$(CC) $(STRICT) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR)
+	$(CC) $(STRICT) $(HARDEN) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR)
 
 # The main job, on files that ship in tests/: a server on a free loopback port, and a stand-in agent against it.
 run: cvms
@@ -29,11 +34,12 @@ check:
 check-large: cvms
 	python3 tests/cli/test_checksum.py ./cvms tests/vectors
 
-# A fully static, stripped binary: with musl where it is there and TLS=0 or BEARSSL=DIR names a library built for it.
+# A fully static, stripped binary, as small as it gets: with musl where it is there and TLS=0 or BEARSSL=DIR names a
+# library built for it.
 static: $(SOURCES)
 	cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
-	$$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -static -s -Wl,--gc-sections -o cvms cvms.c \
-	    $(LDFLAGS) $(BEAR)
+	$$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie \
+	    -static -s -Wl,--gc-sections,-z,noseparate-code -o cvms cvms.c $(LDFLAGS) $(BEAR)
 
 install: cvms
 	mkdir -p $(DESTDIR)$(PREFIX)/bin

@@ -661,7 +661,7 @@ struct core {
     struct buf record;                /* lines on their way to -record's file */
     bool touched;                     /* something was sent outside a connection's own turn */
     void *app;                        /* the client commands' own state */
-    int64_t stamp_s;
+    int64_t stamp_ms;                 /* what stamp says */
     char stamp[STAMP_LEN + 1];
     struct {
         const char *name;
@@ -676,14 +676,16 @@ struct core {
 /* The wall clock as RFC 3339 UTC with milliseconds, STAMP_LEN characters. */
 static const char *core_stamp(struct core *core)
 {
+    if (core->stamp[0] && core->wall_ms == core->stamp_ms)
+        return core->stamp;
     int64_t s = core->wall_ms / 1000;
-    if (core->stamp[0] == 0 || s != core->stamp_s) {
+    if (core->stamp[0] == 0 || s != core->stamp_ms / 1000) {
         uint8_t room[64];
         struct buf b = { .p = room, .cap = sizeof room };   /* large enough: nothing is allocated */
         if (pb_timestamp(&b, s, 1000000) && b.len == STAMP_LEN)
             memcpy(core->stamp, b.p, STAMP_LEN);
-        core->stamp_s = s;
     }
+    core->stamp_ms = core->wall_ms;
     int ms = (int)(core->wall_ms % 1000);
     core->stamp[20] = (char)('0' + ms / 100);
     core->stamp[21] = (char)('0' + ms / 10 % 10);
@@ -706,6 +708,10 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
             continue;
         }
         uint32_t c = *p;
+        if (c >= ' ' && c <= '~') {
+            p++;
+            continue;
+        }
         size_t n = pb_utf8_char(p, end, &c);
         if (n && !pb_is_unsafe(c)) {
             p += n;
@@ -7776,46 +7782,50 @@ static void link_flush(struct link *k)
         link_interest(k, blocked);
 }
 
-/* Reads records, one connection's turn of them, and hands on what they hold; as read(2) answers.  After a failure what
- * still comes is dropped. */
-static ssize_t link_read_tls(struct link *k)
+/* Hands ciphertext on, and what it holds to the connection.  All is taken until the end of TLS, after which the rest is
+ * dropped, but while something of ours has to go out first: that is tried at once.  False: the peer sends on and on
+ * without reading it. */
+static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
 {
-    ssize_t n = 1;
-    for (size_t turn = 0, room; n > 0 && turn < READ_LEN && conn_wants_input(&k->conn); turn += (size_t)n) {
-        if (tls_state(k->tls) >= TLS_CLOSING)
-            return read(k->watch.fd, k->loop->read_buf, sizeof k->loop->read_buf);
+    bool stuck = false;
+    while (n && tls_state(k->tls) < TLS_CLOSING) {
+        size_t room, plain;
         uint8_t *to = tls_recv_buf(k->tls, &room);
-        if (!to) {
-            tls_recv_ack(k->tls, 0);
-            return turn ? 1 : (errno = EAGAIN, -1);   /* a flight of ours has to go out first */
+        size_t taken = to ? min_size(n, room) : 0;
+        if (taken)
+            memcpy(to, p, taken);
+        tls_recv_ack(k->tls, taken);
+        for (const uint8_t *in; (in = tls_app_in(k->tls, &plain)) != NULL && plain;) {
+            conn_recv(&k->conn, in, plain);
+            tls_app_in_ack(k->tls, plain);
         }
-        n = read(k->watch.fd, to, room);
-        tls_recv_ack(k->tls, n > 0 ? (size_t)n : 0);
-        for (const uint8_t *p; (p = tls_app_in(k->tls, &room)) != NULL && room;) {
-            conn_recv(&k->conn, p, room);
-            tls_app_in_ack(k->tls, room);
-        }
-        if (n < 0 && turn && errno == EAGAIN)
-            return 1;
+        if (!taken && stuck)
+            return false;
+        stuck = !taken && tls_state(k->tls) < TLS_CLOSING;
+        if (stuck)
+            link_send_tls(k);
+        p += taken, n -= taken;
     }
-    if (n == 0 && tls_state(k->tls) == TLS_HANDSHAKE)
-        core_note(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
-    return n;
+    return true;
 }
 
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
     if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && conn_wants_input(&k->conn)) {
-        ssize_t n = k->tls ? link_read_tls(k) : read(k->watch.fd, l->read_buf, sizeof l->read_buf);
-        if (n > 0 && !k->tls) {
-            conn_recv(&k->conn, l->read_buf, (size_t)n);
-        } else if (n == 0) {
-            conn_eof(&k->conn);
-        } else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
+        ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
+        if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
             link_close(k, strerror(errno));
             return;
         }
+        if (n == 0 && k->tls && tls_state(k->tls) == TLS_HANDSHAKE)
+            core_note(&l->core, k->conn.peer, "TLS: the peer went away during the handshake");
+        if (n == 0)
+            conn_eof(&k->conn);
+        else if (n > 0 && !k->tls)
+            conn_recv(&k->conn, l->read_buf, (size_t)n);
+        else if (n > 0 && !link_decrypt(k, l->read_buf, (size_t)n))
+            conn_fail(&k->conn, ENHANCE_YOUR_CALM, "TLS: the peer sends on without reading what it has asked for");
     } else if (events & WATCH_ERROR) {
         link_close(k, "the connection was reset");
         return;

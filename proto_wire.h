@@ -746,10 +746,17 @@ static inline struct bytes pb_encode(struct buf *b, const struct pb_message *m, 
 #define PB_FIRST_SECOND (-62135596800)          /* 0001-01-01T00:00:00Z */
 #define PB_LAST_SECOND  253402300799            /* 9999-12-31T23:59:59Z */
 
-static uint8_t *pb_digits(uint8_t *to, unsigned n, uint64_t v)
+/* n decimal digits, two at a time. */
+static uint8_t *pb_digits(uint8_t *to, unsigned n, uint32_t v)
 {
-    for (unsigned i = n; i-- > 0; v /= 10)
-        to[i] = (uint8_t)('0' + v % 10);
+    static const char pairs[] = "00010203040506070809101112131415161718192021222324252627282930313233343536373839404142"
+                                "43444546474849505152535455565758596061626364656667686970717273747576777879808182838485"
+                                "8687888990919293949596979899";
+    unsigned i = n;
+    for (; i > 1; i -= 2, v /= 100)
+        memcpy(to + i - 2, pairs + v % 100 * 2, 2);
+    if (i)
+        *to = (uint8_t)('0' + v % 10);
     return to + n;
 }
 
@@ -770,9 +777,9 @@ static inline bool pb_timestamp(struct buf *out, int64_t seconds, int32_t nanos)
     uint64_t era = days / 146097, in_era = days % 146097;
     uint64_t year = (in_era - in_era / 1460 + in_era / 36524 - in_era / 146096) / 365;
     uint64_t day = in_era - (365 * year + year / 4 - year / 100), month = (5 * day + 2) / 153;
-    s %= 86400;
-    uint64_t part[] = { era * 400 + year + (month > 9), month > 9 ? month - 9 : month + 3,
-                        day - (153 * month + 2) / 5 + 1, s / 3600, s / 60 % 60, s % 60 };
+    uint32_t clock = (uint32_t)(s % 86400);
+    uint32_t part[] = { (uint32_t)(era * 400 + year + (month > 9)), (uint32_t)(month > 9 ? month - 9 : month + 3),
+                        (uint32_t)(day - (153 * month + 2) / 5 + 1), clock / 3600, clock / 60 % 60, clock % 60 };
     for (unsigned i = 0; i < 6; i++) {
         to = pb_digits(to, i ? 2 : 4, part[i]);
         *to++ = (uint8_t)"--T::"[i];
@@ -781,7 +788,7 @@ static inline bool pb_timestamp(struct buf *out, int64_t seconds, int32_t nanos)
     if (nanos) {
         to[-1] = '.';
         unsigned digits = nanos % 1000 ? 9 : nanos % 1000000 ? 6 : 3;
-        to = pb_digits(to, digits, (uint64_t)nanos / (digits == 9 ? 1 : digits == 6 ? 1000 : 1000000));
+        to = pb_digits(to, digits, (uint32_t)nanos / (digits == 9 ? 1 : digits == 6 ? 1000 : 1000000));
         *to++ = 'Z';
     }
     out->len = (size_t)(to - out->p);

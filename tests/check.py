@@ -124,6 +124,22 @@ def clients():
     script("clients", "run", os.path.join(BUILD, "tools"))
 
 
+HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start": r"BIND_NOW|FLAGS_1.* NOW",
+            "no executable stack": r"GNU_STACK .* RW "}
+
+
+def expect(name, good, got):
+    totals[0 if good else 1] += 1
+    if not good:
+        print(f"FAIL {name}: got {str(got)[-2000:]}")
+
+
+def made(*command):
+    """A make command of the README: it succeeds without a word from the compiler."""
+    p = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
+    expect(" ".join(command), p.returncode == 0 and not p.stderr, p.stderr)
+
+
 def builds():
     """Every way to build it that the README names, warning-free."""
     for cc in COMPILERS:
@@ -131,6 +147,15 @@ def builds():
         build(cc, f"cvms-{cc}-plain", "cvms.c", ["-O2", "-DCVMS_TLS=0"])
     if shutil.which("musl-gcc"):
         build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static", "-DCVMS_TLS=0"])
+    made("make", "-B", "cvms")
+    if shutil.which("readelf"):
+        told = subprocess.run(["readelf", "-hldW", "cvms"], cwd=TOP, capture_output=True, text=True).stdout
+        for name, pattern in HARDENED.items():
+            expect(f"make: {name}", re.search(pattern, told), told)
+    made("make", "-B", "TLS=0", "static")
+    told = subprocess.run(["./cvms", "-version"], cwd=TOP, capture_output=True, text=True)
+    expect("make static: it runs", told.stdout.startswith("cvms ") and told.returncode == 0, told)
+    made("make", "-B", "cvms")
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "tls": tls, "smoke": smoke, "clients": clients}
