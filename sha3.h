@@ -98,96 +98,35 @@ static SHA3_INLINE uint64_t sha3_lane(const uint8_t *p)
 #endif
 }
 
-static SHA3_INLINE void sha3_absorb_body(uint64_t state[25], const uint8_t *p, size_t blocks)
+static SHA3_INLINE void sha3_absorb_body(struct sha3_256 *h, const uint8_t *p, size_t blocks)
 {
     typedef uint64_t T;
     T a[25], e[25];
-    memcpy(a, state, sizeof a);
+    memcpy(a, h->a, sizeof a);
     for (; blocks; blocks--, p += SHA3_256_RATE) {
         for (int i = 0; i < SHA3_256_RATE_LANES; i++)
             a[i] ^= sha3_lane(p + 8 * i);
         SHA3_KECCAK_F(a, e);
     }
-    memcpy(state, a, sizeof a);
+    memcpy(h->a, a, sizeof a);
 }
 
-static void sha3_absorb_portable(uint64_t state[25], const uint8_t *p, size_t blocks)
+static void sha3_absorb_portable(struct sha3_256 *h, const uint8_t *p, size_t blocks)
 {
-    sha3_absorb_body(state, p, blocks);
+    sha3_absorb_body(h, p, blocks);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 /* ANDN saves chi a copy per lane, RORX saves rho one. */
-__attribute__((target("bmi,bmi2"))) static void sha3_absorb_bmi2(uint64_t state[25], const uint8_t *p, size_t blocks)
+__attribute__((target("bmi,bmi2"))) static void sha3_absorb_bmi2(struct sha3_256 *h, const uint8_t *p, size_t blocks)
 {
-    sha3_absorb_body(state, p, blocks);
-}
-#endif
-
-/* Absorbs whole blocks with the fastest permutation that this processor has. */
-static void sha3_absorb(uint64_t state[25], const uint8_t *p, size_t blocks)
-{
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
-        sha3_absorb_bmi2(state, p, blocks);
-        return;
-    }
-#endif
-    sha3_absorb_portable(state, p, blocks);
-}
-
-static void sha3_256_init(struct sha3_256 *h)
-{
-    *h = (struct sha3_256){ .pos = 0 };
-}
-
-/* Adds one byte at pos, without a permutation. */
-static void sha3_add_byte(struct sha3_256 *h, unsigned pos, uint8_t byte)
-{
-    h->a[pos / 8] ^= (uint64_t)byte << 8 * (pos % 8);
-}
-
-/* The permutation alone is the absorption of a block of zeros. */
-static void sha3_permute(struct sha3_256 *h)
-{
-    static const uint8_t zeros[SHA3_256_RATE];
-    sha3_absorb(h->a, zeros, 1);
-    h->pos = 0;
-}
-
-/* Absorbs n bytes; data may be NULL when n is 0. */
-static void sha3_256_update(struct sha3_256 *h, const void *data, size_t n)
-{
-    const uint8_t *p = data;
-    while (n) {
-        if (h->pos == 0 && n >= SHA3_256_RATE) {
-            size_t blocks = n / SHA3_256_RATE;
-            sha3_absorb(h->a, p, blocks);
-            p += blocks * SHA3_256_RATE;
-            n -= blocks * SHA3_256_RATE;
-            continue;
-        }
-        for (; n && h->pos < SHA3_256_RATE; n--)
-            sha3_add_byte(h, h->pos++, *p++);
-        if (h->pos == SHA3_256_RATE)
-            sha3_permute(h);
-    }
-}
-
-/* Pads with the suffix 01 and pad10*1 (FIPS 202 6.1, 5.1) and squeezes the 32 bytes.  h is used up. */
-static void sha3_256_final(struct sha3_256 *h, uint8_t out[32])
-{
-    sha3_add_byte(h, h->pos, 0x06);
-    sha3_add_byte(h, SHA3_256_RATE - 1, 0x80);
-    sha3_permute(h);
-    for (unsigned i = 0; i < 32; i++)
-        out[i] = (uint8_t)(h->a[i / 8] >> 8 * (i % 8));
+    sha3_absorb_body(h, p, blocks);
 }
 
 /* ---- Several streams ---- */
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SHA3_4(f) f(0), f(1), f(2), f(3)
+#define SHA3_2(f) f(0), f(1)
+#define SHA3_4(f) SHA3_2(f), f(2), f(3)
 #define SHA3_8(f) SHA3_4(f), f(4), f(5), f(6), f(7)
 #define SHA3_STATE_LANE(j) h[j]->a[i]
 #define SHA3_INPUT_LANE(j) sha3_lane(p[j] + 8 * i)
@@ -220,7 +159,9 @@ static void sha3_256_final(struct sha3_256 *h, uint8_t out[32])
     }
 
 SHA3_ABSORB_N(sha3_absorb_4_avx2, 4, SHA3_4, "avx2")
-SHA3_ABSORB_N(sha3_absorb_4_avx512, 4, SHA3_4, "avx512f,avx512vl") /* has rotation and three-operand logic */
+/* AVX-512 has rotation and three-operand logic: even one stream alone, in both halves, beats the way of BMI2. */
+SHA3_ABSORB_N(sha3_absorb_2_avx512, 2, SHA3_2, "avx512f,avx512vl")
+SHA3_ABSORB_N(sha3_absorb_4_avx512, 4, SHA3_4, "avx512f,avx512vl")
 SHA3_ABSORB_N(sha3_absorb_8_avx512, 8, SHA3_8, "avx512f,avx512vl")
 #endif
 
@@ -236,6 +177,22 @@ static unsigned sha3_256_lanes(void)
     return 1;
 }
 
+/* Absorbs whole blocks of one stream with the fastest permutation that this processor has. */
+static void sha3_absorb(struct sha3_256 *h, const uint8_t *p, size_t blocks)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (sha3_256_lanes() == 8) {
+        sha3_absorb_2_avx512(&h, &p, blocks, 1);
+        return;
+    }
+    if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
+        sha3_absorb_bmi2(h, p, blocks);
+        return;
+    }
+#endif
+    sha3_absorb_portable(h, p, blocks);
+}
+
 /* Absorbs `blocks` whole blocks of data[i] into ctx[i] for each i < n.  Every state stands at pos 0, and no state is
  * given twice.  One stream alone, and any number where lanes() is 1, take the way of sha3_256_update. */
 static void sha3_256_absorb_lanes(struct sha3_256 *const ctx[], const uint8_t *const data[], size_t blocks, unsigned n)
@@ -244,14 +201,66 @@ static void sha3_256_absorb_lanes(struct sha3_256 *const ctx[], const uint8_t *c
     for (unsigned i = 0, some; i < n; i += some) {
         some = n - i < width ? n - i : width;
         if (some == 1)
-            sha3_absorb(ctx[i]->a, data[i], blocks);
+            sha3_absorb(ctx[i], data[i], blocks);
 #if defined(__x86_64__) && defined(__GNUC__)
         else if (width == 4)
             sha3_absorb_4_avx2(ctx + i, data + i, blocks, some);
+        else if (some == 2)
+            sha3_absorb_2_avx512(ctx + i, data + i, blocks, some);
         else if (some <= 4)
             sha3_absorb_4_avx512(ctx + i, data + i, blocks, some);
         else
             sha3_absorb_8_avx512(ctx + i, data + i, blocks, some);
 #endif
     }
+}
+
+/* ---- The hash ---- */
+
+static void sha3_256_init(struct sha3_256 *h)
+{
+    *h = (struct sha3_256){ .pos = 0 };
+}
+
+/* Adds one byte at pos, without a permutation. */
+static void sha3_add_byte(struct sha3_256 *h, unsigned pos, uint8_t byte)
+{
+    h->a[pos / 8] ^= (uint64_t)byte << 8 * (pos % 8);
+}
+
+/* The permutation alone is the absorption of a block of zeros. */
+static void sha3_permute(struct sha3_256 *h)
+{
+    static const uint8_t zeros[SHA3_256_RATE];
+    sha3_absorb(h, zeros, 1);
+    h->pos = 0;
+}
+
+/* Absorbs n bytes; data may be NULL when n is 0. */
+static void sha3_256_update(struct sha3_256 *h, const void *data, size_t n)
+{
+    const uint8_t *p = data;
+    while (n) {
+        if (h->pos == 0 && n >= SHA3_256_RATE) {
+            size_t blocks = n / SHA3_256_RATE;
+            sha3_absorb(h, p, blocks);
+            p += blocks * SHA3_256_RATE;
+            n -= blocks * SHA3_256_RATE;
+            continue;
+        }
+        for (; n && h->pos < SHA3_256_RATE; n--)
+            sha3_add_byte(h, h->pos++, *p++);
+        if (h->pos == SHA3_256_RATE)
+            sha3_permute(h);
+    }
+}
+
+/* Pads with the suffix 01 and pad10*1 (FIPS 202 6.1, 5.1) and squeezes the 32 bytes.  h is used up. */
+static void sha3_256_final(struct sha3_256 *h, uint8_t out[32])
+{
+    sha3_add_byte(h, h->pos, 0x06);
+    sha3_add_byte(h, SHA3_256_RATE - 1, 0x80);
+    sha3_permute(h);
+    for (unsigned i = 0; i < 32; i++)
+        out[i] = (uint8_t)(h->a[i / 8] >> 8 * (i % 8));
 }

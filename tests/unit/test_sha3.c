@@ -141,7 +141,7 @@ static void check_lanes(absorb_n *absorb, unsigned n, size_t blocks)
         wanted[i] = got[i];
         ctx[i] = &got[i];
         data[i] = input[i] + i;
-        sha3_absorb_portable(wanted[i].a, data[i], blocks);
+        sha3_absorb_portable(&wanted[i], data[i], blocks);
     }
     absorb(ctx, data, blocks, n);
     for (unsigned i = 0; i < n; i++)
@@ -157,6 +157,8 @@ static void test_lanes(void)
         for (unsigned n = 1; n <= 8; n++) {
             if (n <= 4 && __builtin_cpu_supports("avx2"))
                 check_lanes(sha3_absorb_4_avx2, n, blocks);
+            if (n <= 2 && sha3_256_lanes() == 8)
+                check_lanes(sha3_absorb_2_avx512, n, blocks);
             if (n <= 4 && sha3_256_lanes() == 8)
                 check_lanes(sha3_absorb_4_avx512, n, blocks);
             if (sha3_256_lanes() == 8)
@@ -170,14 +172,14 @@ static void test_lanes(void)
 static void absorb_bmi2(struct sha3_256 *const ctx[], const uint8_t *const data[], size_t blocks, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
-        sha3_absorb_bmi2(ctx[i]->a, data[i], blocks);
+        sha3_absorb_bmi2(ctx[i], data[i], blocks);
 }
 #endif
 
 static void absorb_best(struct sha3_256 *const ctx[], const uint8_t *const data[], size_t blocks, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
-        sha3_absorb(ctx[i]->a, data[i], blocks);
+        sha3_absorb(ctx[i], data[i], blocks);
 }
 
 static void test_single(void)
