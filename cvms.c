@@ -23,6 +23,7 @@
  *
  * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
  */
+#define _FILE_OFFSET_BITS 64          /* files over 2 GiB, and any inode, on 32-bit systems too */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE                   /* accept4 */
 #elif !defined(__linux__)

@@ -508,7 +508,7 @@ static void call_status(struct stream *s, unsigned status, struct bytes text)
     struct run *r = s->conn->user;
     if (r->status >= 0)
         run_fault(r, 0, "got two statuses, wanted one");
-    r->status = status;
+    r->status = (long)status;
     snprintf(r->status_text, sizeof r->status_text, "%.*s", (int)text.n, text.n ? (const char *)text.p : "");
 }
 
