@@ -7728,7 +7728,8 @@ static bool link_send_tls(struct link *k)
     size_t turn = 0;
     for (bool more = true; more;) {
         const uint8_t *p;
-        if (k->conn.phase != CONN_OPEN && !conn_pending(&k->conn) && conn_finished(&k->conn))
+        if (k->conn.phase != CONN_OPEN && !conn_pending(&k->conn) &&
+            (k->conn.phase == CONN_CLOSING || conn_finished(&k->conn)))
             tls_close(k->tls);
         more = link_encrypt(k);
         for (size_t n; (p = tls_send_buf(k->tls, &n)) != NULL && n; more = true) {
@@ -7771,6 +7772,11 @@ static void link_tls_state(struct link *k)
 static void link_flush(struct link *k)
 {
     bool blocked = k->tls ? link_send_tls(k) : link_send_plain(k);
+    if (k->conn.phase == CONN_OPEN && !k->conn.client && !k->conn.eof && conn_finished(&k->conn)) {
+        k->conn.phase = CONN_CLOSING; /* what still comes is read: a reset would take our last words back */
+        k->conn.closing_ms = k->loop->core.now_ms;
+        blocked = k->tls && link_send_tls(k);
+    }
     if (k->tls)
         link_tls_state(k);
     if (k->conn.phase == CONN_CLOSING && !k->shut && !blocked && !conn_pending(&k->conn)) {

@@ -4,7 +4,10 @@ commands of the README, against cvms agent and health, openssl s_client, curl, g
 import json
 import os
 import re
+import select
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -164,6 +167,43 @@ def mutual_tls():
         check("-client-san: this name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 0)
 
 
+def frame(kind, stream, payload=b"", flags=0):
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def goaway_then_ping():
+    """A client that says GOAWAY and goes on to send is read to its end: it gets close_notify and EOF, never a reset."""
+    goaway, ping = frame(7, 0, b"\0" * 7 + b"\xff"), frame(6, 0, b"12345678")
+    context = ssl.create_default_context(cafile="ca.pem")
+    context.set_alpn_protocols(["h2"])
+    for secure in (True, False):
+        faults = []
+        with Server(env={"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"} if secure else {}) as s:
+            for turn in range(50):
+                try:
+                    k = socket.create_connection(("localhost", s.port), timeout=10)
+                    k.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    if secure:
+                        k = context.wrap_socket(k, server_hostname="localhost", suppress_ragged_eofs=False)
+                    k.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0))
+                    k.recv(9)         # the server's SETTINGS: it is there
+                    k.sendall(goaway)
+                    if turn % 2:      # late: no time, up to 12 ms, or when all that the server says has come
+                        time.sleep(turn % 4 / 1000 * (turn % 5))
+                        k.sendall(ping)
+                    while k.recv(4096):
+                        pass
+                    for _ in range(2):
+                        os.write(k.fileno(), ping)
+                        select.select([], [], [], 0.002)
+                    if k.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                        faults.append((turn, "an error waits"))
+                    k.close()
+                except OSError as e:
+                    faults.append((turn, repr(e)))
+        check(f"GOAWAY, then PING, {'TLS' if secure else 'plaintext'}: no reset", not faults, faults)
+
+
 def start_up():
     for name, env, pattern in (
             ("key of another certificate", {"SERVER_CERT": "server.pem", "SERVER_KEY": "client.key"}, "SERVER_KEY"),
@@ -180,7 +220,7 @@ def main():
     readme_commands()
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
                     "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
-    for test in (start_up, server_tls, mutual_tls, large_manifest):
+    for test in (start_up, goaway_then_ping, server_tls, mutual_tls, large_manifest):
         test()
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return failed != 0
