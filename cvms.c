@@ -768,6 +768,7 @@ enum {
     MAX_FIELD_BLOCK = 32768,          /* bytes of HEADERS and its CONTINUATIONs */
     MAX_CONTINUATIONS = 16,
     MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
+    MAX_QUEUED_BYTES = 262144,        /* bytes of all that wait on one connection, without what is shared: the manifest */
     OUT_TARGET = 65536,               /* DATA is put into the output up to here: one large write */
     OUT_HIGH = 262144,                /* output waiting on one connection, above which it is not read */
     CREDIT_STEP = DEFAULT_WINDOW / 2, /* flow-control credit is given back in steps of this */
@@ -809,7 +810,7 @@ enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_TRAILERS };
 struct item {
     struct item *next;
     struct blob *blob;
-    size_t sent;
+    size_t sent, own;                 /* own: bytes that nobody else holds, counted against MAX_QUEUED_BYTES */
     enum item_kind kind;
 };
 
@@ -867,7 +868,7 @@ struct conn {
     struct hpack hpack;
     /* output */
     struct buf out;
-    size_t out_sent;
+    size_t out_sent, queued_bytes;
     uint32_t peer_initial_window, last_id, next_id, stream_count, queued;
     int32_t send_window, recv_window;
     uint32_t recv_credit;
@@ -1014,11 +1015,18 @@ static struct stream *stream_new(struct conn *c, uint32_t id)
     return s;
 }
 
+/* Bytes that only this reference holds. */
+static size_t blob_own(const struct blob *b)
+{
+    return b && b->refs == 1 ? sizeof *b + b->n : 0;
+}
+
 static void stream_drop_queue(struct stream *s)
 {
     while (s->head) {
         struct item *i = s->head;
         s->head = i->next;
+        s->conn->queued_bytes -= i->own;
         blob_unref(i->blob);
         free(i);
         s->conn->queued--;
@@ -1111,7 +1119,8 @@ static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kin
             stream_reset(s, INTERNAL_ERROR);
         return;
     }
-    *i = (struct item){ .blob = blob, .kind = kind };
+    *i = (struct item){ .blob = blob, .own = blob_own(blob), .kind = kind };
+    s->conn->queued_bytes += i->own;
     if (s->tail)
         s->tail->next = i;
     else
@@ -1175,6 +1184,7 @@ static void stream_emit(struct stream *s)
         s->tail = NULL;
     s->queued--;
     c->queued--;
+    c->queued_bytes -= i->own;
     blob_unref(i->blob);
     free(i);
     if (end)
@@ -2188,7 +2198,8 @@ static void grpc_send_blob(struct stream *s, struct blob *b)
 {
     if (!s->conn->client)
         grpc_send_headers(s);
-    if (s->queued >= MAX_QUEUED_ITEMS) {
+    if (s->queued >= MAX_QUEUED_ITEMS ||
+        (!s->conn->client && blob_own(b) && s->conn->queued_bytes + blob_own(b) > MAX_QUEUED_BYTES)) {
         blob_unref(b);
         stream_drop_queue(s);
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
