@@ -1916,17 +1916,23 @@ static bool conn_wants_input(const struct conn *c)
     return c->phase <= CONN_CLOSING && conn_pending(c) < OUT_HIGH;
 }
 
+/* Moves what waits to the front of its buffer. */
+static void conn_compact(struct conn *c)
+{
+    if (c->out_sent) {
+        memmove(c->out.p, c->out.p + c->out_sent, conn_pending(c));
+        c->out.len -= c->out_sent;
+        c->out_sent = 0;
+    }
+}
+
 /* Puts more DATA behind what waits, in turn from the streams that may send. */
 static void conn_fill(struct conn *c)
 {
     if (!c->queued || c->phase != CONN_OPEN || conn_pending(c) >= OUT_TARGET / 2)
         return;
     struct buf *out = conn_out(c);
-    if (c->out_sent) {
-        memmove(out->p, out->p + c->out_sent, conn_pending(c));
-        out->len -= c->out_sent;
-        c->out_sent = 0;
-    }
+    conn_compact(c);
     struct stream *s;
     while (out->len < OUT_TARGET && !out->failed && (s = conn_next_sendable(c)))
         stream_emit(s);
@@ -1953,8 +1959,11 @@ static void conn_sent(struct conn *c, size_t n)
 {
     c->out_sent += n;
     c->progress_ms = c->core->now_ms;
-    if (c->out_sent < c->out.len)
+    if (c->out_sent < c->out.len) {
+        if (c->out_sent >= OUT_HIGH)  /* a peer that never lets it drain does not make it grow */
+            conn_compact(c);
         return;
+    }
     c->out.len = c->out_sent = 0;
     if (!c->core->spare.p && !c->out.failed)
         c->core->spare = c->out;

@@ -499,6 +499,121 @@ static void test_output_full(void)
     side_close(&a);
 }
 
+/* A peer that takes a little less than it makes us say, for ever: the output's buffer does not grow with it. */
+static void test_never_drained(void)
+{
+    struct side a;
+    const uint8_t *p;
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    side_exchange(&a);
+    size_t largest = 0;
+    for (int i = 0; i < 200000; i++) {
+        core.now_ms += 10;
+        frame_put(&a.in, 8, FRAME_PING, 0, 0);
+        buf_puts(&a.in, "pingpong");
+        conn_recv(&a.conn, a.in.p, a.in.len);
+        a.in.len = 0;
+        if (i && conn_peek(&a.conn, &p))
+            conn_sent(&a.conn, 17);
+        largest = a.conn.out.cap > largest ? a.conn.out.cap : largest;
+    }
+    CHECK(conn_pending(&a.conn), 17);
+    CHECK(largest <= 2 * OUT_HIGH, true);
+    side_close(&a);
+}
+
+/* Asks so that an answer of n bytes waits, prefix included: the host comes back twice, the symbol mends an odd length. */
+static void put_reflection_of(struct side *a, size_t n)
+{
+    static uint8_t text[MAX_FRAME_SIZE];
+    struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
+    struct buf answer = { 0 }, ask = { 0 };
+    uint8_t prefix[5];
+    bool found = false;
+    memset(text, 'h', sizeof text);
+    for (size_t at = 0; at < 128 && !found; at++) {
+        struct ServerReflectionRequest req = { .host = { text, n / 2 - 64 + at / 2 },
+                                               .file_containing_symbol = { text, 1 + at % 2 } };
+        struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req, .error_response = &error };
+        buf_free(&answer);
+        found = 5 + pb_encode(&answer, &ServerReflectionResponse_message, &res).n == n;
+        if (!found)
+            continue;
+        struct bytes wire = pb_encode(&ask, &ServerReflectionRequest_message, &req);
+        grpc_put_prefix(prefix, wire.n);
+        put_data(a, 1, prefix, 5, 0);
+        put_data(a, 1, wire.p, wire.n, 0);
+    }
+    CHECK(found, true);
+    buf_free(&answer);
+    buf_free(&ask);
+}
+
+/* Answers of our own making that wait, in bytes: one under the cap, the cap, one over. */
+static void run_queued_bytes(size_t bytes)
+{
+    enum { ANSWERS = 9 };
+    struct side a;
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
+    put_call(&a, 1, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, NULL);
+    size_t each = bytes / ANSWERS - sizeof(struct blob);
+    for (int i = 0; i < ANSWERS; i++) {
+        put_reflection_of(&a, i ? each : bytes - (ANSWERS - 1) * each - ANSWERS * sizeof(struct blob));
+        side_exchange(&a);
+    }
+    CHECK(a.conn.stream_count, bytes <= MAX_QUEUED_BYTES);
+    CHECK(a.conn.queued, bytes <= MAX_QUEUED_BYTES ? ANSWERS : 0);
+    CHECK(a.conn.queued_bytes, bytes <= MAX_QUEUED_BYTES ? bytes : 0);
+    CHECK(strstr((buf_putc(&a.lines, 0), (char *)a.lines.p), "grpc-status=8") != NULL, bytes > MAX_QUEUED_BYTES);
+    a.lines.len = 0;
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 1 << 30);
+    put_window(&a, 0, 1 << 30);
+    side_exchange(&a);
+    CHECK(a.conn.queued_bytes, 0);
+    CHECK(a.data[0], bytes <= MAX_QUEUED_BYTES ? bytes - ANSWERS * sizeof(struct blob) : 0);
+    side_close(&a);
+}
+
+/* The manifest is everybody's: a hundred streams that do not take it own nothing. */
+static void test_queued_shared(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(1 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
+    for (uint32_t i = 0; i < MAX_CONCURRENT_STREAMS; i++)
+        put_call(&a, 2 * i + 1, process, 0, NULL);
+    side_exchange(&a);
+    CHECK(a.conn.stream_count, MAX_CONCURRENT_STREAMS);
+    CHECK(a.conn.queued_bytes, 0);
+    CHECK(a.conn.queued, MAX_CONCURRENT_STREAMS);
+    side_close(&a);
+}
+
+/* The longest part of a message that a stream other than the first long one can make us keep. */
+static void run_partial(size_t bytes)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    size_t kept = 0;
+    for (struct stream *s = a.conn.streams; s; s = s->next)
+        kept += s->id == 3 ? s->message.len : 0;
+    CHECK(kept + 5, CREDIT_STEP + DEFAULT_WINDOW);
+    if (bytes > CREDIT_STEP + DEFAULT_WINDOW)
+        put_zeros(&a, 3, bytes - CREDIT_STEP - DEFAULT_WINDOW);
+    side_exchange(&a);
+    CHECK(a.conn.stream_count, bytes > CREDIT_STEP + DEFAULT_WINDOW ? 1 : 2);
+    side_close(&a);
+}
+
 /* One line a second for each cap, however many meet it. */
 static void test_cap_log(void)
 {
@@ -704,6 +819,13 @@ int main(void)
     run_field_block(MAX_FIELD_BLOCK + 1, CONN_CLOSING);
     test_timers();
     test_output_full();
+    test_never_drained();
+    run_queued_bytes(MAX_QUEUED_BYTES - 1);
+    run_queued_bytes(MAX_QUEUED_BYTES);
+    run_queued_bytes(MAX_QUEUED_BYTES + 1);
+    test_queued_shared();
+    run_partial(CREDIT_STEP + DEFAULT_WINDOW);
+    run_partial(CREDIT_STEP + DEFAULT_WINDOW + 1);
     test_cap_log();
     test_reflection();
     test_allocations(false);
