@@ -642,6 +642,7 @@ enum {
     CAP_LOGS = 8,
     STAMP_LEN = 24,
     MAX_HEADER_LIST = 16384,          /* bytes as RFC 9113 6.5.2 counts them; more gets 431 */
+    NOTES_MAX = 1 << 20,              /* lines waiting for stderr, in bytes, above which new ones are lost */
 };
 
 struct core {
@@ -650,6 +651,7 @@ struct core {
     bool held;                        /* stdout is behind: no flow-control credit is given back */
     bool color, json;                 /* how messages are shown on stdout */
     struct buf out, err;              /* lines on their way to stdout and stderr */
+    unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
     const struct grpc_method *methods;
     size_t method_count, max_message;
@@ -736,6 +738,13 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
     va_list ap;
+    if (core->err.len > NOTES_MAX) {
+        core->notes_lost++;
+        return;
+    }
+    if (core->notes_lost)
+        buf_printf(&core->err, "%s %lu lines are lost: stderr is not read\n", core_stamp(core), core->notes_lost);
+    core->notes_lost = 0;
     buf_put(&core->err, core_stamp(core), STAMP_LEN);
     buf_printf(&core->err, " %s%s", peer ? peer : "", peer ? " " : "");
     va_start(ap, fmt);
@@ -8239,6 +8248,7 @@ static void loop_pressure(struct loop *l)
     bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
     bool release = l->core.held && waiting < HOLD_BYTES / 4;
     sink_compact(&l->out);
+    sink_compact(&l->err);
     if (paused == l->paused && !(held && !l->core.held) && !release)
         return;
     bool touch = paused != l->paused || release;

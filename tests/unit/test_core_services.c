@@ -614,6 +614,25 @@ static void run_partial(size_t bytes)
     side_close(&a);
 }
 
+/* Lines that wait for a stderr that nobody reads are bounded; how many are lost is told. */
+static void test_notes_full(void)
+{
+    core_reset();
+    while (core.err.len <= NOTES_MAX)
+        core_note(&core, "peer", "a line");
+    size_t full = core.err.len;
+    for (int i = 0; i < 1000; i++)
+        core_note(&core, "peer", "a line");
+    CHECK(core.err.len, full);
+    core.err.len = 0;
+    core_note(&core, "peer", "the next");
+    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z 1000 lines are lost: stderr is not read\n"
+                                 "2023-11-14T22:13:20.123Z peer the next\n");
+    core.err.len = 0;
+    core_note(&core, "peer", "one more");
+    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z peer one more\n");
+}
+
 /* One line a second for each cap, however many meet it. */
 static void test_cap_log(void)
 {
@@ -826,6 +845,7 @@ int main(void)
     test_queued_shared();
     run_partial(CREDIT_STEP + DEFAULT_WINDOW);
     run_partial(CREDIT_STEP + DEFAULT_WINDOW + 1);
+    test_notes_full();
     test_cap_log();
     test_reflection();
     test_allocations(false);
