@@ -34,6 +34,10 @@ check:
 check-large: cvms
 	python3 tests/cli/test_checksum.py ./cvms tests/vectors
 
+# What the tests reach, with clang's counters; python3 tests/coverage/coverage.py --missing lists what they do not.
+coverage:
+	python3 tests/coverage/coverage.py
+
 # A fully static, stripped binary, as small as it gets: with musl where it is there and TLS=0 or BEARSSL=DIR names a
 # library built for it.
 static: $(SOURCES)
@@ -48,4 +52,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: all run check check-large static install clean
+.PHONY: all run check check-large coverage static install clean

@@ -13,10 +13,17 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 BUILD = os.path.join(TOP, "build")
+BIN = BUILD
 CI = bool(os.environ.get("CI"))
 STRICT = "-std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror".split()
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
 COMPILERS = [c for c in ("gcc", "clang") if shutil.which(c)]
+COVERAGE = bool(os.environ.get("COVERAGE"))  # set by tests/coverage: every program counts what it runs
+if COVERAGE:
+    BIN = os.path.join(BUILD, "coverage")
+    COMPILERS = ["clang"]
+    SANITIZE = ["-O1", "-g", "-fcoverage-mapping", f"-fprofile-instr-generate={BIN}/%m%c.profraw",
+                "-mllvm", "-runtime-counter-relocation", "-mllvm", "-instrprof-atomic-counter-update-all"]
 totals = [0, 0, 0]
 
 
@@ -54,7 +61,7 @@ def layer(name, command, **kw):
 
 def build(cc, out, source, flags, strict=STRICT):
     """Compiles one file without a warning.  Returns the program's path, or None and a failure."""
-    path = os.path.join(BUILD, out)
+    path = os.path.join(BIN, out)
     libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
     p = subprocess.run([cc, *strict, *flags, "-o", path, source, *libraries], cwd=TOP, capture_output=True, text=True)
     if p.returncode:
@@ -159,6 +166,7 @@ def builds():
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "tls": tls, "smoke": smoke, "clients": clients}
+NOT_COVERAGE = {"builds"}             # compiles, and hardly runs what it made
 
 
 def main():
@@ -166,7 +174,7 @@ def main():
     if CI and len(COMPILERS) < 2:
         print("FAIL both gcc and clang are wanted in CI")
         totals[1] += 1
-    for name in sys.argv[1:] or LAYERS:
+    for name in sys.argv[1:] or [n for n in LAYERS if not (COVERAGE and n in NOT_COVERAGE)]:
         print(f"==== {name}", flush=True)
         LAYERS[name]()
     passed, failed, skipped = totals
