@@ -7345,6 +7345,7 @@ enum {
     SPARE_DESCRIPTORS = 32,           /* not for connections: stdio, listeners, inputs that are read again */
     STOP_MS = 5000,                   /* from the first signal to the end */
     RETRY_MS = 100,
+    CONNECT_MS = 5000,                /* for an address to answer at all */
 };
 
 enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
@@ -7982,6 +7983,16 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 
 static void link_dial_on(struct link *k, int error);
 
+/* This address is not to be had: on to the next. */
+static void connect_fail(struct link *k, int error)
+{
+    poller_set(k->loop, &k->watch, 0);
+    close(k->watch.fd);
+    k->watch.fd = -1;
+    k->to = k->to->ai_next;
+    link_dial_on(k, error);
+}
+
 static void connect_ready(struct loop *l, struct watch *w, unsigned events)
 {
     (void)events;
@@ -7991,11 +8002,7 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
     if (getsockopt(w->fd, SOL_SOCKET, SO_ERROR, &error, &len) != 0)
         error = errno;
     if (error) {
-        poller_set(l, w, 0);
-        close(w->fd);
-        w->fd = -1;
-        k->to = k->to->ai_next;
-        link_dial_on(k, error);
+        connect_fail(k, error);
         return;
     }
     if (l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
@@ -8031,15 +8038,18 @@ static bool link_connect(struct link *k)
 static void link_dial_on(struct link *k, int error)
 {
     struct loop *l = k->loop;
+    int64_t now = l->core.now_ms, at = now + CONNECT_MS;
     for (; k->to; k->to = k->to->ai_next) {
-        if (link_connect(k))
+        if (link_connect(k)) {
+            heap_set(l, k, l->give_up_ms > now && l->give_up_ms < at ? l->give_up_ms : at);
             return;
+        }
         error = errno;
     }
-    if (l->core.now_ms >= l->give_up_ms)
+    if (now >= l->give_up_ms)
         link_close(k, strerror(error));
     else
-        heap_set(l, k, l->core.now_ms + RETRY_MS);
+        heap_set(l, k, now + RETRY_MS);
 }
 
 /* A link to the server of l->addresses.  link_up or link_down tells what becomes of it.  NULL without memory. */
@@ -8290,6 +8300,10 @@ static void loop_deadlines(struct loop *l)
 {
     while (l->heap_len && l->heap[1]->deadline_ms <= l->core.now_ms) {
         struct link *k = l->heap[1];
+        if (k->connecting && k->watch.fd >= 0) {
+            connect_fail(k, ETIMEDOUT);
+            continue;
+        }
         if (k->connecting) {
             heap_set(l, k, INT64_MAX);
             k->to = l->addresses;

@@ -1618,6 +1618,40 @@ def test_no_server():
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def test_stopped_while_connecting():
+    """A server whose queue of connections is full answers nothing at all: a client can be stopped, and gives up in time."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        for s in (first, second):
+            s.setblocking(False)
+            s.connect_ex(listener.getsockname())
+        r = run("connecting: -wait is over", ["health", "-wait", "500ms", where])
+        same("connecting: -wait is over: status", r.status, 1)
+        has("connecting: -wait is over", r.err, re.escape(where), "timed out")
+        check("connecting: as long as -wait says", 0.45 <= r.seconds < 4, r.seconds, "0.5 s")
+        p = subprocess.Popen([W.cvms, "agent", "-wait", "20s", where], env=environment(), stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for_connect(p.pid)
+        p.send_signal(signal.SIGTERM)
+        err = p.communicate(timeout=LIMIT)[1].decode(errors="replace")
+        same("stopped while it connects: status", p.returncode, 143)
+        sanitizers("stopped while it connects", err)
+
+
+def wait_for_connect(pid):
+    """Returns once a socket of the process is in the state SYN_SENT; /proc can't be waited for."""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        inodes = {os.readlink(f"/proc/{pid}/fd/{fd}")[8:-1] for fd in os.listdir(f"/proc/{pid}/fd")}
+        with open("/proc/net/tcp") as f:
+            if any(row.split()[3] == "02" and row.split()[9] in inodes for row in f.readlines()[1:]):
+                return
+        time.sleep(0.02)
+    check("stopped while it connects: it connects", False, "no socket", "one in SYN_SENT")
+
+
 def test_late_server():
     """The client is there before the server."""
     for command, args in (("agent", []), ("agent", ["-wait", "20s"]), ("health", ["-wait", "20s"])):
