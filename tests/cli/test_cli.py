@@ -308,6 +308,11 @@ def dig(value, path):
     return value
 
 
+def der(path):
+    """A key file's base64, which is a bytes field's form in JSON, too."""
+    return "".join(read(path).decode().split("\n")[1:-2])
+
+
 def b64(data):
     return base64.b64encode(data).decode()
 
@@ -488,7 +493,30 @@ def test_every_flag():
         ("-dataset-decompress", W.remote + urls, "true", "datasets.1.decompress", None),
         ("-dataset-decompress", W.remote + urls, "false,1", "datasets.1.decompress", True),
         ("-dataset-decompress", W.remote + urls, ",T", "datasets.1.decompress", True),
-        ("-public-key-path", W.base, W.ecc, "resultConsumers.0.userKey", "".join(read(W.ecc).decode().split("\n")[1:-2])),
+        ("-public-key-path", W.base, W.ecc, "resultConsumers.0.userKey", der(W.ecc)),
+        ("-dataset-source-types", W.remote + urls, "gs,", "datasets.0.source.type", "gs"),
+        ("-dataset-encrypted", W.remote + urls, "false,true", "datasets.0.source.encrypted", None),
+        ("-dataset-encrypted", W.remote + urls, "false,true", "datasets.1.source.encrypted", True),
+        ("-dataset-encrypted", W.remote + urls[:2], "false,0", "datasets.1.source.url", "gs://b/y"),
+        ("-dataset-hashes", W.remote + urls, f"{'01' * 32},{'02' * 32}", "datasets.1.hash", b64(b"\x02" * 32)),
+        ("-dataset-hashes", [*W.remote, *urls, "-dataset-hash", "03" * 32], f"{'01' * 32},{'02' * 32}", "datasets.0.hash",
+         b64(b"\x01" * 32)),
+        ("-dataset-filenames", W.remote + urls, "a.csv,b.csv", "datasets.1.filename", "b.csv"),
+        ("-dataset-filenames", [*W.base, "-data-paths", W.data], "mine.csv", "datasets.0.filename", "mine.csv"),
+        ("-dataset-public-key-paths", W.remote + urls, f"{W.rsa},", "datasets.0.userKey", der(W.rsa)),
+        ("-dataset-public-key-paths", W.remote + urls, f"{W.rsa},", "datasets.1.userKey", der(W.key)),
+        ("-algo-encrypted", W.remote, "false", "algorithm.source.encrypted", None),
+        ("-algo-encrypted", [*W.required, "-algo-source-url", "s3://plain"], "false", "algorithm.source.url", "s3://plain"),
+        ("-algo-encrypted", W.base, "true", "algorithm.source", None),
+        ("-algo-public-key-path", W.base, W.rsa, "algorithm.userKey", der(W.rsa)),
+        ("-algo-public-key-path", W.base, W.rsa, "resultConsumers.0.userKey", der(W.key)),
+        ("-result-consumer-keys", W.base, f"{W.rsa},{W.ecc}", "resultConsumers",
+         [{"userKey": der(W.rsa)}, {"userKey": der(W.ecc)}]),
+        ("-computation-id", W.base, "c-1", "id", "c-1"), ("-name", W.base, "n", "name", "n"),
+        ("-description", W.base, "", "description", None),
+        ("-agent-port", W.base, "7", "agentConfig.port", "7"), ("-agent-log-level", W.base, "debug", "agentConfig.logLevel", "debug"),
+        ("-agent-cert-file", W.base, "/c", "agentConfig.certFile", "/c"), ("-agent-key-file", W.base, "/k", "agentConfig.keyFile", "/k"),
+        ("-agent-server-ca-file", W.base, "/s", "agentConfig.serverCaFile", "/s"),
         ("-compat", W.remote, "seed", "algorithm.kbs", None),
         ("-compat", W.remote, "head", "kbs", None),
         ("-compat", W.base + ["-data-paths", W.data], "head", "datasets.0.filename", None),
@@ -659,6 +687,18 @@ def test_mistakes_usage():
         ("-max-connections over the limit of descriptors", [*base, "-max-connections", "4294967295"],
          [("-max-connections", "4294967295", "limit of descriptors", "ulimit")]),
         ("-max-message of 2^64", [*base, "-max-message", "18446744073709551617"], [("-max-message", "number")]),
+        ("-max-connections of 2^32", [*base, "-max-connections", "4294967296"], [("-max-connections", "4294967296", "number")]),
+        ("-timeout 1.5", [*base, "-timeout", "1.5"], [("-timeout", '"1.5"', "90s")]),
+        ("-timeout of over ten years", [*base, "-timeout", "87661h"], [("-timeout", "87661h")]),
+        ("-algo-encrypted maybe", [*remote, "-algo-encrypted", "maybe"], [("-algo-encrypted", '"maybe"', "true", "false")]),
+        ("-algo-encrypted true and no KBS path", [*W.required, "-algo-source-url", "s3://x", "-algo-encrypted", "true"],
+         [("-algo-source-url", "-algo-kbs-path")]),
+        ("one dataset said to be plain, no KBS paths", [*remote, *data[:2], "-dataset-encrypted", "false,true"],
+         [("-dataset-source-urls", "-dataset-kbs-paths")]),
+        ("two dataset names for one", [*base, "-data-paths", W.data, "-dataset-filenames", "a,b"],
+         [("-dataset-filenames", r"\b2 elements for 1 dataset\b")]),
+        ("-dataset-hashes not hex", [*remote, *data, "-dataset-hashes", f"{'ab' * 32},x"], [("-dataset-hashes", '"x"', "hex")]),
+        ("a lone dash", [*base, "-"], [('"-"|stray| -( |$)',)]),
         ("a stray word", [*base, "stray"], [("stray",)]),
         ("unknown command", ["frobnicate", "-ready-file"], [("frobnicate", "-help")]),
     ]
@@ -671,6 +711,8 @@ def test_mistakes_usage():
             rows.append((f"{flag} {why}", [*remote, *data, flag, bad], [(flag, "64", "hex")]))
     for name, args, patterns in rows:
         refused(f"usage: {name}", args, 2, patterns)
+    for flag in ("-client-san", "-client-ca-certs"):
+        refused(f"usage: {flag} without a certificate", [*base, flag, "x"], 1, ["client certificates need TLS", "-server-cert"])
     for port in ("abc", "-1", "65536", "7001x", "0x10", " 80", "1e3", "99999999999999999999"):
         refused(f"usage: PORT {port!r}", base, 2, ["PORT", re.escape(port), "65535"], {"PORT": port})
 
@@ -951,6 +993,8 @@ def test_warnings():
         ("-kbs-url with -compat head", [*remote, "-compat", "head", "-algo-kbs-url", "http://x"], ["-compat head", "-kbs-url"]),
         ("-algo-kbs-url with -compat seed", [*remote, "-compat", "seed", "-algo-kbs-url", "http://x"],
          ["-compat seed", "-algo-kbs-url"]),
+        ("-dataset-kbs-urls with -compat seed", [*remote, *data, "-compat", "seed", "-dataset-kbs-urls", "http://x,http://y"],
+         ["-compat seed", "-dataset-kbs-urls"]),
         ("no KBS for -compat head", [*remote, "-compat", "head"], ["algorithm.* has no", "-algo-kbs-url"]),
         ("no KBS for -compat seed", [*nokbs, "-compat", "seed", "-algo-kbs-url", "http://x"], ["algorithm.* has no", " -kbs-url"]),
     ]
@@ -1162,6 +1206,8 @@ def test_checksum():
     same("checksum of what is not there: status", r.status, 1)
     has("checksum of what is not there", r.err, "nope", "No such file")
     same("checksum of what is not there: the others", r.out, f"{sha3(read(W.data))}  {W.data}\n")
+    with open("/dev/full", "wb") as full:
+        same("checksum into a full device: status", run("checksum into a full device", ["checksum", W.algo], stdout=full).status, 1)
 
 
 # ---- The server's process ----
@@ -1263,6 +1309,10 @@ def test_signals():
             check(f"{name}: UNAVAILABLE", ends and b"14" in ends[0][3] or ends and b"grpc-status" not in ends[0][3],
                   ends, "grpc-status 14")
             has(f"{name}: told", s.err.text(), "(?i)signal|stopping|shut|goodbye")
+    with Server("SIGHUP without TLS") as s:
+        s.signal(signal.SIGHUP)
+        check("SIGHUP without TLS: told", s.err.until("SIGHUP: there is no TLS"), s.err.text(), "a line")
+        same("SIGHUP without TLS: goes on", s.agent().status, 0)
     with Server("idle") as s:
         began = time.monotonic()
         s.signal(signal.SIGTERM)
@@ -1568,6 +1618,7 @@ def test_agent_usage():
             ("-wait forever", ["-wait", "forever"], ["-wait", "forever", "90s"]), ("-wait 5", ["-wait", "5"], ["-wait", '"5"']),
             ("-wait -5s", ["-wait", "-5s"], ["-wait", "-5s"]), ("-wait empty", ["-wait="], ["-wait"]),
             ("two addresses", ["a:1", "b:2"], ["b:2"]), ("port 0", ["localhost:0"], ["localhost:0"]),
+            ("a host too long", ["h" * 256 + ":1"], ["hhh:1"]),
             ("port abc", ["localhost:abc"], ["localhost:abc"]), ("port 65536", ["localhost:65536"], ["localhost:65536"]),
             ("a word behind the flags behind the address", ["localhost:1", "-once", "x:1"], ["x:1"])):
         r = run(f"agent {name}", ["agent", *args])
