@@ -5,8 +5,8 @@ usage: coverage.py [--lines PERCENT] [--branches PERCENT] [LAYER...]   all layer
 
 The measure is that of clang's source-based coverage, merged over every program of the tests: a line counts as reached if
 code that begins on it ran in any of them; a branch is one outcome of one condition (each operand of && and || is a
-condition of its own, each case of a switch is one), so a condition counts twice.  A condition that is constant at
-compile time has no branches.  What the preprocessor leaves out (other systems and processors) is not counted.
+condition of its own, each case of a switch is one), so a condition counts twice.  What the preprocessor leaves out
+(other systems and processors) is not counted.
 The counters are mapped files (%c), so a program that is killed or calls _exit has counted too; allocation failures and
 threads need nothing else.  A last line `N passed, M failed` counts the thresholds of each file, and the layers.
 """
@@ -26,7 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
 BIN = os.path.join(TOP, "build", "coverage")
 FILES = ("cvms.c", "proto_wire.h", "sha3.h")
-CODE, EXPANSION, BRANCH = 0, 1, 4     # kinds of region
+EXPANSION = 1                         # of the kinds of region
 TRUE, FALSE = 0, 1
 
 
@@ -67,29 +67,20 @@ def sites(regions):
     return chain
 
 
-def ran(regions, file, at):
-    """Whether the innermost code region around a position ran."""
-    around = [r for r in regions if r[5] == file and r[7] == CODE and tuple(r[:2]) <= at <= tuple(r[2:4])]
-    return bool(around) and max(around, key=lambda r: (r[0], r[1], -r[2], -r[3]))[4] > 0
-
-
 class Coverage:
     """What all programs together have reached of one file."""
 
     def __init__(self):
         self.lines = collections.Counter()
         self.branches = {}                # (position, macro site) -> how often true, how often false
-        self.constant = set()
 
     def add_function(self, function, path):
-        regions, chain = function["regions"], sites(function["regions"])
+        chain = sites(function["regions"])
         for line, column, _, _, true, false, file, *_ in function["branches"]:
             at, site = (line, column), chain(file)
             if function["filenames"][file] != path:
                 continue
             key = (site[:2] or at, at, site)
-            if not true and not false and ran(regions, file, at):
-                self.constant.add(key)
             counts = self.branches.setdefault(key, [0, 0])
             counts[TRUE] += true
             counts[FALSE] += false
@@ -97,9 +88,8 @@ class Coverage:
     def outcomes(self):
         """Every outcome of every condition: its position, which, whether it was seen."""
         for key, counts in sorted(self.branches.items()):
-            if key not in self.constant:
-                for which in (TRUE, FALSE):
-                    yield key[0], which, counts[which] > 0
+            for which in (TRUE, FALSE):
+                yield key[0], which, counts[which] > 0
 
 
 def collect():
