@@ -8627,6 +8627,7 @@ static void agent_asked(struct agent *a, const struct ServerStreamMessage *msg)
     } else if (msg->stopComputation) {
         struct StopComputationResponse res = { .computation_id = msg->stopComputation->computation_id };
         agent_event(a, "Stopped", "Stopped", NULL);
+        a->loop->core.touched = true; /* the event is on the other connection */
         agent_send(a, AGENT, &(struct ClientStreamMessage){ .stopComputationRes = &res });
     } else if (msg->runReq) {
         agent_fail(a, "the server sent a plain runReq: real agents take chunks only");

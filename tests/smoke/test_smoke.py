@@ -1321,6 +1321,31 @@ def test_stand_in():
             s.ended(0, stage)
 
 
+def test_stand_in_asked():
+    """`cvms agent`, whose manifest never becomes whole, answers what it is asked; a signal ends it."""
+    with Server("stand-in asked", "-control", "-fault", "freeze=0", "-output", "json", stdin=subprocess.PIPE) as s:
+        p = subprocess.Popen([W.cvms, "agent", s.address], env=environment(), cwd=W.dir, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        s.err.until(r"stream: connected", times=2)
+        s.out.until("vTPMattestationReport")
+        s.command("agents\n")
+        check("stand-in asked: agents without a job-id", s.err.until(r"agent: 1 messages"), s.err.text(), "one message")
+        s.command("state\n")
+        check("stand-in asked: its state", s.out.until('"state": ?"ReceivingManifest"'), s.out.text(), "ReceivingManifest")
+        s.command("stop\n")
+        check("stand-in asked: it stops", s.out.until("stopComputationRes"), s.out.text(), "an answer")
+        check("stand-in asked: as an event, too", s.out.until('"eventType": ?"Stopped"'), s.out.text(), "an event")
+        s.command("state\n")
+        check("stand-in asked: its new state", s.out.until('"state": ?"Stopped"'), s.out.text(), "Stopped")
+        p.send_signal(signal.SIGTERM)
+        err = p.communicate(timeout=LIMIT)[1].decode(errors="replace")
+        same("stand-in asked: status of SIGTERM", p.returncode, 143)
+        sanitizers("stand-in asked", err)
+        s.err.until("stream ended", times=2)
+        s.command("agents\n")
+        check("control agents: nobody there", s.err.until("no agent is connected"), s.err.text(), "a line")
+
+
 def test_replay():
     for job, forwarder_first in ((None, False), ("vm-1", False), ("vm-1", True)):
         path = os.path.join(temp(), "record.jsonl")
