@@ -8916,6 +8916,10 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
             return false;
         }
         struct replay_part *part = record.received && record.time ? replay_part(r, &record) : NULL;
+        if (!part && record.received && record.time) {
+            tell(report, START, "-replay: %s: record %zu: more than %d streams", o->replay, number, REPLAY_PARTS);
+            return false;
+        }
         if (part)
             r->lines[r->line_count++] = (struct replay_line){
                 .at_ms = record.time->seconds * 1000 + record.time->nanos / 1000000, .part = part, .raw = record.raw };

@@ -1401,6 +1401,10 @@ def test_replay_mistakes():
             check(f"replay, {what}: status", got in status, got, status)
             if got:
                 has(f"replay, {what}: told", err, re.escape(path) if what != "nothing in it" else ".")
+        path = write("many", "".join(line.replace("a:1", f"a:{i}") for i in range(1001)))
+        got, _, err, _ = run("replay, 1001 streams", ["agent", "-replay", path, "-fast", s.address])
+        same("replay, 1001 streams: status", got, 1)
+        has("replay, 1001 streams", err, re.escape(path), "1000 streams")
         got, _, err, _ = run("fast alone", ["agent", "-fast", "-wait", "1s", s.address])
         check("-fast without -replay: usage", got == 2, got, 2)
 
