@@ -720,6 +720,13 @@ def test_timeouts():
         a.send(ACCEPTED)
         s.ended(4, "accepted", "no events", "no log-forwarder")
         check("no log-forwarder: -poll 0 asks nothing", not [m for m in a.messages if fields(m)[0][0] == 4], a.messages, "no question")
+    with Server("no log-forwarder, polled", "-until", "running", "-timeout", "0.9s", "-poll", "100ms") as s:
+        s.agent().send(ACCEPTED)
+        err = s.ended(4, "accepted", "no log-forwarder")
+        hasnot("no log-forwarder, polled: not the flag's fault", err, "-poll is off")
+    with Server("a long time-out", "-until", "connected", "-timeout", "2h") as s:
+        s.agent()
+        s.ended(0)
     with Server("no log-forwarder, and not accepted", "-until", "running", "-timeout", "700ms", "-poll", "0") as s:
         s.agent("j")
         s.ended(4, "connected")
@@ -857,6 +864,10 @@ def test_reject():
             a, f = s.both()
             f.send(message)
             s.ended(3, told)
+    with Server("reject alone", "-reject", "panic") as s:
+        a, f = s.both()
+        f.send(log("a panic"))
+        s.ended(3, "a panic")
     with Server("reject, none matches", *args) as s:
         a, f = s.both()
         f.send(log("panic of an idx", "ERROR"), event("Weird/Badly"), event("Weird/Good", b"ouch"))
@@ -956,12 +967,50 @@ def test_reports():
     with Server("report of no agent", "-until", "ready", "-timeout", "200ms", "-report", os.path.join(W.dir, "none.xml")) as s:
         s.ended(4)
     junit("report of no agent", os.path.join(W.dir, "none.xml"), 4)
+    path = os.path.join(W.dir, "two.json")
+    with Server("report of two agents", "-until", "ready", "-timeout", "15s", "-agents", "2", "-report", path) as s:
+        s.both("one")[1].events(*RUN).sync()
+        s.both("two")[1].events(*RUN)
+        s.ended(0)
+    same("report of two agents", sorted(a["name"] for a in json.loads(read(path))["agents"]), ["one", "two"])
+    with Server("report of -expect", "-expect", "Running/Starting", "-timeout", "15s", "-report", "r") as s:
+        s.both("vm")[1].events("Running/Starting")
+        s.ended(0)
+    tree = junit("report of -expect", os.path.join(W.dir, "r"), 0)
+    check("report of -expect: its case", tree is not None and any("expect" in c.get("name") for c in tree.iter("testcase")),
+          read(os.path.join(W.dir, "r")), "a case named expect")
+    with Server("report of a success that can't be written", "-until", "connected", "-timeout", "15s", "-report", "/dev/full") as s:
+        s.agent()
+        same("report of a success that can't be written: status", s.wait(), 1)
+        has("report of a success that can't be written", s.err.text(), "-report", "/dev/full", "No space")
     status, _, err, _ = run("report", [*W.base, "-report", "x.xml"])
     same("-report without a verdict: usage", status, 2)
     has("-report without a verdict: told", err, "-report")
     status, _, err, _ = run("report", [*W.base, "-report", "/nonexistent/x.xml", "-until", "ready", "-timeout", "100ms"])
     check("-report that can't be written: not 0", status in (1, 4), status, "1 or 4")
     has("-report that can't be written: told", err, "-report", "/nonexistent/x.xml")
+
+
+def test_max_connections():
+    """One more than -max-connections is told so, and turned away; a place that becomes free is given again."""
+    with Server("max-connections", "-max-connections", "2") as s:
+        a, b = s.agent("one"), s.agent("two")
+        host, port = s.address.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), LIMIT) as c:
+            got = b""
+            while piece := c.recv(1000):
+                got += piece
+        goaway = b"\x07\0\0\0\0\0" + struct.pack(">II", 0, 11) + b"too many connections"
+        check("max-connections: SETTINGS, GOAWAY with ENHANCE_YOUR_CALM, the end", got[3:9] == b"\4" + bytes(5) and got.endswith(goaway),
+              got, goaway)
+        check("max-connections: told", s.err.until("-max-connections"), s.err.text(), "a line")
+        check("max-connections: the others go on", a.alive() and b.alive(), s.err.text(), "two open streams")
+        a.close()
+        s.err.until("stream ended")
+        end = time.monotonic() + LIMIT          # the server sees the closed socket when it sees it
+        while time.monotonic() < end and (status := run("max-connections", ["health", s.address])[0]):
+            pass
+        same("max-connections: the free place is given again", status, 0)
 
 
 def test_signals():
@@ -976,6 +1025,7 @@ def test_signals():
 def test_startup():
     rows = [(["-until", "later"], 2, "-until"), (["-until", ""], 2, "-until"), (["-timeout", "5"], 2, "-timeout"),
             (["-timeout", "-1s"], 2, "-timeout"), (["-grace", "x"], 2, "-grace"), (["-poll", "1"], 2, "-poll"),
+            (["-timeout", "1.5"], 2, "-timeout"), (["-timeout", "1.5.5s"], 2, "-timeout"), (["-timeout", "87661h"], 2, "-timeout"),
             (["-until"], 2, "-until"), (["-record", "/nonexistent/f"], 1, "-record"), (["-record", "/"], 1, "-record"),
             (["-manifest-for", "x"], 2, "-manifest-for"), (["-manifest-for", "=x"], 2, "-manifest-for"),
             (["-manifest-for", "j="], 2, "-manifest-for"), (["-manifest-for", "j=/nonexistent"], 1, "-manifest-for"),
@@ -1346,6 +1396,38 @@ def test_stand_in_asked():
         check("control agents: nobody there", s.err.until("no agent is connected"), s.err.text(), "a line")
 
 
+def test_stand_in_refuses():
+    """What a real agent would not survive, `cvms agent` fails of, and tells."""
+    large = big(W.base)
+    rows = [(["plain"], W.base, "plain runReq"), (["short-hash"], W.base, "algorithm 0: its hash has 31 bytes, not 32"),
+            (["flip=2"], W.base, "name different computations"), (["missing-chunk=1"], large, "does not parse"),
+            (["twice", "no-last"], large, "chunk 4 has data behind a short chunk"), (["rst"], large, "ended the agent's stream")]
+    for faults, flags, told in rows:
+        name = f"stand-in, {' '.join(faults)}"
+        with Server(name, *(x for f in faults for x in ("-fault", f)), base=flags) as s:
+            status, _, err, _ = run(name, ["agent", s.address])
+            same(f"{name}: status", status, 1)
+            has(name, err, "FAILED: ", told)
+    with Server("stand-in, twice", "-fault", "twice", base=large) as s:
+        same("stand-in, twice: the second is not looked at", run("stand-in, twice", ["agent", s.address])[0], 0)
+    manifest = json.loads(run("manifest", ["manifest", *W.data])[1])
+    rows = [("no algorithm", {"algorithm": None}, None, "the manifest has no algorithm"),
+            ("an algorithm's hash", {"algorithm": {**manifest["algorithm"], "hash": "AAAA"}}, "algorithm has a hash of 3 bytes",
+             "algorithm 0: its hash has 3 bytes"),
+            ("a dataset's hash", {"datasets": [{**manifest["datasets"][0], "hash": ""}]}, "dataset 0 has a hash of 0 bytes",
+             "dataset 0: its hash has 0 bytes"),
+            ("a dataset's key", {"datasets": [{**manifest["datasets"][0], "userKey": "AAAA"}]}, None, "dataset 0: its userKey is not"),
+            ("a consumer's key", {"resultConsumers": [{"userKey": "MAA="}]}, None, "result consumer 0: its userKey is not")]
+    given = [x for i, row in enumerate(rows) for x in ("-manifest-for", f"vm-{i}=" + write("m.json", json.dumps({**manifest, **row[1]})))]
+    with Server("stand-in, odd manifests", *given, "-fault", "delay=1ms") as s:
+        for i, (name, _, warned, told) in enumerate(rows):
+            if warned:
+                has(f"stand-in, {name}: the server warns", s.err.text(), "-manifest-for", warned, "panics")
+            status, _, err, _ = run(name, ["agent", "-job-id", f"vm-{i}", s.address])
+            same(f"stand-in, {name}: status", status, 1)
+            has(f"stand-in, {name}", err, "FAILED: ", told)
+
+
 def test_replay():
     for job, forwarder_first in ((None, False), ("vm-1", False), ("vm-1", True)):
         path = os.path.join(temp(), "record.jsonl")
@@ -1407,6 +1489,15 @@ def test_replay_mistakes():
         has("replay, 1001 streams", err, re.escape(path), "1000 streams")
         got, _, err, _ = run("fast alone", ["agent", "-fast", "-wait", "1s", s.address])
         check("-fast without -replay: usage", got == 2, got, 2)
+    path = write("r", line)
+    with Server("replay, rst", "-fault", "rst") as s:
+        got, _, err, _ = run("replay, rst", ["agent", "-replay", path, s.address])
+        same("replay to a server that resets the stream: status", got, 1)
+        has("replay to a server that resets the stream", err, "FAILED: ")
+        address = s.address
+    got, _, err, _ = run("replay, no server", ["agent", "-replay", path, "-wait", "100ms", address])
+    same("replay to no server: status", got, 1)
+    has("replay to no server", err, "FAILED: can't connect")
 
 
 # ---- All of them ----
