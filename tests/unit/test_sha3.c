@@ -182,6 +182,37 @@ static void absorb_best(struct sha3_256 *const ctx[], const uint8_t *const data[
         sha3_absorb(ctx[i], data[i], blocks);
 }
 
+#if defined(__x86_64__)
+/* Where __builtin_cpu_supports looks (libgcc's and compiler-rt's cpuinfo, the numbers are part of their ABI). */
+extern struct {
+    unsigned vendor, type, subtype, features[1];
+} __cpu_model;
+enum { AVX2 = 1 << 10, AVX512F = 1 << 15, BMI = 1 << 16, BMI2 = 1 << 17, AVX512VL = 1 << 20 };
+
+/* The same processor with fewer features: each way is taken, and gives the same. */
+static void test_lesser_processors(void)
+{
+    static const struct {
+        unsigned hidden, lanes;
+    } v[] = { { 0, 8 }, { AVX512VL, 4 }, { AVX512F, 4 }, { AVX512F | AVX2, 1 }, { AVX512F | BMI2, 4 },
+              { AVX512F | AVX2 | BMI, 1 }, { AVX512F | AVX512VL | AVX2 | BMI | BMI2, 1 } };
+    unsigned all = __cpu_model.features[0], most = sha3_256_lanes();
+    for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
+        char got[12], wanted[12];
+        __cpu_model.features[0] = all & ~v[i].hidden;
+        snprintf(got, sizeof got, "%u", sha3_256_lanes());
+        snprintf(wanted, sizeof wanted, "%u", v[i].lanes < most ? v[i].lanes : most);
+        CHECK(got, wanted);
+        for (size_t blocks = 0; blocks <= 2; blocks++) {
+            check_lanes(absorb_best, 1, blocks);
+            for (unsigned n = 0; n <= 17; n++)
+                check_lanes(sha3_256_absorb_lanes, n, blocks);
+        }
+    }
+    __cpu_model.features[0] = all;
+}
+#endif
+
 static void test_single(void)
 {
     for (size_t blocks = 0; blocks <= 5; blocks++) {
@@ -231,6 +262,9 @@ int main(void)
     test_splits();
     test_single();
     test_lanes();
+#if defined(__x86_64__)
+    test_lesser_processors();
+#endif
     test_last_page();
 #if defined(__x86_64__)
     if (sha3_256_lanes() < 8)
