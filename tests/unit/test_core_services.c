@@ -716,6 +716,12 @@ static void test_reflection(void)
     check_files(4, "cvms.Service.Process", cvms, 2);
     check_files(4, "cvms.ServerStreamMessage", cvms, 2);
     check_files(4, "cvms.azureAttestationToken", cvms, 2);
+    check_files(4, "cvms.Source.kbs_resource_path", cvms, 2);
+    check_files(4, "cvms.ServerStreamMessage.message", cvms, 2);       /* a oneof, and one of its members */
+    check_files(4, "cvms.ServerStreamMessage.runReq", cvms, 2);
+    check_files(4, "grpc.health.v1.HealthCheckResponse.ServingStatus", "grpc/health/v1/health.proto", 1);
+    check_files(4, "grpc.health.v1.HealthListResponse.StatusesEntry", "grpc/health/v1/health.proto", 1);
+    check_files(4, "grpc.health.v1.HealthListResponse.statuses", "grpc/health/v1/health.proto", 1);
     check_files(3, "google/protobuf/timestamp.proto", "google/protobuf/timestamp.proto", 1);
     check_files(4, "google.protobuf.Timestamp", "google/protobuf/timestamp.proto", 1);
     check_files(4, "grpc.health.v1.Health", "grpc/health/v1/health.proto", 1);

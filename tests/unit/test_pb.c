@@ -595,6 +595,7 @@ static void test_json_errors(void)
         { "{\"datasets\":[{},\n{\"source\":{\"url\":\"u\",\n\"foo\":1}}]}", "line 3: datasets[1].source.foo: unknown field" },
         { "{\"a\\u001bb\":1}", "line 1: a?b: unknown field" },
         { "", "line 1: an object was expected" }, { "[]", "line 1: an object was expected" },
+        { "{\"id\":\"1\"]", "line 1: a comma or the end of the object was expected" },
         { "{", "line 1: a string was expected" }, { "{}x", "line 1: more text behind the message" },
         { "{\"id\":\"1\",}", "line 1: a string was expected" },
         { "{\"id\":\"1\" \"name\":\"\"}", "line 1: a comma or the end of the object was expected" },
@@ -631,7 +632,32 @@ static void test_json_errors(void)
         { "\"nan\"", "line 1: errorCode: an integer was expected" }, { "null", "ok" }, { "nullx", "line 1: a comma or the end of the object was expected" },
         { "0000000000000000000000000000000000000000000000000000000000000000000000000000001", "line 1: errorCode: an integer was expected" },
     };
+    static const char *const map[][2] = {
+        { "{\"statuses\":{}}", "ok" }, { "{\"statuses\":{\"a\":{}}}", "ok" },
+        { "{\"statuses\":{a:{}}}", "line 1: statuses[0]: a string was expected" },
+        { "{\"statuses\":{\"a\" {}}}", "line 1: statuses[0]: a colon was expected" },
+        { "{\"statuses\":[]}", "line 1: statuses: an object was expected" },
+        { "{\"statuses\":{\"a\":{}]}", "line 1: statuses: a comma or the end of the list was expected" },
+        { "{\"statuses\":{\"a\":{\"status\":\"UP}}}", "line 1: statuses[0].status: the string does not end" },
+    };
+    static const char *const time[][2] = {
+        { "2024-02-29T23:59:59.123456789+23:59", "ok" }, { "2024-02-29T23:59:59-00:01", "ok" },
+        { "2024-02-29T23:59:59Zx", NULL }, { "2024-02-29T23:59:59+1:00", NULL }, { "2024-02-29T23:59:59+01:0", NULL },
+        { "2024-02-29T23:59:59+01:60", NULL }, { "2024-02-29T23:59:59+24:00", NULL }, { "2024-02-29T23:59:60Z", NULL },
+        { "2024-02-29T23:60:59Z", NULL }, { "2024-02-29T24:59:59Z", NULL }, { "2024-02-30T23:59:59Z", NULL },
+        { "2024-2-29T23:59:59Z", NULL }, { "x024-02-29T23:59:59Z", NULL }, { "2024-02-29 23:59:59Z", NULL },
+        { "2024-02-29T3:59:59Z", NULL }, { "2024-02-29T23:9:59Z", NULL }, { "2024-02-29T23:59:9Z", NULL },
+        { "2024-02-29T23:59:59.Z", NULL }, { "2024-02-29T23:59:59.1234567890Z", NULL }, { "2024-02-29T23:59:59", NULL },
+    };
     char json[300];
+    for (size_t i = 0; i < PB_COUNT(map); i++)
+        CHECK_TEXT(bytes_of(json_error(&HealthListResponse_message, map[i][0])), map[i][1]);
+    for (size_t i = 0; i < PB_COUNT(time); i++) {
+        snprintf(json, sizeof json, "\"%s\"", time[i][0]);
+        CHECK_TEXT(bytes_of(json_error(&Timestamp_message, json)),
+                   time[i][1] ? time[i][1] : "line 1: a time as in 2006-01-02T15:04:05Z was expected");
+    }
+    CHECK_TEXT(bytes_of(json_error(&Timestamp_message, "\"2024-02")), "line 1: the string does not end");
     for (size_t i = 0; i < PB_COUNT(v); i++)
         CHECK_TEXT(bytes_of(json_error(&ComputationRunReq_message, v[i][0])), v[i][1]);
     for (size_t i = 0; i < PB_COUNT(number); i++) {
