@@ -97,6 +97,9 @@ def script(directory, name, *args):
 def cli():
     script("cli", "test_checksum", os.path.join(HERE, "vectors"), "--small")
     script("cli", "test_cli")
+    plain = program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
+    if plain:
+        layer("test_plain", [sys.executable, os.path.join(HERE, "cli", "test_plain.py"), plain])
 
 
 def smoke():

@@ -180,7 +180,8 @@ def main():
         show_missing(collect())
         return 0
     began, failed_layers = time.monotonic(), 0
-    if not args.layers:
+    newest = max(os.path.getmtime(os.path.join(TOP, name)) for name in FILES)
+    if not args.layers or any(os.path.getmtime(path) < newest for path in glob.glob(os.path.join(BIN, "*"))):
         shutil.rmtree(BIN, ignore_errors=True)
     os.makedirs(BIN, exist_ok=True)
     check = subprocess.run([sys.executable, os.path.join(TOP, "tests", "check.py"), *args.layers],

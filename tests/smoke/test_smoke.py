@@ -1489,7 +1489,7 @@ def test_replay_mistakes():
         has("replay, 1001 streams", err, re.escape(path), "1000 streams")
         got, _, err, _ = run("fast alone", ["agent", "-fast", "-wait", "1s", s.address])
         check("-fast without -replay: usage", got == 2, got, 2)
-    path = write("r", line)
+    path = write("r", line + line.replace("00:00:00Z", "00:00:30Z"))      # the stream is open when the reset comes
     with Server("replay, rst", "-fault", "rst") as s:
         got, _, err, _ = run("replay, rst", ["agent", "-replay", path, s.address])
         same("replay to a server that resets the stream: status", got, 1)
