@@ -17,6 +17,8 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 CVMS, TOOLS = (os.path.abspath(p) for p in sys.argv[1:3])
 VECTORS = os.path.join(HERE, "../vectors")
+INPUTS = ["-algo-path", f"{VECTORS}/inputs/algo.py", "-data-paths", f"{VECTORS}/inputs/data.csv", "-public-key-path",
+          f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false"]
 CI = bool(os.environ.get("CI"))
 passed = failed = skipped = 0
 
@@ -53,8 +55,7 @@ class Server:
         os.mkfifo(ready)
         self.out, self.err = open(os.path.join(self.dir, "out"), "w+"), open(os.path.join(self.dir, "err"), "w+")
         self.p = subprocess.Popen(
-            [CVMS, "-algo-path", f"{VECTORS}/inputs/algo.py", "-data-paths", f"{VECTORS}/inputs/data.csv", "-public-key-path",
-             f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false", "-ready-file", ready, "-output", output, *flags],
+            [CVMS, *INPUTS, "-ready-file", ready, "-output", output, *flags],
             stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL,
             env={**os.environ, "HOST": "localhost", "PORT": "0", **(env or {})})
         with open(ready) as f:
@@ -65,6 +66,13 @@ class Server:
         f.flush()
         with open(f.name) as g:
             return g.read()
+
+    def manifest(self):
+        """What it sends, as `cvms manifest` with the same flags makes it."""
+        p = subprocess.run([CVMS, "manifest", *INPUTS, "-o", "wanted"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        check("cvms manifest", p.returncode == 0, p.stderr)
+        with open("wanted", "rb") as f:
+            return f.read()
 
     def has(self, pattern, limit=10, f=None):
         end = time.monotonic() + limit
@@ -111,8 +119,6 @@ def server_tls():
             check(f"s_client {version} is refused", "Cipher is (NONE)" in out or "Cipher    : 0000" in out, out)
         out = run("openssl", "s_client", "-connect", s.address, "-alpn", "h2", "-CAfile", "ca.pem", "-tls1_2")[1]
         check("s_client: ALPN, verified, AEAD", "ALPN protocol: h2" in out and "Verify return code: 0" in out and "GCM" in out, out)
-        out = run("curl", "-s", "--http2", "--cacert", "ca.pem", f"https://{s.address}/")[1]
-        check("curl --http2", "speaks gRPC" in out, out)
         clients(s, [])
         if tool("h2spec"):
             out = run(tool("h2spec"), "-h", "localhost", "-p", s.port, "-t", "-k", "--strict")[1]
@@ -146,6 +152,8 @@ def large_manifest():
 
 
 def clients(s, certificate):
+    """Each client of the issue's list against a server; certificate: [] or -cert FILE -key FILE."""
+    files = dict(zip(["ca", *(f[1:] for f in certificate[::2])], ["ca.pem", *certificate[1::2]]))
     flags = ["-cacert", "ca.pem", *certificate]
     if tool("grpcurl"):
         status, out, err = run(tool("grpcurl"), *flags, s.address, "list")
@@ -156,6 +164,29 @@ def clients(s, certificate):
                                "-tag", "tls")
         check("grpc-go: 10,000 logs", status == 0, out + err)
         check("grpc-go: none is lost", s.has("(?s)(tls.*?){10000}", f=s.out), s.text(s.out).count("tls"))
+    if tool("../venv/bin/python"):
+        words = [tool("../venv/bin/python"), f"{HERE}/../clients/py/client.py", s.address]
+        grpcio_and_js(s, "grpcio", words, [w for k, f in files.items() for w in (f"--{k}", f)], ["-o", "received"], {})
+    if tool("../js/node_modules"):
+        words = [shutil.which("node") or "node", f"{HERE}/../clients/js/client.js", s.address]
+        grpcio_and_js(s, "grpc-js", words, [], ["received"],
+                      {"NODE_PATH": os.path.join(TOOLS, "js/node_modules"), **{k.upper(): f for k, f in files.items()}})
+    out = run("curl", "-s", "--http2", "--cacert", *flags[1:2], *("-" + f if f.startswith("-") else f for f in certificate),
+              f"https://{s.address}/")[1]
+    check("curl --http2", "speaks gRPC" in out, out)
+    for name, more in (("without the CA", ["-insecure", *certificate]), ("without TLS", ["-plaintext"])):
+        if tool("grpcurl"):
+            status, out, err = run(tool("grpcurl"), *more, "-max-time", "5", s.address, "list")
+            check(f"grpcurl {name}", (status == 0) == ("-insecure" in more), err)
+
+
+def grpcio_and_js(s, name, words, flags, into, env):
+    """Health, and the manifest, which is that of `cvms manifest`."""
+    status, out, err = run(*words, "health", *flags, env=env)
+    check(f"{name}: health", status == 0, out + err)
+    status, out, err = run(*words, "manifest", *into, *flags, env=env)
+    with open("received", "rb") as f:
+        check(f"{name}: the manifest", status == 0 and f.read() == s.manifest(), out + err)
 
 
 def mutual_tls():
@@ -171,6 +202,11 @@ def mutual_tls():
         check("a server's certificate", run(CVMS, "health", "-ca", "ca.pem", "-cert", "server.pem", "-key", "server.key", s.address)[0] == 1)
         check("which is told, too", s.has("extended key usage"), s.text(s.err))
         clients(s, mine)
+    rsa = {"SERVER_CERT": "rsa.pem", "SERVER_KEY": "rsa.key"}
+    for more, certificate in (({}, []), ({"CLIENT_CA_CERTS": "ca.pem"}, ["-cert", "rsaclient.pem", "-key", "rsaclient.key"])):
+        with Server(env={**rsa, **more}) as s:
+            check("RSA: agent", run(CVMS, "agent", "-ca", "ca.pem", *certificate, s.address)[0] == 0)
+            clients(s, certificate)
     with Server("-client-san", "someone.else", env=env) as s:
         check("-client-san: another name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 1)
     with Server("-client-san", "agent", env=env) as s:
@@ -232,6 +268,10 @@ def main():
     readme_commands()
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
                     "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
+    for name, extensions in (("rsa", "server.ext"), ("rsaclient", "client.ext")):
+        subprocess.run(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
+                       f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem",
+                       shell=True, check=True, capture_output=True)
     for test in (start_up, goaway_then_ping, server_tls, mutual_tls, large_manifest):
         test()
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
