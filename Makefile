@@ -38,6 +38,10 @@ check-large: cvms
 coverage:
 	python3 tests/coverage/coverage.py
 
+# Every figure beside a grpc-go server that does the same job, in one table, also in build/bench.md.
+bench:
+	python3 tests/bench/bench.py CC='$(CC)' BEARSSL='$(BEARSSL)'
+
 # A fully static, stripped binary, as small as it gets: with musl where it is there and TLS=0 or BEARSSL=DIR names a
 # library built for it.
 static: $(SOURCES)
@@ -52,4 +56,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: all run check check-large coverage static install clean
+.PHONY: all run check check-large coverage bench static install clean
