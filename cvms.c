@@ -5812,7 +5812,6 @@ static void session_send_manifest(struct session *session)
     grpc_send_blob(s, blob_ref(session->manifest->stream));
     if (session->ended)
         grpc_finish(s, GRPC_OK, "");
-    s->conn->core->touched = true;
 }
 
 /* The stream has shown what it is. */
@@ -9288,6 +9287,7 @@ static void ask_run(struct session *s)
 {
     manifest_refresh(s->manifest, s->stream->conn->core);
     session_send_manifest(s);
+    s->stream->conn->core->touched = true;
 }
 
 static void control_help(struct server *v);
@@ -9463,9 +9463,10 @@ static void server_turn(struct loop *l)
     if (l->reload)
         server_reload(v);
     for (struct session *s = l->core.sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
-        if (s->send_ms <= now)
+        if (s->send_ms <= now) {
             session_send_manifest(s);
-        else if (s->send_ms < next)
+            l->core.touched = true;
+        } else if (s->send_ms < next)
             next = s->send_ms;
     }
     if (now >= v->verdict.next_poll_ms) {

@@ -443,9 +443,11 @@ COUNTS = (1, 10, 100, 1000, 10000)
 
 
 def grow(what, unit, costs, factor=1.5):
-    """One row of the growth table: per-item costs, and by how much one is over any at a smaller count."""
-    worst = max(b / a if a > 0 else 1 for i, a in enumerate(costs) for b in costs[i + 1:])
-    growth.append([what, *(human(c, unit) for c in costs), f"{worst:.2f}", "yes" if worst <= factor else "NO"])
+    """One row of the growth table: per-item costs (None: too few to tell), and by how much one is over any at a smaller count."""
+    known = [c for c in costs if c is not None]
+    worst = max(b / a if a > 0 else 1 for i, a in enumerate(known) for b in known[i + 1:])
+    cells = (human(c, unit) if c is not None else "–" for c in costs)
+    growth.append([what, *cells, f"{worst:.2f}", "yes" if worst <= factor else "NO"])
     print("  " + " | ".join(growth[-1]), flush=True)
 
 
@@ -461,7 +463,7 @@ def growth_streams():
             return served("idle", "-conns", str(n), "-n", "200")(programs.ours)
         runs = [one() for _ in range(ROUNDS if n < 1000 else 1)]
         connect.append(statistics.median(r["server_cpu_us_per_conn"] for r in runs))
-        memory.append(statistics.median(r["rss_kib_per_conn"] for r in runs))
+        memory.append(statistics.median(r["rss_kib_per_conn"] for r in runs) if n >= 100 else None)   # pages of 4 KiB
         each = max(10, 200000 // n)
         message.append(median_of(lambda: served("ingest", "-conns", str(n), "-msgs", str(each))(programs.ours)
                                  ["server_cpu_us_per_msg"]))
