@@ -54,7 +54,7 @@
 #define CVMS_TLS 1                    /* 0: without BearSSL */
 #endif
 #ifndef CVMS_TLS_POOL
-#define CVMS_TLS_POOL 1               /* 0: each connection keeps its 32 KiB of buffers, no BearSSL internals are touched */
+#define CVMS_TLS_POOL 1               /* 0: no field that BearSSL calls internal is used; 32 KiB a connection */
 #endif
 #if CVMS_TLS
 #include <bearssl.h>
@@ -734,7 +734,7 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
     buf_put(out, plain, (size_t)(p - plain));
 }
 
-/* One line on stderr: time, whom it is about, what.  Arguments that come from a peer must have gone through put_text. */
+/* One line on stderr: time, whom it is about, what.  Arguments that come from a peer have gone through put_text. */
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
     va_list ap;
@@ -765,7 +765,8 @@ static void core_cap(struct core *core, const char *peer, const char *name)
         core->cap_log[i].at_ms = core->now_ms;
         break;
     }
-    core_note(core, peer, "too many or too large: %s%s", name, peer ? "; the peer is cut off" : "; new ones have to wait");
+    core_note(core, peer, "too many or too large: %s%s", name,
+              peer ? "; the peer is cut off" : "; new ones have to wait");
 }
 
 /* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
@@ -777,7 +778,7 @@ enum {
     MAX_FIELD_BLOCK = 32768,          /* bytes of HEADERS and its CONTINUATIONs */
     MAX_CONTINUATIONS = 16,
     MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
-    MAX_QUEUED_BYTES = 262144,        /* bytes of all that wait on one connection, without what is shared: the manifest */
+    MAX_QUEUED_BYTES = 262144,        /* bytes that wait on one connection, without the manifest, which is shared */
     OUT_TARGET = 65536,               /* DATA is put into the output up to here: one large write */
     OUT_HIGH = 262144,                /* output waiting on one connection, above which it is not read */
     CREDIT_STEP = DEFAULT_WINDOW / 2, /* flow-control credit is given back in steps of this */
@@ -1845,7 +1846,8 @@ static enum stranger stranger_kind(struct bytes p)
  * request an answer that it understands. */
 static void conn_stranger(struct conn *c, struct bytes p)
 {
-    static const char body[] = "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
+    static const char body[] =
+        "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
     buf_put(&c->in, p.p, min_size(p.n, 64));
     enum stranger kind = c->in.failed ? STRANGER_OTHER : stranger_kind((struct bytes){ c->in.p, c->in.len });
     if (kind == STRANGER_UNKNOWN)
@@ -2501,7 +2503,8 @@ static void grpc_response(struct stream *s, const struct fields *f, bool end)
     if (v[F_STATUS].p && !bytes_eq(v[F_STATUS], BYTES("200"))) {
         grpc_client_status(s, GRPC_UNAVAILABLE, BYTES("the server's HTTP status is not 200: no gRPC server there"));
         stream_reset(s, CANCEL);
-    } else if (v[F_STATUS].p && (v[F_CONTENT_TYPE].n < 16 || memcmp(v[F_CONTENT_TYPE].p, "application/grpc", 16) != 0)) {
+    } else if (v[F_STATUS].p &&
+               (v[F_CONTENT_TYPE].n < 16 || memcmp(v[F_CONTENT_TYPE].p, "application/grpc", 16) != 0)) {
         grpc_client_status(s, GRPC_UNKNOWN, BYTES("the response is not gRPC"));
         stream_reset(s, CANCEL);
     } else if (end) {
@@ -3086,8 +3089,10 @@ static const char *const environment_table[][2] = {
     { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
     { "PORT", "port to listen on (default 7001; 0: any free one)" },
     { "SERVER_CERT, SERVER_KEY", "TLS: certificate chain and key, each a path or PEM text" },
-    { "SERVER_CA_CERTS, CLIENT_CA_CERTS", "either: clients need a certificate, verified against the latter (or the only one)" },
-    { "AGENT_CVM_GRPC_URL, ..._SERVER_CA_CERTS, ..._CLIENT_CERT, ..._CLIENT_KEY", "agent and health: an agent's own settings" },
+    { "SERVER_CA_CERTS, CLIENT_CA_CERTS",
+      "either: clients need a certificate, verified against the latter (or the only one)" },
+    { "AGENT_CVM_GRPC_URL, ..._SERVER_CA_CERTS, ..._CLIENT_CERT, ..._CLIENT_KEY",
+      "agent and health: an agent's own settings" },
     { "NO_COLOR", "if set, no colour, also on a terminal" },
 };
 
@@ -4178,8 +4183,8 @@ static struct bytes pem_line(struct bytes *in)
     return line;
 }
 
-/* True if the line is an encapsulation boundary, e.g. "-----BEGIN X-----" for the prefix "-----BEGIN ": label is then X.
- * A label that is too long or not printable ASCII makes the line ordinary text. */
+/* True if the line is an encapsulation boundary, e.g. "-----BEGIN X-----" for the prefix "-----BEGIN ": label is then
+ * X.  A label that is too long or not printable ASCII makes the line ordinary text. */
 static bool pem_boundary(struct bytes line, const char *prefix, char label[PEM_LABEL])
 {
     size_t start = strlen(prefix);
@@ -4448,7 +4453,8 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
 MUST_USE static bool public_key_load(const char *path, struct buf *der, struct err *e)
 {
     struct buf text = { 0 };
-    bool ok = file_load(path, PEM_FILE_MAX, &text, e) && public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
+    bool ok = file_load(path, PEM_FILE_MAX, &text, e) &&
+              public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
     buf_free(&text);
     return ok;
 }
@@ -4715,8 +4721,8 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
 }
 
 /* What the flags say of the i-th dataset, wherever it comes from. */
-static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
-                             struct Dataset *d)
+static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col,
+                             size_t i, struct Dataset *d)
 {
     const char *hash = nth(&col[COL_HASH], i), *name = nth(&col[COL_FILENAME], i), *key = nth(&col[COL_KEY], i);
     const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
@@ -4756,7 +4762,8 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
     if (remote && paths.n)
         tell(r, WARNING, "-data-paths is not used: the datasets are remote");
     if (remote && urls > 1 && present(o->dataset_hash))
-        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content", urls);
+        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
+             urls);
     for (size_t c = 0; c < COLUMNS; c++)
         if (col[c].n && (columns[c].may_be_short ? col[c].n > n : col[c].n != n))
             tell(r, columns[c].may_be_short ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for "
@@ -4914,7 +4921,8 @@ static bool blob_append(struct blob *b, struct buf *scratch, const struct Server
 
 /* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory); faults may be
  * NULL. */
-static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest, const struct faults *faults)
+static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest,
+                                    const struct faults *faults)
 {
     size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
     size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
@@ -4934,7 +4942,8 @@ static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct 
         for (size_t i = 0; ok && !plain && i <= pieces && i < end; i++) {
             struct RunReqChunks chunk = { .id = req->id, .is_last = i == pieces };
             if (i < pieces)
-                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN, min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
+                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN,
+                                             min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
             if ((int64_t)i != leave_out)
                 ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReqChunks = &chunk });
         }
@@ -5198,7 +5207,7 @@ static void verdict_free(struct verdict *v)
     buf_free(&v->why);
 }
 
-/* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict is wanted, or too many. */
+/* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict wanted, or too many. */
 static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
 {
     const char *port = strrchr(peer, ':');
@@ -5274,7 +5283,8 @@ static void verdict_reject(const struct verdict *v, struct host *h, struct bytes
 static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
 {
     char level[16];
-    snprintf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8), log->level.n ? (const char *)log->level.p : "");
+    snprintf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
+             log->level.n ? (const char *)log->level.p : "");
     host_context(h, level, log->message);
     bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
     for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
@@ -5357,7 +5367,8 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
     if (!h->had_agent)
         buf_puts(out, "; only its log-forwarder connected, no agent");
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
-        buf_printf(out, "; no events, because no log-forwarder connected%s", v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
+        buf_printf(out, "; no events, because no log-forwarder connected%s",
+                   v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
     else if (h->expected < v->expect.n)
         buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
 }
@@ -5854,9 +5865,9 @@ static void process_open(struct stream *s, const struct fields *f)
         kind = KIND_FORWARDER;
     if (kind)
         session_kind(session, kind);
-    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream", session->job_id ? "[" : "",
-              session->job_id ? session->job_id : "", session->job_id ? "]" : "", s->conn->subject ? " as " : "",
-              s->conn->subject ? s->conn->subject : "");
+    const char *job = session->job_id, *subject = s->conn->subject;
+    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
+              job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
     session->manifest = manifest_for(core->manifest, f->value[F_JOB_ID]);
     manifest_refresh(session->manifest, core);
     if (kind == KIND_FORWARDER && core->skip_forwarder)
@@ -6084,9 +6095,10 @@ static bool file_has(const struct pb_file *f, struct bytes symbol)
 static const struct pb_file *reflection_file(const struct ServerReflectionRequest *req)
 {
     for (size_t i = 0; i < PB_COUNT(all_files); i++) {
-        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(all_files[i]->name))
-                                    : req->file_containing_symbol.p && file_has(all_files[i], req->file_containing_symbol))
-            return all_files[i];
+        const struct pb_file *f = all_files[i];
+        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
+                                    : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
+            return f;
     }
     return NULL;
 }
@@ -8409,7 +8421,8 @@ static const struct step run_steps[] = {
     { .event = "ReceivingData", .status = "InProgress", .with_data = true },
     { .event = "Running", .status = "Starting" },
     { .event = "Running", .status = "InProgress" },
-    { .level = "DEBUG", .text = "the algorithm's output comes as it was written:\n\tepoch 1  loss 0.53\n\tepoch 2  loss 0.21" },
+    { .level = "DEBUG",
+      .text = "the algorithm's output comes as it was written:\n\tepoch 1  loss 0.53\n\tepoch 2  loss 0.21" },
     { .event = "AlgorithmRun", .status = "Warning", .originator = "computation-runner" },
     { .level = "ERROR", .text = "UserWarning: what an algorithm writes to stderr is logged as an error\n" },
     { .event = "Running", .status = "Completed" },
@@ -9086,7 +9099,8 @@ static void health_answer(struct stream *s, struct bytes wire)
     bool unknown;
     enum pb_error err = pb_decode(&HealthCheckResponse_message, &res, wire, &core->arena, &unknown);
     bool known = err == PB_OK && res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values);
-    health_end(core->app, known && res.status == HEALTH_SERVING ? 0 : 1, known ? ServingStatus_values[res.status] : "no status");
+    health_end(core->app, known && res.status == HEALTH_SERVING ? 0 : 1,
+               known ? ServingStatus_values[res.status] : "no status");
 }
 
 static void health_status_end(struct stream *s, unsigned status, struct bytes text)
@@ -9141,7 +9155,7 @@ static int cmd_health(struct options *o)
     return status;
 }
 
-/* ==== 19. The server command, and main ============================================================================= */
+/* ==== 19. The server command, and main =========================================================================== */
 
 /* HOST:PORT, with brackets around an IPv6 address. */
 static void host_port(char *out, size_t cap, const char *host, unsigned port)
@@ -9176,8 +9190,8 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
         real = listen_all(l, list, (unsigned)port);
     if (!real)
-        tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces", (long long)port,
-             strerror(errno), errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
+        tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
+             (long long)port, strerror(errno), errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
                               : errno == EACCES ? "; set PORT to one above 1023" : "");
     freeaddrinfo(list);
     host_port(where, cap, bare, real);
@@ -9534,7 +9548,8 @@ static int verdict_finish(struct server *v, int status)
     struct err e;
     int64_t end_ms = v->loop->core.now_ms;
     if (!v->verdict.over) {
-        buf_printf(&v->verdict.why, v->loop->signal_number ? "signal %d" : "the server ended before", v->loop->signal_number);
+        buf_printf(&v->verdict.why, v->loop->signal_number ? "signal %d" : "the server ended before",
+                   v->loop->signal_number);
         v->verdict.status = v->loop->signal_number ? 128 + v->loop->signal_number : status ? status : 1;
     }
     verdict_summary(&v->verdict, &text);
