@@ -84,43 +84,44 @@ struct err {
 };
 
 #if defined(__GNUC__)
-#define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
 #define MUST_USE __attribute__((warn_unused_result))
 #else
-#define PRINTF_LIKE(fmt, args)
 #define MUST_USE
 #endif
+
+/* Writes all n bytes; where a descriptor takes no more, waits until it does.  False: errno tells why. */
+static bool fd_write(int fd, const void *p, size_t n)
+{
+    while (n) {
+        ssize_t k = write(fd, p, n);
+        if (k < 0 && errno == EAGAIN)
+            poll(&(struct pollfd){ .fd = fd, .events = POLLOUT }, 1, -1);
+        else if (k < 0 && errno != EINTR)
+            return false;
+        p = (const uint8_t *)p + (k > 0 ? k : 0);
+        n -= k > 0 ? (size_t)k : 0;
+    }
+    return true;
+}
+
+/* Writes a buffer and frees it.  False: errno tells why. */
+static bool buf_write(struct buf *b, int fd)
+{
+    bool failed = b->failed, ok = !failed && fd_write(fd, b->p, b->len);
+    int error = failed ? ENOMEM : errno;
+    buf_free(b);
+    errno = error;
+    return ok;
+}
 
 /* Sets the text and returns false, so that a function can end with `return err_set(...)`. */
 PRINTF_LIKE(2, 3) static bool err_set(struct err *e, const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(e->text, sizeof e->text, fmt, ap);
+    text_vprintf(e->text, sizeof e->text, fmt, ap);
     va_end(ap);
     return false;
-}
-
-/* Appends formatted text of any length. */
-PRINTF_LIKE(2, 0) static void buf_vprintf(struct buf *b, const char *fmt, va_list ap)
-{
-    va_list again;
-    va_copy(again, ap);
-    int n = vsnprintf(NULL, 0, fmt, ap);
-    uint8_t *to = n < 0 ? NULL : buf_room(b, (size_t)n + 1);
-    if (to) {
-        vsnprintf((char *)to, (size_t)n + 1, fmt, again);
-        b->len += (size_t)n;
-    }
-    va_end(again);
-}
-
-PRINTF_LIKE(2, 3) static void buf_printf(struct buf *b, const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    buf_vprintf(b, fmt, ap);
-    va_end(ap);
 }
 
 static bool bytes_contain(struct bytes in, const char *what)
@@ -132,11 +133,15 @@ static bool bytes_contain(struct bytes in, const char *what)
     return false;
 }
 
+/* Milliseconds as seconds, for a printf-like function. */
+#define SECONDS "%lld.%03u"
+#define SECONDS_OF(ms) (long long)(ms) / 1000, (unsigned)((ms) % 1000)
+
 /* Lower-case hex, with its end. */
 static void hex_text(char *to, const uint8_t *p, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        snprintf(to + 2 * i, 3, "%02x", p[i]);
+        text_printf(to + 2 * i, 3, "%02x", p[i]);
 }
 
 static uint32_t get_be32(const uint8_t *p)
@@ -1418,7 +1423,7 @@ static void conn_init(struct conn *c, struct core *core, const struct h2_handler
         .recv_window = DEFAULT_WINDOW, .next_id = 1, .opened_ms = core->now_ms, .progress_ms = core->now_ms,
         .idle_ms = core->now_ms, .heard_ms = core->now_ms,
     };
-    snprintf(c->peer, sizeof c->peer, "%s", peer);
+    text_printf(c->peer, sizeof c->peer, "%s", peer);
     hpack_init(&c->hpack);
     if (client) {
         buf_put(&c->out, preface, PREFACE_LEN);
@@ -2171,7 +2176,7 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     buf_free(&s->message);
     if (s->conn->big == s)
         conn_release_big(s->conn);
-    snprintf(number, sizeof number, "%u", status);
+    text_printf(number, sizeof number, "%u", status);
     if (alone) {
         s->headers_sent = true;
         put_field(&block, ":status", BYTES("200"));
@@ -2198,10 +2203,10 @@ static void plain_answer(struct stream *s)
     char number[12];
     bool with_body = !s->no_body;
     s->finishing = s->headers_sent = true;
-    snprintf(number, sizeof number, "%u", s->plain);
+    text_printf(number, sizeof number, "%u", s->plain);
     put_field(&block, ":status", bytes_of(number));
     put_field(&block, "content-type", BYTES("text/plain"));
-    snprintf(number, sizeof number, "%zu", sizeof body - 1);
+    text_printf(number, sizeof number, "%zu", sizeof body - 1);
     put_field(&block, "content-length", bytes_of(number));
     if (s->plain == 405)
         put_field(&block, "allow", BYTES("POST"));
@@ -2349,8 +2354,8 @@ static bool grpc_prefix(struct stream *s)
     } else if (s->prefix[0] != 0) {
         s->conn->on->abort(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
     } else if (s->message_len > max) {
-        snprintf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
-                 (unsigned long)s->message_len, max);
+        text_printf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
+                    (unsigned long)s->message_len, max);
         s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, text);
     } else {
         return true;
@@ -3131,14 +3136,23 @@ struct report {
 /* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
 enum severity { USAGE, START, WARNING };
 
-static void tell_line(const char *head, const char *fmt, va_list ap)
+static void tell_no_memory(void)
+{
+    static const char line[] = "cvms: out of memory\n";
+    fd_write(STDERR_FILENO, line, sizeof line - 1);
+}
+
+PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_list ap)
 {
     struct buf text = { 0 }, line = { 0 };
     buf_vprintf(&text, fmt, ap);
     buf_puts(&line, head);
     put_text(&line, (struct bytes){ text.p, text.len }, NULL);
     buf_putc(&line, '\n');
-    fwrite(line.p ? line.p : (const uint8_t *)"cvms: out of memory\n", 1, line.p ? line.len : 20, stderr);
+    if (text.failed || line.failed)
+        tell_no_memory();
+    else
+        fd_write(STDERR_FILENO, line.p, line.len);
     buf_free(&text);
     buf_free(&line);
 }
@@ -3245,7 +3259,7 @@ static void option_unknown(struct report *r, const char *name, size_t n, unsigne
     char word[40];
     const struct option *near = NULL, *other = option_find(name, n, ~0u);
     unsigned best = 4;
-    snprintf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
+    text_printf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
     for (size_t i = 0; i < OPTIONS; i++) {
         unsigned d = edit_distance(word, option_table[i].name);
         if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
@@ -3266,7 +3280,7 @@ static void option_unknown(struct report *r, const char *name, size_t n, unsigne
 static void *need(void *p)
 {
     if (!p) {
-        fputs("cvms: out of memory\n", stderr);
+        tell_no_memory();
         exit(1);
     }
     return p;
@@ -3390,41 +3404,52 @@ static void faults_parse(struct report *r, const struct options *o, struct fault
     }
 }
 
-/* -help on stdout. */
-static void options_help(void)
+/* A line of -help: name and argument, then what it is. */
+PRINTF_LIKE(5, 6) static void help_line(struct buf *out, const char *name, const char *between, const char *arg,
+                                        const char *fmt, ...)
 {
-    puts("cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:");
+    char head[48];
+    va_list ap;
+    text_printf(head, sizeof head, "%s%s%s", name, arg ? between : "", arg ? arg : "");
+    buf_printf(out, "  %-31s ", head);
+    va_start(ap, fmt);
+    buf_vprintf(out, fmt, ap);
+    va_end(ap);
+    buf_putc(out, '\n');
+}
+
+/* -help. */
+static void options_help(struct buf *out)
+{
+    buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:\n");
     for (size_t i = 0; i < COMMANDS; i++)
-        printf("  %-31s %s\n", command_table[i].synopsis, command_table[i].what);
+        help_line(out, command_table[i].synopsis, "", NULL, "%s", command_table[i].what);
     for (size_t c = 0; c < COMMANDS; c++) {
         unsigned command = command_table[c].command;
         if (command == CMD_MANIFEST)
-            printf("\nFlags of cvms manifest: those of the manifest above, and\n");
+            buf_puts(out, "\nFlags of cvms manifest: those of the manifest above, and\n");
         else
-            printf("\nFlags of cvms%s%s:\n", command == CMD_SERVE ? "" : " ",
-                   command == CMD_SERVE ? "" : command_table[c].name);
+            buf_printf(out, "\nFlags of cvms%s%s:\n", command == CMD_SERVE ? "" : " ",
+                       command == CMD_SERVE ? "" : command_table[c].name);
         for (size_t i = 0; i < OPTIONS; i++) {
             const struct option *o = &option_table[i];
             if (!(o->commands & command) || (command != CMD_SERVE && (o->commands & CMD_SERVE)))
                 continue;
-            char flag[48];
-            snprintf(flag, sizeof flag, "-%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
-            bool tell_preset = o->preset && *o->preset;
-            printf("  %-31s %s%s%s%s\n", flag, o->help, tell_preset ? " (default " : "", tell_preset ? o->preset : "",
-                   tell_preset ? ")" : "");
+            char name[24];
+            bool preset = o->preset && *o->preset;
+            text_printf(name, sizeof name, "-%s", o->name);
+            help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "",
+                      preset ? o->preset : "", preset ? ")" : "");
         }
     }
-    puts("\nFaults, for -fault:");
-    for (size_t i = 0; i < FAULTS; i++) {
-        char name[48];
-        snprintf(name, sizeof name, "%s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : "",
-                 fault_table[i].arg ? fault_table[i].arg : "");
-        printf("  %-31s %s\n", name, fault_table[i].help);
-    }
-    puts("\nEnvironment:");
+    buf_puts(out, "\nFaults, for -fault:\n");
+    for (size_t i = 0; i < FAULTS; i++)
+        help_line(out, fault_table[i].name, "=", fault_table[i].arg, "%s", fault_table[i].help);
+    buf_puts(out, "\nEnvironment:\n");
     for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
-        printf("  %-31s %s\n", environment_table[i][0], environment_table[i][1]);
-    puts("\nADDR is HOST:PORT (default localhost:7001).  Exit status: 0 good, 1 cannot start or failed, 2 usage.");
+        help_line(out, environment_table[i][0], "", NULL, "%s", environment_table[i][1]);
+    buf_puts(out, "\nADDR is HOST:PORT (default localhost:7001).  "
+                  "Exit status: 0 good, 1 cannot start or failed, 2 usage.\n");
 }
 
 /* ==== 11. Checksums: files and folders =============================================================================
@@ -4082,35 +4107,22 @@ static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 }
 
 /* Prints the checksum of each path, in order, and says on stderr which failed.  Returns the exit status. */
-static int cmd_checksum(bool base64, char *const *paths, size_t n)
+static int cmd_checksum(struct report *r, bool base64, const char *const *paths, size_t n)
 {
-    struct checksum *c = calloc(n ? n : 1, sizeof *c);
-    struct buf line = { 0 };
-    int status = 0;
-    if (!c) {
-        fprintf(stderr, "cvms: checksum: out of memory\n");
-        return 1;
-    }
+    struct checksum *c = need(calloc(n, sizeof *c));
+    struct buf lines = { 0 };
     for (size_t i = 0; i < n; i++)
         c[i].path = paths[i];
     checksum_files(c, n);
-    for (size_t i = 0; i < n; i++) {
-        if (c[i].ok) {
-            line.len = 0;
-            checksum_line(&line, &c[i], base64);
-            fwrite(line.p, 1, line.len, stdout);
-        } else {
-            fprintf(stderr, "cvms: checksum: %s\n", c[i].e.text);
-            status = 1;
-        }
-    }
-    if (fflush(stdout) || ferror(stdout) || line.failed) {
-        fprintf(stderr, "cvms: checksum: cannot write the results\n");
-        status = 1;
-    }
-    buf_free(&line);
+    for (size_t i = 0; i < n; i++)
+        if (c[i].ok)
+            checksum_line(&lines, &c[i], base64);
+        else
+            tell(r, START, "checksum: %s", c[i].e.text);
+    if (!buf_write(&lines, STDOUT_FILENO))
+        tell(r, START, "checksum: stdout: %s", strerror(errno));
     free(c);
-    return status;
+    return r->start;
 }
 
 /* ==== 12. PEM and public keys ======================================================================================
@@ -4365,7 +4377,7 @@ static void shell_word(char *to, size_t cap, const char *path)
     }
     static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
     if (*path && path[strspn(path, plain)] == '\0') {
-        snprintf(to, cap, "%s", path);
+        text_printf(to, cap, "%s", path);
         return;
     }
     size_t n = 0;
@@ -4709,7 +4721,7 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
 {
     const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
     char *name = keep(o, 40);
-    snprintf(name, 40, "dataset_%lu.csv", (unsigned long)i);
+    text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
     check_url(r, "dataset-source-urls", url);
     d->filename = bytes_of(name);
     d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
@@ -5249,7 +5261,7 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
     if (h->failure)
         return;
     va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
+    text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     struct buf safe = { 0 };
     put_text(&safe, bytes_of(text), NULL);
@@ -5283,8 +5295,8 @@ static void verdict_reject(const struct verdict *v, struct host *h, struct bytes
 static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
 {
     char level[16];
-    snprintf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
-             log->level.n ? (const char *)log->level.p : "");
+    text_printf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
+                log->level.n ? (const char *)log->level.p : "");
     host_context(h, level, log->message);
     bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
     for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
@@ -5296,9 +5308,9 @@ static void verdict_log(const struct verdict *v, struct host *h, const struct Ag
 static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
 {
     char name[128];
-    snprintf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
-             event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
-             event->status.n ? (const char *)event->status.p : "");
+    text_printf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
+                event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
+                event->status.n ? (const char *)event->status.p : "");
     host_context(h, "event", bytes_of(name));
     if (h->expected < v->expect.n && strcmp(v->expect.v[h->expected], name) == 0)
         h->expected++;
@@ -5375,7 +5387,7 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
 
 static void verdict_timeout(struct verdict *v, unsigned done)
 {
-    buf_printf(&v->why, "timed out after %.1f s", (double)(v->timeout_ms - v->start_ms) / 1000);
+    buf_printf(&v->why, "timed out after " SECONDS " s", SECONDS_OF(v->timeout_ms - v->start_ms));
     if (!v->hosts)
         buf_puts(&v->why, ": no agent connected");
     else if (v->agents > 1)
@@ -5407,15 +5419,15 @@ static void verdict_tick(struct verdict *v, int64_t now_ms)
         return;
     }
     if (done && done >= v->agents) {
-        buf_printf(&v->why, "%s%s after %.3f s", v->until ? stage_names[v->until] : "all expected events",
-                   v->until ? " reached" : " seen", (double)(now_ms - v->start_ms) / 1000);
+        buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "all expected events",
+                   v->until ? " reached" : " seen", SECONDS_OF(now_ms - v->start_ms));
         verdict_end(v, VERDICT_REACHED);
         return;
     }
     for (const struct host *h = v->hosts; h; h = h->next)
         if (h->lost_ms != INT64_MAX && now_ms - h->lost_ms >= v->grace_ms && !host_is_done(v, h) && !v->over) {
-            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within %.1f s",
-                       h->name, stage_names[h->stage], (double)v->grace_ms / 1000);
+            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within "
+                       SECONDS " s", h->name, stage_names[h->stage], SECONDS_OF(v->grace_ms));
             verdict_end(v, VERDICT_LOST);
         }
     if (!v->over && now_ms >= v->timeout_ms)
@@ -5450,7 +5462,7 @@ static void verdict_summary(const struct verdict *v, struct buf *out)
     for (const struct host *h = v->hosts; h; h = h->next) {
         buf_printf(out, "cvms:   %s:", h->name);
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
-            buf_printf(out, " %s %.3f s,", stage_names[i], (double)h->reached_ms[i] / 1000);
+            buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
                    (unsigned long long)h->bytes);
         if (h->failure)
@@ -5478,13 +5490,13 @@ static void put_xml(struct buf *out, struct bytes t)
 }
 
 /* JUnit XML: one test case for each agent, and one for the verdict. */
-static void verdict_junit(const struct verdict *v, struct buf *out, double seconds)
+static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
 {
     struct buf summary = { 0 };
     verdict_summary(v, &summary);
     buf_printf(out, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"cvms\" tests=\"1\" failures=\"%d\" "
-               "errors=\"0\" time=\"%.3f\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"%.3f\">\n",
-               v->status != 0, seconds, v->until ? stage_names[v->until] : "expect", seconds);
+               "errors=\"0\" time=\"" SECONDS "\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"" SECONDS "\">\n",
+               v->status != 0, SECONDS_OF(ms), v->until ? stage_names[v->until] : "expect", SECONDS_OF(ms));
     if (v->status) {
         buf_puts(out, "    <failure message=\"");
         put_xml(out, (struct bytes){ v->why.p, v->why.len });
@@ -5496,10 +5508,10 @@ static void verdict_junit(const struct verdict *v, struct buf *out, double secon
     buf_free(&summary);
 }
 
-static void verdict_json(const struct verdict *v, struct buf *out, double seconds)
+static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
 {
-    buf_printf(out, "{\"verdict\":\"%s\",\"status\":%d,\"seconds\":%.3f,\"why\":", verdict_word(v->status), v->status,
-               seconds);
+    buf_printf(out, "{\"verdict\":\"%s\",\"status\":%d,\"seconds\":" SECONDS ",\"why\":", verdict_word(v->status),
+               v->status, SECONDS_OF(ms));
     pb_json_string(out, (struct bytes){ v->why.p, v->why.len });
     buf_puts(out, ",\"agents\":[");
     for (const struct host *h = v->hosts; h; h = h->next) {
@@ -5507,8 +5519,8 @@ static void verdict_json(const struct verdict *v, struct buf *out, double second
         pb_json_string(out, bytes_of(h->name));
         buf_printf(out, ",\"stage\":\"%s\",\"stages\":{", stage_names[h->stage]);
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
-            buf_printf(out, "%s\"%s\":%.3f", i > STAGE_CONNECTED ? "," : "", stage_names[i],
-                       (double)h->reached_ms[i] / 1000);
+            buf_printf(out, "%s\"%s\":" SECONDS, i > STAGE_CONNECTED ? "," : "", stage_names[i],
+                       SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
                    (unsigned long long)h->bytes);
         if (h->failure)
@@ -5604,7 +5616,7 @@ static void put_field_text(struct buf *out, const struct pb_field *f, const void
     } else {
         const struct Timestamp *t = pb_pointer(at);
         if (!pb_timestamp(out, t->seconds, t->nanos))
-            buf_printf(out, "%lld.%09ld", (long long)t->seconds, (long)t->nanos);
+            buf_printf(out, "%lld s, %d ns", (long long)t->seconds, t->nanos);
     }
 }
 
@@ -5888,8 +5900,8 @@ static void process_message(struct stream *s, struct bytes wire)
     enum pb_error err = pb_decode(&ClientStreamMessage_message, &msg, wire, &core->arena, &unknown);
     if (err != PB_OK) {
         char text[160];
-        snprintf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
-                 (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
+        text_printf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
+                    (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
         process_note(s, text);
         grpc_abort(s, GRPC_INTERNAL, text);
         return;
@@ -5946,8 +5958,9 @@ static void process_closed(struct stream *s)
     if (!session)
         return;
     char text[100];
-    snprintf(text, sizeof text, "stream ended after %llu message%s, %llu bytes", (unsigned long long)session->messages,
-             session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
+    text_printf(text, sizeof text, "stream ended after %llu message%s, %llu bytes",
+                (unsigned long long)session->messages,
+                session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
     process_note(s, text);
     if (session->host)
         verdict_stream(s->conn->core->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
@@ -6125,7 +6138,7 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
     size_t n = 0;
     for (size_t i = 0; i < PB_COUNT(all_files); i++)
         for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
-            snprintf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
+            text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
             list[n].name = bytes_of(names[n]);
         }
     struct ListServiceResponse services = { .service = { .items = list, .n = n } };
@@ -6465,9 +6478,10 @@ static void dn_text(struct buf *out, struct bytes name)
 
 static void date_text(char to[32], int64_t t)
 {
-    time_t when = (time_t)t;
-    struct tm tm;
-    if (!gmtime_r(&when, &tm) || strftime(to, 32, "%Y-%m-%d %H:%M UTC", &tm) == 0)
+    struct buf b = { .p = (uint8_t *)to, .cap = 32 };   /* large enough: nothing is allocated */
+    if (pb_timestamp(&b, t, 0))
+        to[b.len] = 0;
+    else
         strcpy(to, "a date out of range");
 }
 
@@ -6505,7 +6519,7 @@ PRINTF_LIKE(3, 4) static bool source_bad(const struct tls_source *s, struct err 
     char text[400];
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
+    text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     if (strstr(s->value, "-----BEGIN"))
         return err_set(e, "%s: %s", s->name, text);
@@ -7891,11 +7905,11 @@ static void peer_name(char out[56], const struct sockaddr_storage *sa)
         const struct sockaddr_in6 *a = (const struct sockaddr_in6 *)(const void *)sa;
         bool v4 = IN6_IS_ADDR_V4MAPPED(&a->sin6_addr);
         inet_ntop(v4 ? AF_INET : AF_INET6, a->sin6_addr.s6_addr + (v4 ? 12 : 0), ip, sizeof ip);
-        snprintf(out, 56, v4 ? "%s:%u" : "[%s]:%u", ip, ntohs(a->sin6_port));
+        text_printf(out, 56, v4 ? "%s:%u" : "[%s]:%u", ip, ntohs(a->sin6_port));
     } else {
         const struct sockaddr_in *a = (const struct sockaddr_in *)(const void *)sa;
         inet_ntop(AF_INET, &a->sin_addr, ip, sizeof ip);
-        snprintf(out, 56, "%s:%u", ip, ntohs(a->sin_port));
+        text_printf(out, 56, "%s:%u", ip, ntohs(a->sin_port));
     }
 }
 
@@ -8256,7 +8270,7 @@ static struct loop *loop_new(void)
     sink_init(&l->record, -1, &l->core.record);
     loop_clock(l);
     if (!poller_init(l) || !signals_init(l)) {
-        fprintf(stderr, "cvms: can't start: %s\n", strerror(errno));
+        tell_note("can't start: %s", strerror(errno));
         exit(1);
     }
     return l;
@@ -8372,7 +8386,7 @@ static int loop_run(struct loop *l)
         loop_deadlines(l);
     }
     if (sink_pending(&l->out) && !l->out.broken)
-        fprintf(stderr, "cvms: %zu bytes of messages could not be written to stdout in time\n", sink_pending(&l->out));
+        tell_note("%zu bytes of messages could not be written to stdout in time", sink_pending(&l->out));
     if (l->hurry)
         return 128 + l->signal_number;
     return l->exit_status;
@@ -8465,7 +8479,7 @@ PRINTF_LIKE(2, 3) static void agent_note(struct agent *a, const char *fmt, ...)
     char text[1024];
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
+    text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     core_note(&a->loop->core, NULL, "cvms agent: %s", text);
 }
@@ -8475,7 +8489,7 @@ PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
     char text[900];
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
+    text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     struct buf safe = { 0 };
     put_text(&safe, bytes_of(text), NULL);
@@ -8790,7 +8804,7 @@ static struct addrinfo *resolve(const struct options *o, int *status)
         return NULL;
     }
     *status = 1;
-    snprintf(host, sizeof host, "%.*s", (int)n, addr);
+    text_printf(host, sizeof host, "%.*s", (int)n, addr);
     int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
     if (error)
         tell(&r, START, "can't resolve \"%s\": %s", host, gai_strerror(error));
@@ -8811,7 +8825,7 @@ static bool client_tls(const struct options *o, struct tls_config **config)
     struct err e;
     char name[256];
     const char *addr = addr_text(o), *colon = strrchr(addr, ':');
-    snprintf(name, sizeof name, "%.*s", colon ? (int)min_size((size_t)(colon - addr), 255) : 255, addr);
+    text_printf(name, sizeof name, "%.*s", colon ? (int)min_size((size_t)(colon - addr), 255) : 255, addr);
     if (name[0] == '[' && name[strlen(name) - 1] == ']') {
         memmove(name, name + 1, strlen(name));
         name[strlen(name) - 1] = 0;
@@ -9108,7 +9122,7 @@ static void health_status_end(struct stream *s, unsigned status, struct bytes te
     char line[400];
     struct buf safe = { 0 };
     put_text(&safe, (struct bytes){ text.p, min_size(text.n, 300) }, NULL);
-    snprintf(line, sizeof line, "%s %.*s", grpc_status_names[status], (int)safe.len, safe.len ? (char *)safe.p : "");
+    text_printf(line, sizeof line, "%s %.*s", grpc_status_names[status], (int)safe.len, safe.len ? (char *)safe.p : "");
     buf_free(&safe);
     health_end(s->conn->core->app, 1, line);
 }
@@ -9161,7 +9175,7 @@ static int cmd_health(struct options *o)
 static void host_port(char *out, size_t cap, const char *host, unsigned port)
 {
     bool v6 = strchr(host, ':') && host[0] != '[';
-    snprintf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
+    text_printf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
 }
 
 /* Opens the port that HOST and PORT name.  False: told. */
@@ -9172,7 +9186,7 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = *host ? 0 : AI_PASSIVE };
     struct addrinfo *list = NULL;
     char bare[256];
-    snprintf(bare, sizeof bare, "%s", host);
+    text_printf(bare, sizeof bare, "%s", host);
     size_t n = strlen(bare);
     if (n > 2 && bare[0] == '[' && bare[n - 1] == ']') {
         memmove(bare, bare + 1, n - 2);
@@ -9191,21 +9205,22 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
         real = listen_all(l, list, (unsigned)port);
     if (!real)
         tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
-             (long long)port, strerror(errno), errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
-                              : errno == EACCES ? "; set PORT to one above 1023" : "");
+             (long long)port, strerror(errno),
+             errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
+             : errno == EACCES ? "; set PORT to one above 1023" : "");
     freeaddrinfo(list);
     host_port(where, cap, bare, real);
     return real != 0;
 }
 
+/* Makes a file of these bytes. */
 static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
 {
-    FILE *f = fopen(path, "wb");
-    if (!f)
-        return err_set(e, "%s: %s", path, strerror(errno));
-    bool ok = fwrite(p, 1, n, f) == n;
-    ok = fclose(f) == 0 && ok;
-    return ok || err_set(e, "%s: %s", path, strerror(errno));
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool ok = fd >= 0 && fd_write(fd, p, n);
+    if (ok ? close(fd) != 0 : true)
+        err_set(e, "%s: %s", path, strerror(errno)), ok = false;
+    return ok;
 }
 
 /* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
@@ -9248,20 +9263,19 @@ static int cmd_manifest(struct options *o, struct report *r)
     manifest_build(&m, o, r);
     if (r->usage || r->start)
         return r->usage ? 2 : 1;
-    int status = 0;
     if (o->out_file) {
         struct bytes wire = pb_encode(&out, &ComputationRunReq_message, &m.req);
         if (out.failed || !write_file(o->out_file, wire.p, wire.n, &e))
-            tell(r, START, "-o: %s", out.failed ? "out of memory" : e.text), status = 1;
+            tell(r, START, "-o: %s", out.failed ? strerror(ENOMEM) : e.text);
+        buf_free(&out);
     } else {
         pb_json(&out, &ComputationRunReq_message, &m.req, 2);
         buf_putc(&out, '\n');
-        if (out.failed || fwrite(out.p, 1, out.len, stdout) != out.len || fflush(stdout) != 0)
-            tell(r, START, "stdout: %s", out.failed ? "out of memory" : strerror(errno)), status = 1;
+        if (!buf_write(&out, STDOUT_FILENO))
+            tell(r, START, "stdout: %s", strerror(errno));
     }
-    buf_free(&out);
     manifest_free(&m);
-    return status;
+    return r->start;
 }
 
 /* ---- The server: verdict, control, faults ---- */
@@ -9553,15 +9567,14 @@ static int verdict_finish(struct server *v, int status)
         v->verdict.status = v->loop->signal_number ? 128 + v->loop->signal_number : status ? status : 1;
     }
     verdict_summary(&v->verdict, &text);
-    if (text.len)
-        fwrite(text.p, 1, text.len, stderr);
+    fd_write(STDERR_FILENO, text.p, text.len);
     text.len = 0;
     if (v->o->report) {
         size_t n = strlen(v->o->report);
         bool json = n > 5 && strcmp(v->o->report + n - 5, ".json") == 0;
-        (json ? verdict_json : verdict_junit)(&v->verdict, &text, (double)(end_ms - v->verdict.start_ms) / 1000);
+        (json ? verdict_json : verdict_junit)(&v->verdict, &text, end_ms - v->verdict.start_ms);
         if (text.failed || !write_file(v->o->report, text.p, text.len, &e)) {
-            fprintf(stderr, "cvms: -report: %s\n", text.failed ? "out of memory" : e.text);
+            tell_note("-report: %s", text.failed ? strerror(ENOMEM) : e.text);
             v->verdict.status = v->verdict.status ? v->verdict.status : 1;
         }
     }
@@ -9666,7 +9679,7 @@ static int run(struct options *o, struct report *r)
     switch (o->command) {
     case CMD_CHECKSUM:
         if (o->arg_count)
-            return cmd_checksum(o->base64, (char *const *)o->args, o->arg_count);
+            return cmd_checksum(r, o->base64, o->args, o->arg_count);
         tell(r, USAGE, "checksum: name at least one file or folder");
         return 2;
     case CMD_AGENT:
@@ -9697,12 +9710,13 @@ int main(int argc, char **argv)
         }
     options_parse(&r, &o, argv + at, (size_t)(argc - at));
     if (o.help || o.version) {
+        struct buf out = { 0 };
         if (o.version)
-            puts("cvms " CVMS_VERSION);
+            buf_puts(&out, "cvms " CVMS_VERSION "\n");
         else
-            options_help();
+            options_help(&out);
         pb_arena_free(&o.arena);
-        return fflush(stdout) == 0 ? 0 : 1;
+        return buf_write(&out, STDOUT_FILENO) ? 0 : 1;
     }
     if (o.command & BOTH)
         positional_form(&o, &r, o.flagged);

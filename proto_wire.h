@@ -22,12 +22,10 @@
 #define PROTO_WIRE_H
 
 /* The top of proto_wire.h: byte strings and growable buffers, shared by every section of cvms.c. */
-#include <errno.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,12 +36,18 @@ struct bytes {
 };
 
 /* A growable buffer.  All zero is empty.  A failed allocation sets `failed`, which sticks: later appends do
- * nothing, so a caller may append many times and test once. */
+ * nothing, so a caller may append many times and test once.  A fixed one lies in the caller's array: it is cut at cap. */
 struct buf {
     uint8_t *p;
     size_t len, cap;
-    bool failed;
+    bool failed, fixed;
 };
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define PRINTF_LIKE(fmt, args)
+#endif
 
 #define BYTES(literal) ((struct bytes){ (const uint8_t *)(literal), sizeof(literal) - 1 })
 
@@ -86,6 +90,8 @@ static inline uint8_t *buf_room(struct buf *b, size_t n)
 
 static inline void buf_put(struct buf *b, const void *p, size_t n)
 {
+    if (b->fixed && n > b->cap - b->len)
+        n = b->cap - b->len;
     uint8_t *to = n ? buf_room(b, n) : NULL;
     if (to) {
         memcpy(to, p, n);
@@ -95,16 +101,94 @@ static inline void buf_put(struct buf *b, const void *p, size_t n)
 
 static inline void buf_putc(struct buf *b, int c)
 {
-    uint8_t *to = buf_room(b, 1);
-    if (to) {
-        *to = (uint8_t)c;
-        b->len++;
-    }
+    buf_put(b, &(uint8_t){ (uint8_t)c }, 1);
 }
 
 static inline void buf_puts(struct buf *b, const char *s)
 {
     buf_put(b, s, strlen(s));
+}
+
+/* Writes v's digits so that they end before `end`; returns where they begin. */
+static inline char *buf_digits(char *end, uint64_t v, unsigned base, const char *digits)
+{
+    do
+        *--end = digits[v % base];
+    while (v /= base);
+    return end;
+}
+
+/* Appends formatted text.  Of printf's conversions this has %s %c %d %u %x %X %%, the lengths l, ll and z, a width with
+ * a 0 or - in front, and the precision of strings. */
+PRINTF_LIKE(2, 0) static inline void buf_vprintf(struct buf *b, const char *fmt, va_list ap)
+{
+    for (const char *at; *(at = fmt + strcspn(fmt, "%")); fmt++) {
+        char number[20], *end = number + sizeof number, *text = end;
+        size_t n, width = 0, most = SIZE_MAX;
+        buf_put(b, fmt, (size_t)(at - fmt));
+        fmt = at + 1;
+        char pad = *fmt;
+        for (fmt += pad == '-' || pad == '0'; *fmt >= '0' && *fmt <= '9'; fmt++)
+            width = width * 10 + (size_t)(*fmt - '0');
+        if (*fmt == '.') {
+            bool given = *++fmt == '*';
+            most = given ? (size_t)va_arg(ap, int) : 0;
+            for (fmt += given; *fmt >= '0' && *fmt <= '9'; fmt++)
+                most = most * 10 + (size_t)(*fmt - '0');
+        }
+        unsigned size = *fmt == 'z' ? 3 : *fmt != 'l' ? 0 : fmt[1] == 'l' ? 2 : 1;
+        fmt += size == 3 ? 1 : size;
+        if (*fmt == 's') {
+            text = va_arg(ap, char *);
+            end = text + strnlen(text, most);
+        } else if (*fmt == 'c') {
+            *--text = (char)va_arg(ap, int);
+        } else if (*fmt == 'd') {
+            int64_t v = size == 2 ? va_arg(ap, long long) : size == 1 ? va_arg(ap, long) : va_arg(ap, int);
+            text = buf_digits(end, v < 0 ? 0 - (uint64_t)v : (uint64_t)v, 10, "0123456789");
+            if (v < 0)
+                *--text = '-';
+        } else if (*fmt == '%') {
+            *--text = '%';
+        } else {
+            uint64_t v = size == 3 ? va_arg(ap, size_t) : size == 2 ? va_arg(ap, unsigned long long)
+                       : size == 1 ? va_arg(ap, unsigned long) : va_arg(ap, unsigned);
+            text = buf_digits(end, v, *fmt == 'u' ? 10 : 16, *fmt == 'X' ? "0123456789ABCDEF" : "0123456789abcdef");
+        }
+        n = (size_t)(end - text);
+        for (; pad != '-' && width > n; width--)
+            buf_putc(b, pad == '0' ? '0' : ' ');
+        buf_put(b, text, n);
+        for (; width > n; width--)
+            buf_putc(b, ' ');
+    }
+    buf_puts(b, fmt);
+}
+
+PRINTF_LIKE(2, 3) static inline void buf_printf(struct buf *b, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    buf_vprintf(b, fmt, ap);
+    va_end(ap);
+}
+
+/* Formats into an array of cap bytes, cut at its end, always terminated.  Returns the length. */
+PRINTF_LIKE(3, 0) static inline size_t text_vprintf(char *to, size_t cap, const char *fmt, va_list ap)
+{
+    struct buf b = { .p = (uint8_t *)to, .cap = cap - 1, .fixed = true };
+    buf_vprintf(&b, fmt, ap);
+    to[b.len] = 0;
+    return b.len;
+}
+
+PRINTF_LIKE(3, 4) static inline size_t text_printf(char *to, size_t cap, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    size_t n = text_vprintf(to, cap, fmt, ap);
+    va_end(ap);
+    return n;
 }
 
 /* ---- Arena -------------------------------------------------------------------------------------------------------
@@ -595,13 +679,12 @@ static void pb_walk(struct pb_walk *w, const struct pb_message *m, const uint8_t
         if (known && m->fields[row].kind != PB_MESSAGE)
             continue;
         const char *dot = len ? "." : "";
-        int more = known ? snprintf(w->path + len, room, "%s%s", dot, m->fields[row].name)
-                         : snprintf(w->path + len, room, "%s%u", dot, (unsigned)(tag.v >> 3));
+        size_t more = known ? text_printf(w->path + len, room, "%s%s", dot, m->fields[row].name)
+                            : text_printf(w->path + len, room, "%s%u", dot, (unsigned)(tag.v >> 3));
         if (!known)
             pb_report(w, tag.v, tag.p, p);
         else
-            pb_walk(w, m->fields[row].sub, pb_length(&w->d, tag.p, end).p, p,
-                    len + ((size_t)more < room ? (size_t)more : room - 1), depth + 1);
+            pb_walk(w, m->fields[row].sub, pb_length(&w->d, tag.p, end).p, p, len + more, depth + 1);
     }
 }
 
@@ -894,17 +977,14 @@ static void pb_json_line(struct buf *out, int indent, int level)
 
 static void pb_json_scalar(struct buf *out, const struct pb_field *f, const void *at)
 {
-    char text[24];
     const struct pb_enum *e = f->sub;
     uint64_t v = pb_load(f, at);
     if (f->kind == PB_BOOL)
         buf_puts(out, v ? "true" : "false");
     else if (f->kind == PB_ENUM && v < e->n)
         pb_json_string(out, bytes_of(e->values[v]));
-    else {
-        snprintf(text, sizeof text, f->kind == PB_INT64 ? "\"%lld\"" : "%lld", (long long)v);
-        buf_puts(out, text);
-    }
+    else
+        buf_printf(out, f->kind == PB_INT64 ? "\"%lld\"" : "%lld", (long long)v);
 }
 
 static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level);
@@ -1006,7 +1086,7 @@ static bool pb_json_fail(struct pb_reader *r, const char *why)
     size_t line = 1;
     for (const uint8_t *p = r->start; p < r->p; p++)
         line += *p == '\n';
-    snprintf(r->err, r->errlen, "line %zu: %s%s%s", line, r->path, *r->path ? ": " : "", why);
+    text_printf(r->err, r->errlen, "line %zu: %s%s%s", line, r->path, *r->path ? ": " : "", why);
     return false;
 }
 
@@ -1015,11 +1095,12 @@ static size_t pb_path_push(struct pb_reader *r, struct bytes name, size_t index)
 {
     size_t len = strlen(r->path), room = sizeof r->path - len;
     if (name.p) {
-        snprintf(r->path + len, room, "%s%.*s", len ? "." : "", name.n < 64 ? (int)name.n : 64, (const char *)name.p);
+        text_printf(r->path + len, room, "%s%.*s", len ? "." : "", name.n < 64 ? (int)name.n : 64,
+                    (const char *)name.p);
         for (char *c = r->path + len; *c; c++)
             *c = *c >= ' ' && *c < 0x7f ? *c : '?';
     } else
-        snprintf(r->path + len, room, "[%zu]", index);
+        text_printf(r->path + len, room, "[%zu]", index);
     return len;
 }
 
@@ -1119,7 +1200,56 @@ static bool pb_parse_string(struct pb_reader *r, struct bytes *s)
     return pb_utf8_valid(*s) || pb_json_fail(r, "invalid UTF-8 in a string");
 }
 
-/* Reads an integer between the bounds, written as a number or a string, perhaps as 1.0 or 1e3. */
+/* Takes decimal digits: *v goes on with them.  Returns how many there were; *fits turns false when v has no room. */
+static size_t pb_digits_take(struct bytes *s, uint64_t *v, bool *fits)
+{
+    size_t n = 0;
+    for (; n < s->n && s->p[n] >= '0' && s->p[n] <= '9'; n++) {
+        *fits = *fits && *v < UINT64_MAX / 10;
+        *v = *v * 10 + (s->p[n] - '0');
+    }
+    *s = (struct bytes){ s->p + n, s->n - n };
+    return n;
+}
+
+static bool pb_byte_take(struct bytes *s, const char *any)
+{
+    if (!s->n || !*s->p || !strchr(any, *s->p))
+        return false;
+    *s = (struct bytes){ s->p + 1, s->n - 1 };
+    return true;
+}
+
+/* The integer that a JSON number (RFC 8259 6) stands for, perhaps written as 1.0 or 1e3.  False: it is none. */
+static bool pb_integer(struct bytes s, int64_t *v, bool *fits)
+{
+    uint64_t m = 0, e = 0;
+    int64_t scale = 0;
+    bool minus = pb_byte_take(&s, "-"), zero = s.n && *s.p == '0', small = true;
+    *fits = true;
+    size_t n = pb_digits_take(&s, &m, fits);
+    if (n == 0 || (zero && n > 1))
+        return false;
+    if (pb_byte_take(&s, ".") && (scale = -(int64_t)pb_digits_take(&s, &m, fits)) == 0)
+        return false;
+    if (pb_byte_take(&s, "eE")) {
+        bool down = s.n && *s.p == '-';
+        pb_byte_take(&s, "+-");
+        if (!pb_digits_take(&s, &e, &small))
+            return false;
+        e = small && e < 1000 ? e : 1000;
+        scale += down ? -(int64_t)e : (int64_t)e;
+    }
+    for (; scale < 0 && m % 10 == 0 && m; scale++)
+        m /= 10;
+    for (; scale > 0 && m && *fits; scale--, m *= 10)
+        *fits = m < UINT64_MAX / 10;
+    *fits = *fits && m <= (uint64_t)INT64_MAX + minus;
+    *v = minus ? (int64_t)(0 - m) : (int64_t)m;
+    return s.n == 0 && (scale >= 0 || m == 0);
+}
+
+/* Reads an integer between the bounds, written as a number or a string. */
 static bool pb_parse_number(struct pb_reader *r, int64_t least, int64_t most, int64_t *v)
 {
     struct bytes s = { NULL, 0 };
@@ -1129,20 +1259,10 @@ static bool pb_parse_number(struct pb_reader *r, int64_t least, int64_t most, in
     } else
         for (s.p = r->p; r->p < r->end && *r->p && strchr("+-.0123456789Ee", *r->p); s.n++)
             r->p++;
-    char text[64] = { 0 }, *rest;
-    memcpy(text, s.p, s.n < sizeof text ? s.n : 0);
-    const char *digits = text + (*text == '-');
-    bool ok = *digits >= '0' && *digits <= '9' && !(*digits == '0' && digits[1] >= '0' && digits[1] <= '9');
-    errno = 0;
-    *v = strtoll(text, &rest, 10);
-    if (*rest && strspn(text, "+-.0123456789Ee") == s.n) {
-        double d = strtod(text, &rest);
-        ok = ok && d >= -9e18 && d <= 9e18 && (double)(int64_t)d == d;
-        *v = ok ? (int64_t)d : 0;
-    }
-    if (!ok || rest != text + s.n)
+    bool fits;
+    if (!pb_integer(s, v, &fits))
         return pb_json_fail(r, "an integer was expected");
-    return (errno == 0 && *v >= least && *v <= most) || pb_json_fail(r, "number out of range");
+    return (fits && *v >= least && *v <= most) || pb_json_fail(r, "number out of range");
 }
 
 /* Reads base64, of either alphabet, with or without padding. */

@@ -5,6 +5,7 @@
  *     file  NAME             ->  hex of the FileDescriptorProto
  * `pb_tool bench` measures instead. */
 #define main cvms_main
+#include <stdio.h>
 #include "../../cvms.c"
 #undef main
 #include <time.h>

@@ -745,7 +745,7 @@ def test_timeouts():
     with Server("the time counts from the start", "-until", "ready", "-timeout", "1s") as s:
         a, f = s.both()
         began = time.monotonic()
-        s.ended(4, "1.0 s")
+        s.ended(4, "1.000 s")
         check("time-out: not much later", time.monotonic() - began < 4, time.monotonic() - began, "1 s")
 
 

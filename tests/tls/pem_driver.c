@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #define main cvms_main
+#include <stdio.h>
 #include "../../cvms.c"
 #undef main
 int main(int argc, char **argv)

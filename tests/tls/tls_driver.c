@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #define main cvms_main
+#include <stdio.h>
 #include "../../cvms.c"
 #undef main
 #include <arpa/inet.h>

@@ -1,6 +1,7 @@
 /* Tests of checksum_changed, and of checksum_files against checksum_path: each change to a file or tree is noticed,
  * and nothing else is.  Works in a new folder under $TMPDIR or /tmp. */
 #define main cvms_main
+#include <stdio.h>
 #include "../../cvms.c"
 #undef main
 

@@ -17,6 +17,7 @@ static void *test_realloc(void *p, size_t n)
 #define realloc test_realloc
 
 #define main cvms_main
+#include <stdio.h>
 #include "../../cvms.c"
 #undef main
 

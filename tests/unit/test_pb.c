@@ -623,7 +623,11 @@ static void test_json_errors(void)
         { "1", "ok" }, { "-0", "ok" }, { "\"12\"", "ok" }, { "1.0", "ok" }, { "1e3", "ok" }, { "2147483647", "ok" },
         { "-2147483648", "ok" }, { "2147483648", "line 1: errorCode: number out of range" },
         { "99999999999999999999", "line 1: errorCode: number out of range" }, { "007", "line 1: errorCode: an integer was expected" },
-        { "1.5", "line 1: errorCode: an integer was expected" }, { "1e30", "line 1: errorCode: an integer was expected" },
+        { "1.5", "line 1: errorCode: an integer was expected" }, { "1e30", "line 1: errorCode: number out of range" },
+        { "10e-1", "ok" }, { "-1.20E+1", "ok" }, { "100.00e-2", "ok" }, { "0e99999999999999999999", "ok" },
+        { "1e99999999999999999999", "line 1: errorCode: number out of range" },
+        { "12e-1", "line 1: errorCode: an integer was expected" }, { "1e-400", "line 1: errorCode: an integer was expected" },
+        { "1.e3", "line 1: errorCode: an integer was expected" }, { "1e+", "line 1: errorCode: an integer was expected" },
         { "+1", "line 1: errorCode: an integer was expected" }, { "-", "line 1: errorCode: an integer was expected" },
         { "0x10", "line 1: a comma or the end of the object was expected" }, { "\"0x10\"", "line 1: errorCode: an integer was expected" },
         { "\" 1\"", "line 1: errorCode: an integer was expected" }, { "\"\"", "line 1: errorCode: an integer was expected" },
@@ -783,8 +787,39 @@ static void test_failing_memory(void)
     buf_free(&text);
 }
 
+/* buf_printf against the C library, and text_printf cut at every length. */
+#define FORMAT(...) do { \
+        char want[200], cut[200]; \
+        struct buf b = { 0 }; \
+        size_t n = (size_t)snprintf(want, sizeof want, __VA_ARGS__); \
+        buf_printf(&b, __VA_ARGS__); \
+        CHECK_TEXT(((struct bytes){ b.p, b.len }), want); \
+        buf_free(&b); \
+        for (size_t room = 1; room <= n + 2; room++) { \
+            CHECK(text_printf(cut, room, __VA_ARGS__), room > n ? n : room - 1); \
+            snprintf(want, room, __VA_ARGS__); \
+            CHECK_TEXT(bytes_of(cut), want); \
+        } \
+    } while (0)
+
+static void test_format(void)
+{
+    FORMAT("plain");
+    FORMAT("%s|%s|%c|%%", "", "text", 'c');
+    FORMAT("%d %d %d %d", 0, -1, INT32_MAX, INT32_MIN);
+    FORMAT("%ld %lld %lld", -5L, (long long)INT64_MIN, (long long)INT64_MAX);
+    FORMAT("%u %lu %llu %zu", UINT32_MAX, 7UL, (unsigned long long)UINT64_MAX, SIZE_MAX);
+    FORMAT("%x %X %02x %02X %04x", 0xbeefu, 0xbeefu, 5u, 0xabu, 0x202eu);
+    FORMAT("%5d|%-5d|%05d|%3u|%-3u|%1u", 42, 42, 42, 12345u, 1u, 0u);
+    FORMAT("%-10s|%10s|%-2s|", "left", "right", "long");
+    FORMAT("%.3s|%.10s|%.0s|%.*s|%.*s|%-6.2s|", "abcdef", "abc", "abc", 2, "xyz", 0, "xyz", "abc");
+    FORMAT("%.4s", (const char[4]){ 'n', 'o', 'n', 'e' });       /* without an end */
+    FORMAT("%lld.%03u", 12LL, 5u);
+}
+
 int main(void)
 {
+    test_format();
     pb_arena_init(&arena, NULL, 0, (size_t)256 << 20);
     test_scalars();
     test_malformed();
