@@ -3460,7 +3460,7 @@ static void options_help(struct buf *out)
 
 enum {
     CHECKSUM_READ = 512 * SHA3_256_RATE, /* one read, in bytes: whole blocks and whole pages (17 of 4 KiB) */
-    CHECKSUM_LANES = 8,                  /* the most that sha3_256_lanes() answers */
+    CHECKSUM_LANES = 8,                  /* the most that sha3_256_lanes answers */
     ZIP_NAME_MAX = 0xffff,               /* APPNOTE 4.4.10: a 16-bit length */
     ZIP_VERSION = 20,
     ZIP_VERSION_ZIP64 = 45,
@@ -3691,7 +3691,7 @@ static bool tree_walk(struct tree *t, struct err *e)
 static void tree_digest(const struct tree *t, uint8_t digest[32])
 {
     struct sha3_256 h;
-    sha3_256_init(&h);
+    sha3_256_init(&h, 0);
     for (size_t i = 0; i < t->n; i++) {
         sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
         sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
@@ -3929,7 +3929,7 @@ static void zip_init(struct zip *z)
     z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
     z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
     z->len = 0;
-    sha3_256_init(&z->h);
+    sha3_256_init(&z->h, sha3_features());
     crc32_init(z->crc_table);
 }
 
@@ -3978,7 +3978,7 @@ struct lane {
 };
 
 /* Takes up a path.  A folder is hashed here and now, and a path that cannot be opened is done as well. */
-static void lane_start(struct lane *l, struct checksum *c)
+static void lane_start(struct lane *l, struct checksum *c, unsigned features)
 {
     struct stat st;
     l->fd = file_open(c->path, true, &st, &c->e);
@@ -3992,7 +3992,7 @@ static void lane_start(struct lane *l, struct checksum *c)
     }
     l->c = c;
     l->at = l->len = sizeof l->data;
-    sha3_256_init(&l->h);
+    sha3_256_init(&l->h, features);
 }
 
 /* Sees to it that a whole block waits.  If there is none left, the file is done and the lane free: returns false. */
@@ -4020,7 +4020,7 @@ static bool lane_fill(struct lane *l)
 }
 
 /* Hashes n paths on `width` lanes: a lane whose file ends takes up the next path. */
-static void lanes_run(struct lane *lanes, unsigned width, struct checksum *c, size_t n)
+static void lanes_run(struct lane *lanes, unsigned width, unsigned features, struct checksum *c, size_t n)
 {
     for (size_t next = 0;;) {
         struct lane *busy[CHECKSUM_LANES];
@@ -4031,7 +4031,7 @@ static void lanes_run(struct lane *lanes, unsigned width, struct checksum *c, si
         for (unsigned i = 0; i < width; i++) {
             struct lane *l = &lanes[i];
             while (!(l->c && lane_fill(l)) && next < n)
-                lane_start(l, &c[next++]);
+                lane_start(l, &c[next++], features);
             if (!l->c)
                 continue;
             size_t whole = (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE;
@@ -4051,7 +4051,7 @@ static void lanes_run(struct lane *lanes, unsigned width, struct checksum *c, si
 /* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
 static void checksum_files(struct checksum *c, size_t n)
 {
-    unsigned width = sha3_256_lanes() < n ? sha3_256_lanes() : (unsigned)n;
+    unsigned features = n > 1 ? sha3_features() : 0, most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
     struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
     for (size_t i = 0; i < n; i++) {
         c[i] = (struct checksum){ .path = c[i].path };
@@ -4059,7 +4059,7 @@ static void checksum_files(struct checksum *c, size_t n)
             file_err(&c[i].e, c[i].path, "out of memory");
     }
     if (lanes)
-        lanes_run(lanes, width, c, n);
+        lanes_run(lanes, width, features, c, n);
     free(lanes);
 }
 

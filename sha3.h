@@ -1,23 +1,39 @@
 /* SHA3-256 (FIPS 202): one stream, or several streams of equal pace side by side.
  *
  *     struct sha3_256 h;
- *     sha3_256_init(&h);
+ *     sha3_256_init(&h, 0);                     or sha3_features(), once asked for many hashes
  *     sha3_256_update(&h, data, len);           any number of times; whole blocks are absorbed from the caller's memory
  *     sha3_256_final(&h, out);                  32 bytes; init again before the next use
  *
  * The rounds are written once, as macros over a lane type T.  T is uint64_t for one stream, and a vector of 4 or 8
- * such lanes for as many streams; the compiler does the rest.  The processor is asked at run time.
+ * such lanes for as many streams; the compiler does the rest.  The processor is asked at run time, but not for a few
+ * blocks: CPUID costs a virtual machine as much as some hundred of them.
  */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SHA3_X86 1
+#include <cpuid.h>
+#else
+#define SHA3_X86 0
+#endif
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { SHA3_256_RATE = 136, SHA3_256_RATE_LANES = SHA3_256_RATE / 8 }; /* FIPS 202 6.1: r = 1600 - 2 * 256 bits */
 
-/* Lane (x, y) of the state stands in a[x + 5y].  pos: bytes absorbed into the current block, < 136. */
+/* What the processor has for the permutation; SHA3_ASKED alone: nothing. */
+enum { SHA3_ASKED = 1, SHA3_BMI2 = 2, SHA3_AVX2 = 4, SHA3_AVX512 = 8 };
+#ifndef SHA3_ALLOWED
+#define SHA3_ALLOWED (~0u)       /* fewer of them, for builds that compare */
+#endif
+
+enum { SHA3_ASK_BLOCKS = 256 };  /* so much at once, and asking pays */
+
+/* Lane (x, y) of the state stands in a[x + 5y].  pos: bytes absorbed into the current block, < 136.  features: 0 if the
+ * processor has not been asked. */
 struct sha3_256 {
     uint64_t a[25];
-    unsigned pos;
+    unsigned pos, features;
 };
 
 static const uint64_t sha3_RC[24] = { /* FIPS 202 3.2.5, the constants of iota */
@@ -116,7 +132,7 @@ static void sha3_absorb_portable(struct sha3_256 *h, const uint8_t *p, size_t bl
     sha3_absorb_body(h, p, blocks);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if SHA3_X86
 /* ANDN saves chi a copy per lane, RORX saves rho one. */
 __attribute__((target("bmi,bmi2"))) static void sha3_absorb_bmi2(struct sha3_256 *h, const uint8_t *p, size_t blocks)
 {
@@ -165,27 +181,41 @@ SHA3_ABSORB_N(sha3_absorb_4_avx512, 4, SHA3_4, "avx512f,avx512vl")
 SHA3_ABSORB_N(sha3_absorb_8_avx512, 8, SHA3_8, "avx512f,avx512vl")
 #endif
 
-/* How many streams are best absorbed at once here. */
-static unsigned sha3_256_lanes(void)
+/* Asks the processor, and whether the system keeps the wide registers (Intel SDM volume 1, 14.3 and 15.2). */
+static unsigned sha3_features(void)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-        return 8;
-    if (__builtin_cpu_supports("avx2"))
-        return 4;
+    unsigned found = SHA3_ASKED;
+#if SHA3_X86
+    unsigned a, b, c, d, kept = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return found;
+    found |= (b & bit_BMI) && (b & bit_BMI2) ? SHA3_BMI2 : 0u;
+    __cpuid(1, a, d, c, d);
+    if (c & bit_OSXSAVE)
+        __asm__("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+    found |= (kept & 0x06) == 0x06 && (b & bit_AVX2) ? SHA3_AVX2 : 0u;
+    found |= (kept & 0xe6) == 0xe6 && (b & bit_AVX512F) && (b & bit_AVX512VL) ? SHA3_AVX512 : 0u;
 #endif
-    return 1;
+    return found & (SHA3_ALLOWED | SHA3_ASKED);
 }
 
-/* Absorbs whole blocks of one stream with the fastest permutation that this processor has. */
+/* How many streams are best absorbed at once with these features. */
+static unsigned sha3_256_lanes(unsigned features)
+{
+    return features & SHA3_AVX512 ? 8 : features & SHA3_AVX2 ? 4 : 1;
+}
+
+/* Absorbs whole blocks of one stream with the fastest permutation that the features give. */
 static void sha3_absorb(struct sha3_256 *h, const uint8_t *p, size_t blocks)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (sha3_256_lanes() == 8) {
+    if (!h->features && blocks >= SHA3_ASK_BLOCKS)
+        h->features = sha3_features();
+#if SHA3_X86
+    if (h->features & SHA3_AVX512) {
         sha3_absorb_2_avx512(&h, &p, blocks, 1);
         return;
     }
-    if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
+    if (h->features & SHA3_BMI2) {
         sha3_absorb_bmi2(h, p, blocks);
         return;
     }
@@ -193,16 +223,17 @@ static void sha3_absorb(struct sha3_256 *h, const uint8_t *p, size_t blocks)
     sha3_absorb_portable(h, p, blocks);
 }
 
-/* Absorbs `blocks` whole blocks of data[i] into ctx[i] for each i < n.  Every state stands at pos 0, and no state is
- * given twice.  One stream alone, and any number where lanes() is 1, take the way of sha3_256_update. */
+/* Absorbs `blocks` whole blocks of data[i] into ctx[i] for each i < n.  Every state stands at pos 0 and has the same
+ * features, and none is given twice.  One stream alone, and any number where lanes() is 1, take the way of
+ * sha3_256_update. */
 static void sha3_256_absorb_lanes(struct sha3_256 *const ctx[], const uint8_t *const data[], size_t blocks, unsigned n)
 {
-    unsigned width = sha3_256_lanes();
+    unsigned width = n ? sha3_256_lanes(ctx[0]->features) : 1;
     for (unsigned i = 0, some; i < n; i += some) {
         some = n - i < width ? n - i : width;
         if (some == 1)
             sha3_absorb(ctx[i], data[i], blocks);
-#if defined(__x86_64__) && defined(__GNUC__)
+#if SHA3_X86
         else if (width == 4)
             sha3_absorb_4_avx2(ctx + i, data + i, blocks, some);
         else if (some == 2)
@@ -217,9 +248,10 @@ static void sha3_256_absorb_lanes(struct sha3_256 *const ctx[], const uint8_t *c
 
 /* ---- The hash ---- */
 
-static void sha3_256_init(struct sha3_256 *h)
+/* features: those of the processor, or 0, to ask when much comes at once. */
+static void sha3_256_init(struct sha3_256 *h, unsigned features)
 {
-    *h = (struct sha3_256){ .pos = 0 };
+    *h = (struct sha3_256){ .features = features };
 }
 
 /* Adds one byte at pos, without a permutation. */

@@ -9,6 +9,7 @@
 #include "../../sha3.h"
 
 static unsigned passed, failed;
+static unsigned features;            /* of the processor that the states are to be absorbed by; 0: unasked */
 
 /* Compares two strings that are fit to print. */
 #define CHECK(got, wanted) check(__FILE__, __LINE__, got, wanted)
@@ -42,7 +43,7 @@ static const char *hash_by(const void *data, size_t n, size_t step)
     static char text[65];
     struct sha3_256 h;
     uint8_t out[32];
-    sha3_256_init(&h);
+    sha3_256_init(&h, features);
     for (size_t i = 0; i < n; i += step)
         sha3_256_update(&h, (const uint8_t *)data + i, n - i < step ? n - i : step);
     sha3_256_final(&h, out);
@@ -105,7 +106,7 @@ static void test_splits(void)
         uint8_t out[32];
         char text[65];
         size_t second = (sizeof p - cut) / 2;
-        sha3_256_init(&h);
+        sha3_256_init(&h, features);
         sha3_256_update(&h, p, cut);
         sha3_256_update(&h, NULL, 0);
         sha3_256_update(&h, p + cut, second);
@@ -138,6 +139,7 @@ static void check_lanes(absorb_n *absorb, unsigned n, size_t blocks)
         input[i][i] ^= 0x55;
         for (unsigned k = 0; k < 25; k++)
             got[i].a[k] = UINT64_C(0x9e3779b97f4a7c15) * (i * 25 + k + 1);
+        got[i].features = features;
         wanted[i] = got[i];
         ctx[i] = &got[i];
         data[i] = input[i] + i;
@@ -155,13 +157,13 @@ static void test_lanes(void)
             check_lanes(sha3_256_absorb_lanes, n, blocks);
 #if defined(__x86_64__)
         for (unsigned n = 1; n <= 8; n++) {
-            if (n <= 4 && __builtin_cpu_supports("avx2"))
+            if (n <= 4 && features & SHA3_AVX2)
                 check_lanes(sha3_absorb_4_avx2, n, blocks);
-            if (n <= 2 && sha3_256_lanes() == 8)
+            if (n <= 2 && sha3_256_lanes(features) == 8)
                 check_lanes(sha3_absorb_2_avx512, n, blocks);
-            if (n <= 4 && sha3_256_lanes() == 8)
+            if (n <= 4 && sha3_256_lanes(features) == 8)
                 check_lanes(sha3_absorb_4_avx512, n, blocks);
-            if (sha3_256_lanes() == 8)
+            if (sha3_256_lanes(features) == 8)
                 check_lanes(sha3_absorb_8_avx512, n, blocks);
         }
 #endif
@@ -183,24 +185,18 @@ static void absorb_best(struct sha3_256 *const ctx[], const uint8_t *const data[
 }
 
 #if defined(__x86_64__)
-/* Where __builtin_cpu_supports looks (libgcc's and compiler-rt's cpuinfo, the numbers are part of their ABI). */
-extern struct {
-    unsigned vendor, type, subtype, features[1];
-} __cpu_model;
-enum { AVX2 = 1 << 10, AVX512F = 1 << 15, BMI = 1 << 16, BMI2 = 1 << 17, AVX512VL = 1 << 20 };
-
 /* The same processor with fewer features: each way is taken, and gives the same. */
 static void test_lesser_processors(void)
 {
     static const struct {
         unsigned hidden, lanes;
-    } v[] = { { 0, 8 }, { AVX512VL, 4 }, { AVX512F, 4 }, { AVX512F | AVX2, 1 }, { AVX512F | BMI2, 4 },
-              { AVX512F | AVX2 | BMI, 1 }, { AVX512F | AVX512VL | AVX2 | BMI | BMI2, 1 } };
-    unsigned all = __cpu_model.features[0], most = sha3_256_lanes();
+    } v[] = { { 0, 8 }, { SHA3_AVX512, 4 }, { SHA3_AVX512 | SHA3_AVX2, 1 }, { SHA3_AVX512 | SHA3_BMI2, 4 },
+              { SHA3_AVX512 | SHA3_AVX2 | SHA3_BMI2, 1 } };
+    unsigned all = features, most = sha3_256_lanes(features);
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
         char got[12], wanted[12];
-        __cpu_model.features[0] = all & ~v[i].hidden;
-        snprintf(got, sizeof got, "%u", sha3_256_lanes());
+        features = all & ~v[i].hidden;
+        snprintf(got, sizeof got, "%u", sha3_256_lanes(features));
         snprintf(wanted, sizeof wanted, "%u", v[i].lanes < most ? v[i].lanes : most);
         CHECK(got, wanted);
         for (size_t blocks = 0; blocks <= 2; blocks++) {
@@ -209,7 +205,26 @@ static void test_lesser_processors(void)
                 check_lanes(sha3_256_absorb_lanes, n, blocks);
         }
     }
-    __cpu_model.features[0] = all;
+    features = all;
+}
+
+/* The processor is asked once much comes at once; what it says is what the compiler's runtime says. */
+static void test_features(void)
+{
+    static uint8_t data[SHA3_ASK_BLOCKS * SHA3_256_RATE];
+    struct sha3_256 h;
+    char got[40], wanted[40];
+    sha3_256_init(&h, 0);
+    sha3_256_update(&h, data, sizeof data - 1);
+    unsigned before = h.features;
+    sha3_256_init(&h, 0);
+    sha3_256_update(&h, data, sizeof data);
+    snprintf(got, sizeof got, "%u %u", before, h.features);
+    snprintf(wanted, sizeof wanted, "0 %u", SHA3_ASKED |
+             (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") ? SHA3_BMI2 : 0u) |
+             (__builtin_cpu_supports("avx2") ? SHA3_AVX2 : 0u) |
+             (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") ? SHA3_AVX512 : 0u));
+    CHECK(got, wanted);
 }
 #endif
 
@@ -218,7 +233,7 @@ static void test_single(void)
     for (size_t blocks = 0; blocks <= 5; blocks++) {
         check_lanes(absorb_best, 17, blocks);
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
+        if (features & SHA3_BMI2)
             check_lanes(absorb_bmi2, 17, blocks);
 #endif
     }
@@ -245,7 +260,7 @@ static void test_last_page(void)
     const uint8_t *data[8];
     for (unsigned n = 1; n <= 8; n++) {
         for (unsigned i = 0; i < n; i++) {
-            sha3_256_init(&h[i]);
+            sha3_256_init(&h[i], features);
             ctx[i] = &h[i];
             data[i] = map + page - 2 * SHA3_256_RATE;
         }
@@ -258,17 +273,20 @@ static void test_last_page(void)
 int main(void)
 {
     test_standard();
+    features = sha3_features();
+    test_standard();
     test_lengths();
     test_splits();
     test_single();
     test_lanes();
 #if defined(__x86_64__)
     test_lesser_processors();
+    test_features();
 #endif
     test_last_page();
 #if defined(__x86_64__)
-    if (sha3_256_lanes() < 8)
-        printf("skipped: no AVX-512 here%s\n", sha3_256_lanes() < 4 ? ", nor AVX2" : "");
+    if (sha3_256_lanes(features) < 8)
+        printf("skipped: no AVX-512 here%s\n", sha3_256_lanes(features) < 4 ? ", nor AVX2" : "");
 #endif
     printf("%u passed, %u failed\n", passed, failed);
     return failed != 0;
