@@ -139,8 +139,9 @@ PRINTF_LIKE(2, 0) static inline void buf_vprintf(struct buf *b, const char *fmt,
         unsigned size = *fmt == 'z' ? 3 : *fmt != 'l' ? 0 : fmt[1] == 'l' ? 2 : 1;
         fmt += size == 3 ? 1 : size;
         if (*fmt == 's') {
-            text = va_arg(ap, char *);
-            end = text + strnlen(text, most);
+            text = end = va_arg(ap, char *);
+            if (most)                 /* of nothing at all there may be no pointer */
+                end += strnlen(text, most);
         } else if (*fmt == 'c') {
             *--text = (char)va_arg(ap, int);
         } else if (*fmt == 'd') {

@@ -815,6 +815,8 @@ static void test_format(void)
     FORMAT("%.3s|%.10s|%.0s|%.*s|%.*s|%-6.2s|", "abcdef", "abc", "abc", 2, "xyz", 0, "xyz", "abc");
     FORMAT("%.4s", (const char[4]){ 'n', 'o', 'n', 'e' });       /* without an end */
     FORMAT("%lld.%03u", 12LL, 5u);
+    const char *volatile nothing = NULL;
+    FORMAT("[%.*s]", 0, nothing);     /* what a buffer that never got memory holds */
 }
 
 int main(void)
