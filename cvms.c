@@ -960,7 +960,35 @@ static void conn_put_settings(struct conn *c)
     frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
 }
 
-/* The connection ends: GOAWAY is queued; the loop flushes it, then closes. */
+/* Bytes that only this reference holds. */
+static size_t blob_own(const struct blob *b)
+{
+    return b && b->refs == 1 ? sizeof *b + b->n : 0;
+}
+
+static void stream_drop_queue(struct stream *s)
+{
+    while (s->head) {
+        struct item *i = s->head;
+        s->head = i->next;
+        s->conn->queued_bytes -= i->own;
+        blob_unref(i->blob);
+        free(i);
+        s->conn->queued--;
+    }
+    s->tail = NULL;
+    s->queued = 0;
+}
+
+/* Marks a stream that has ended both ways; conn_reap frees it when no caller holds it any more. */
+static void stream_done(struct stream *s)
+{
+    s->dead = true;
+    s->conn->reap = true;
+    stream_drop_queue(s);
+}
+
+/* The connection ends: GOAWAY is queued, behind which no stream says anything more; the loop flushes it, then closes. */
 static void conn_end(struct conn *c, enum h2_error code, const char *why)
 {
     c->error = code;
@@ -968,6 +996,8 @@ static void conn_end(struct conn *c, enum h2_error code, const char *why)
     if (c->phase == CONN_PREFACE)
         conn_put_settings(c);
     frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_done(s);
     c->phase = CONN_CLOSING;
     c->closing_ms = c->core->now_ms;
 }
@@ -1028,34 +1058,6 @@ static struct stream *stream_new(struct conn *c, uint32_t id)
     c->streams = c->current = s;
     c->stream_count++;
     return s;
-}
-
-/* Bytes that only this reference holds. */
-static size_t blob_own(const struct blob *b)
-{
-    return b && b->refs == 1 ? sizeof *b + b->n : 0;
-}
-
-static void stream_drop_queue(struct stream *s)
-{
-    while (s->head) {
-        struct item *i = s->head;
-        s->head = i->next;
-        s->conn->queued_bytes -= i->own;
-        blob_unref(i->blob);
-        free(i);
-        s->conn->queued--;
-    }
-    s->tail = NULL;
-    s->queued = 0;
-}
-
-/* Marks a stream that has ended both ways; conn_reap frees it when no caller holds it any more. */
-static void stream_done(struct stream *s)
-{
-    s->dead = true;
-    s->conn->reap = true;
-    stream_drop_queue(s);
 }
 
 /* RST_STREAM (RFC 9113 5.4.2). */
