@@ -38,6 +38,12 @@ check-large: cvms
 coverage:
 	python3 tests/coverage/coverage.py
 
+# Fuzzes all that reads foreign bytes, FUZZ_SECONDS a target and engine: libFuzzer, which is clang's, and AFL++ where it is
+# installed (apt-get install afl++).  What it finds goes to build/fuzz/found; see tests/fuzz/fuzz.py.
+FUZZ_SECONDS = 60
+fuzz:
+	BEARSSL='$(BEARSSL)' python3 tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+
 # Every figure beside a grpc-go server that does the same job, in one table, also in build/bench.md.
 bench:
 	python3 tests/bench/bench.py CC='$(CC)' BEARSSL='$(BEARSSL)'
@@ -56,4 +62,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: all run check check-large coverage bench static install clean
+.PHONY: all run check check-large coverage fuzz bench static install clean

@@ -9373,6 +9373,15 @@ static bool session_is(const struct session *s, const char *name)
            (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
 }
 
+/* A line about a word that was typed, which may hold anything. */
+static void control_note(struct server *v, const char *before, const char *word, const char *after)
+{
+    struct buf safe = { 0 };
+    put_text(&safe, (struct bytes){ (const uint8_t *)word, min_size(strlen(word), 200) }, NULL);
+    core_note(&v->loop->core, NULL, "%s%.*s%s", before, (int)safe.len, safe.len ? (char *)safe.p : "", after);
+    buf_free(&safe);
+}
+
 /* Asks every agent's stream that is meant. */
 static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
 {
@@ -9386,9 +9395,10 @@ static void control_ask(struct server *v, void (*ask)(struct session *), const c
         }
     for (const struct host *h = v->verdict.hosts; h; h = h->next)
         gone |= *name && strcmp(h->name, name) == 0;
-    if (n == 0)
-        core_note(core, NULL, *name ? "the agent %s %s" : "no agent is connected%s%s", *name ? name : "",
-                  !*name ? "" : gone ? "has gone" : "is not connected");
+    if (n == 0 && *name)
+        control_note(v, "the agent ", name, gone ? " has gone" : " is not connected");
+    else if (n == 0)
+        core_note(core, NULL, "no agent is connected");
 }
 
 static void control_line(struct server *v, char *line)
@@ -9403,7 +9413,7 @@ static void control_line(struct server *v, char *line)
             return;
         }
     if (name)
-        core_note(&v->loop->core, NULL, "there is no command %.20s; help lists them", name);
+        control_note(v, "there is no command ", name, "; help lists them");
 }
 
 /* Bytes of commands: whole lines are done, the rest is kept; a line that is too long is dropped. */

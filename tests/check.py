@@ -130,6 +130,13 @@ def proto():
                           os.path.join(HERE, "vectors", "manifests.jsonl"), "20"])
 
 
+def fuzz():
+    """The corpus of every fuzz target, through the program in memory."""
+    replay = build(COMPILERS[0], "fuzz-replay", "tests/fuzz/fuzz.c", SANITIZE + ["-D_GNU_SOURCE", "-DFUZZ_REPLAY"])
+    if replay:
+        layer("fuzz", [replay, os.path.join(HERE, "fuzz", "corpus")])
+
+
 def clients():
     script("clients", "run", os.path.join(BUILD, "tools"))
 
@@ -168,7 +175,8 @@ def builds():
     made("make", "-B", "cvms")
 
 
-LAYERS = {"builds": builds, "unit": unit, "proto": proto, "cli": cli, "tls": tls, "smoke": smoke, "clients": clients}
+LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke,
+          "clients": clients}
 NOT_COVERAGE = {"builds"}             # compiles, and hardly runs what it made
 
 

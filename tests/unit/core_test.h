@@ -1,4 +1,6 @@
 /* Shared by test_core*.c: cvms.c with an allocator that can fail, checks, payloads from text, frames to text. */
+#ifndef CORE_TEST_H
+#define CORE_TEST_H
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -343,3 +345,4 @@ static size_t peer_frame(struct peer *peer, struct bytes out, struct buf *line)
     buf_putc(line, '\n');
     return FRAME_HEADER_LEN + (size_t)f.len;
 }
+#endif

@@ -1,0 +1,49 @@
+/* Keys and certificates of the TLS targets, P-256, valid for a hundred years.  They guard nothing: a fixed key makes
+ * every handshake of the corpus the same. */
+static const char ca_pem[] =
+    "-----BEGIN CERTIFICATE-----\n"
+    "MIIBfDCCASGgAwIBAgIUScpIWrBwbgk0TutvKsI/hNTt9LYwCgYIKoZIzj0EAwIw\n"
+    "EjEQMA4GA1UEAwwHZnV6eiBDQTAgFw0yNjExMjQyMjE1NDRaGA8yMTI2MTAzMTIy\n"
+    "MTU0NFowEjEQMA4GA1UEAwwHZnV6eiBDQTBZMBMGByqGSM49AgEGCCqGSM49AwEH\n"
+    "A0IABJPQodcJRao4XX0MZPUZd1oL326iD2DZ2STh4FNweefF4zyWGkFL724NPtdx\n"
+    "9iid6aIS5S4HwtKgLXgLlg2L6JajUzBRMB0GA1UdDgQWBBQ1BYqWtPE74N0DcdtO\n"
+    "qyUVFQrBczAfBgNVHSMEGDAWgBQ1BYqWtPE74N0DcdtOqyUVFQrBczAPBgNVHRMB\n"
+    "Af8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQC51jGv6PoCd8KsTNU6chGBpy8d\n"
+    "+qoE101WWX0RnsMTUwIhAOgeMkAfRtaaL+gZmtH2+mxr6Yj3P34M5UOaLLOri9J2\n"
+    "-----END CERTIFICATE-----\n";
+static const char server_pem[] =
+    "-----BEGIN CERTIFICATE-----\n"
+    "MIIBkTCCATegAwIBAgIUNHC7MG2vpaXe1n6dWnrF1K/X8m0wCgYIKoZIzj0EAwIw\n"
+    "EjEQMA4GA1UEAwwHZnV6eiBDQTAgFw0yNjExMjQyMjE1NDRaGA8yMTI2MTAzMTIy\n"
+    "MTU0NFowETEPMA0GA1UEAwwGc2VydmVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcD\n"
+    "QgAE3B3OPrFXjMSZlM8DpRPl+CrK8Cl+QP8JPk6YF8+guZFRC1KMZvJ8zMpKa/S6\n"
+    "VJ07+P82w+lfBS2anKWIFrOnE6NqMGgwEQYDVR0RBAowCIIGc2VydmVyMBMGA1Ud\n"
+    "JQQMMAoGCCsGAQUFBwMBMB0GA1UdDgQWBBQRfxXUM2P0DXL4oH+1TcNHZFeVKDAf\n"
+    "BgNVHSMEGDAWgBQ1BYqWtPE74N0DcdtOqyUVFQrBczAKBggqhkjOPQQDAgNIADBF\n"
+    "AiEAmcT8ki1o1srarr3FpKvHlydqPZVrM78H53wOE/2eb7kCIGcTrJKR2hbZo7p/\n"
+    "FupSzfWaf6+DUg6UtaaTFwrq931F\n"
+    "-----END CERTIFICATE-----\n";
+static const char server_key[] =
+    "-----BEGIN PRIVATE KEY-----\n"
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+4CKJyGyBxxngWVt\n"
+    "22LwDbNdT42hiVnhbWaqqhhBRMqhRANCAATcHc4+sVeMxJmUzwOlE+X4KsrwKX5A\n"
+    "/wk+TpgXz6C5kVELUoxm8nzMykpr9LpUnTv4/zbD6V8FLZqcpYgWs6cT\n"
+    "-----END PRIVATE KEY-----\n";
+static const char client_pem[] =
+    "-----BEGIN CERTIFICATE-----\n"
+    "MIIBkTCCATegAwIBAgIUNHC7MG2vpaXe1n6dWnrF1K/X8m4wCgYIKoZIzj0EAwIw\n"
+    "EjEQMA4GA1UEAwwHZnV6eiBDQTAgFw0yNjExMjQyMjE1NDRaGA8yMTI2MTAzMTIy\n"
+    "MTU0NFowETEPMA0GA1UEAwwGY2xpZW50MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcD\n"
+    "QgAEydH5ZElvXxSA5i9BmZpHk2B2jiesx4DCuJmW4n8osFN9uBSdfRcQoCwouoQC\n"
+    "82aM06yEQSUBcVKiNjgeOeLw06NqMGgwEQYDVR0RBAowCIIGY2xpZW50MBMGA1Ud\n"
+    "JQQMMAoGCCsGAQUFBwMCMB0GA1UdDgQWBBSJI05aObL/kqD/O+34l5mQUS7pmjAf\n"
+    "BgNVHSMEGDAWgBQ1BYqWtPE74N0DcdtOqyUVFQrBczAKBggqhkjOPQQDAgNIADBF\n"
+    "AiEAjQ1X1C5qOhHXh8X8c3Cq1KKfVy837fwwieFg5b5TL7gCIGGTFAyrAbPei3os\n"
+    "Un79SESZ+c71r+YYJjbxW9biuOQ+\n"
+    "-----END CERTIFICATE-----\n";
+static const char client_key[] =
+    "-----BEGIN PRIVATE KEY-----\n"
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1sczRxVMM4qEAAUQ\n"
+    "x/CMJP9WJbhub7odivOffYDg1/2hRANCAATJ0flkSW9fFIDmL0GZmkeTYHaOJ6zH\n"
+    "gMK4mZbifyiwU324FJ19FxCgLCi6hALzZozTrIRBJQFxUqI2OB454vDT\n"
+    "-----END PRIVATE KEY-----\n";
