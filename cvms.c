@@ -4495,6 +4495,7 @@ struct manifest {
     struct bytes key;                 /* -public-key-path; empty: not given */
     struct checksum *inputs;          /* of direct datasets in their order, then of the algorithm */
     size_t input_count;
+    int64_t looked_ms;                /* when the inputs were last looked at, to see whether they have changed */
     bool algo_input;                  /* the last input is the algorithm */
     enum compat compat;
     const struct faults *faults;      /* NULL: none */
@@ -5098,10 +5099,14 @@ static void manifest_free(struct manifest *m)
     }
 }
 
-/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log. */
+/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams that
+ * open in the same millisecond look once. */
 static void manifest_refresh(struct manifest *m, struct core *core)
 {
     bool changed = false;
+    if (m->looked_ms == core->now_ms)
+        return;
+    m->looked_ms = core->now_ms;
     for (size_t i = 0; i < m->input_count; i++) {
         struct checksum *in = &m->inputs[i];
         if (!checksum_changed(in->path, &in->id))
@@ -7488,6 +7493,13 @@ static void poller_wait(struct loop *l, int timeout_ms)
     }
 }
 
+/* The descriptor is about to be closed, which takes it out of epoll. */
+static void poller_forget(struct loop *l, struct watch *w)
+{
+    (void)l;
+    w->interest = 0;
+}
+
 static void poller_free(struct loop *l)
 {
     close(l->epoll);
@@ -7530,6 +7542,11 @@ static bool poller_set(struct loop *l, struct watch *w, unsigned interest)
         l->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = events };
     w->interest = interest;
     return true;
+}
+
+static void poller_forget(struct loop *l, struct watch *w)
+{
+    poller_set(l, w, 0);
 }
 
 static void poller_wait(struct loop *l, int timeout_ms)
@@ -7709,7 +7726,7 @@ static void link_close(struct link *k, const char *why)
     if (l->link_down && k->connecting)
         l->link_down(k, why);
     heap_set(l, k, INT64_MAX);
-    poller_set(l, &k->watch, 0);
+    poller_forget(l, &k->watch);
     if (k->watch.fd >= 0)
         close(k->watch.fd);
     *(k->prev ? &k->prev->next : &l->links) = k->next;
