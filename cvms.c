@@ -943,6 +943,12 @@ static void conn_remember_closed(struct conn *c, uint32_t id, bool we_reset)
     c->closed[c->closed_at++ % CLOSED_IDS] = id | (we_reset ? 0x80000000 : 0);
 }
 
+/* Whether nobody has opened a stream with this id yet (RFC 9113 5.1). */
+static bool conn_is_idle(const struct conn *c, uint32_t id)
+{
+    return c->client ? (id & 1) == 0 || id >= c->next_id : (id & 1) == 0 || id > c->last_id;
+}
+
 /* How a stream that is no longer in the list ended: 0 unknown, 1 by the peer or normally, 2 reset by us. */
 static int conn_how_closed(const struct conn *c, uint32_t id)
 {
@@ -1070,9 +1076,14 @@ static void stream_reset(struct stream *s, enum h2_error code)
     stream_done(s);
 }
 
-/* A stream error that the peer brought about: RST_STREAM, against the cap on such errors. */
+/* A stream error that the peer brought about: RST_STREAM, against the cap on such errors.  On an idle stream, for which
+ * there is no RST_STREAM (RFC 9113 6.4), it is the connection's. */
 static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
 {
+    if (conn_is_idle(c, id)) {
+        conn_fail(c, code, "a frame that is wrong, on an idle stream");
+        return;
+    }
     if (!conn_spend(c, CAP_STREAM_ERRORS))
         return;
     struct stream *s = stream_find(c, id);
@@ -1444,12 +1455,6 @@ static void conn_free(struct conn *c)
     buf_free(&c->block);
     buf_free(&c->out);
     hpack_free(&c->hpack);
-}
-
-/* The stream with this id is not in the list: idle, closed, or closed by us with frames still in flight. */
-static bool conn_is_idle(const struct conn *c, uint32_t id)
-{
-    return c->client ? (id & 1) == 0 || id >= c->next_id : (id & 1) == 0 || id > c->last_id;
 }
 
 /* The peer has sent END_STREAM (RFC 9113 5.1, 8.1.1 for the length). */
