@@ -711,13 +711,10 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
         t.n--;
     const uint8_t *p = t.p, *end = t.n ? t.p + t.n : t.p, *plain = p;
     while (p < end) {
-        if (end - p >= 8 && pb_plain8(p)) {
-            p += 8;
-            continue;
-        }
-        uint32_t c = *p;
+        p += pb_plain(p, (size_t)(end - p), false);
+        uint32_t c = p < end ? *p : ' ';
         if (c >= ' ' && c <= '~') {
-            p++;
+            p += p < end;
             continue;
         }
         size_t n = pb_utf8_char(p, end, &c);

@@ -921,15 +921,29 @@ static bool pb_is_unsafe(uint32_t c)
            (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069) || c == 0xfeff || c == 0xfffe || c == 0xffff;
 }
 
-/* Whether 8 bytes are printable ASCII without the quote and the backslash: each term has the top bit of a byte set
- * that is not, and carries come only from bytes that the first term has. */
-static inline bool pb_plain8(const uint8_t *p)
+/* The top bits of those of eight bytes that are not printable ASCII, or with json a quote or a backslash.  Carries and
+ * borrows come only from bytes that are found themselves. */
+static inline uint64_t pb_odd8(const uint8_t *p, bool json)
 {
     const uint64_t ones = 0x0101010101010101;
     uint64_t x;
     memcpy(&x, p, 8);
-    return ((x | (x + ones) | ~(x + 0x60 * ones) | ~((x ^ ('"' * ones)) + 0x7f * ones) |
-             ~((x ^ ('\\' * ones)) + 0x7f * ones)) & 0x80 * ones) == 0;
+    uint64_t odd = x | (x + ones) | (x - 0x20 * ones);
+    if (json)
+        odd |= ((x ^ '"' * ones) - ones) | ((x ^ '\\' * ones) - ones);
+    return odd & 0x80 * ones;
+}
+
+/* How many bytes, by eights, can be shown as they are: most text is plain for long stretches. */
+static inline size_t pb_plain(const uint8_t *p, size_t n, bool json)
+{
+    size_t i = 0;
+    while (n - i >= 32 &&
+           !(pb_odd8(p + i, json) | pb_odd8(p + i + 8, json) | pb_odd8(p + i + 16, json) | pb_odd8(p + i + 24, json)))
+        i += 32;
+    while (n - i >= 8 && !pb_odd8(p + i, json))
+        i += 8;
+    return i;
 }
 
 /* Writes the character at p, escaped if need be, and returns how many bytes of input it took. */
@@ -955,8 +969,7 @@ static inline void pb_json_string(struct buf *out, struct bytes s)
 {
     buf_putc(out, '"');
     for (size_t from = 0, i = 0; i < s.n; from = i) {
-        while (s.n - i >= 8 && pb_plain8(s.p + i))
-            i += 8;
+        i += pb_plain(s.p + i, s.n - i, true);
         while (i < s.n && s.p[i] >= 0x20 && s.p[i] < 0x7f && s.p[i] != '"' && s.p[i] != '\\')
             i++;
         buf_put(out, s.p + from, i - from);
