@@ -34,6 +34,10 @@ check:
 check-large: cvms
 	python3 tests/cli/test_checksum.py ./cvms tests/vectors
 
+# Every call of libc that can fail, failed in turn over whole runs (some minutes); make check takes a sample.
+inject:
+	python3 tests/check.py inject-all
+
 # What the tests reach, with clang's counters; python3 tests/coverage/coverage.py --missing lists what they do not.
 coverage:
 	python3 tests/coverage/coverage.py
@@ -62,4 +66,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: all run check check-large coverage fuzz bench static install clean
+.PHONY: all run check check-large inject coverage fuzz bench static install clean

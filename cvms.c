@@ -740,19 +740,24 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
     va_list ap;
-    if (core->err.len > NOTES_MAX) {
+    size_t before = core->err.len;
+    if (before > NOTES_MAX) {
         core->notes_lost++;
         return;
     }
     if (core->notes_lost)
-        buf_printf(&core->err, "%s %lu lines are lost: stderr is not read\n", core_stamp(core), core->notes_lost);
-    core->notes_lost = 0;
+        buf_printf(&core->err, "%s %lu lines are lost: stderr is not read, or memory is short\n", core_stamp(core),
+                   core->notes_lost);
     buf_put(&core->err, core_stamp(core), STAMP_LEN);
     buf_printf(&core->err, " %s%s", peer ? peer : "", peer ? " " : "");
     va_start(ap, fmt);
     buf_vprintf(&core->err, fmt, ap);
     va_end(ap);
     buf_putc(&core->err, '\n');
+    if (core->err.failed)             /* not half a line */
+        core->err.len = before;
+    core->notes_lost = core->err.failed ? core->notes_lost + 1 : 0;
+    core->err.failed = false;
 }
 
 /* A peer has met a cap: one line a second for each. */
@@ -1140,8 +1145,10 @@ static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kin
     struct item *i = blob && !s->dead && !s->local_closed ? malloc(sizeof *i) : NULL;
     if (!i) {
         blob_unref(blob);
-        if (!s->dead && !s->local_closed)
-            stream_reset(s, INTERNAL_ERROR);
+        if (s->dead || s->local_closed)
+            return;
+        core_note(s->conn->core, s->conn->peer, "out of memory: stream %lu is reset", (unsigned long)s->id);
+        stream_reset(s, INTERNAL_ERROR);
         return;
     }
     *i = (struct item){ .blob = blob, .own = blob_own(blob), .kind = kind };
@@ -1500,6 +1507,7 @@ static void conn_request(struct conn *c, uint32_t id, const struct fields *f, bo
     }
     struct stream *s = stream_new(c, id);
     if (!s) {
+        core_note(c->core, c->peer, "out of memory: stream %lu is refused", (unsigned long)id);
         conn_stream_error(c, id, REFUSED_STREAM);
         return;
     }
@@ -1968,8 +1976,10 @@ static size_t conn_peek(struct conn *c, const uint8_t **p)
     conn_fill(c);
     if (c->deaf)
         c->out.len = c->out_sent = 0;
-    if (c->out.failed)
+    if (c->out.failed && c->phase != CONN_DEAD) {
+        core_note(c->core, c->peer, "out of memory: the connection is closed");
         c->phase = CONN_DEAD;
+    }
     *p = c->out.p ? c->out.p + c->out_sent : NULL;
     return conn_pending(c);
 }
@@ -2193,7 +2203,8 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     }
     if (status == GRPC_UNIMPLEMENTED)
         put_field(&block, "grpc-accept-encoding", BYTES("identity"));
-    stream_queue(s, block.failed ? NULL : blob_copy((struct bytes){ block.p, block.len }), ITEM_TRAILERS);
+    bool failed = block.failed || message.failed;
+    stream_queue(s, failed ? NULL : blob_copy((struct bytes){ block.p, block.len }), ITEM_TRAILERS);
     buf_free(&block);
     buf_free(&message);
 }
@@ -4819,7 +4830,7 @@ static void algorithm_source(struct manifest *m, struct options *o, struct repor
         a->source = NULL;
         a->kbs = NULL;
         a->hash = new_input(m, o->algo_path);
-    } else if (!m->req.algorithm) {
+    } else if (!m->req.algorithm && !(o->manifest && r->start)) {
         tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
     }
     if (!m->algo_input && present(o->algo_hash))
@@ -5014,6 +5025,7 @@ static void manifest_read(struct manifest *m, struct options *o, struct report *
     struct err e;
     if (!file_load(path, MANIFEST_FILE_MAX, &text, &e)) {
         tell(r, START, "-%s: %s", flag, e.text);
+        buf_free(&text);
         return;
     }
     struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
@@ -5172,7 +5184,8 @@ static const char *const silent_failures[] = {
 /* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
 struct host {
     struct host *next;
-    char *name, *failure;             /* failure NULL: none */
+    bool failed;
+    char *name, *failure;             /* failure: why it has failed; NULL without memory */
     enum stage stage;
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
     unsigned agents, forwarders;      /* streams that are open */
@@ -5251,7 +5264,7 @@ static struct host *verdict_host(struct verdict *v, const char *job_id, const ch
 
 static bool host_is_done(const struct verdict *v, const struct host *h)
 {
-    return !h->failure && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+    return !h->failed && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
 }
 
 /* Stages are counted until the host is where it should be. */
@@ -5267,8 +5280,9 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
 {
     char text[CONTEXT_BYTES];
     va_list ap;
-    if (h->failure)
+    if (h->failed)
         return;
+    h->failed = true;
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
@@ -5276,6 +5290,11 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
     put_text(&safe, bytes_of(text), NULL);
     h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
     buf_free(&safe);
+}
+
+static const char *host_failure(const struct host *h)
+{
+    return h->failure ? h->failure : "out of memory for the reason";
 }
 
 /* Keeps a line of the host's log, made safe. */
@@ -5295,6 +5314,8 @@ static void host_context(struct host *h, const char *head, struct bytes text)
 static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
 {
     char *line = v->reject_text.n ? text_copy(text, SIZE_MAX) : NULL;
+    if (v->reject_text.n && !line)
+        host_fail(h, "out of memory for -reject");
     for (size_t i = 0; line && i < v->reject_text.n; i++)
         if (regexec(&v->reject[i], line, 0, NULL, 0) == 0)
             host_fail(h, "-reject %s: %s", v->reject_text.v[i], line);
@@ -5325,7 +5346,7 @@ static void verdict_event(const struct verdict *v, struct host *h, const struct 
         h->expected++;
     if (bytes_eq(event->status, BYTES("Failed")))
         host_fail(h, "event %s", name);
-    for (size_t i = 0; !h->failure && i < PB_COUNT(event_stages); i++)
+    for (size_t i = 0; !h->failed && i < PB_COUNT(event_stages); i++)
         if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
             (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
             host_reach(v, h, event_stages[i].stage, now_ms);
@@ -5417,9 +5438,9 @@ static void verdict_tick(struct verdict *v, int64_t now_ms)
         return;
     for (const struct host *h = v->hosts; h; h = h->next) {
         done += host_is_done(v, h);
-        if (h->failure && v->end_ms == INT64_MAX) {
+        if (h->failed && v->end_ms == INT64_MAX) {
             v->end_ms = now_ms + CONTEXT_MS;
-            buf_printf(&v->why, "the agent %s failed: %s", h->name, h->failure);
+            buf_printf(&v->why, "the agent %s failed: %s", h->name, host_failure(h));
         }
     }
     if (v->end_ms != INT64_MAX) {
@@ -5474,9 +5495,9 @@ static void verdict_summary(const struct verdict *v, struct buf *out)
             buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
                    (unsigned long long)h->bytes);
-        if (h->failure)
-            buf_printf(out, "cvms:   %s failed: %s; the last lines before the end:\n", h->name, h->failure);
-        for (size_t i = 0; h->failure && i < CONTEXT_LINES; i++) {
+        if (h->failed)
+            buf_printf(out, "cvms:   %s failed: %s; the last lines before the end:\n", h->name, host_failure(h));
+        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
             const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
             if (line)
                 buf_printf(out, "cvms:     | %s\n", line);
@@ -5514,6 +5535,7 @@ static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
     buf_puts(out, "    <system-out>");
     put_xml(out, (struct bytes){ summary.p, summary.len });
     buf_puts(out, "</system-out>\n  </testcase>\n</testsuite>\n");
+    out->failed |= summary.failed;
     buf_free(&summary);
 }
 
@@ -5532,8 +5554,8 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
                        SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
                    (unsigned long long)h->bytes);
-        if (h->failure)
-            pb_json_string(out, bytes_of(h->failure));
+        if (h->failed)
+            pb_json_string(out, bytes_of(host_failure(h)));
         else
             buf_puts(out, "null");
         buf_puts(out, h->next ? "}," : "}");
@@ -5807,8 +5829,11 @@ static void record_line(struct stream *s, struct Record *r, struct bytes raw)
     r->kind = bytes_of(kind_names[session->kind]);
     r->job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
     r->raw = raw;
+    size_t before = core->record.len;
     pb_json(&core->record, &Record_message, r, 0);
     buf_putc(&core->record, '\n');
+    if (core->record.failed)          /* not half a line; with this the record ends */
+        core->record.len = before;
 }
 
 /* Records what a blob of prefixed messages sends. */
@@ -5821,8 +5846,10 @@ static void record_sent(struct stream *s, const struct blob *b)
         n = get_be32(b->p + at + 1);
         pb_arena_reset(&core->arena);
         struct bytes wire = { b->p + at + 5, n };
-        if (pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown) == PB_OK)
+        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+        if (err == PB_OK)
             record_line(s, &(struct Record){ .sent = &msg }, wire);
+        core->record.failed |= err == PB_LIMIT;
     }
 }
 
@@ -5859,29 +5886,26 @@ static void session_kind(struct session *session, enum stream_kind kind)
 static void process_open(struct stream *s, const struct fields *f)
 {
     struct core *core = s->conn->core;
-    struct session *session = calloc(1, sizeof *session);
+    struct bytes job_id = f->value[F_JOB_ID];
+    struct buf name = { 0 };
+    if (job_id.n) {
+        put_text(&name, (struct bytes){ job_id.p, min_size(job_id.n, 200) }, NULL);
+        buf_putc(&name, 0);
+    }
+    struct session *session = name.failed ? NULL : calloc(1, sizeof *session);
     if (!session) {
+        buf_free(&name);
+        core_note(core, s->conn->peer, "out of memory: stream %lu is ended", (unsigned long)s->id);
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
-    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX };
+    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX,
+                                 .manifest = manifest_for(core->manifest, job_id), .job_id = (char *)name.p };
     if (core->sessions)
         core->sessions->prev = session;
     core->sessions = session;
     s->user = session;
-    enum stream_kind kind = KIND_UNKNOWN;
-    if (f->value[F_JOB_ID].n) {
-        struct buf name = { 0 };
-        put_text(&name, (struct bytes){ f->value[F_JOB_ID].p, min_size(f->value[F_JOB_ID].n, 200) }, NULL);
-        buf_putc(&name, 0);
-        if (name.failed) {
-            buf_free(&name);
-            grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
-            return;
-        }
-        session->job_id = (char *)name.p;
-        kind = KIND_AGENT;
-    }
+    enum stream_kind kind = session->job_id ? KIND_AGENT : KIND_UNKNOWN;
     if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
         kind = KIND_FORWARDER;
     if (kind)
@@ -5889,7 +5913,6 @@ static void process_open(struct stream *s, const struct fields *f)
     const char *job = session->job_id, *subject = s->conn->subject;
     core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
               job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
-    session->manifest = manifest_for(core->manifest, f->value[F_JOB_ID]);
     manifest_refresh(session->manifest, core);
     if (kind == KIND_FORWARDER && core->skip_forwarder)
         grpc_send_headers(s);
@@ -5925,6 +5948,7 @@ static void process_message(struct stream *s, struct bytes wire)
     if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
         core->out.len = shown_before;
         core->out.failed = false;
+        process_note(s, "out of memory: a message was not taken");
         grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
@@ -7032,7 +7056,9 @@ static unsigned verify_end_chain(const br_x509_class **ctx)
     int err = (int)v->minimal.vtable->end_chain(&v->minimal.vtable);
     int damage = cert_decode(&v->cert, (struct bytes){ v->leaf.p, v->leaf.failed ? 0 : v->leaf.len });
     dn_text(&t->subject, v->cert.subject);
-    if (t->config->insecure)
+    if (t->subject.failed)
+        err = TLS_ERR_MEMORY;
+    else if (t->config->insecure)
         err = damage;
     else if (v->count > TLS_CHAIN_MAX || v->leaf.failed)
         err = TLS_ERR_CHAIN;
@@ -7643,7 +7669,8 @@ static void sink_fail(struct loop *l, struct sink *s, int error)
  * PIPE_BUF, which it can take at once when it says that it is writable; a file gets all. */
 static void sink_flush(struct loop *l, struct sink *s)
 {
-    s->lines->failed = false;         /* a line of our own that found no memory is lost; those of agents never are */
+    bool lost = s->lines->failed && s == &l->record;
+    s->lines->failed = lost;          /* elsewhere a line that found no memory has been dealt with */
     while (sink_pending(s) && !s->broken) {
         size_t n = sink_pending(s);
         if (!s->regular) {
@@ -7665,6 +7692,8 @@ static void sink_flush(struct loop *l, struct sink *s)
     }
     poller_set(l, &s->watch, 0);
     s->lines->len = s->sent = 0;
+    if (lost && !s->broken)
+        sink_fail(l, s, ENOMEM);
     if (s->broken || s->lines->cap > 4 * READ_LEN)
         buf_free(s->lines);
 }
@@ -7743,21 +7772,29 @@ static void link_close(struct link *k, const char *why)
     l->graveyard = k;
 }
 
+/* Waits for what the connection needs next.  Without that it could only hang, so it is closed. */
 static void link_interest(struct link *k, bool blocked)
 {
     bool in = !k->conn.eof && !k->loop->paused && conn_wants_input(&k->conn);
-    poller_set(k->loop, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u));
     heap_set(k->loop, k, conn_deadline(&k->conn));
+    if (poller_set(k->loop, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u)))
+        return;
+    const char *why = strerror(errno);
+    core_note(&k->loop->core, k->conn.peer, "the connection can't be waited for, so it is closed: %s", why);
+    link_close(k, why);
 }
 
-/* Sends n bytes.  Returns how many have gone; -1: the socket takes no more now, -2: the peer is gone. */
+/* Sends n bytes.  Returns how many have gone; -1: the socket takes no more now, -2: nothing goes out any more. */
 static ssize_t link_send(struct link *k, const uint8_t *p, size_t n)
 {
     ssize_t sent;
     do
         sent = send(k->watch.fd, p, n, MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
-    return sent >= 0 ? sent : errno == EAGAIN || errno == EWOULDBLOCK ? -1 : -2;
+    if (sent >= 0 || errno == EAGAIN || errno == EWOULDBLOCK)
+        return sent;
+    shutdown(k->watch.fd, SHUT_WR);   /* should the peer be there after all, it need not wait */
+    return -2;
 }
 
 /* Plaintext: straight from the connection's output.  True: the socket takes no more now. */
@@ -7956,6 +7993,14 @@ static int accept_nonblocking(int fd, struct sockaddr_storage *sa, socklen_t *le
 #endif
 }
 
+static bool listeners_watch(struct loop *l, unsigned interest)
+{
+    bool ok = true;
+    for (size_t i = 0; ok && i < l->listener_count; i++)
+        ok = poller_set(l, &l->listeners[i], interest);
+    return ok;
+}
+
 /* accept's errors: passing ones concern one client; when descriptors or memory are short the listeners rest until a
  * connection has closed or a second has gone by. */
 static void accept_error(struct loop *l)
@@ -7964,15 +8009,12 @@ static void accept_error(struct loop *l)
         return;
     core_cap(&l->core, NULL, "connections (descriptors or memory)");
     l->accept_full = true;
-    for (size_t i = 0; i < l->listener_count; i++)
-        poller_set(l, &l->listeners[i], 0);
+    listeners_watch(l, 0);
 }
 
 static void accept_resume(struct loop *l)
 {
-    l->accept_full = false;
-    for (size_t i = 0; i < l->listener_count && !l->stopping; i++)
-        poller_set(l, &l->listeners[i], WATCH_IN);
+    l->accept_full = !l->stopping && !listeners_watch(l, WATCH_IN);
 }
 
 /* One connection too many: it is told so, as far as it understands, and closed. */
@@ -8070,14 +8112,15 @@ static bool link_connect(struct link *k)
     if (fd < 0)
         return false;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (!fd_prepare(fd) || (connect(fd, k->to->ai_addr, k->to->ai_addrlen) != 0 && errno != EINPROGRESS)) {
-        int error = errno;
-        close(fd);
-        errno = error;
-        return false;
-    }
     k->watch.fd = fd;
-    return poller_set(k->loop, &k->watch, WATCH_OUT);
+    if (fd_prepare(fd) && (connect(fd, k->to->ai_addr, k->to->ai_addrlen) == 0 || errno == EINPROGRESS) &&
+        poller_set(k->loop, &k->watch, WATCH_OUT))
+        return true;
+    int error = errno;
+    close(fd);
+    k->watch.fd = -1;
+    errno = error;
+    return false;
 }
 
 /* Tries the addresses from k->to on; after the last, all of them again in a while, until it is time to give up. */
@@ -8203,16 +8246,19 @@ static void loop_stop(struct loop *l, const char *why)
         l->stop_why = why;
 }
 
+static void listeners_close(struct loop *l)
+{
+    listeners_watch(l, 0);
+    while (l->listener_count)
+        close(l->listeners[--l->listener_count].fd);
+}
+
 /* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
 static void loop_goodbye(struct loop *l)
 {
     l->stopping = true;
     l->stop_ms = l->core.now_ms + STOP_MS;
-    for (size_t i = 0; i < l->listener_count; i++) {
-        poller_set(l, &l->listeners[i], 0);
-        close(l->listeners[i].fd);
-    }
-    l->listener_count = 0;
+    listeners_close(l);
     for (struct link *k = l->links, *next; k; k = next) {
         next = k->next;
         if (k->connecting) {
@@ -8383,7 +8429,18 @@ static bool loop_done(const struct loop *l)
     if (!l->stopping)
         return false;
     return l->hurry || l->core.now_ms >= l->stop_ms ||
-           (l->link_count == 0 && sink_pending(&l->out) == 0 && sink_pending(&l->err) == 0);
+           (l->link_count == 0 && sink_pending(&l->out) == 0 && sink_pending(&l->record) == 0 &&
+            sink_pending(&l->err) == 0);
+}
+
+/* What a stopped loop could not write in time, or at all, is told, and the exit status is not 0. */
+static void sink_end(struct loop *l, const struct sink *s, const char *what)
+{
+    size_t n = s->broken ? 0 : sink_pending(s);
+    if (n)
+        tell_note("%zu bytes could not be written to %s in time", n, what);
+    if ((n || s->broken) && !l->exit_status)
+        l->exit_status = 1;
 }
 
 /* Runs until it is stopped and all is said.  Returns the exit status. */
@@ -8406,8 +8463,10 @@ static int loop_run(struct loop *l)
         poller_wait(l, loop_timeout(l));
         loop_deadlines(l);
     }
-    if (sink_pending(&l->out) && !l->out.broken)
-        tell_note("%zu bytes of messages could not be written to stdout in time", sink_pending(&l->out));
+    sink_end(l, &l->out, "stdout");
+    sink_end(l, &l->record, "-record");
+    if (l->core.notes_lost && sink_pending(&l->err) == 0)
+        tell_note("%lu lines of the log are lost: memory is short", l->core.notes_lost);
     if (l->hurry)
         return 128 + l->signal_number;
     return l->exit_status;
@@ -8423,7 +8482,10 @@ static void loop_free(struct loop *l)
     if (l->tls)
         tls_config_free(l->tls);
     tls_pool_free(&l->tls_pool);
+    listeners_close(l);
     poller_free(l);
+    if (l->record.watch.fd >= 0)
+        close(l->record.watch.fd);
     close(l->signals.fd);
     close((int)signal_pipe);
     signal_pipe = -1;
@@ -8514,7 +8576,7 @@ PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
     va_end(ap);
     struct buf safe = { 0 };
     put_text(&safe, bytes_of(text), NULL);
-    agent_note(a, "FAILED: %.*s", (int)safe.len, (char *)safe.p);
+    agent_note(a, "FAILED: %.*s", safe.failed ? 13 : (int)safe.len, safe.failed ? "out of memory" : (char *)safe.p);
     buf_free(&safe);
     a->failed = true;
     a->loop->exit_status = 1;
@@ -8583,8 +8645,14 @@ static size_t agent_check_manifest(struct agent *a)
         datasets = req.datasets.n;
         agent_note(a, "manifest received: %zu bytes in %zu chunks, %zu dataset%s", a->manifest.len, a->chunks, datasets,
                    datasets == 1 ? "" : "s");
-        pb_json(&a->loop->core.out, &ComputationRunReq_message, &req, 2);
-        buf_putc(&a->loop->core.out, '\n');
+        struct buf *out = &a->loop->core.out;
+        size_t before = out->len;
+        pb_json(out, &ComputationRunReq_message, &req, 2);
+        buf_putc(out, '\n');
+        if (out->failed) {            /* not half of it */
+            out->len = before;
+            agent_fail(a, "out of memory to show the manifest");
+        }
         if (!bytes_eq(req.id, (struct bytes){ a->id.p, a->id.len }))
             agent_fail(a, "the chunks and the manifest name different computations");
         if (!req.algorithm)
@@ -8650,7 +8718,9 @@ static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
         return;
     if (a->chunks++ == 0)
         buf_put(&a->id, c->id.p, c->id.n);
-    if (!bytes_eq(c->id, (struct bytes){ a->id.p, a->id.len }))
+    if (a->id.failed)
+        agent_fail(a, "out of memory for the manifest");
+    else if (!bytes_eq(c->id, (struct bytes){ a->id.p, a->id.len }))
         agent_fail(a, "chunk %zu belongs to another computation", a->chunks);
     if (c->data.n && a->short_chunk)
         agent_fail(a, "chunk %zu has data behind a short chunk", a->chunks);
@@ -8803,6 +8873,11 @@ static void agent_turn(struct loop *l)
     agent_dial(a, AGENT);
 }
 
+static const char *resolve_error(int error)
+{
+    return error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error);
+}
+
 /* Resolves ADDR; the list is the caller's.  NULL, and the exit status, if that can't be done. */
 static struct addrinfo *resolve(const struct options *o, int *status)
 {
@@ -8828,7 +8903,7 @@ static struct addrinfo *resolve(const struct options *o, int *status)
     text_printf(host, sizeof host, "%.*s", (int)n, addr);
     int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
     if (error)
-        tell(&r, START, "can't resolve \"%s\": %s", host, gai_strerror(error));
+        tell(&r, START, "can't resolve \"%s\": %s", host, resolve_error(error));
     return error ? NULL : list;
 }
 
@@ -8944,6 +9019,7 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
     size_t lines = 1, number = 0;
     if (!file_load(o->replay, REPLAY_FILE_MAX, &text, &e)) {
         tell(report, START, "-replay: %s", e.text);
+        buf_free(&text);
         return false;
     }
     struct bytes rest = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
@@ -9011,7 +9087,7 @@ static void replay_up(struct link *k)
             metadata[n++] = "job-id", metadata[n++] = job;
         if (n && bytes_eq(p->first.kind, bytes_of(kind_names[KIND_FORWARDER])))
             metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
-        p->stream = grpc_call(&k->conn, &replay_method, r->authority, metadata);
+        p->stream = job ? grpc_call(&k->conn, &replay_method, r->authority, metadata) : NULL;
         free(job);
         if (!p->stream)
             replay_fail(r, "out of memory", (struct bytes){ 0 });
@@ -9215,7 +9291,7 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     }
     int error = getaddrinfo(*host ? bare : NULL, "0", &hints, &list);
     if (error) {
-        tell(r, START, "HOST: can't resolve \"%s\": %s", host, gai_strerror(error));
+        tell(r, START, "HOST: can't resolve \"%s\": %s", host, resolve_error(error));
         return false;
     }
     list = *host ? list : wildcard_first(list);
@@ -9224,6 +9300,8 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     unsigned real = 0;
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
         real = listen_all(l, list, (unsigned)port);
+    if (real && !listeners_watch(l, WATCH_IN))
+        real = 0;
     if (!real)
         tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
              (long long)port, strerror(errno),
@@ -9239,9 +9317,10 @@ static bool write_file(const char *path, const uint8_t *p, size_t n, struct err 
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool ok = fd >= 0 && fd_write(fd, p, n);
-    if (ok ? close(fd) != 0 : true)
-        err_set(e, "%s: %s", path, strerror(errno)), ok = false;
-    return ok;
+    int error = errno;
+    if (fd >= 0 && close(fd) != 0 && ok)
+        error = errno, ok = false;
+    return ok || err_set(e, "%s: %s", path, strerror(error));
 }
 
 /* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
@@ -9458,7 +9537,7 @@ static void control_ready(struct loop *l, struct watch *w, unsigned events)
     ssize_t n = read(w->fd, p, sizeof p);
     if (n > 0) {
         control_bytes(v, p, (size_t)n);
-    } else if (n == 0 || errno != EINTR) {
+    } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
         control_bytes(v, "\n", 1);
         poller_set(l, w, 0);
     }
@@ -9471,9 +9550,13 @@ static void control_start(struct server *v)
     signal(SIGTTIN, SIG_IGN);
     if (poller_set(v->loop, &v->input, WATCH_IN))
         return;
+    if (errno != EPERM) {
+        core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));
+        return;
+    }
     char p[512];                      /* a file can't be waited for: all its lines are there */
-    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0;)
-        control_bytes(v, p, (size_t)n);
+    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0 || (n < 0 && errno == EINTR);)
+        control_bytes(v, p, n > 0 ? (size_t)n : 0);
     control_bytes(v, "\n", 1);
 }
 
@@ -9567,11 +9650,12 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
         int error = regcomp(&v->reject[i], o->reject.v[i], REG_EXTENDED | REG_NOSUB);
         regerror(error, &v->reject[i], why, sizeof why);
         if (error) {
-            tell(r, USAGE, "-reject: \"%s\": %s", o->reject.v[i], why);
+            tell(r, error == REG_ESPACE ? START : USAGE, "-reject: \"%s\": %s", o->reject.v[i], why);
             v->reject_text.n = i;
         }
     }
     v->wanted = v->until || v->expect.n || o->reject.n || o->timeout_ms;
+    need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
     if (o->report && !v->wanted)
         tell(r, USAGE, "-report: there is no verdict to report; add -until STAGE");
 }
@@ -9598,8 +9682,12 @@ static int verdict_finish(struct server *v, int status)
         v->verdict.status = v->loop->signal_number ? 128 + v->loop->signal_number : status ? status : 1;
     }
     verdict_summary(&v->verdict, &text);
-    fd_write(STDERR_FILENO, text.p, text.len);
+    if (text.failed)
+        tell_no_memory();
+    else
+        fd_write(STDERR_FILENO, text.p, text.len);
     text.len = 0;
+    text.failed = false;
     if (v->o->report) {
         size_t n = strlen(v->o->report);
         bool json = n > 5 && strcmp(v->o->report + n - 5, ".json") == 0;
@@ -9610,7 +9698,7 @@ static int verdict_finish(struct server *v, int status)
         }
     }
     buf_free(&text);
-    return v->verdict.status;
+    return v->verdict.status ? v->verdict.status : status;
 }
 
 /* Everything that the flags ask for, checked.  False: it has been told what is wrong. */
@@ -9650,10 +9738,9 @@ static bool server_open(struct server *v, struct report *r, char *where, size_t 
     }
     if (!serve_listen(v->loop, r, where, cap))
         return false;
-    struct buf line = { 0 };
-    buf_printf(&line, "%s\n", where);
-    bool ok = !o->ready_file || write_file(o->ready_file, line.p, line.len, &e);
-    buf_free(&line);
+    char line[302];
+    text_printf(line, sizeof line, "%s\n", where);
+    bool ok = !o->ready_file || write_file(o->ready_file, (uint8_t *)line, strlen(line), &e);
     if (!ok)
         tell(r, START, "-ready-file: %s", e.text);
     return ok;
@@ -9687,8 +9774,6 @@ static int cmd_serve(struct options *o, struct report *r)
     l->refuse = v.faults.value[FAULT_REFUSE];
     int status = 1;
     if (server_open(&v, r, where, sizeof where)) {
-        for (size_t i = 0; i < l->listener_count; i++)
-            poller_set(l, &l->listeners[i], WATCH_IN);
         core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s %s", where,
                   l->tls ? "with TLS" : "without TLS");
         loop_clock(l);
@@ -9747,7 +9832,9 @@ int main(int argc, char **argv)
         else
             options_help(&out);
         pb_arena_free(&o.arena);
-        return buf_write(&out, STDOUT_FILENO) ? 0 : 1;
+        if (!buf_write(&out, STDOUT_FILENO))
+            tell(&r, START, "stdout: %s", strerror(errno));
+        return r.start;
     }
     if (o.command & BOTH)
         positional_form(&o, &r, o.flagged);

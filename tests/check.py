@@ -72,6 +72,12 @@ def build(cc, out, source, flags, strict=STRICT):
     return path
 
 
+def expect(name, good, got):
+    totals[0 if good else 1] += 1
+    if not good:
+        print(f"FAIL {name}: got {str(got)[-2000:]}")
+
+
 def unit():
     """Layers 1 to 6: no socket, sanitizers on, every compiler there is."""
     for cc in COMPILERS:
@@ -137,18 +143,31 @@ def fuzz():
         layer("fuzz", [replay, os.path.join(HERE, "fuzz", "corpus")])
 
 
+def inject(*args):
+    """Whole runs in which one call fails: in the program's object file, libc's names become those of inject.c."""
+    source, cc = os.path.join(HERE, "inject", "inject.c"), COMPILERS[0]
+    object_file = os.path.join(BIN, "cvms-inject.o")
+    with open(source, encoding="utf-8") as f:
+        names = re.findall(r"^\S.*\binject_(\w+)\(.*;$", f.read(), re.M)
+    rename = [f"--redefine-sym={n}=inject_{n}" for name in names for n in (name, name + "64")]
+    same = [f"-Wl,--defsym=inject_{name}64=inject_{name}" for name in names]
+    flags = SANITIZE + ["-std=c11", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"]
+    for command in ([cc, *flags, "-c", "-o", object_file, "cvms.c"],
+                    ["objcopy", "--redefine-sym=main=cvms_main", *rename, object_file]):
+        p = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
+        expect(f"inject: {command[0]}", p.returncode == 0, p.stderr)
+    cvms = build(cc, "cvms-inject", source, flags + [object_file, *same], STRICT[1:])
+    peer = build(cc, "cvms-peer", "cvms.c", ["-O2"])
+    if cvms and peer:
+        layer("inject", [sys.executable, os.path.join(HERE, "inject", "inject.py"), cvms, peer, *args])
+
+
 def clients():
     script("clients", "run", os.path.join(BUILD, "tools"))
 
 
 HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start": r"BIND_NOW|FLAGS_1.* NOW",
             "no executable stack": r"GNU_STACK .* RW "}
-
-
-def expect(name, good, got):
-    totals[0 if good else 1] += 1
-    if not good:
-        print(f"FAIL {name}: got {str(got)[-2000:]}")
 
 
 def made(*command):
@@ -176,7 +195,8 @@ def builds():
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke,
-          "clients": clients}
+          "inject": inject, "clients": clients, "inject-all": lambda: inject("--all")}
+ON_REQUEST = {"inject-all"}           # only by name: minutes
 NOT_COVERAGE = {"builds"}             # compiles, and hardly runs what it made
 
 
@@ -185,7 +205,7 @@ def main():
     if CI and len(COMPILERS) < 2:
         print("FAIL both gcc and clang are wanted in CI")
         totals[1] += 1
-    for name in sys.argv[1:] or [n for n in LAYERS if not (COVERAGE and n in NOT_COVERAGE)]:
+    for name in sys.argv[1:] or [n for n in LAYERS if n not in ON_REQUEST and not (COVERAGE and n in NOT_COVERAGE)]:
         print(f"==== {name}", flush=True)
         LAYERS[name]()
     passed, failed, skipped = totals

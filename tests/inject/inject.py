@@ -1,0 +1,532 @@
+#!/usr/bin/env python3
+"""usage: inject.py CVMS PEER [--all] [-v] [NAME...].  Whole runs of the program, in each of which one call fails.
+
+CVMS is the program linked with inject.c, PEER one without, for the other side of a connection.  Each scenario is run
+once as it is; the calls of that run, told by what they are and by the path of callers they come from, are then failed
+in turn, each with every error that it can have: the first call of each path, and of reading and writing the first few as
+well.  --all: every call by its number, and from each on all that follow.  NAMEs pick scenarios; --fault=FAULT shows
+what that one does, with INJECT_TRAP=1 in the environment where it comes about.
+
+The rule for each run: it ends by itself; no signal, sanitizer report, leaked block or descriptor; status 0 only if all
+that the undisturbed run wrote is there, whole, or if whoever lost something was told; else a documented status and a
+line that says why; and never a line on stdout, in a record or in a report that the undisturbed run does not have.
+The last line is `N passed, M failed`.
+"""
+import collections
+import concurrent.futures
+import errno
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+INPUTS = os.path.join(HERE, "../vectors/inputs")
+KEYS = os.path.join(HERE, "../vectors/keys")
+LIMIT = 8                             # seconds for anything to end; an undisturbed run takes a fraction of one
+FIRST = 3                             # so many reads, writes and waits of each kind are failed by their number as well
+TRIES = 8
+JOBS = 6                              # runs at a time, for each processor: they mostly wait
+
+EAI_SYSTEM, EAI_MEMORY, EAI_AGAIN = 11, 10, 3
+SHORT = "short"
+# What each call can fail with: those errors of its manual page that a user may meet, and for reads and writes too few
+# bytes.
+ERRORS = {
+    "alloc": [errno.ENOMEM],
+    "open": [errno.EACCES, errno.EMFILE],
+    "access": [errno.EACCES],
+    "close": [errno.EIO],
+    "stat": [errno.EIO],
+    "opendir": [errno.ENOMEM],
+    "readdir": [errno.EIO],
+    "fcntl": [errno.EBADF],
+    "pipe": [errno.EMFILE],
+    "read.file": [SHORT, errno.EINTR, errno.EIO],
+    "read.socket": [SHORT, errno.EINTR, errno.EAGAIN, errno.ECONNRESET],
+    "read.pipe": [errno.EINTR, errno.EAGAIN],
+    "read.stdin": [SHORT, errno.EINTR, errno.EAGAIN, errno.EIO],
+    "write.file": [SHORT, errno.EINTR, errno.ENOSPC, errno.EIO],
+    "write.pipe": [SHORT, errno.EINTR, errno.EAGAIN, errno.EPIPE],
+    "write.stdout": [SHORT, errno.EINTR, errno.EAGAIN, errno.ENOSPC, errno.EPIPE],
+    "write.stderr": [SHORT, errno.EINTR, errno.EAGAIN, errno.EPIPE],
+    "send": [SHORT, errno.EINTR, errno.EAGAIN, errno.ECONNRESET, errno.EPIPE],
+    "accept": [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED, errno.EINTR, errno.EPERM],
+    "socket": [errno.EMFILE, errno.EAFNOSUPPORT],
+    "bind": [errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL],
+    "listen": [errno.EADDRINUSE],
+    "connect": [errno.ECONNREFUSED, errno.ENETUNREACH],
+    "shutdown": [errno.ENOTCONN],
+    "getsockname": [errno.ENOBUFS],
+    "getsockopt": [errno.ENOBUFS],
+    "setsockopt": [errno.ENOPROTOOPT],
+    "getaddrinfo": [-EAI_SYSTEM, -EAI_MEMORY, -EAI_AGAIN],
+    "epoll_create": [errno.EMFILE],
+    "epoll_add": [errno.ENOMEM, errno.ENOSPC],
+    "epoll_mod": [errno.ENOMEM],
+    "epoll_del": [errno.ENOMEM],
+    "epoll_wait": [errno.EINTR],
+    "poll": [errno.EINTR, errno.ENOMEM],
+    "getrlimit": [errno.EPERM],
+    "setrlimit": [errno.EPERM],
+    "getentropy": [errno.EIO],
+    "regcomp": [12],                  # REG_ESPACE
+}
+BY_NUMBER = re.compile(r"read|write|send|epoll_wait|poll|accept")
+PASSING = {SHORT, errno.EINTR, errno.EAGAIN, errno.ECONNABORTED}     # these do not go on and on
+LASTS = {"alloc", "open", "write", "epoll_add", "socket"}  # what may fail from some call on
+
+VERBOSE = "-v" in sys.argv
+ALL = "--all" in sys.argv
+FAULT = next((a[8:] for a in sys.argv if a.startswith("--fault=")), None)
+NAMES = [a for a in sys.argv[3:] if not a.startswith("-")]
+CVMS, PEER = (os.path.abspath(p) for p in sys.argv[1:3])
+totals = collections.Counter()
+lock = threading.Lock()
+W = tempfile.mkdtemp(prefix="cvms-inject-")
+DIRECT = ["-algo-path", f"{INPUTS}/algo.py", "-public-key-path", f"{KEYS}/rsa4096.pem", "-attested-tls-bool", "false"]
+
+
+def environment(**more):
+    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS", "INJECT")
+    env = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("AGENT_CVM")}
+    return {**env, "TZ": "UTC", "LC_ALL": "C.UTF-8", "HOST": "localhost", "PORT": "0", **more}
+
+
+# ---- One run ----
+
+class Run:
+    """The program in a folder of its own, with at most one fault.  After end(): status, out, err, files, fired, log."""
+
+    def __init__(self, fault=None):
+        self.dir = tempfile.mkdtemp(dir=W)
+        self.fault, self.status, self.peers, self.files, self.p = fault, None, [], {}, None
+        self.fired = False
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def start(self, *args, stdin=subprocess.DEVNULL, **env):
+        env = environment(**env, INJECT_LOG=self.path("log"))
+        if self.fault:
+            env["INJECT"] = self.fault
+        self.streams = [open(self.path(name), "w+b") for name in ("out", "err")]
+        pipes = [subprocess.PIPE, subprocess.PIPE]
+        self.p = subprocess.Popen([CVMS, *args], cwd=self.dir, env=env, stdin=stdin, stdout=pipes[0], stderr=pipes[1])
+        self.copied = [threading.Thread(target=shutil.copyfileobj, args=pair, daemon=True)
+                       for pair in zip((self.p.stdout, self.p.stderr), self.streams)]
+        for thread in self.copied:
+            thread.start()
+
+    def serve(self, *args, **kw):
+        """Starts a server; its address once the port is open, None if it ends before that."""
+        ready = self.path("ready")
+        os.mkfifo(ready)
+        reading = os.open(ready, os.O_RDONLY | os.O_NONBLOCK)
+        self.start(*args, "-ready-file", ready, **kw)
+        ended = os.pidfd_open(self.p.pid)
+        try:
+            select.select([reading, ended], [], [], LIMIT)
+            got = os.read(reading, 100).decode()
+        except OSError:
+            got = ""
+        os.close(reading)
+        os.close(ended)
+        return got.strip() or None
+
+    def peer(self, *args):
+        """The other side, undisturbed.  It fails only with a line that says so."""
+        p = subprocess.Popen([PEER, *args], cwd=self.dir, env=environment(), stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.peers.append(finish(p))
+
+    def end(self, *signals):
+        for number in signals:
+            self.p.send_signal(number)
+        try:
+            self.status = self.p.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.p.kill()
+            self.p.wait()
+        for thread in self.copied:
+            thread.join(LIMIT)
+        for f in self.streams:
+            f.close()
+        if self.p.stdin:
+            try:
+                self.p.stdin.close()
+            except OSError:
+                pass
+        self.p.stdout.close()
+        self.p.stderr.close()
+        self.out, self.err = self.read("out"), self.read("err")
+        self.log = [line.split() for line in self.read("log").splitlines()]
+        self.fired = any(len(line) > 2 for line in self.log)
+        return self
+
+    def read(self, name):
+        try:
+            with open(self.path(name), encoding="utf-8", errors="backslashreplace") as f:
+                return f.read()
+        except FileNotFoundError:
+            return ""
+
+    def keep(self, *names):
+        for name in names:
+            self.files[name] = self.read(name)
+
+
+def finish(p):
+    """(status, stdout, stderr) of a peer; status None if it had to be killed."""
+    try:
+        out, err = p.communicate(timeout=LIMIT)
+        return p.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        p.kill()
+        out, err = p.communicate()
+        return None, out.decode(errors="replace"), err.decode(errors="replace")
+
+
+# ---- The scenarios: what is run, and with it what must be the same afterwards ----
+
+def folder():
+    root = os.path.join(W, "folder")
+    if not os.path.isdir(root):
+        os.makedirs(os.path.join(root, "sub"))
+        for name, text in ("a.csv", "a,b\n1,2\n"), ("sub/b.bin", "\0" * 70000), ("empty", ""):
+            with open(os.path.join(root, name), "w") as f:
+                f.write(text)
+    return root
+
+
+def certificates():
+    """A CA, a server's and a client's certificate, made once."""
+    made = os.path.join(W, "tls")
+    if os.path.isdir(made):
+        return made
+    os.mkdir(made)
+    ec = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    sign = "openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -days 9"
+    script = f"""{ec} -x509 -days 9 -subj /CN=CA -keyout ca.key -out ca.pem
+        {ec} -subj /CN=localhost -keyout server.key -out server.csr
+        printf 'subjectAltName=DNS:localhost\\nextendedKeyUsage=serverAuth\\n' > server.ext
+        {sign} -in server.csr -extfile server.ext -out server.pem
+        {ec} -subj /CN=agent -keyout client.key -out client.csr
+        printf 'subjectAltName=DNS:agent\\nextendedKeyUsage=clientAuth\\n' > client.ext
+        {sign} -in client.csr -extfile client.ext -out client.pem"""
+    subprocess.run(["sh", "-e", "-c", script], cwd=made, check=True, capture_output=True)
+    return made
+
+
+def server_tls():
+    t = certificates()
+    return {"SERVER_CERT": f"{t}/server.pem", "SERVER_KEY": f"{t}/server.key", "CLIENT_CA_CERTS": f"{t}/ca.pem"}
+
+
+def client_tls():
+    t = certificates()
+    return ["-ca", f"{t}/ca.pem", "-cert", f"{t}/client.pem", "-key", f"{t}/client.key"]
+
+
+def serve(run):
+    """A server in plaintext: text on stdout, a record; an agent host and a health check; SIGHUP, SIGTERM."""
+    address = run.serve(*DIRECT, "-data-paths", f"{INPUTS}/data.csv,{folder()}", "-record", "record")
+    if address:
+        run.peer("agent", "-wait", "1s", "-job-id", "cvm-7", address)
+        run.peer("health", address)
+    run.end(signal.SIGTERM)
+    run.keep("record")
+
+
+def serve_tls(run):
+    """The same over mutual TLS, JSON on stdout, certificates loaded anew."""
+    address = run.serve(*DIRECT, "-output", "json", **server_tls())
+    if address:
+        run.p.send_signal(signal.SIGHUP)
+        run.peer("agent", "-wait", "1s", *client_tls(), address)
+        run.peer("health", *client_tls(), address)
+    run.end(signal.SIGTERM)
+
+
+def verdict(run):
+    """A smoke test with commands on stdin; ends by itself, with a report."""
+    address = run.serve(*DIRECT, "-until", "complete", "-timeout", "3s", "-expect", "Running/Starting",
+                        "-reject", "panic|oom", "-report", "report.xml", "-control", stdin=subprocess.PIPE)
+    if address:
+        try:
+            run.p.stdin.write(b"agents\nhelp\n")
+            run.p.stdin.flush()
+        except OSError:
+            pass
+        run.peer("agent", "-wait", "1s", address)
+    run.end()
+    run.keep("report.xml")
+
+
+class Clean:
+    """An undisturbed server for a client with a fault; what it has shown is the run's .told."""
+
+    def __init__(self, run, *flags, **env):
+        self.run = run
+        ready = run.path("ready")
+        os.mkfifo(ready)
+        self.p = subprocess.Popen([PEER, *DIRECT, "-ready-file", ready, *flags], cwd=run.dir, env=environment(**env),
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with open(ready) as f:
+            self.address = f.read().strip()
+
+    def __enter__(self):
+        return self.address
+
+    def __exit__(self, *_):
+        self.p.send_signal(signal.SIGTERM)
+        status, out, err = finish(self.p)
+        self.run.server = (status, err)
+        self.run.files["what the server has shown"] = out
+
+
+def agent(run):
+    with Clean(run) as address:
+        run.start("agent", "-wait", "1s", "-job-id", "cvm-7", "-repeat", "2", address)
+        run.end()
+
+
+def agent_tls(run):
+    with Clean(run, **server_tls()) as address:
+        run.start("agent", "-wait", "1s", *client_tls(), address)
+        run.end()
+
+
+def replay(run):
+    with Clean(run) as address:
+        run.start("agent", "-wait", "1s", "-replay", f"{W}/replay.jsonl", "-fast", address)
+        run.end()
+
+
+def health(run):
+    with Clean(run) as address:
+        run.start("health", address)
+        run.end()
+
+
+def health_tls(run):
+    with Clean(run, **server_tls()) as address:
+        run.start("health", *client_tls(), address)
+        run.end()
+
+
+def simple(*args):
+    def scenario(run):
+        run.start(*args)
+        run.end()
+        run.keep("wire")
+    return scenario
+
+
+MANIFEST = ["manifest", *DIRECT, "-data-paths", f"{INPUTS}/data.csv,{INPUTS}/empty.bin", "-algo-args", "a,b"]
+SCENARIOS = {
+    "serve": serve, "serve over TLS": serve_tls, "verdict": verdict, "agent": agent, "agent over TLS": agent_tls,
+    "replay": replay, "health": health, "health over TLS": health_tls,
+    "manifest": simple(*MANIFEST), "manifest -o": simple(*MANIFEST, "-o", "wire"),
+    "manifest -manifest": simple("manifest", "-manifest", f"{W}/manifest.json"),
+    "positional": simple("manifest", *DIRECT[1::2], f"{INPUTS}/data.csv", f"{INPUTS}/empty.bin"),
+    "checksum": simple("checksum", f"{INPUTS}/x1000003.bin", f"{W}/folder", f"{INPUTS}/algo.py"),
+    "checksum -b": simple("checksum", "-b", f"{INPUTS}/algo.py"),
+    "mistakes": simple("manifest", "-algo-path", "nowhere", "-algo-typo", "x", "-algo-args", "a", "-algo-args", "b"),
+    "help": simple("-help"), "version": simple("-version"),
+}
+
+
+def prepare():
+    folder()
+    with open(f"{W}/manifest.json", "w") as f:
+        subprocess.run([PEER, *MANIFEST], stdout=f, stderr=subprocess.DEVNULL, env=environment(), check=True)
+    run = Run()
+    with Clean(run, "-record", f"{W}/replay.jsonl") as address:
+        run.peer("agent", "-wait", "1s", "-job-id", "cvm-7", address)
+
+
+# ---- The judgement ----
+
+def plain(text):
+    """Lines without what differs from run to run."""
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
+    text = re.sub(r"(127\.0\.0\.1|\[::1\]|localhost):\d+", "ADDRESS", text)
+    text = re.sub(r'"(stream|seconds|nanos)": ?"?\d+"?', r'"\1": N', text)
+    text = re.sub(r'raw": ?"[^"]*"', 'raw": RAW', text)
+    text = re.sub(r'(time(stamp)?)="[^"]*"', r"\1=T", text)
+    text = re.sub(r"\b\d+(\.\d+)? ?(ms|s)\b", "N s", text)
+    text = re.sub(r"saying goodbye to \d+ connections?", "saying goodbye", text)
+    text = re.sub(r"\b\d+ messages?, \d+ bytes", "N messages", text)
+    return text
+
+
+def more(got, base, either_way=None):
+    """Lines of got that base does not have, or has less often, but for those that may come or not."""
+    lines = [collections.Counter(line for line in plain(text).splitlines()
+                                 if not (either_way and re.search(either_way, line))) for text in (got, base)]
+    return list((lines[0] - lines[1]).elements())
+
+
+def judge(base, run):
+    """What is wrong with the run, one line each."""
+    kind = (run.fault or "").split(":")[0]
+    if "Sanitizer" in run.err or "runtime error" in run.err or "INJECT:" in run.err:
+        at = re.findall(r"(?:ERROR: |SUMMARY: |INJECT: |runtime error: ).*|#\d+ \S+ in (?!__|inject)\S+ \S+", run.err)
+        yield "report: " + "; ".join(at[:8])
+        return
+    if run.status is None:
+        yield f"does not end: {run.err[-300:]!r}"
+        return
+    if run.status < 0:
+        yield f"signal {-run.status}"
+        return
+    usual = {0, 1, base.status, *((3, 4, 5) if base.verdict else ())}
+    if run.status not in usual and not (kind == "write.stdout" and run.status == 128 + signal.SIGTERM):
+        yield f"exit status {run.status}"
+    broken_stdout, broken_stderr = kind == "write.stdout", kind == "write.stderr"
+    peers = [status for status, _, _ in run.peers]
+    for status, _, err in run.peers:
+        if status is None:
+            yield f"its peer does not end: {err[-200:]!r}"
+        elif status and not err:
+            yield f"its peer is not told why it ends with {status}"
+    if run.out and not run.out.endswith("\n") and not (broken_stdout and run.status):
+        yield f"half a line on stdout: {run.out[-100:]!r}"
+    extra = more(run.out, base.out, base.either_way)
+    if extra and not (broken_stdout and run.status and len(extra) == 1):
+        yield f"on stdout: {extra[0]!r}"
+    for name in run.files:
+        cut = kind in ("write.file", "write.pipe", "close") and (run.status or ":short" in run.fault)
+        extra = more(run.files[name], base.files[name], base.either_way)
+        if extra and not (cut and len(extra) == 1) and not (base.verdict and run.status):
+            yield f"{name}: {extra[0]!r}"
+    if not broken_stderr:
+        for line in run.err.splitlines():
+            if not re.match(r"cvms: |\d{4}-\d\d-\d\dT[\d:.]+Z |    ", line):
+                yield f"on stderr: {line!r}"
+        if run.err and not run.err.endswith("\n"):
+            yield f"half a line on stderr: {run.err[-100:]!r}"
+    hurt = run.status != base.status or (any(peers) and kind not in ("send", "read.socket"))
+    if hurt and not broken_stderr and not more(run.err, base.err):
+        yield f"status {run.status}, peers {peers}, and no line says why"
+    if run.status == 0 and not any(peers):
+        for name, got, wanted in [("stdout", run.out, base.out),
+                                  *((name, run.files[name], base.files[name]) for name in run.files)]:
+            lost = more(wanted, got, base.either_way)
+            if lost:
+                yield f"status 0, and lost from {name}: {lost[0]!r}"
+
+
+# ---- Which calls fail ----
+
+def faults(log):
+    """KIND:ERROR:WHICH of each run that the calls of the undisturbed one call for."""
+    calls = collections.Counter(kind for kind, *_ in log)
+    for kind in calls:
+        if kind not in ERRORS and kind.split(".")[0] not in ERRORS:
+            sys.exit(f"no errors are named for {kind}")
+    if ALL:
+        for kind, n in calls.items():
+            for error in errors(kind):
+                for i in range(1, n + 1):
+                    yield f"{kind}:{error}:n{i}"
+                    if kind.split(".")[0] in LASTS and error not in PASSING:
+                        yield f"{kind}:{error}:n{i}+"
+        return
+    first, seen = {}, collections.Counter()
+    for kind, path, *_ in log:
+        seen[kind] += 1
+        if (kind, path) not in first:
+            first[kind, path] = seen[kind]
+    done = set()
+    for (kind, path), n in first.items():
+        for error in errors(kind):
+            done.add((kind, error, n))
+            yield f"{kind}:{error}:p{path}"
+    for kind, n in calls.items():
+        for error in errors(kind):
+            for i in sorted({*range(1, FIRST + 1), n}):
+                if BY_NUMBER.match(kind) and i <= n and (kind, error, i) not in done:
+                    yield f"{kind}:{error}:n{i}"
+            if kind.split(".")[0] in LASTS and error not in PASSING:
+                for i in sorted({1, 1 + n // 2, n}):
+                    yield f"{kind}:{error}:n{i}+"
+
+
+def errors(kind):
+    return ERRORS.get(kind) or ERRORS[kind.split(".")[0]]
+
+
+def check(name, good, why):
+    with lock:
+        totals["passed" if good else "failed"] += 1
+        if not good:
+            print(f"FAIL {name}: {why}", flush=True)
+        elif VERBOSE:
+            print(f"ok   {name}: {why}", flush=True)
+
+
+def disturbed(name, scenario, base, fault):
+    """A run with the fault; again where timing took another path, so that the call was not reached."""
+    for _ in range(TRIES):
+        run = Run(fault)
+        try:
+            scenario(run)
+            wrong = list(judge(base, run))
+        except Exception as e:        # noqa: BLE001  a scenario that can't go on is a failure, not the end of all
+            wrong = [f"{type(e).__name__}: {e}"]
+            break
+        finally:
+            if not VERBOSE:
+                shutil.rmtree(run.dir, ignore_errors=True)
+        if wrong or run.fired:
+            break
+    with lock:
+        totals["fired"] += run.fired
+        totals["runs"] += 1
+    said = more(run.err, base.err) if hasattr(run, "err") else []
+    why = "; ".join(wrong) or f"status {run.status}, peers {[p[0] for p in run.peers]}: {said}"
+    check(f"{name}, {fault}", not wrong, why)
+    if FAULT:
+        print(run.err, end="")
+
+
+def main():
+    prepare()
+    with concurrent.futures.ThreadPoolExecutor(JOBS * (os.cpu_count() or 1)) as pool:
+        waiting, done = [], set()
+        for name, scenario in SCENARIOS.items():
+            if NAMES and name not in NAMES:
+                continue
+            base = Run()
+            base.verdict = scenario is verdict
+            base.either_way = "RUN_RES" if base.verdict else None     # it comes before or after the last event
+            scenario(base)
+            wanted = {"mistakes": 2}.get(name, 0)
+            wrong = [] if base.status == wanted else [f"status {base.status}: {base.err}"]
+            wrong += [f"peer: {p}" for p in base.peers if p[0] != 0]
+            check(f"{name}, undisturbed", not wrong, "; ".join(wrong))
+            planned = [f for f in dict.fromkeys(faults(base.log)) if ":p" not in f or f not in done]
+            planned = [FAULT] if FAULT else planned
+            done.update(planned)      # what two scenarios have in common is failed in the first
+            if VERBOSE:
+                print(f"     {name}: {len(base.log)} calls, {len(planned)} runs", flush=True)
+            waiting += [pool.submit(disturbed, name, scenario, base, fault) for fault in planned]
+        concurrent.futures.wait(waiting)
+    check("the failures came about", totals["fired"] > 0.9 * totals["runs"], f"{totals['fired']} of {totals['runs']}")
+    if not VERBOSE:
+        shutil.rmtree(W, ignore_errors=True)
+    print(f"     {totals['runs']} runs, in {totals['fired']} of them the call failed")
+    print(f"{totals['passed']} passed, {totals['failed']} failed")
+    return 1 if totals["failed"] else 0
+
+
+sys.exit(main())
