@@ -406,6 +406,8 @@ MUST_USE static enum hpack_error hpack_field(struct hpack *h, struct hpack_reade
     r->room = HPACK_SCRATCH(r->list_limit);
     if (!hpack_int(&r->in, prefix, &index))
         return HPACK_COMPRESSION_ERROR;
+    if (r->too_large && prefix == 7)  /* nobody will look at it, and it changes nothing */
+        return index < 1 || index > HPACK_STATIC + h->count ? HPACK_COMPRESSION_ERROR : HPACK_OK;
     if (index == 0 && prefix < 7 ? !hpack_string(r, &name) : !hpack_lookup(h, index, &name, &value))
         return HPACK_COMPRESSION_ERROR;
     if (index > HPACK_STATIC && prefix == 6) { /* the entry that lends its name may be evicted: RFC 7541 4.4 */
@@ -552,7 +554,8 @@ struct frame {
     uint8_t type, flags;
 };
 
-enum { ON_CONNECTION = 1, ON_STREAM = 2, SIZE_ERROR_IS_STREAM = 4 };
+/* COSTS: one of these takes a token of CAP_CONTROL_FRAMES. */
+enum { ON_CONNECTION = 1, ON_STREAM = 2, SIZE_ERROR_IS_STREAM = 4, COSTS = 8 };
 
 static const struct {
     const char *name;
@@ -561,12 +564,12 @@ static const struct {
 } frame_rules[FRAME_TYPES] = {
     [FRAME_DATA]          = { "DATA",          0, MAX_FRAME_SIZE, ON_STREAM },
     [FRAME_HEADERS]       = { "HEADERS",       0, MAX_FRAME_SIZE, ON_STREAM },
-    [FRAME_PRIORITY]      = { "PRIORITY",      5, 5,              ON_STREAM | SIZE_ERROR_IS_STREAM },
+    [FRAME_PRIORITY]      = { "PRIORITY",      5, 5,              ON_STREAM | SIZE_ERROR_IS_STREAM | COSTS },
     [FRAME_RST_STREAM]    = { "RST_STREAM",    4, 4,              ON_STREAM },
-    [FRAME_SETTINGS]      = { "SETTINGS",      0, MAX_FRAME_SIZE, ON_CONNECTION },
+    [FRAME_SETTINGS]      = { "SETTINGS",      0, MAX_FRAME_SIZE, ON_CONNECTION | COSTS },
     [FRAME_PUSH_PROMISE]  = { "PUSH_PROMISE",  4, MAX_FRAME_SIZE, ON_STREAM },
-    [FRAME_PING]          = { "PING",          8, 8,              ON_CONNECTION },
-    [FRAME_GOAWAY]        = { "GOAWAY",        8, MAX_FRAME_SIZE, ON_CONNECTION },
+    [FRAME_PING]          = { "PING",          8, 8,              ON_CONNECTION | COSTS },
+    [FRAME_GOAWAY]        = { "GOAWAY",        8, MAX_FRAME_SIZE, ON_CONNECTION | COSTS },
     [FRAME_WINDOW_UPDATE] = { "WINDOW_UPDATE", 4, 4,              ON_CONNECTION | ON_STREAM },
     [FRAME_CONTINUATION]  = { "CONTINUATION",  0, MAX_FRAME_SIZE, ON_STREAM },
 };
@@ -644,10 +647,16 @@ static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error co
  * Never: writes; the event loop does.
  */
 enum {
-    CAP_LOGS = 8,
     STAMP_LEN = 24,
     MAX_HEADER_LIST = 16384,          /* bytes as RFC 9113 6.5.2 counts them; more gets 431 */
     NOTES_MAX = 1 << 20,              /* lines waiting for stderr, in bytes, above which new ones are lost */
+};
+
+/* What a peer can raise (see caps, section 6).  The first ones are counted by a token bucket. */
+enum cap {
+    CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAP_BUCKETS,
+    CAP_STREAMS = CAP_BUCKETS, CAP_HEADER_LIST, CAP_FIELD_BLOCK, CAP_CONTINUATIONS, CAP_MESSAGE, CAP_ANSWERS,
+    CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
 };
 
 struct core {
@@ -671,10 +680,7 @@ struct core {
     void *app;                        /* the client commands' own state */
     int64_t stamp_ms;                 /* what stamp says */
     char stamp[STAMP_LEN + 1];
-    struct {
-        const char *name;
-        int64_t at_ms;
-    } cap_log[CAP_LOGS];
+    int64_t cap_told_ms[CAPS];        /* when the log last told of each cap; 0: never */
     struct pb_arena arena;            /* one decoded message */
     struct huffman huffman;
     uint8_t hpack_scratch[HPACK_SCRATCH(MAX_HEADER_LIST)];
@@ -760,25 +766,13 @@ PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, con
     core->err.failed = false;
 }
 
-/* A peer has met a cap: one line a second for each. */
-static void core_cap(struct core *core, const char *peer, const char *name)
-{
-    for (int i = 0; i < CAP_LOGS; i++) {
-        if (core->cap_log[i].name && core->cap_log[i].name != name)
-            continue;
-        if (core->cap_log[i].name && core->now_ms - core->cap_log[i].at_ms < 1000)
-            return;
-        core->cap_log[i].name = name;
-        core->cap_log[i].at_ms = core->now_ms;
-        break;
-    }
-    core_note(core, peer, "too many or too large: %s%s", name,
-              peer ? "; the peer is cut off" : "; new ones have to wait");
-}
-
 /* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
  * Owns: what a connection and its streams are, the queue of what a stream has yet to send, both directions' windows.
  * Never: reads or writes a descriptor, looks at a clock, knows what the bytes mean.
+ *
+ * The most that one connection can make us hold is the sum of its caps: a message, DEFAULT_WINDOW of one for each other
+ * stream, the streams with their sessions, MAX_QUEUED_BYTES, twice OUT_HIGH, a field block, a frame, a dynamic table,
+ * and what TLS needs: -max-message and 7.5 MiB.  The test of the worst connection adds them up.
  */
 enum {
     MAX_CONCURRENT_STREAMS = 100,
@@ -786,6 +780,8 @@ enum {
     MAX_CONTINUATIONS = 16,
     MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
     MAX_QUEUED_BYTES = 262144,        /* bytes that wait on one connection, without the manifest, which is shared */
+    MAX_HOSTS = 1000,                 /* agent hosts that a smoke test's verdict tells apart */
+    ANSWERS_PER_FRAME = 10,           /* WINDOW_UPDATE and RST_STREAM frames that one frame of ours may bring about */
     OUT_TARGET = 65536,               /* DATA is put into the output up to here: one large write */
     OUT_HIGH = 262144,                /* output waiting on one connection, above which it is not read */
     CREDIT_STEP = DEFAULT_WINDOW / 2, /* flow-control credit is given back in steps of this */
@@ -799,16 +795,45 @@ enum {
     HEARD_STEP_MS = 1000,             /* how finely the time of a client's last bytes is kept */
 };
 
-/* What a peer may do so many times at once and so many times a second.  The first stops rapid reset
- * (CVE-2023-44487) and MadeYouReset (CVE-2025-8671), the second floods of frames that carry no data. */
-enum cap { CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAPS };
+/* The caps' names and values (of a bucket: so many at once, so many a second; 0: the name says it), and what becomes of
+ * a peer that goes over one.  The first stops rapid reset (CVE-2023-44487) and MadeYouReset (CVE-2025-8671), the second
+ * floods of frames that carry no data (CVE-2019-9512, 9513, 9515, 9517, 9518). */
 static const struct {
     const char *name;
-    int32_t burst, per_s;
+    int32_t max, per_s;
+    const char *effect;
 } caps[CAPS] = {
-    [CAP_STREAM_ERRORS] = { "stream errors and resets", 200, 50 },
-    [CAP_CONTROL_FRAMES] = { "SETTINGS, PING, PRIORITY, empty and unknown frames", 1000, 100 },
+    [CAP_STREAM_ERRORS]  = { "stream errors and resets", 200, 50, "the connection ends" },
+    [CAP_CONTROL_FRAMES] = { "frames that carry no data", 1000, 100, "the connection ends" },
+    [CAP_STREAMS]        = { "streams of a connection", MAX_CONCURRENT_STREAMS, 0, "the new one is refused" },
+    [CAP_HEADER_LIST]    = { "bytes of a header list", MAX_HEADER_LIST, 0, "the request is refused" },
+    [CAP_FIELD_BLOCK]    = { "bytes of a field block", MAX_FIELD_BLOCK, 0, "the connection ends" },
+    [CAP_CONTINUATIONS]  = { "CONTINUATION frames of a field block", MAX_CONTINUATIONS, 0, "the connection ends" },
+    [CAP_MESSAGE]        = { "bytes of a message (-max-message)", 0, 0, "the stream ends" },
+    [CAP_ANSWERS]        = { "answers that wait to be read", 0, 0, "the stream ends" },
+    [CAP_PREFACE]        = { "seconds to the connection preface", PREFACE_MS / 1000, 0, "the connection ends" },
+    [CAP_STUCK]          = { "seconds in which no output is taken", STUCK_MS / 1000, 0, "the connection ends" },
+    [CAP_IDLE]           = { "seconds without an open stream", IDLE_MS / 1000, 0, "the connection ends" },
+    [CAP_SILENCE]        = { "seconds of silence, with no answer to a PING", (SILENCE_MS + ANSWER_MS) / 1000, 0,
+                             "the connection ends" },
+    [CAP_CONNECTIONS]    = { "connections (-max-connections)", 0, 0, "the new one is turned away" },
+    [CAP_DESCRIPTORS]    = { "connections: no descriptor or memory is left", 0, 0, "new ones have to wait" },
+    [CAP_HOSTS]          = { "agent hosts that are told apart", MAX_HOSTS, 0, "the verdict passes over the new one" },
 };
+
+/* A peer (NULL: none in particular) has gone over a cap: one line a second for each cap. */
+static void core_cap(struct core *core, const char *peer, enum cap cap)
+{
+    char value[48] = "";
+    if (core->cap_told_ms[cap] && core->now_ms - core->cap_told_ms[cap] < 1000)
+        return;
+    core->cap_told_ms[cap] = core->now_ms;
+    if (caps[cap].per_s)
+        text_printf(value, sizeof value, " (%ld, and %ld a second)", (long)caps[cap].max, (long)caps[cap].per_s);
+    else if (caps[cap].max)
+        text_printf(value, sizeof value, " (%ld)", (long)caps[cap].max);
+    core_note(core, peer, "over the cap on %s%s: %s", caps[cap].name, value, caps[cap].effect);
+}
 
 struct bucket {
     int32_t used;
@@ -827,7 +852,7 @@ enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_TRAILERS };
 struct item {
     struct item *next;
     struct blob *blob;
-    size_t sent, own;                 /* own: bytes that nobody else holds, counted against MAX_QUEUED_BYTES */
+    size_t sent, own;                 /* own: bytes that it alone holds, counted against MAX_QUEUED_BYTES */
     enum item_kind kind;
 };
 
@@ -891,7 +916,9 @@ struct conn {
     uint32_t recv_credit;
     struct stream *streams, *current, *turn, *big;
     uint32_t closed[CLOSED_IDS], closed_at;   /* top bit: we reset it, so frames in flight are to be ignored */
-    struct bucket bucket[CAPS];
+    struct bucket bucket[CAP_BUCKETS];
+    uint64_t answers;                 /* frames of the peer's that our own may still bring about */
+    uint64_t late;                    /* DATA that may still come on streams that we have reset */
     int64_t opened_ms, progress_ms, closing_ms;
     int64_t idle_ms, heard_ms, ping_ms;   /* the last stream's end, the peer's last bytes, our PING (0: none waits) */
     enum h2_error error;
@@ -940,8 +967,11 @@ static struct buf *conn_out(struct conn *c)
     return &c->out;
 }
 
+/* A stream has ended: frames that were on their way may still come. */
 static void conn_remember_closed(struct conn *c, uint32_t id, bool we_reset)
 {
+    c->answers += ANSWERS_PER_FRAME;
+    c->late += we_reset ? DEFAULT_WINDOW : 0;
     c->closed[c->closed_at++ % CLOSED_IDS] = id | (we_reset ? 0x80000000 : 0);
 }
 
@@ -968,10 +998,10 @@ static void conn_put_settings(struct conn *c)
     frame_put_setting(&c->out, SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST);
 }
 
-/* Bytes that only this reference holds. */
-static size_t blob_own(const struct blob *b)
+/* What it costs to queue a blob: the item, and its bytes if only this reference holds them. */
+static size_t item_own(const struct blob *b)
 {
-    return b && b->refs == 1 ? sizeof *b + b->n : 0;
+    return sizeof(struct item) + (b && b->refs == 1 ? sizeof *b + b->n : 0);
 }
 
 static void stream_drop_queue(struct stream *s)
@@ -1022,22 +1052,43 @@ static void conn_fail(struct conn *c, enum h2_error code, const char *why)
     conn_end(c, code, why);
 }
 
+/* The connection ends because the peer has gone over a cap. */
+static void conn_over_cap(struct conn *c, enum cap cap)
+{
+    if (c->phase >= CONN_CLOSING)
+        return;
+    core_cap(c->core, c->peer, cap);
+    conn_end(c, ENHANCE_YOUR_CALM, caps[cap].name);
+}
+
 /* Takes a token of a cap.  False: none left, and the connection has been ended with ENHANCE_YOUR_CALM. */
 static bool conn_spend(struct conn *c, enum cap cap)
 {
     struct bucket *b = &c->bucket[cap];
     int64_t back = (c->core->now_ms - b->at_ms) * caps[cap].per_s / 1000;
-    if (back > 0) {
-        b->used = back >= b->used ? 0 : b->used - (int32_t)back;
+    if (back >= b->used) {
+        b->used = 0;
         b->at_ms = c->core->now_ms;
+    } else {
+        b->used -= (int32_t)back;
+        b->at_ms += back * 1000 / caps[cap].per_s;
     }
-    if (b->used < caps[cap].burst) {
+    if (b->used < caps[cap].max) {
         b->used++;
         return true;
     }
-    core_cap(c->core, c->peer, caps[cap].name);
-    conn_fail(c, ENHANCE_YOUR_CALM, caps[cap].name);
+    conn_over_cap(c, cap);
     return false;
+}
+
+/* The same for a frame that one of ours may have brought about: WINDOW_UPDATE for DATA, or what was on its way to a
+ * stream that has ended.  Only what goes beyond that costs a token. */
+static bool conn_spend_answer(struct conn *c)
+{
+    if (c->answers == 0)
+        return conn_spend(c, CAP_CONTROL_FRAMES);
+    c->answers--;
+    return true;
 }
 
 static struct stream *stream_find(struct conn *c, uint32_t id)
@@ -1151,7 +1202,7 @@ static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kin
         stream_reset(s, INTERNAL_ERROR);
         return;
     }
-    *i = (struct item){ .blob = blob, .own = blob_own(blob), .kind = kind };
+    *i = (struct item){ .blob = blob, .own = item_own(blob), .kind = kind };
     s->conn->queued_bytes += i->own;
     if (s->tail)
         s->tail->next = i;
@@ -1205,6 +1256,7 @@ static void stream_emit(struct stream *s)
     if (trailers) {
         conn_put_block(c, s->id, (struct bytes){ i->blob->p, i->blob->n }, END_STREAM);
     } else {
+        c->answers += ANSWERS_PER_FRAME;
         frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
         buf_put(&c->out, i->blob->p + i->sent, n);
     }
@@ -1238,13 +1290,14 @@ static struct stream *conn_next_sendable(struct conn *c)
 }
 
 /* Gives back what has been dealt with, once it is worth a frame (RFC 9113 6.9.1).  A stream in the middle of a
- * message longer than a window keeps it in memory: one stream of a connection at a time is let past its window. */
+ * message longer than a window keeps it in memory: one stream of a connection at a time is let past its window, and
+ * the others hold no more than a window each. */
 static void stream_give_credit(struct stream *s)
 {
     struct conn *c = s->conn;
     if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->held)
         return;
-    if (s->message.len > CREDIT_STEP) {
+    if (s->prefix_len == sizeof s->prefix && s->message_len > DEFAULT_WINDOW) {
         if (c->big && c->big != s)
             return;
         c->big = s;
@@ -1496,9 +1549,13 @@ static void conn_request(struct conn *c, uint32_t id, const struct fields *f, bo
 {
     c->last_id = id;
     if (c->goaway_sent || c->stream_count >= MAX_CONCURRENT_STREAMS) {
+        if (!c->goaway_sent)
+            core_cap(c->core, c->peer, CAP_STREAMS);
         conn_stream_error(c, id, REFUSED_STREAM);
         return;
     }
+    if (f->too_large && !conn_spend(c, CAP_STREAM_ERRORS))
+        return;
     const char *fault = fields_fault(f, false, false);
     int64_t length = f->value[F_CONTENT_LENGTH].p ? parse_decimal(f->value[F_CONTENT_LENGTH]) : -1;
     if (!f->too_large && (fault || (f->value[F_CONTENT_LENGTH].p && length < 0))) {
@@ -1532,6 +1589,8 @@ static void conn_block(struct conn *c, struct bytes block)
         conn_fail(c, err == HPACK_NO_MEMORY ? INTERNAL_ERROR : COMPRESSION_ERROR, "a field block that does not decode");
         return;
     }
+    if (f.too_large)
+        core_cap(c->core, c->peer, CAP_HEADER_LIST);
     struct stream *s = stream_find(c, id);
     bool opens = conn_is_idle(c, id) && !c->client && (id & 1);
     if (c->block_dependency == id) {  /* RFC 7540 5.3.1: a stream that depends on itself */
@@ -1547,6 +1606,8 @@ static void conn_block(struct conn *c, struct bytes block)
         conn_fail(c, PROTOCOL_ERROR, "a stream identifier that is not above the last one");
     else if (conn_how_closed(c, id) == 1)
         conn_fail(c, STREAM_CLOSED, "HEADERS on a closed stream");
+    else
+        conn_spend_answer(c);
 }
 
 static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
@@ -1557,8 +1618,7 @@ static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
         return;
     }
     if (c->block.len + part.n > MAX_FIELD_BLOCK || c->continuations > MAX_CONTINUATIONS) {
-        core_cap(c->core, c->peer, "field block");
-        conn_fail(c, ENHANCE_YOUR_CALM, "a field block that is too long");
+        conn_over_cap(c, c->continuations > MAX_CONTINUATIONS ? CAP_CONTINUATIONS : CAP_FIELD_BLOCK);
         return;
     }
     buf_put(&c->block, part.p, part.n);
@@ -1614,7 +1674,9 @@ static void on_rst_stream(struct conn *c, struct bytes p)
     struct stream *s = stream_find(c, c->frame.stream_id);
     if (!s && conn_is_idle(c, c->frame.stream_id)) {
         conn_fail(c, PROTOCOL_ERROR, "RST_STREAM on an idle stream");
-    } else if (s && conn_spend(c, CAP_STREAM_ERRORS)) {
+    } else if (!s) {
+        conn_spend_answer(c);
+    } else if (conn_spend(c, CAP_STREAM_ERRORS)) {
         conn_remember_closed(c, s->id, false);
         stream_done(s);
     }
@@ -1684,6 +1746,8 @@ static void on_window_update(struct conn *c, struct bytes p)
 {
     uint32_t id = c->frame.stream_id, add = get_be32(p.p) & 0x7fffffff;
     struct stream *s = id ? stream_find(c, id) : NULL;
+    if (!conn_spend_answer(c))
+        return;
     if (id && !s) {
         if (conn_is_idle(c, id))
             conn_fail(c, PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream");
@@ -1720,16 +1784,18 @@ static void conn_data_begin(struct conn *c)
         conn_fail(c, PROTOCOL_ERROR, "DATA on an idle stream");
     } else if (!s && conn_how_closed(c, f->stream_id) == 1) {
         conn_fail(c, STREAM_CLOSED, "DATA on a closed stream");
+    } else if (!s && f->len > c->late) {
+        conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the window of a closed stream");
+    } else if (f->len == 0 && !(s && f->flags & END_STREAM) && !conn_spend(c, CAP_CONTROL_FRAMES)) {
+        return;
     } else {
         c->recv_window -= (int32_t)f->len;
         if (!s)
-            return;
-        if (s->remote_closed)
+            c->late -= f->len;
+        else if (s->remote_closed)
             conn_stream_error(c, s->id, STREAM_CLOSED);
         else if ((int64_t)f->len > s->recv_window)
             conn_stream_error(c, s->id, FLOW_CONTROL_ERROR);
-        else if (f->len == 0 && !(f->flags & END_STREAM))
-            conn_spend(c, CAP_CONTROL_FRAMES);
         else
             s->recv_window -= (int32_t)f->len;
     }
@@ -1764,6 +1830,8 @@ static void conn_data_part(struct conn *c, struct bytes p)
             conn_fail(c, PROTOCOL_ERROR, "padding longer than its frame");
             return;
         }
+        if (c->pad_left == c->left && !(c->frame.flags & END_STREAM) && !conn_spend(c, CAP_CONTROL_FRAMES))
+            return;
     }
     size_t data = min_size(p.n, c->left - c->pad_left);
     c->left -= (uint32_t)p.n;
@@ -1793,7 +1861,7 @@ static void conn_frame_begin(struct conn *c)
         conn_stream_error(c, f->stream_id, err);
     else if (f->type == FRAME_DATA)
         conn_data_begin(c);
-    else if (f->type == FRAME_SETTINGS || f->type == FRAME_PING || f->type == FRAME_PRIORITY || f->type >= FRAME_TYPES)
+    else if (f->type >= FRAME_TYPES || frame_rules[f->type].where & COSTS)
         conn_spend(c, CAP_CONTROL_FRAMES);
     c->skip = err || f->type >= FRAME_TYPES;
 }
@@ -1990,7 +2058,7 @@ static void conn_sent(struct conn *c, size_t n)
     c->out_sent += n;
     c->progress_ms = c->core->now_ms;
     if (c->out_sent < c->out.len) {
-        if (c->out_sent >= OUT_HIGH)  /* a peer that never lets it drain does not make it grow */
+        if (c->out_sent >= OUT_TARGET)    /* a peer that never lets it drain does not make it grow */
             conn_compact(c);
         return;
     }
@@ -2073,8 +2141,7 @@ static void conn_tick_silence(struct conn *c)
         c->heard_ms = now;
         c->ping_ms = 0;
     } else if (c->ping_ms && now >= c->ping_ms + ANSWER_MS) {
-        core_note(c->core, c->peer, "silent for %d s, and no answer to a PING: the connection ends",
-                  (SILENCE_MS + ANSWER_MS) / 1000);
+        core_cap(c->core, c->peer, CAP_SILENCE);
         conn_end(c, NO_ERROR, "no answer to a PING");
     } else if (!c->ping_ms && now >= c->heard_ms + SILENCE_MS) {
         c->ping_ms = now;
@@ -2088,15 +2155,18 @@ static void conn_tick(struct conn *c)
     int64_t now = c->core->now_ms;
     if (now < conn_deadline(c))
         return;
-    if (c->phase == CONN_CLOSING || (conn_pending(c) && now >= c->progress_ms + STUCK_MS)) {
+    if (c->phase == CONN_CLOSING) {
+        c->phase = CONN_DEAD;
+    } else if (conn_pending(c) && now >= c->progress_ms + STUCK_MS) {
+        core_cap(c->core, c->peer, CAP_STUCK);
         c->phase = CONN_DEAD;
     } else if (!c->settings_seen && now >= c->opened_ms + PREFACE_MS) {
-        core_note(c->core, c->peer, "no HTTP/2 preface within %d s", PREFACE_MS / 1000);
-        conn_fail(c, PROTOCOL_ERROR, "no preface in time");
+        core_cap(c->core, c->peer, CAP_PREFACE);
+        conn_end(c, PROTOCOL_ERROR, "no preface in time");
         if (!conn_pending(c))
             c->phase = CONN_DEAD;
     } else if (!c->client && c->stream_count == 0 && now >= c->idle_ms + IDLE_MS) {
-        core_note(c->core, c->peer, "no open stream for %d s: the connection ends", IDLE_MS / 1000);
+        core_cap(c->core, c->peer, CAP_IDLE);
         conn_end(c, NO_ERROR, "no open stream");
     } else if (!c->client && c->settings_seen) {
         conn_tick_silence(c);
@@ -2239,9 +2309,10 @@ static void grpc_send_blob(struct stream *s, struct blob *b)
     if (!s->conn->client)
         grpc_send_headers(s);
     if (s->queued >= MAX_QUEUED_ITEMS ||
-        (!s->conn->client && blob_own(b) && s->conn->queued_bytes + blob_own(b) > MAX_QUEUED_BYTES)) {
+        (!s->conn->client && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES)) {
         blob_unref(b);
         stream_drop_queue(s);
+        core_cap(s->conn->core, s->conn->peer, CAP_ANSWERS);
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
         return;
     }
@@ -2371,6 +2442,7 @@ static bool grpc_prefix(struct stream *s)
     } else if (s->message_len > max) {
         text_printf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
                     (unsigned long)s->message_len, max);
+        core_cap(s->conn->core, s->conn->peer, CAP_MESSAGE);
         s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, text);
     } else {
         return true;
@@ -5155,7 +5227,6 @@ static const char *const stage_names[STAGES] = { "none", "connected", "accepted"
 
 enum {
     VERDICT_REACHED = 0, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
-    MAX_HOSTS = 1000,                 /* agent hosts that are told apart */
     CONTEXT_LINES = 8,                /* of a host's log, kept for the summary of a failure */
     CONTEXT_BYTES = 300,
     CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
@@ -5881,6 +5952,8 @@ static void session_kind(struct session *session, enum stream_kind kind)
     session->host = verdict_host(core->verdict, session->job_id, session->stream->conn->peer);
     if (session->host)
         verdict_stream(core->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    else if (core->verdict && core->verdict->host_count == MAX_HOSTS)
+        core_cap(core, session->stream->conn->peer, CAP_HOSTS);
 }
 
 static void process_open(struct stream *s, const struct fields *f)
@@ -8007,7 +8080,7 @@ static void accept_error(struct loop *l)
 {
     if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
         return;
-    core_cap(&l->core, NULL, "connections (descriptors or memory)");
+    core_cap(&l->core, NULL, CAP_DESCRIPTORS);
     l->accept_full = true;
     listeners_watch(l, 0);
 }
@@ -8026,8 +8099,10 @@ static void accept_refuse(struct loop *l, int fd, const char *name)
     if (!l->tls && !out.failed && send(fd, out.p, out.len, MSG_NOSIGNAL) > 0)
         shutdown(fd, SHUT_WR);
     buf_free(&out);
+    while (recv(fd, l->read_buf, sizeof l->read_buf, MSG_DONTWAIT) == (ssize_t)sizeof l->read_buf)
+        continue;                     /* what is unread makes of the close a reset, which would take our words back */
     close(fd);
-    core_cap(&l->core, name, "connections (-max-connections)");
+    core_cap(&l->core, name, CAP_CONNECTIONS);
 }
 
 static void listener_ready(struct loop *l, struct watch *w, unsigned events)

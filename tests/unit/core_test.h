@@ -7,30 +7,50 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <malloc.h>
+
 static long alloc_count, alloc_fail; /* the alloc_fail-th allocation fails; 0: none does */
+static long long alloc_live;         /* bytes allocated, with 16 each for the allocator's own */
+enum { ALLOC_OWN = 16 };
 
 static bool alloc_denied(void)
 {
     return ++alloc_count == alloc_fail;
 }
 
+static void *alloc_counted(void *p)
+{
+    alloc_live += p ? (long long)malloc_usable_size(p) + ALLOC_OWN : 0;
+    return p;
+}
+
 static void *test_malloc(size_t n)
 {
-    return alloc_denied() ? NULL : malloc(n);
+    return alloc_denied() ? NULL : alloc_counted(malloc(n));
 }
 
 static void *test_calloc(size_t n, size_t size)
 {
-    return alloc_denied() ? NULL : calloc(n, size);
+    return alloc_denied() ? NULL : alloc_counted(calloc(n, size));
+}
+
+static void test_free(void *p)
+{
+    alloc_live -= p ? (long long)malloc_usable_size(p) + ALLOC_OWN : 0;
+    free(p);
 }
 
 static void *test_realloc(void *p, size_t n)
 {
-    return alloc_denied() ? NULL : realloc(p, n);
+    long long before = p ? (long long)malloc_usable_size(p) + ALLOC_OWN : 0;
+    void *to = alloc_denied() ? NULL : realloc(p, n);
+    alloc_live -= to ? before : 0;
+    return alloc_counted(to);
 }
 #define malloc test_malloc
 #define calloc test_calloc
 #define realloc test_realloc
+#define free test_free
 
 #define main cvms_main
 #include "../../cvms.c"
@@ -94,7 +114,7 @@ static void core_reset(void)
     core.held = core.color = core.json = false;
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
-    memset(core.cap_log, 0, sizeof core.cap_log);
+    memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);
     core.methods = server_methods;
     core.method_count = PB_COUNT(server_methods);
     core.max_message = 4 << 20;

@@ -260,7 +260,7 @@ static void test_never_read(void)
 
 /* ---- Long messages: one stream of a connection at a time is let past its window ---- */
 
-/* Two streams with the first 65,535 octets of a message of 300,000 each, on a connection whose window is open. */
+/* Two streams with the first 32,767 octets of a message of 300,000 each; the first is let past its window. */
 static void begin_two_long(struct side *a)
 {
     static uint8_t zeros[16384];
@@ -282,7 +282,7 @@ static void begin_two_long(struct side *a)
         side_exchange(a);
     }
     SIDE_LINES(a, OPENED ANSWER(1) ANSWER(3) "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=1 add=32767\n"
-                  "S WINDOW_UPDATE stream=0 add=32767\nS WINDOW_UPDATE stream=3 add=32767\n");
+                  "S WINDOW_UPDATE stream=0 add=32767\n");
 }
 
 static void put_zeros(struct side *a, uint32_t id, size_t left)
@@ -315,7 +315,7 @@ static void block_second(struct side *a)
     put_zeros(a, 1, 65535);
     side_exchange(a);
     CHECK(credit_of(a, 1) >= CREDIT_STEP, true);
-    put_zeros(a, 3, 65535);
+    put_zeros(a, 3, 65535 - 32767);
     side_exchange(a);
     CHECK(credit_of(a, 3), 0);
     CHECK(a->conn.phase, CONN_OPEN);
@@ -458,9 +458,12 @@ static void test_timers(void)
     core.now_ms += STUCK_MS - 1;
     conn_tick(&a.conn);
     CHECK(conn_finished(&a.conn), false);
+    CHECK(core.err.len, 0);
     core.now_ms++;
     conn_tick(&a.conn);
     CHECK(conn_finished(&a.conn), true);
+    CHECK(bytes_contain(whole(&core.err),
+                        "over the cap on seconds in which no output is taken (30): the connection ends"), true);
     side_close(&a);
 
     core_reset();
@@ -562,9 +565,9 @@ static void run_queued_bytes(size_t bytes)
     put_preface(&a);
     put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
     put_call(&a, 1, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, NULL);
-    size_t each = bytes / ANSWERS - sizeof(struct blob);
+    const size_t extra = sizeof(struct blob) + sizeof(struct item), each = bytes / ANSWERS - extra;
     for (int i = 0; i < ANSWERS; i++) {
-        put_reflection_of(&a, i ? each : bytes - (ANSWERS - 1) * each - ANSWERS * sizeof(struct blob));
+        put_reflection_of(&a, i ? each : bytes - (ANSWERS - 1) * each - ANSWERS * extra);
         side_exchange(&a);
     }
     CHECK(a.conn.stream_count, bytes <= MAX_QUEUED_BYTES);
@@ -576,11 +579,11 @@ static void run_queued_bytes(size_t bytes)
     put_window(&a, 0, 1 << 30);
     side_exchange(&a);
     CHECK(a.conn.queued_bytes, 0);
-    CHECK(a.data[0], bytes <= MAX_QUEUED_BYTES ? bytes - ANSWERS * sizeof(struct blob) : 0);
+    CHECK(a.data[0], bytes <= MAX_QUEUED_BYTES ? bytes - ANSWERS * extra : 0);
     side_close(&a);
 }
 
-/* The manifest is everybody's: a hundred streams that do not take it own nothing. */
+/* The manifest is everybody's: a hundred streams that do not take it own their places in the queue. */
 static void test_queued_shared(void)
 {
     struct side a;
@@ -593,7 +596,7 @@ static void test_queued_shared(void)
         put_call(&a, 2 * i + 1, process, 0, NULL);
     side_exchange(&a);
     CHECK(a.conn.stream_count, MAX_CONCURRENT_STREAMS);
-    CHECK(a.conn.queued_bytes, 0);
+    CHECK(a.conn.queued_bytes, MAX_CONCURRENT_STREAMS * sizeof(struct item));
     CHECK(a.conn.queued, MAX_CONCURRENT_STREAMS);
     side_close(&a);
 }
@@ -607,12 +610,234 @@ static void run_partial(size_t bytes)
     size_t kept = 0;
     for (struct stream *s = a.conn.streams; s; s = s->next)
         kept += s->id == 3 ? s->message.len : 0;
-    CHECK(kept + 5, CREDIT_STEP + DEFAULT_WINDOW);
-    if (bytes > CREDIT_STEP + DEFAULT_WINDOW)
-        put_zeros(&a, 3, bytes - CREDIT_STEP - DEFAULT_WINDOW);
+    CHECK(kept + 5, DEFAULT_WINDOW);
+    if (bytes > DEFAULT_WINDOW)
+        put_zeros(&a, 3, bytes - DEFAULT_WINDOW);
     side_exchange(&a);
-    CHECK(a.conn.stream_count, bytes > CREDIT_STEP + DEFAULT_WINDOW ? 1 : 2);
+    CHECK(a.conn.stream_count, bytes > DEFAULT_WINDOW ? 1 : 2);
     side_close(&a);
+}
+
+/* Messages up to a window's length get through beside a long one that has stopped; a longer one has to wait. */
+static void run_beside_big(size_t len)
+{
+    struct side a;
+    uint8_t head[10] = { 0 };         /* prefix; a log whose text is all of it */
+    begin_two_long(&a);
+    put_zeros(&a, 1, 65535);          /* stream 1 stops in its message */
+    put_call(&a, 5, process, 0, NULL);
+    for (int i = 0; i < 200; i++)     /* so that the message does not begin with a whole window */
+        put_data(&a, 5, "\0\0\0\0\0", 5, 0);
+    side_exchange(&a);
+    size_t lines = core.out.len;
+    grpc_put_prefix(head, len);
+    put_data(&a, 5, head, 5, 0);
+    put_data(&a, 5, (uint8_t[]){ 0x52, 0xfb, 0xff, 3 }, 4, 0);   /* field 10, 65,531 octets */
+    side_exchange(&a);
+    for (size_t left = len - 4, n; left; left -= n) {            /* as far as the window lets us */
+        a.lines.len = 0;
+        struct stream *s = stream_find(&a.conn, 5);
+        n = s ? min_size(left, (size_t)s->recv_window) : 0;
+        if (n == 0)
+            break;
+        put_zeros(&a, 5, n);
+        side_exchange(&a);
+    }
+    CHECK(core.out.len > lines, len <= DEFAULT_WINDOW);
+    CHECK(a.conn.stream_count, 3);
+    side_close(&a);
+}
+
+/* ---- What one connection can make us hold, by the caps: the README's figure ---- */
+enum {
+    JOB_ID_MAX = 1024,                /* 200 octets of a job-id, escaped */
+    WORST_STREAM = sizeof(struct stream) + sizeof(struct session) + JOB_ID_MAX + 4 * ALLOC_OWN,
+    WORST_OUT = 2 * OUT_HIGH,         /* OUT_HIGH, what one read adds, OUT_TARGET that has gone; rounded up */
+    WORST_REST = MAX_FIELD_BLOCK + MAX_FRAME_SIZE + HPACK_TABLE_SIZE + 4 * ALLOC_OWN,
+    WORST = MAX_CONCURRENT_STREAMS * WORST_STREAM + (MAX_CONCURRENT_STREAMS - 1) * (DEFAULT_WINDOW + 1) +
+            MAX_QUEUED_BYTES + MAX_QUEUED_ITEMS * 2 * MAX_CONCURRENT_STREAMS * ALLOC_OWN + WORST_OUT + WORST_REST,
+    IDLE_TOLD = 2048,
+    WORST_TOLD = 15 << 19,            /* README: 7.5 MiB beside -max-message; the rest is for TLS, 100 KiB */
+};
+
+/* Frees the connection and returns how many bytes it held. */
+static long long side_held(struct side *a)
+{
+    long long before = alloc_live;
+    conn_free(&a->conn);
+    before -= alloc_live;
+    conn_init(&a->conn, &core, &grpc_server, false, "peer");
+    side_close(a);
+    return before;
+}
+
+static void put_ping(struct side *a)
+{
+    frame_put(&a->in, 8, FRAME_PING, 0, 0);
+    buf_puts(&a->in, "pingpong");
+}
+
+/* A hundred streams: one with answers that no window lets out, the others in the middle of a message. */
+static void put_many_partial(struct side *a)
+{
+    char job[201];
+    uint8_t prefix[5];
+    memset(job, 1, 200);
+    job[200] = 0;
+    put_setting(a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
+    put_call(a, 1, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, NULL);
+    grpc_put_prefix(prefix, core.max_message);
+    for (uint32_t i = 1; i < MAX_CONCURRENT_STREAMS; i++) {
+        put_call(a, 2 * i + 1, process, 0, job);
+        put_data(a, 2 * i + 1, prefix, 5, 0);
+        put_zeros(a, 2 * i + 1, DEFAULT_WINDOW - 5);
+        side_exchange(a);
+    }
+    /* the one that is let past its window */
+    for (size_t left = core.max_message - 1 - (DEFAULT_WINDOW - 5), n; left; left -= n) {
+        n = min_size(left, CREDIT_STEP);
+        put_zeros(a, 3, n);
+        side_exchange(a);
+    }
+    const size_t each = 8192;
+    while (a->conn.phase == CONN_OPEN && a->conn.queued_bytes + each + sizeof(struct item) < MAX_QUEUED_BYTES) {
+        put_reflection_of(a, each - sizeof(struct blob));
+        side_exchange(a);
+    }
+}
+
+/* Output that waits, as much as there can be, then a field block and a frame that do not end. */
+static void put_unread(struct side *a)
+{
+    while (a->conn.phase == CONN_OPEN && conn_pending(&a->conn) + 17 < OUT_HIGH) {
+        core.now_ms += 10;
+        put_ping(a);
+        side_send(a);
+    }
+    for (size_t n = 0; n < MAX_FIELD_BLOCK; n += MAX_FRAME_SIZE) {
+        frame_put(&a->in, MAX_FRAME_SIZE, n ? FRAME_CONTINUATION : FRAME_HEADERS, 0, 999);
+        for (int i = 0; i < MAX_FRAME_SIZE; i++)
+            buf_putc(&a->in, 0x80 | 19);
+    }
+    frame_put(&a->in, MAX_FRAME_SIZE, FRAME_CONTINUATION, 0, 999);
+    for (int i = 0; i < MAX_FRAME_SIZE - 1; i++)
+        buf_putc(&a->in, 0x80 | 19);
+    side_send(a);
+}
+
+/* Fills the dynamic table, with a request over MAX_CONCURRENT_STREAMS. */
+static void put_table(struct side *a)
+{
+    struct buf b = { 0 };
+    hpack_put_int(&b, 0x40, 6, 19);
+    hpack_put_int(&b, 0, 7, HPACK_TABLE_SIZE - HPACK_OVERHEAD - 6);
+    for (int i = 0; i < HPACK_TABLE_SIZE - HPACK_OVERHEAD - 6; i++)
+        buf_putc(&b, 'x');
+    frame_put(&a->in, (uint32_t)b.len, FRAME_HEADERS, END_HEADERS, 997);
+    buf_put(&a->in, b.p, b.len);
+    buf_free(&b);
+    side_exchange(a);
+}
+
+static void test_worst(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(10);
+    buf_free(&core.spare);
+    side_open(&a);
+    put_preface(&a);
+    put_many_partial(&a);
+    CHECK(a.conn.stream_count, MAX_CONCURRENT_STREAMS);
+    put_table(&a);
+    CHECK(a.conn.hpack.len + HPACK_SAVED, HPACK_TABLE_SIZE);
+    put_unread(&a);
+    CHECK(a.conn.phase, CONN_OPEN);
+    CHECK(a.conn.block.len, MAX_FIELD_BLOCK);
+    CHECK(a.conn.in.len, MAX_FRAME_SIZE - 1);
+    CHECK(conn_pending(&a.conn) > OUT_HIGH - 20, true);
+    long long held = side_held(&a);
+    CHECK(held <= (long long)(core.max_message + WORST), true);
+    CHECK(held > (long long)(core.max_message + WORST) / 10 * 9, true);
+    CHECK(WORST + (100 << 10) <= WORST_TOLD, true);
+}
+
+/* An idle connection with one open stream holds next to nothing. */
+static void test_idle(void)
+{
+    struct side a;
+    core_reset();
+    manifest_of(1 << 20);
+    side_open(&a);
+    put_preface(&a);
+    put_setting(&a, SETTINGS_INITIAL_WINDOW_SIZE, 1 << 30);
+    put_window(&a, 0, 1 << 30);
+    put_call(&a, 1, process, 0, "job");
+    side_exchange(&a);
+    CHECK(a.data[0], 1 << 20);
+    long long held = side_held(&a);
+    CHECK(held > 0 && held < IDLE_TOLD, true);
+}
+
+/* ---- The README's limits are those of the source ---- */
+
+/* Whether the README has a line with all of these words; % stands for the next number, as it writes numbers. */
+static void check_limit(const struct buf *readme, const char *words, long a, long b)
+{
+    char want[200], number[2][20];
+    for (int i = 0; i < 2; i++) {
+        long v = i ? b : a;
+        int k = v < 1000 ? snprintf(number[i], 20, "%ld", v)
+                         : v < 1000000 ? snprintf(number[i], 20, "%ld,%03ld", v / 1000, v % 1000)
+                                       : snprintf(number[i], 20, "%ld,%03ld,%03ld", v / 1000000, v / 1000 % 1000, v % 1000);
+        CHECK(k > 0 && k < 20, true);
+    }
+    size_t n = 0;
+    for (int i = 0; *words && n < sizeof want - 20; words++)
+        if (*words == '%')
+            n += (size_t)snprintf(want + n, sizeof want - n, "%s", number[i++]);
+        else
+            want[n++] = *words;
+    want[n] = 0;
+    if (!CHECK(strstr((char *)readme->p, want) != NULL, true))
+        printf("  the README's limits do not say [%s]\n", want);
+}
+
+static void test_readme(void)
+{
+    static char text[1 << 17];
+    struct buf readme = { .p = (uint8_t *)text };
+    FILE *f = fopen("../../README.md", "r");
+    if (!CHECK(f != NULL, true))
+        return;
+    readme.len = fread(text, 1, sizeof text - 1, f);
+    fclose(f);
+    check_limit(&readme, "hard limit of descriptors less %.", SPARE_DESCRIPTORS, 0);
+    check_limit(&readme, "| streams of a connection | %, then REFUSED_STREAM |", MAX_CONCURRENT_STREAMS, 0);
+    check_limit(&readme, "| header list | % bytes, then HTTP status 431 |", MAX_HEADER_LIST, 0);
+    check_limit(&readme, "CONTINUATION frames | % bytes, % frames,", MAX_FIELD_BLOCK, MAX_CONTINUATIONS);
+    check_limit(&readme, "| HPACK dynamic table, frame | % bytes, % bytes |", HPACK_TABLE_SIZE, MAX_FRAME_SIZE);
+    check_limit(&readme, "`-max-message`, % bytes,", 4 << 20, 0);
+    check_limit(&readme, "the others % bytes each;", DEFAULT_WINDOW, 0);
+    check_limit(&readme, "header lists over the cap | %, and % a second,", caps[CAP_STREAM_ERRORS].max,
+                caps[CAP_STREAM_ERRORS].per_s);
+    check_limit(&readme, "DATA without data | %, and % a second,", caps[CAP_CONTROL_FRAMES].max,
+                caps[CAP_CONTROL_FRAMES].per_s);
+    check_limit(&readme, "| % for each DATA frame and stream that ends;", ANSWERS_PER_FRAME, 0);
+    check_limit(&readme, "| % bytes each, then FLOW_CONTROL_ERROR |", DEFAULT_WINDOW, 0);
+    check_limit(&readme, "| % on a stream, % bytes on a connection,", MAX_QUEUED_ITEMS, MAX_QUEUED_BYTES);
+    check_limit(&readme, "| % bytes, then it is not read; % s in which", OUT_HIGH, STUCK_MS / 1000);
+    check_limit(&readme, "preface and SETTINGS | % s |", PREFACE_MS / 1000, 0);
+    check_limit(&readme, "before the first request too | % s,", IDLE_MS / 1000, 0);
+    check_limit(&readme, "| % s, then a PING, which it must answer within % s;", SILENCE_MS / 1000, ANSWER_MS / 1000);
+    check_limit(&readme, "| end of a connection | % s,", LINGER_MS / 1000, 0);
+    check_limit(&readme, "| % MiB before senders get no more credit, % MiB before", HOLD_BYTES >> 20,
+                PAUSE_BYTES >> 20);
+    check_limit(&readme, "| lines waiting for stderr | % MiB,", NOTES_MAX >> 20, 0);
+    check_limit(&readme, "smoke test tells apart | % |", MAX_HOSTS, 0);
+    check_limit(&readme, "| `-max-message` (as a power of two) and %.% MiB |", WORST_TOLD >> 20,
+                (WORST_TOLD >> 19 & 1) * 5);
+    check_limit(&readme, "| memory of an idle connection | % KiB,", IDLE_TOLD >> 10, 0);
 }
 
 /* Lines that wait for a stderr that nobody reads are bounded; how many are lost is told. */
@@ -634,22 +859,42 @@ static void test_notes_full(void)
     CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z peer one more\n");
 }
 
+/* A bucket gives back what it says, at whatever intervals it is asked. */
+static void test_bucket(void)
+{
+    struct side a;
+    core_reset();
+    side_open(&a);
+    core.now_ms += 123;
+    for (int i = 0; i < caps[CAP_CONTROL_FRAMES].max; i++)
+        CHECK(conn_spend(&a.conn, CAP_CONTROL_FRAMES), true);
+    for (int i = 0; i < 200; i++) {   /* in 3 s 300 come back, and 200 are spent */
+        core.now_ms += 15;
+        CHECK(conn_spend(&a.conn, CAP_CONTROL_FRAMES), true);
+    }
+    for (int i = 0; i < 100; i++)
+        CHECK(conn_spend(&a.conn, CAP_CONTROL_FRAMES), true);
+    CHECK(conn_spend(&a.conn, CAP_CONTROL_FRAMES), false);
+    CHECK(a.conn.phase, CONN_CLOSING);
+    side_close(&a);
+}
+
 /* One line a second for each cap, however many meet it. */
 static void test_cap_log(void)
 {
     core_reset();
     for (int i = 0; i < 100; i++) {
-        core_cap(&core, "p", caps[0].name);
-        core_cap(&core, "p", caps[1].name);
+        for (enum cap cap = 0; cap < CAPS; cap++)
+            core_cap(&core, "p", cap);
     }
     core.now_ms += 999;
-    core_cap(&core, "p", caps[0].name);
+    core_cap(&core, "p", CAP_STUCK);
     core.now_ms++;
-    core_cap(&core, "p", caps[0].name);
+    core_cap(&core, "p", CAP_STUCK);
     long lines = 0;
     for (size_t i = 0; i < core.err.len; i++)
         lines += core.err.p[i] == '\n';
-    CHECK(lines, 3);
+    CHECK(lines, CAPS + 1);
 }
 
 /* ---- Reflection: the descriptors name what is on the wire ---- */
@@ -850,9 +1095,15 @@ int main(void)
     run_queued_bytes(MAX_QUEUED_BYTES);
     run_queued_bytes(MAX_QUEUED_BYTES + 1);
     test_queued_shared();
-    run_partial(CREDIT_STEP + DEFAULT_WINDOW);
-    run_partial(CREDIT_STEP + DEFAULT_WINDOW + 1);
+    run_partial(DEFAULT_WINDOW);
+    run_partial(DEFAULT_WINDOW + 1);
+    run_beside_big(DEFAULT_WINDOW);
+    run_beside_big(DEFAULT_WINDOW + 1);
+    test_worst();
+    test_idle();
+    test_readme();
     test_notes_full();
+    test_bucket();
     test_cap_log();
     test_reflection();
     test_allocations(false);
