@@ -166,6 +166,16 @@ def clients():
     script("clients", "run", os.path.join(BUILD, "tools"))
 
 
+def attack():
+    """Honest streams beside hostile clients, and what these can make the server hold."""
+    san, fast = program(), program(name="cvms-fast", flags=["-O2"])
+    tools = os.path.join(BUILD, "tools")
+    if not os.path.exists(os.path.join(tools, "bin", "client")):
+        missing("attack", "no grpc-go client; run tests/install.sh")
+    elif san and fast:
+        layer("test_attack", [sys.executable, os.path.join(HERE, "attack", "test_attack.py"), san, tools, fast])
+
+
 HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start": r"BIND_NOW|FLAGS_1.* NOW",
             "no executable stack": r"GNU_STACK .* RW "}
 
@@ -195,9 +205,9 @@ def builds():
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke,
-          "inject": inject, "clients": clients, "inject-all": lambda: inject("--all")}
+          "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
 ON_REQUEST = {"inject-all"}           # only by name: minutes
-NOT_COVERAGE = {"builds"}             # compiles, and hardly runs what it made
+NOT_COVERAGE = {"builds", "attack"}   # one hardly runs what it made, the other reaches nothing that the rest does not
 
 
 def main():

@@ -1,7 +1,7 @@
 // client is the grpc-go side of the end-to-end tests: each mode plays one kind of client against a server, checks what
 // it can see, and ends with status 0 or with "client: REASON" on stderr and status 1.
 //
-// Modes that hold on (-hold, never-read, wait, flood) say where they are on stdout and go on when stdin has a line.
+// Modes that hold on (-hold, never-read, wait, flood, crowd) say where they are on stdout and go on when stdin has a line.
 package main
 
 import (
@@ -43,6 +43,7 @@ var (
 	fMsgs    = flag.String("messages", "", "manifest: file for a JSON list of the messages (hex, or {len, sha256} over 64 KiB)")
 	fSend    = flag.String("send", "", "send: file with a message a line: NAME, a blank, base64")
 	fN       = flag.Int("n", 1, "how many logs, streams or pings")
+	fPer     = flag.Int("per", 1, "crowd: streams on a connection")
 	fSize    = flag.Int("size", 0, "bytes of a log's text, padded")
 	fTag     = flag.String("tag", "log", "start of a log's text; number n is TAG-n;")
 	fMeta    = flag.String("metadata", "", "NAME=VALUE,…: metadata of every stream (a -bin value is given in hex)")
@@ -65,6 +66,7 @@ var modes = map[string]func(context.Context) error{
 	"wait":       waitMode,
 	"flood":      floodMode,
 	"streams":    streamsMode,
+	"crowd":      crowdMode,
 	"unknown":    unknownMode,
 	"oversize":   oversizeMode,
 	"malformed":  malformedMode,
@@ -395,6 +397,48 @@ func streamsMode(ctx context.Context) error {
 	}
 	for range *fN {
 		err = errors.Join(err, <-errs)
+	}
+	return err
+}
+
+// crowd holds -n Process streams open, -per on a connection. After each line on stdin each of them sends one log, and a
+// line on stdout says so; when stdin ends all of them end well.
+func crowdMode(ctx context.Context) error {
+	streams := make([]grpc.ClientStream, *fN)
+	each := func(do func(i int) error) error {
+		errs := make(chan error, *fN)
+		for i := range *fN {
+			go func() { errs <- do(i) }()
+		}
+		var err error
+		for range *fN {
+			err = errors.Join(err, <-errs)
+		}
+		return err
+	}
+	var cc *grpc.ClientConn
+	conns := make([]*grpc.ClientConn, *fN)
+	for i := range conns {
+		if i%*fPer == 0 {
+			var err error
+			if cc, err = dial(); err != nil {
+				return err
+			}
+		}
+		conns[i] = cc
+	}
+	err := each(func(i int) (err error) {
+		if streams[i], err = openOn(ctx, conns[i]); err == nil {
+			err = receive(streams[i], nil)
+		}
+		return err
+	})
+	for round := 0; err == nil; round++ {
+		fmt.Println(round)
+		if _, end := stdin.ReadString('\n'); end != nil {
+			return each(func(i int) error { return finish(streams[i]) })
+		}
+		err = each(func(i int) error { return sendLogs(streams[i], round**fN+i, 1) })
 	}
 	return err
 }
