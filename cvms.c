@@ -46,10 +46,17 @@
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef CVMS_EPOLL
 #ifdef __linux__
+#define CVMS_EPOLL 1                  /* 0: poll, as on other systems */
+#else
+#define CVMS_EPOLL 0
+#endif
+#endif
+#if CVMS_EPOLL
 #include <sys/epoll.h>
 #endif
-
 #ifndef CVMS_TLS
 #define CVMS_TLS 1                    /* 0: without BearSSL */
 #endif
@@ -7532,7 +7539,7 @@ struct loop {
     int64_t give_up_ms;               /* until when they try to connect */
     void (*link_up)(struct link *);   /* a connect has succeeded */
     void (*link_down)(struct link *, const char *why);   /* none has, in time */
-#ifdef __linux__
+#if CVMS_EPOLL
     int epoll;
 #else
     struct pollfd *polls;
@@ -7558,7 +7565,7 @@ static void loop_clock(struct loop *l)
     l->core.wall_ms = clock_ms(CLOCK_REALTIME);
 }
 
-#ifdef __linux__
+#if CVMS_EPOLL
 static bool poller_init(struct loop *l)
 {
     l->epoll = epoll_create1(EPOLL_CLOEXEC);

@@ -106,6 +106,11 @@ def cli():
     plain = program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
     if plain:
         layer("test_plain", [sys.executable, os.path.join(HERE, "cli", "test_plain.py"), plain])
+    poll = program(name="cvms-san-poll", flags=SANITIZE + ["-DCVMS_EPOLL=0"])
+    if poll:                          # the loop of other systems
+        demo = subprocess.run(["sh", os.path.join(HERE, "demo.sh"), poll], capture_output=True, text=True)
+        expect("with poll: make run", demo.returncode == 0, demo.stderr)
+        layer("test_smoke with poll", [sys.executable, os.path.join(HERE, "smoke", "test_smoke.py"), poll])
 
 
 def smoke():
