@@ -376,6 +376,33 @@ static void test_stream_overrun(void)
     side_close(&a);
 }
 
+/* A message that would take more memory than the arena may: INTERNAL on its stream, and nothing is kept. */
+static void test_message_memory(void)
+{
+    enum { PAIRS = 400 };
+    struct side a;
+    size_t limit = core.arena.limit;
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    put_call(&a, 1, process, 0, NULL);
+    side_exchange(&a);
+    a.lines.len = 0;
+    core.arena.limit = 32768;
+    uint8_t message[5 + 4 * PAIRS];
+    grpc_put_prefix(message, 4 * PAIRS);
+    for (size_t i = 0; i < PAIRS; i++)                      /* of a oneof, one member and the other: both are made anew */
+        memcpy(message + 5 + 4 * i, "\x0a\0\x12\0", 4);
+    put_data(&a, 1, message, sizeof message, 0);
+    side_exchange(&a);
+    CHECK(core.arena.held <= 32768, true);
+    SIDE_LINES(&a, "S HEADERS stream=1 END_STREAM grpc-status=13 grpc-message=\"message 1 of 1600 bytes is not a "
+                   "cvms.ClientStreamMessage: message needs too much memory\"\nS RST_STREAM stream=1 NO_ERROR\n");
+    CHECK(a.conn.phase, CONN_OPEN);
+    side_close(&a);
+    core.arena.limit = limit;
+}
+
 /* ---- Caps in octets ---- */
 static void put_block_in_parts(struct side *a, const struct buf *b, uint32_t id)
 {
@@ -1084,6 +1111,7 @@ int main(void)
     test_big_reset();
     test_big_deadline();
     test_stream_overrun();
+    test_message_memory();
     test_header_list();
     run_field_block(MAX_FIELD_BLOCK - 1, CONN_OPEN);
     run_field_block(MAX_FIELD_BLOCK, CONN_OPEN);
