@@ -8012,7 +8012,8 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
-    if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && conn_wants_input(&k->conn)) {
+    bool full = !l->paused && sink_pending(&l->out) > PAUSE_BYTES;    /* others have filled it in this turn */
+    if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && !full && conn_wants_input(&k->conn)) {
         ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
             link_close(k, strerror(errno));
@@ -8026,7 +8027,7 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
             conn_recv(&k->conn, l->read_buf, (size_t)n);
         else if (n > 0 && !link_decrypt(k, l->read_buf, (size_t)n))
             conn_fail(&k->conn, ENHANCE_YOUR_CALM, "TLS: the peer sends on without reading what it has asked for");
-    } else if (events & WATCH_ERROR) {
+    } else if (events & WATCH_ERROR && !full) {
         link_close(k, "the connection was reset");
         return;
     }
@@ -9118,6 +9119,10 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
         rest = (struct bytes){ rest.p + line.n + (end != NULL), rest.n - line.n - (end != NULL) };
         if (!pb_json_parse(&Record_message, &record, line, &o->arena, e.text, sizeof e.text)) {
             tell(report, START, "-replay: %s: record %zu: %s", o->replay, number, e.text);
+            return false;
+        }
+        if (record.time && !pb_timestamp_valid(record.time->seconds, record.time->nanos)) {
+            tell(report, START, "-replay: %s: record %zu: its time is not in the years 1 to 9999", o->replay, number);
             return false;
         }
         struct replay_part *part = record.received && record.time ? replay_part(r, &record) : NULL;

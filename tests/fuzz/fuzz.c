@@ -1737,6 +1737,29 @@ static void replay(const struct target *t, const char *where, struct bytes b)
     passed++;
 }
 
+/* Above PAUSE_BYTES nothing more is read in the same turn either: one message may have become twenty times its size. */
+static void check_pause(void)
+{
+    loop_begin();
+    st = (struct run_state){ .role = SERVER };
+    server_begin(0, 0, 0);
+    stdout_blocked = true;
+    for (size_t n = PAUSE_BYTES - 1; n <= PAUSE_BYTES + 1; n++) {
+        struct wire *w = &wires[0];
+        loop.core.out.len = 0;
+        buf_room(&loop.core.out, n);
+        loop.core.out.len = n;
+        buf_puts(&w->in, "P");
+        link_ready(&loop, &loop.links->watch, WATCH_IN);
+        CHECK(w->in_at == w->in.len, n <= PAUSE_BYTES);
+    }
+    loop.core.out.len = 0;
+    server_silence();
+    loop_end();
+    manifest_free(&st.server.manifest);
+    verdict_free(&st.server.verdict);
+}
+
 /* Every frame type has come, every error has gone out, every verdict on a message has been given. */
 static void check_seen(void)
 {
@@ -1803,8 +1826,10 @@ int main(int argc, char **argv)
     }
     for (size_t i = 0; i < PB_COUNT(targets) && argc == 2; i++)
         replay_corpus(&targets[i], argv[1]);
-    if (argc == 2)
+    if (argc == 2) {
         check_seen();
+        check_pause();
+    }
     for (int i = 0; i < 4; i++)
         tls_config_free(configs[i]);
     printf("%ld passed, %ld failed\n", passed, failed);

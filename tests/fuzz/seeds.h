@@ -444,8 +444,8 @@ static int write_dictionary(const char *name)
             snprintf(key, sizeof key, "\"%s\":", table_of(t)->fields[i].name);
             dict_word(bytes_of(key));
         }
-    for (size_t i = 0; json && i < 9; i++)
-        dict_word(bytes_of(((const char *[]){ "null", "{}", "[]", "\\u", "\"SERVING\"", "1e3", "2006-01-02T15:04:05Z", "true", "\\ud83d\\ude00" })[i]));
+    for (size_t i = 0; json && i < 12; i++)
+        dict_word(bytes_of(((const char *[]){ "9223372036854775807", "-9223372036854775808", "2147483647", "null", "{}", "[]", "\\u", "\"SERVING\"", "1e3", "2006-01-02T15:04:05Z", "true", "\\ud83d\\ude00" })[i]));
     for (size_t i = 0; pem && i < PB_COUNT(pem_words); i++)
         dict_word(bytes_of(pem_words[i]));
     for (size_t i = 0; wire && i < 8; i++)
