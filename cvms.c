@@ -9730,16 +9730,17 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     for (size_t i = 0; i < v->expect.n; i++)
         if (!strchr(v->expect.v[i], '/'))
             tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
-    v->reject_text = o->reject;
+    v->reject_text = (struct values){ .v = o->reject.v };     /* those that compile */
     v->reject = o->reject.n ? keep(o, o->reject.n * sizeof *v->reject) : NULL;
     for (size_t i = 0; i < o->reject.n; i++) {
         char why[100];
-        int error = regcomp(&v->reject[i], o->reject.v[i], REG_EXTENDED | REG_NOSUB);
-        regerror(error, &v->reject[i], why, sizeof why);
-        if (error) {
+        regex_t *re = &v->reject[v->reject_text.n];
+        int error = regcomp(re, o->reject.v[i], REG_EXTENDED | REG_NOSUB);
+        regerror(error, re, why, sizeof why);
+        if (error)
             tell(r, error == REG_ESPACE ? START : USAGE, "-reject: \"%s\": %s", o->reject.v[i], why);
-            v->reject_text.n = i;
-        }
+        else
+            v->reject_text.v[v->reject_text.n++] = o->reject.v[i];
     }
     v->wanted = v->until || v->expect.n || o->reject.n || o->timeout_ms;
     need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
