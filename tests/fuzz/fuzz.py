@@ -60,7 +60,7 @@ def cpu(command, target, **kw):
 
 def report(engine, target, seconds, runs, found):
     global passed, failed
-    print(f"{engine} {target}: {runs} runs in {seconds:.0f} s of processor time, {found} found", flush=True)
+    print(f"{engine} {target}: {runs} runs in {seconds}, {found} found", flush=True)
     passed, failed = passed + (not found), failed + bool(found)
 
 
@@ -76,13 +76,13 @@ def libfuzzer(program, target, seconds, dictionary):
     found = len(set(os.listdir(FOUND)) - before)
     if status and not found:
         print(told[-2000:])
-    report("libFuzzer", target, used, runs[-1] if runs else "no", max(found, status != 0))
+    report("libFuzzer", target, f"{used:.0f} s of processor time", runs[-1] if runs else "no", max(found, status != 0))
 
 
 def afl(program, target, seconds, dictionary):
     out = folder("afl", target)
     with open(os.path.join(BUILD, f"afl-{target}.log"), "w") as f:
-        status, used = cpu(["afl-fuzz", "-V", str(seconds), "-i", unpack(target), "-o", out, "-t", "2000",
+        status, _ = cpu(["afl-fuzz", "-V", str(seconds), "-i", unpack(target), "-o", out, "-t", "2000",
                             "-m", "none", "-G", str(MAX_LEN), "-x", dictionary, "--", program], target, stdout=f)
     found = [p for kind in ("crashes", "hangs") for p in glob.glob(os.path.join(out, "default", kind, "id:*"))]
     for path in found:
@@ -90,8 +90,9 @@ def afl(program, target, seconds, dictionary):
         shutil.copy(path, os.path.join(FOUND, f"{target}-afl-{name}"))
         os.remove(path)
     stats = os.path.join(out, "default", "fuzzer_stats")
-    runs = re.findall(r"execs_done +: (\d+)", open(stats).read()) if os.path.exists(stats) else []
-    report("AFL++", target, used, runs[-1] if runs else "no", len(found) or int(not runs or status != 0))
+    told = open(stats).read() if os.path.exists(stats) else ""
+    runs, took = (re.findall(name + r" +: (\d+)", told) for name in ("execs_done", "run_time"))
+    report("AFL++", target, f"{took[0] if took else 0} s", runs[0] if runs else "no", len(found) or int(not runs or status != 0))
 
 
 def corpus(target):
