@@ -256,7 +256,7 @@ static int fake_open(const char *path, int flags, ...)
     errno = ENOENT;
     if (i < 0)
         return -1;
-    if (i == FILES)                   /* written to, and forgotten */
+    if (i == FILES)                   /* written to */
         return FIRST_FILE + FILES;
     files[i].at = 0;
     return FIRST_FILE + i;
@@ -326,7 +326,7 @@ struct wire {
 static struct wire wires[WIRES];
 static struct loop loop;
 static bool stdout_blocked;
-static struct buf printed, noted, recorded;   /* what came out of descriptors 1, 2 and 3 */
+static struct buf printed, noted, recorded, filed;   /* what came out of descriptors 1, 2 and 3, and into files */
 
 static struct wire *wire_of(int fd)
 {
@@ -376,8 +376,10 @@ static ssize_t fake_send(int fd, const void *p, size_t n, int flags)
 static ssize_t fake_write(int fd, const void *p, size_t n)
 {
     static struct buf *const to[] = { &printed, &noted, &recorded };
-    if (fd == FIRST_FILE + FILES)
+    if (fd == FIRST_FILE + FILES) {
+        keep_put(&filed, p, n);
         return (ssize_t)n;
+    }
     MUST(fd >= 1 && fd <= 3 && (fd != 1 || !stdout_blocked));
     keep_put(to[fd - 1], p, n);
     if (verbose)
@@ -541,6 +543,7 @@ struct run_state {
     bool secure, mutual;
     struct options options;
     struct server server;
+    struct manifest other;            /* of the agents with the job-id "job" */
     struct agent agent;
     struct health health;
     struct replay replay;
@@ -910,7 +913,7 @@ static void op_run(struct op_record *op)
 /* ---- Beginning and end of a run ---- */
 static void run_begin(void)
 {
-    printed.len = noted.len = recorded.len = 0;
+    printed.len = noted.len = recorded.len = filed.len = 0;
     stdout_blocked = false;
     alloc_count = alloc_fail = 0;
     entropy = 1;
@@ -973,7 +976,10 @@ static void server_begin(unsigned how, unsigned fault, unsigned more)
     if (how & 0x80)
         v->faults.value[fault % FAULTS] = fault_table[fault % FAULTS].arg ? fault / FAULTS : 0;
     v->manifest.faults = how & 0x80 ? &v->faults : NULL;
-    MUST(manifest_encode(&v->manifest));
+    st.other = *m;
+    st.other.job_id = "job";
+    v->manifest.next = &st.other;
+    MUST(manifest_encode(&v->manifest) && manifest_encode(&st.other));
     v->verdict = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
                                    .grace_ms = 15000, .poll_ms = INT64_MAX, .agents = 1, .control = true };
     if (how & 8) {
@@ -1113,6 +1119,11 @@ static void link_target(struct input *in, bool client, bool secure)
     bool ran_out = alloc_fail != 0;
     if (!client)
         server_silence();
+    if (!client && how & 8) {
+        st.options.report = how & 1 ? "report.json" : "report.xml";
+        MUST(verdict_finish(&st.server, 0) <= 128);
+        check_text_safe(whole(&filed), false);
+    }
     check_text_safe(whole(&noted), false);
     if (!client && loop.core.json && !ran_out)
         check_json_lines(whole(&printed), &ShownLine_message);
@@ -1126,7 +1137,7 @@ static void link_target(struct input *in, bool client, bool secure)
         buf_free(&st.agent.id);
         pb_arena_free(&st.options.arena);
     } else {
-        MUST(st.server.manifest.stream->refs == 1);
+        MUST(st.server.manifest.stream->refs == 1 && st.other.stream->refs == 1);
         manifest_free(&st.server.manifest);
         verdict_free(&st.server.verdict);
     }
