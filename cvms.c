@@ -230,16 +230,18 @@ struct huffman {
 static void huffman_init(struct huffman *h)
 {
     uint32_t code = 0;
-    uint16_t k = 0;
+    uint16_t k = 0, at[HUFFMAN_MAX + 1];
+    *h = (struct huffman){ .symbol = { 0 } };
+    for (unsigned s = 0; s <= HUFFMAN_EOS; s++)
+        h->len[huffman_bits[s]].count++;
     for (unsigned n = 0; n <= HUFFMAN_MAX; n++) {
         h->len[n].first = code <<= 1;
-        h->len[n].index = k;
-        for (uint16_t s = 0; s <= HUFFMAN_EOS; s++)
-            if (huffman_bits[s] == n)
-                h->symbol[k++] = s;
-        h->len[n].count = (uint16_t)(k - h->len[n].index);
+        h->len[n].index = at[n] = k;
+        k = (uint16_t)(k + h->len[n].count);
         code += h->len[n].count;
     }
+    for (uint16_t s = 0; s <= HUFFMAN_EOS; s++)
+        h->symbol[at[huffman_bits[s]]++] = s;
 }
 
 /* Decodes a whole string (RFC 7541 5.2).  Stores at most room octets and sets *len to the full decoded length, which
@@ -4314,17 +4316,10 @@ struct base64 {
     bool bad;
 };
 
-static int base64_digit(int c)
-{
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const char *at = c ? strchr(digits, c) : NULL;
-    return at ? (int)(at - digits) : -1;
-}
-
 static void base64_line(struct base64 *b, struct bytes line, struct buf *out)
 {
     for (size_t i = 0; i < line.n; i++) {
-        int c = line.p[i], digit = base64_digit(c);
+        int c = line.p[i], digit = pb_base64_digit(c);
         if (c == ' ' || c == '\t')
             continue;
         if (c == '=')

@@ -881,6 +881,13 @@ static inline bool pb_timestamp(struct buf *out, int64_t seconds, int32_t nanos)
 
 static const char pb_base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
+/* The value of a base64 digit (RFC 4648 4); -1: it is none. */
+static inline int pb_base64_digit(int c)
+{
+    return c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26 : c >= '0' && c <= '9' ? c - '0' + 52
+         : c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
 /* Appends RFC 4648 base64 with padding. */
 static inline void pb_base64(struct buf *out, struct bytes s)
 {
@@ -1294,11 +1301,10 @@ static bool pb_parse_bytes(struct pb_reader *r, struct bytes *out)
     *out = (struct bytes){ to, n / 4 * 3 + (n % 4 ? n % 4 - 1 : 0) };
     uint32_t v = 0;
     for (size_t i = 0; i < n; i++) {
-        int c = s.p[i] == '-' ? '+' : s.p[i] == '_' ? '/' : s.p[i];
-        const char *d = c ? strchr(pb_base64_digits, c) : NULL;
-        if (!d || n % 4 == 1)
+        int digit = pb_base64_digit(s.p[i] == '-' ? '+' : s.p[i] == '_' ? '/' : s.p[i]);
+        if (digit < 0 || n % 4 == 1)
             return pb_json_fail(r, "bad base64");
-        v = v << 6 | (uint32_t)(d - pb_base64_digits);
+        v = v << 6 | (uint32_t)digit;
         if (i % 4)
             *to++ = (uint8_t)(v >> (6 - i % 4 * 2));
     }
