@@ -8712,7 +8712,7 @@ static size_t agent_check_manifest(struct agent *a)
     struct ComputationRunReq req = { 0 };
     bool unknown;
     size_t datasets = 0;
-    pb_arena_init(&arena, NULL, 0, SIZE_MAX / 2);
+    pb_arena_init(&arena, NULL, 0, (64 << 20) + 8 * a->manifest.len);   /* in memory a real one takes twice its size */
     enum pb_error err = pb_decode(&ComputationRunReq_message, &req, (struct bytes){ a->manifest.p, a->manifest.len },
                                   &arena, &unknown);
     if (err != PB_OK) {
@@ -8803,7 +8803,10 @@ static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
     if (c->data.n && a->short_chunk)
         agent_fail(a, "chunk %zu has data behind a short chunk", a->chunks);
     a->short_chunk = c->data.n != CHUNK_LEN;
-    buf_put(&a->manifest, c->data.p, c->data.n);
+    if (a->manifest.len > MANIFEST_FILE_MAX)
+        agent_fail(a, "the manifest has more than %d MiB", MANIFEST_FILE_MAX >> 20);
+    if (!a->failed)
+        buf_put(&a->manifest, c->data.p, c->data.n);
     if (a->manifest.failed)
         agent_fail(a, "out of memory for the manifest");
     if (!c->is_last || a->failed)

@@ -1771,6 +1771,28 @@ static void check_pause(void)
     verdict_free(&st.server.verdict);
 }
 
+/* A server that sends chunks for ever does not fill the memory of `cvms agent`. */
+static void check_endless_manifest(void)
+{
+    const struct RunReqChunks chunk = { .id = BYTES("1"), .data = BYTES("more") };
+    struct agent *a = &st.agent;
+    loop_begin();
+    st = (struct run_state){ .role = AGENT_CLIENT };
+    client_begin(4);
+    a->manifest = (struct buf){ .p = (malloc)((size_t)MANIFEST_FILE_MAX + 8), .cap = (size_t)MANIFEST_FILE_MAX + 8 };
+    a->manifest.len = MANIFEST_FILE_MAX;
+    agent_chunk(a, &chunk);
+    CHECK(a->failed, false);
+    a->short_chunk = false;
+    agent_chunk(a, &chunk);
+    CHECK(a->failed, true);
+    CHECK(a->manifest.len, MANIFEST_FILE_MAX + 4);
+    loop_end();
+    buf_free(&a->manifest);
+    buf_free(&a->id);
+    pb_arena_free(&st.options.arena);
+}
+
 /* Every frame type has come, every error has gone out, every verdict on a message has been given. */
 static void check_seen(void)
 {
@@ -1840,6 +1862,7 @@ int main(int argc, char **argv)
     if (argc == 2) {
         check_seen();
         check_pause();
+        check_endless_manifest();
     }
     for (int i = 0; i < 4; i++)
         tls_config_free(configs[i]);
