@@ -172,6 +172,7 @@ static void put_be32(uint8_t *p, uint32_t v)
 
 #define HPACK_TABLE_SIZE 4096 /* SETTINGS_HEADER_TABLE_SIZE both ways: the value in force when nobody sends one */
 #define HPACK_OVERHEAD 32     /* RFC 7541 4.1 and RFC 9113 6.5.2: what a field counts beyond its octets */
+#define HPACK_FIELDS_MAX 1024 /* fields of a block: twice as many as the header list has room for */
 #define HPACK_STATIC 61
 #define HUFFMAN_EOS 256
 #define HUFFMAN_MIN 5 /* bits of the shortest and of the longest code */
@@ -336,17 +337,23 @@ MUST_USE static bool hpack_lookup(const struct hpack *h, uint64_t index, struct 
         const struct hpack_row *row = &hpack_static[index - 1];
         *name = (struct bytes){ (const uint8_t *)row->text, row->name_len };
         *value = (struct bytes){ name->p + name->n, row->value_len };
+        return true;
     }
-    for (const uint8_t *e = h->table; index > HPACK_STATIC; index--) {
-        *name = (struct bytes){ e + 4, get_be32(e) >> 16 };
-        *value = (struct bytes){ name->p + name->n, get_be32(e) & 0xffff };
-        e = value->p + value->n + 4;
-    }
+    uint64_t newer = index - HPACK_STATIC - 1, older = h->count - newer;   /* entries before it, and from it on */
+    const uint8_t *e = newer < older ? h->table : h->table + h->len;
+    if (newer < older)
+        for (; newer > 0; newer--)
+            e += (get_be32(e) >> 16) + (get_be32(e) & 0xffff) + 8;
+    else
+        for (; older > 0; older--)
+            e -= get_be32(e - 4);
+    *name = (struct bytes){ e + 4, get_be32(e) >> 16 };
+    *value = (struct bytes){ name->p + name->n, get_be32(e) & 0xffff };
     return true;
 }
 
 /* The error code COMPRESSION_ERROR covers every way in which a field block can be wrong. */
-enum hpack_error { HPACK_OK, HPACK_COMPRESSION_ERROR, HPACK_NO_MEMORY };
+enum hpack_error { HPACK_OK, HPACK_COMPRESSION_ERROR, HPACK_NO_MEMORY, HPACK_TOO_MANY };
 
 /* What hpack_decode is lent and asked for.  Everything here may serve all connections in turn. */
 struct hpack_reader {
@@ -442,6 +449,7 @@ MUST_USE static enum hpack_error hpack_decode(struct hpack *h, struct bytes bloc
 {
     enum hpack_error error = HPACK_OK;
     unsigned updates = 2; /* at most two, before the first field: RFC 7541 4.2 */
+    unsigned fields = 0;
     r->in = block;
     r->left = r->list_limit;
     r->too_large = false;
@@ -453,6 +461,8 @@ MUST_USE static enum hpack_error hpack_decode(struct hpack *h, struct bytes bloc
                 return HPACK_COMPRESSION_ERROR;
             h->max = (uint32_t)max;
             hpack_evict(h, h->max);
+        } else if (fields++ == HPACK_FIELDS_MAX) {
+            return HPACK_TOO_MANY;
         } else {
             updates = 0;
             error = hpack_field(h, r, first & 0x80 ? 7 : first & 0x40 ? 6 : 4);
@@ -563,7 +573,7 @@ struct frame {
     uint8_t type, flags;
 };
 
-/* COSTS: one of these takes a token of CAP_CONTROL_FRAMES. */
+/* COSTS: one of these is counted by CAP_CONTROL_FRAMES. */
 enum { ON_CONNECTION = 1, ON_STREAM = 2, SIZE_ERROR_IS_STREAM = 4, COSTS = 8 };
 
 static const struct {
@@ -664,8 +674,8 @@ enum {
 /* What a peer can raise (see caps, section 6).  The first ones are counted by a token bucket. */
 enum cap {
     CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAP_BUCKETS,
-    CAP_STREAMS = CAP_BUCKETS, CAP_HEADER_LIST, CAP_FIELD_BLOCK, CAP_CONTINUATIONS, CAP_MESSAGE, CAP_ANSWERS,
-    CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
+    CAP_STREAMS = CAP_BUCKETS, CAP_HEADER_LIST, CAP_FIELDS, CAP_FIELD_BLOCK, CAP_CONTINUATIONS, CAP_MESSAGE,
+    CAP_ANSWERS, CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
 };
 
 struct core {
@@ -790,7 +800,7 @@ enum {
     MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
     MAX_QUEUED_BYTES = 262144,        /* bytes that wait on one connection, without the manifest, which is shared */
     MAX_HOSTS = 1000,                 /* agent hosts that a smoke test's verdict tells apart */
-    ANSWERS_PER_FRAME = 10,           /* WINDOW_UPDATE and RST_STREAM frames that one frame of ours may bring about */
+    ANSWERS_PER_FRAME = 10,           /* frames without data that one of ours with data, or a stream's end, may cause */
     OUT_TARGET = 65536,               /* DATA is put into the output up to here: one large write */
     OUT_HIGH = 262144,                /* output waiting on one connection, above which it is not read */
     CREDIT_STEP = DEFAULT_WINDOW / 2, /* flow-control credit is given back in steps of this */
@@ -816,6 +826,7 @@ static const struct {
     [CAP_CONTROL_FRAMES] = { "frames that carry no data", 1000, 100, "the connection ends" },
     [CAP_STREAMS]        = { "streams of a connection", MAX_CONCURRENT_STREAMS, 0, "the new one is refused" },
     [CAP_HEADER_LIST]    = { "bytes of a header list", MAX_HEADER_LIST, 0, "the request is refused" },
+    [CAP_FIELDS]         = { "fields of a field block", HPACK_FIELDS_MAX, 0, "the connection ends" },
     [CAP_FIELD_BLOCK]    = { "bytes of a field block", MAX_FIELD_BLOCK, 0, "the connection ends" },
     [CAP_CONTINUATIONS]  = { "CONTINUATION frames of a field block", MAX_CONTINUATIONS, 0, "the connection ends" },
     [CAP_MESSAGE]        = { "bytes of a message (-max-message)", 0, 0, "the stream ends" },
@@ -1090,9 +1101,9 @@ static bool conn_spend(struct conn *c, enum cap cap)
     return false;
 }
 
-/* The same for a frame that one of ours may have brought about: WINDOW_UPDATE for DATA, or what was on its way to a
- * stream that has ended.  Only what goes beyond that costs a token. */
-static bool conn_spend_answer(struct conn *c)
+/* Counts a frame that carries no data.  Those that ours may have brought about are free: WINDOW_UPDATE, and the PINGs
+ * by which a peer measures the way, for DATA; what was on its way to a stream that has ended. */
+static bool conn_spend_control(struct conn *c)
 {
     if (c->answers == 0)
         return conn_spend(c, CAP_CONTROL_FRAMES);
@@ -1594,6 +1605,10 @@ static void conn_block(struct conn *c, struct bytes block)
     enum hpack_error err = hpack_decode(&c->hpack, block, &reader);
     f.too_large = reader.too_large;
     c->block_id = 0;
+    if (err == HPACK_TOO_MANY) {
+        conn_over_cap(c, CAP_FIELDS);
+        return;
+    }
     if (err != HPACK_OK) {
         conn_fail(c, err == HPACK_NO_MEMORY ? INTERNAL_ERROR : COMPRESSION_ERROR, "a field block that does not decode");
         return;
@@ -1616,7 +1631,7 @@ static void conn_block(struct conn *c, struct bytes block)
     else if (conn_how_closed(c, id) == 1)
         conn_fail(c, STREAM_CLOSED, "HEADERS on a closed stream");
     else
-        conn_spend_answer(c);
+        conn_spend_control(c);
 }
 
 static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
@@ -1684,7 +1699,7 @@ static void on_rst_stream(struct conn *c, struct bytes p)
     if (!s && conn_is_idle(c, c->frame.stream_id)) {
         conn_fail(c, PROTOCOL_ERROR, "RST_STREAM on an idle stream");
     } else if (!s) {
-        conn_spend_answer(c);
+        conn_spend_control(c);
     } else if (conn_spend(c, CAP_STREAM_ERRORS)) {
         conn_remember_closed(c, s->id, false);
         stream_done(s);
@@ -1755,7 +1770,7 @@ static void on_window_update(struct conn *c, struct bytes p)
 {
     uint32_t id = c->frame.stream_id, add = get_be32(p.p) & 0x7fffffff;
     struct stream *s = id ? stream_find(c, id) : NULL;
-    if (!conn_spend_answer(c))
+    if (!conn_spend_control(c))
         return;
     if (id && !s) {
         if (conn_is_idle(c, id))
@@ -1795,7 +1810,7 @@ static void conn_data_begin(struct conn *c)
         conn_fail(c, STREAM_CLOSED, "DATA on a closed stream");
     } else if (!s && f->len > c->late) {
         conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the window of a closed stream");
-    } else if (f->len == 0 && !(s && f->flags & END_STREAM) && !conn_spend(c, CAP_CONTROL_FRAMES)) {
+    } else if (f->len == 0 && !(s && f->flags & END_STREAM) && !conn_spend_control(c)) {
         return;
     } else {
         c->recv_window -= (int32_t)f->len;
@@ -1839,7 +1854,7 @@ static void conn_data_part(struct conn *c, struct bytes p)
             conn_fail(c, PROTOCOL_ERROR, "padding longer than its frame");
             return;
         }
-        if (c->pad_left == c->left && !(c->frame.flags & END_STREAM) && !conn_spend(c, CAP_CONTROL_FRAMES))
+        if (c->pad_left == c->left && !(c->frame.flags & END_STREAM) && !conn_spend_control(c))
             return;
     }
     size_t data = min_size(p.n, c->left - c->pad_left);
@@ -1871,7 +1886,7 @@ static void conn_frame_begin(struct conn *c)
     else if (f->type == FRAME_DATA)
         conn_data_begin(c);
     else if (f->type >= FRAME_TYPES || frame_rules[f->type].where & COSTS)
-        conn_spend(c, CAP_CONTROL_FRAMES);
+        conn_spend_control(c);
     c->skip = err || f->type >= FRAME_TYPES;
 }
 

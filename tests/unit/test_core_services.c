@@ -452,7 +452,29 @@ static void test_header_list(void)
     side_close(&a);
 }
 
-/* A field block of so many octets, of many fields that are each in the table: the list is far over its limit. */
+/* A request of so many fields: up to the cap it is but a header list that is too large. */
+static void run_fields(unsigned n)
+{
+    struct side a;
+    struct buf b = { 0 };
+    core_reset();
+    side_open(&a);
+    put_preface(&a);
+    put_field(&b, ":method", BYTES("POST"));
+    put_field(&b, ":scheme", BYTES("http"));
+    put_field(&b, ":path", BYTES("/"));
+    for (unsigned i = 3; i < n; i++)
+        buf_putc(&b, 0x80 | 19);      /* accept: "" */
+    put_block_in_parts(&a, &b, 1);
+    side_exchange(&a);
+    CHECK(bytes_contain(whole(&a.lines), "S HEADERS stream=1 :status=431"), n <= HPACK_FIELDS_MAX);
+    CHECK(bytes_contain(whole(&a.lines), "ENHANCE_YOUR_CALM \"fields of a field block\""), n > HPACK_FIELDS_MAX);
+    CHECK(bytes_contain(whole(&core.err), "over the cap on fields of a field block (1024)"), n > HPACK_FIELDS_MAX);
+    buf_free(&b);
+    side_close(&a);
+}
+
+/* A field block of so many octets, one field in it: the list is far over its limit. */
 static void run_field_block(size_t size, enum conn_phase wanted)
 {
     struct side a;
@@ -460,8 +482,11 @@ static void run_field_block(size_t size, enum conn_phase wanted)
     core_reset();
     side_open(&a);
     put_preface(&a);
+    hpack_put_int(&b, 0, 4, 1);
+    hpack_put_int(&b, 0, 7, size - 5);
+    CHECK(b.len, 5);
     while (b.len < size)
-        buf_putc(&b, 0x80 | 19);      /* accept: "" */
+        buf_putc(&b, 'x');
     put_block_in_parts(&a, &b, 1);
     side_exchange(&a);
     CHECK(a.conn.phase, wanted);
@@ -842,15 +867,16 @@ static void test_readme(void)
     check_limit(&readme, "hard limit of descriptors less %.", SPARE_DESCRIPTORS, 0);
     check_limit(&readme, "| streams of a connection | %, then REFUSED_STREAM |", MAX_CONCURRENT_STREAMS, 0);
     check_limit(&readme, "| header list | % bytes, then HTTP status 431 |", MAX_HEADER_LIST, 0);
-    check_limit(&readme, "CONTINUATION frames | % bytes, % frames,", MAX_FIELD_BLOCK, MAX_CONTINUATIONS);
+    check_limit(&readme, "CONTINUATION frames | % bytes, % fields,", MAX_FIELD_BLOCK, HPACK_FIELDS_MAX);
+    check_limit(&readme, "% fields, % frames, then ENHANCE_YOUR_CALM |", HPACK_FIELDS_MAX, MAX_CONTINUATIONS);
     check_limit(&readme, "| HPACK dynamic table, frame | % bytes, % bytes |", HPACK_TABLE_SIZE, MAX_FRAME_SIZE);
     check_limit(&readme, "`-max-message`, % bytes,", 4 << 20, 0);
     check_limit(&readme, "the others % bytes each;", DEFAULT_WINDOW, 0);
     check_limit(&readme, "header lists over the cap | %, and % a second,", caps[CAP_STREAM_ERRORS].max,
                 caps[CAP_STREAM_ERRORS].per_s);
-    check_limit(&readme, "DATA without data | %, and % a second,", caps[CAP_CONTROL_FRAMES].max,
+    check_limit(&readme, "ends; beyond that %, and % a second,", caps[CAP_CONTROL_FRAMES].max,
                 caps[CAP_CONTROL_FRAMES].per_s);
-    check_limit(&readme, "| % for each DATA frame and stream that ends;", ANSWERS_PER_FRAME, 0);
+    check_limit(&readme, "| % for each DATA frame that the server sends", ANSWERS_PER_FRAME, 0);
     check_limit(&readme, "| % bytes each, then FLOW_CONTROL_ERROR |", DEFAULT_WINDOW, 0);
     check_limit(&readme, "| % on a stream, % bytes on a connection,", MAX_QUEUED_ITEMS, MAX_QUEUED_BYTES);
     check_limit(&readme, "| % bytes, then it is not read; % s in which", OUT_HIGH, STUCK_MS / 1000);
@@ -884,6 +910,62 @@ static void test_notes_full(void)
     core.err.len = 0;
     core_note(&core, "peer", "one more");
     CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z peer one more\n");
+}
+
+/* Agent hosts that a verdict tells apart: up to the cap; those that are known stay so, another one is told. */
+static void test_hosts(void)
+{
+    static struct verdict v;
+    struct side a;
+    char name[20];
+    core_reset();
+    v = (struct verdict){ .wanted = true, .agents = 1 };
+    for (int i = 0; i < MAX_HOSTS - 1; i++) {
+        snprintf(name, sizeof name, "host-%d", i);
+        CHECK(verdict_host(&v, name, "peer:1") != NULL, true);
+    }
+    manifest_of(10);
+    core.verdict = &v;
+    side_open(&a);
+    put_preface(&a);
+    put_call(&a, 1, process, 0, "the last");
+    side_exchange(&a);
+    CHECK(v.host_count, MAX_HOSTS);
+    CHECK(bytes_contain(whole(&core.err), "over the cap"), false);
+    put_call(&a, 3, process, 0, "one more");
+    put_call(&a, 5, process, 0, "host-7");
+    side_exchange(&a);
+    CHECK(v.host_count, MAX_HOSTS);
+    CHECK(bytes_contain(whole(&core.err), "peer over the cap on agent hosts that are told apart (1000): "
+                                          "the verdict passes over the new one"), true);
+    CHECK(verdict_host(&v, "host-7", "peer:1")->agents, 1);
+    CHECK(a.conn.stream_count, 3);
+    side_close(&a);
+    core.verdict = NULL;
+    verdict_free(&v);
+}
+
+/* Output that waits for stdout: above one cap no more credit is given, above the other nothing is read. */
+static void test_pressure(void)
+{
+    static const struct {
+        size_t waiting;
+        bool held, paused;
+    } steps[] = {
+        { HOLD_BYTES - 1, false, false }, { HOLD_BYTES, false, false }, { HOLD_BYTES + 1, true, false },
+        { PAUSE_BYTES - 1, true, false }, { PAUSE_BYTES, true, false }, { PAUSE_BYTES + 1, true, true },
+        { PAUSE_BYTES, true, false }, { HOLD_BYTES / 4, true, false }, { HOLD_BYTES / 4 - 1, false, false },
+    };
+    struct loop *l = (calloc)(1, sizeof *l);
+    l->out.lines = &l->core.out;
+    l->err.lines = &l->core.err;
+    for (size_t i = 0; i < PB_COUNT(steps); i++) {
+        l->core.out.len = steps[i].waiting;
+        loop_pressure(l);
+        CHECK(l->core.held, steps[i].held);
+        CHECK(l->paused, steps[i].paused);
+    }
+    (free)(l);
 }
 
 /* A bucket gives back what it says, at whatever intervals it is asked. */
@@ -1113,6 +1195,9 @@ int main(void)
     test_stream_overrun();
     test_message_memory();
     test_header_list();
+    run_fields(HPACK_FIELDS_MAX - 1);
+    run_fields(HPACK_FIELDS_MAX);
+    run_fields(HPACK_FIELDS_MAX + 1);
     run_field_block(MAX_FIELD_BLOCK - 1, CONN_OPEN);
     run_field_block(MAX_FIELD_BLOCK, CONN_OPEN);
     run_field_block(MAX_FIELD_BLOCK + 1, CONN_CLOSING);
@@ -1131,6 +1216,8 @@ int main(void)
     test_idle();
     test_readme();
     test_notes_full();
+    test_hosts();
+    test_pressure();
     test_bucket();
     test_cap_log();
     test_reflection();
