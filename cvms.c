@@ -668,7 +668,8 @@ static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error co
 enum {
     STAMP_LEN = 24,
     MAX_HEADER_LIST = 16384,          /* bytes as RFC 9113 6.5.2 counts them; more gets 431 */
-    NOTES_MAX = 1 << 20,              /* lines waiting for stderr, in bytes, above which new ones are lost */
+    NOTES_MAX = 1 << 20,              /* lines waiting for stderr, in bytes, above which new ones are lost; */
+    JOINED_MAX = 32 << 20,            /* the same where stdout is the same file: they wait among the messages */
 };
 
 /* What a peer can raise (see caps, section 6).  The first ones are counted by a token bucket. */
@@ -684,6 +685,7 @@ struct core {
     bool held;                        /* stdout is behind: no flow-control credit is given back */
     bool color, json;                 /* how messages are shown on stdout */
     struct buf out, err;              /* lines on their way to stdout and stderr */
+    bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
     const struct grpc_method *methods;
@@ -765,24 +767,25 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
     va_list ap;
-    size_t before = core->err.len;
-    if (before > NOTES_MAX) {
+    struct buf *out = core->joined ? &core->out : &core->err;
+    size_t before = out->len;
+    if (before > (core->joined ? JOINED_MAX : NOTES_MAX)) {
         core->notes_lost++;
         return;
     }
     if (core->notes_lost)
-        buf_printf(&core->err, "%s %lu lines are lost: stderr is not read, or memory is short\n", core_stamp(core),
+        buf_printf(out, "%s %lu lines are lost: stderr is not read, or memory is short\n", core_stamp(core),
                    core->notes_lost);
-    buf_put(&core->err, core_stamp(core), STAMP_LEN);
-    buf_printf(&core->err, " %s%s", peer ? peer : "", peer ? " " : "");
+    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_printf(out, " %s%s", peer ? peer : "", peer ? " " : "");
     va_start(ap, fmt);
-    buf_vprintf(&core->err, fmt, ap);
+    buf_vprintf(out, fmt, ap);
     va_end(ap);
-    buf_putc(&core->err, '\n');
-    if (core->err.failed)             /* not half a line */
-        core->err.len = before;
-    core->notes_lost = core->err.failed ? core->notes_lost + 1 : 0;
-    core->err.failed = false;
+    buf_putc(out, '\n');
+    if (out->failed)                  /* not half a line */
+        out->len = before;
+    core->notes_lost = out->failed ? core->notes_lost + 1 : 0;
+    out->failed = false;
 }
 
 /* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
@@ -2648,7 +2651,8 @@ static void grpc_client_abort(struct stream *s, unsigned status, const char *tex
 static void grpc_client_closed(struct stream *s)
 {
     if (!s->finishing)
-        grpc_client_status(s, GRPC_UNAVAILABLE, BYTES("the connection or stream was closed by the server"));
+        grpc_client_status(s, GRPC_UNAVAILABLE, bytes_of(s->conn->why ? s->conn->why
+                                                                      : "the stream was closed by the server"));
     grpc_closed(s);
 }
 
@@ -3101,11 +3105,13 @@ static const struct option option_table[] = {
       "a public key for each dataset" },
     { "result-consumer-keys", "FILE,...", NULL, OPT_PATHS, BOTH, AT(result_consumer_keys),
       "who may fetch results (default -public-key-path)" },
-    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (\"1\")" },
-    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name), "ComputationRunReq.name" },
-    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description), "ComputationRunReq.description" },
+    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (default \"1\")" },
+    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name),
+      "ComputationRunReq.name (default \"sample computation\")" },
+    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description),
+      "ComputationRunReq.description (default \"sample descrption\", as the Go server spells it)" },
     { "agent-port", "PORT", NULL, OPT_TEXT, BOTH, AT(agent_port),
-      "AgentConfig.port, where users reach the agent (\"7002\")" },
+      "AgentConfig.port, where users reach the agent (default \"7002\")" },
     { "agent-log-level", "LEVEL", NULL, OPT_TEXT, BOTH, AT(agent_log_level), "AgentConfig.log_level" },
     { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
     { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
@@ -3176,7 +3182,7 @@ static const struct option option_table[] = {
     { "server-name", "NAME", NULL, OPT_TEXT, CLIENTS, AT(server_name),
       "name to look for in the server's certificate (default: ADDR's host)" },
     { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
-    { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for" },
+    { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for (default: the server as a whole)" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
     { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
     { "h", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
@@ -3277,6 +3283,15 @@ PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const c
     r->usage |= kind == USAGE;
     r->start |= kind == START;
     r->warned |= kind == WARNING;
+}
+
+/* Several mistakes, a line for each. */
+static void tell_lines(struct report *r, enum severity kind, const char *text)
+{
+    for (size_t n; *text; text += n + (text[n] != 0)) {
+        n = strcspn(text, "\n");
+        tell(r, kind, "%.*s", (int)n, text);
+    }
 }
 
 /* A line that is no mistake, before the loop runs. */
@@ -3522,36 +3537,48 @@ PRINTF_LIKE(5, 6) static void help_line(struct buf *out, const char *name, const
     char head[48];
     va_list ap;
     text_printf(head, sizeof head, "%s%s%s", name, arg ? between : "", arg ? arg : "");
-    buf_printf(out, "  %-31s ", head);
+    buf_printf(out, "  %-35s ", head);
     va_start(ap, fmt);
     buf_vprintf(out, fmt, ap);
     va_end(ap);
     buf_putc(out, '\n');
 }
 
-/* -help. */
-static void options_help(struct buf *out)
+/* The flags that a command has, but for those that another has as well. */
+static void help_flags(struct buf *out, unsigned command, unsigned without)
 {
+    for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
+        char name[32];
+        bool preset = o->preset && *o->preset;
+        if (!(o->commands & command) || o->commands & without)
+            continue;
+        text_printf(name, sizeof name, "-%s", o->name);
+        help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "", preset ? o->preset : "",
+                  preset ? ")" : "");
+    }
+}
+
+/* -help: of one command its own flags, of the server everything. */
+static void options_help(struct buf *out, enum command command)
+{
+    static const char address[] = "\nADDR is HOST:PORT (default $AGENT_CVM_GRPC_URL, else localhost:7001).\n";
+    size_t c = 0;
+    if (command != CMD_SERVE) {
+        while (command_table[c].command != command)
+            c++;
+        buf_printf(out, "%s: %s\n\nFlags:\n", command_table[c].synopsis, command_table[c].what);
+        help_flags(out, command, 0);
+        buf_puts(out, command & CLIENTS ? address : "");
+        return;
+    }
     buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:\n");
-    for (size_t i = 0; i < COMMANDS; i++)
-        help_line(out, command_table[i].synopsis, "", NULL, "%s", command_table[i].what);
-    for (size_t c = 0; c < COMMANDS; c++) {
-        unsigned command = command_table[c].command;
-        if (command == CMD_MANIFEST)
-            buf_puts(out, "\nFlags of cvms manifest: those of the manifest above, and\n");
-        else
-            buf_printf(out, "\nFlags of cvms%s%s:\n", command == CMD_SERVE ? "" : " ",
-                       command == CMD_SERVE ? "" : command_table[c].name);
-        for (size_t i = 0; i < OPTIONS; i++) {
-            const struct option *o = &option_table[i];
-            if (!(o->commands & command) || (command != CMD_SERVE && (o->commands & CMD_SERVE)))
-                continue;
-            char name[24];
-            bool preset = o->preset && *o->preset;
-            text_printf(name, sizeof name, "-%s", o->name);
-            help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "",
-                      preset ? o->preset : "", preset ? ")" : "");
-        }
+    for (c = 0; c < COMMANDS; c++)
+        help_line(out, command_table[c].synopsis, "", NULL, "%s", command_table[c].what);
+    for (c = 0; c < COMMANDS; c++) {
+        bool serve = command_table[c].command == CMD_SERVE;
+        buf_printf(out, "\nFlags of cvms%s%s:%s\n", serve ? "" : " ", serve ? "" : command_table[c].name,
+                   command_table[c].command == CMD_MANIFEST ? " those of the manifest above, and" : "");
+        help_flags(out, command_table[c].command, serve ? 0 : CMD_SERVE);
     }
     buf_puts(out, "\nFaults, for -fault:\n");
     for (size_t i = 0; i < FAULTS; i++)
@@ -3559,8 +3586,9 @@ static void options_help(struct buf *out)
     buf_puts(out, "\nEnvironment:\n");
     for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
         help_line(out, environment_table[i][0], "", NULL, "%s", environment_table[i][1]);
-    buf_puts(out, "\nADDR is HOST:PORT (default localhost:7001).  "
-                  "Exit status: 0 good, 1 cannot start or failed, 2 usage.\n");
+    buf_puts(out, address);
+    buf_puts(out, "Exit status: 0 good, 1 cannot start or failed, 2 usage; of a smoke test: 3 the agent failed, "
+                  "4 timed out, 5 the agent was lost.\n");
 }
 
 /* ==== 11. Checksums: files and folders =============================================================================
@@ -4602,6 +4630,7 @@ struct manifest {
     enum compat compat;
     const struct faults *faults;      /* NULL: none */
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
+    size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
 };
 
 /* Flags that are one text in the manifest as they stand. */
@@ -4827,7 +4856,10 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
     const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
     char *name = keep(o, 40);
     text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
-    check_url(r, "dataset-source-urls", url);
+    if (*url)
+        check_url(r, "dataset-source-urls", url);
+    else
+        tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
     d->filename = bytes_of(name);
     d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
     d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
@@ -4919,7 +4951,8 @@ static void algorithm_source(struct manifest *m, struct options *o, struct repor
         a->source = NULL;
         a->kbs = NULL;
         a->hash = new_input(m, o->algo_path);
-    } else if (!m->req.algorithm && !(o->manifest && r->start)) {
+    } else if (!m->req.algorithm && !(o->manifest && r->start) && !present(o->algo_source_url) &&
+               !present(o->algo_kbs_path)) {
         tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
     }
     if (!m->algo_input && present(o->algo_hash))
@@ -5001,6 +5034,9 @@ static void set_agent_config(struct manifest *m, struct options *o, struct repor
         if (text)
             *(struct bytes *)(void *)((char *)to + text_fields[i].member) = bytes_of(text);
     }
+    int64_t port = present(o->agent_port) ? parse_decimal(bytes_of(o->agent_port)) : 1;
+    if (port < 1 || port > 65535)
+        tell(r, USAGE, "-agent-port: \"%s\" is not a port; use 1 to 65535", o->agent_port);
     if (o->attested_tls)
         config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
     else if (!o->manifest)
@@ -5104,6 +5140,8 @@ static bool manifest_encode(struct manifest *m)
         return false;
     blob_unref(m->stream);
     m->stream = stream;
+    m->len = wire.n;
+    m->chunks = (wire.n + CHUNK_LEN - 1) / CHUNK_LEN + 1;
     return true;
 }
 
@@ -5398,16 +5436,22 @@ static void host_context(struct host *h, const char *head, struct bytes text)
     buf_free(&line);
 }
 
-/* -reject: a line that one of the patterns finds is a failure. */
+/* -reject: a line that one of the patterns finds is a failure; ^ and $ are the ends of each line of a log. */
 static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
 {
-    char *line = v->reject_text.n ? text_copy(text, SIZE_MAX) : NULL;
-    if (v->reject_text.n && !line)
+    char *lines = v->reject_text.n ? text_copy(text, SIZE_MAX) : NULL;
+    if (v->reject_text.n && !lines)
         host_fail(h, "out of memory for -reject");
-    for (size_t i = 0; line && i < v->reject_text.n; i++)
-        if (regexec(&v->reject[i], line, 0, NULL, 0) == 0)
-            host_fail(h, "-reject %s: %s", v->reject_text.v[i], line);
-    free(line);
+    for (size_t i = 0; lines && i < v->reject_text.n; i++) {
+        regmatch_t at;
+        if (regexec(&v->reject[i], lines, 1, &at, 0) != 0)
+            continue;
+        char *line = lines + at.rm_so;
+        while (line > lines && line[-1] != '\n')
+            line--;
+        host_fail(h, "-reject %s: %.*s", v->reject_text.v[i], (int)strcspn(line, "\n"), line);
+    }
+    free(lines);
 }
 
 static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
@@ -5490,6 +5534,14 @@ static void verdict_end(struct verdict *v, int status)
     v->status = status;
 }
 
+/* What a host has not sent when it has not reached a stage. */
+static const char *const stage_signs[STAGES] = {
+    [STAGE_ACCEPTED] = "it has not answered the manifest (no run_res)",
+    [STAGE_RUNNING] = "no event or state Running has come",
+    [STAGE_READY] = "no event ConsumingResults/Ready has come",
+    [STAGE_COMPLETE] = "its results have not been fetched (no event Complete/Completed)",
+};
+
 /* What a time-out was waiting for, for one host. */
 static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
 {
@@ -5501,11 +5553,14 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
     else if (h->expected < v->expect.n)
         buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
+    else if (h->stage < v->until)
+        buf_printf(out, "; %s", stage_signs[h->stage + 1]);
 }
 
 static void verdict_timeout(struct verdict *v, unsigned done)
 {
-    buf_printf(&v->why, "timed out after " SECONDS " s", SECONDS_OF(v->timeout_ms - v->start_ms));
+    buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "not all expected events seen",
+               v->until ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
     if (!v->hosts)
         buf_puts(&v->why, ": no agent connected");
     else if (v->agents > 1)
@@ -5581,10 +5636,11 @@ static void verdict_summary(const struct verdict *v, struct buf *out)
         buf_printf(out, "cvms:   %s:", h->name);
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
             buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
-        buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+        buf_printf(out, " %llu message%s, %llu bytes", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
                    (unsigned long long)h->bytes);
-        if (h->failed)
-            buf_printf(out, "cvms:   %s failed: %s; the last lines before the end:\n", h->name, host_failure(h));
+        buf_printf(out, h->failed ? "; failed: %s\n" : "\n", host_failure(h));
+        if (h->failed && h->context_at)
+            buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
         for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
             const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
             if (line)
@@ -5607,7 +5663,7 @@ static void put_xml(struct buf *out, struct bytes t)
     }
 }
 
-/* JUnit XML: one test case for each agent, and one for the verdict. */
+/* JUnit XML: the verdict is one test case, the summary its output. */
 static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
 {
     struct buf summary = { 0 };
@@ -5822,7 +5878,7 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
         if (number != how->head && number != how->head2 && number != how->text)
             put_field_text(out, &m->fields[i], msg, &first);
     }
-    buf_puts(out, first ? "" : ")");
+    buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
     if (unknown)
         pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
     buf_puts(out, core->color ? COLOR_OFF "\n" : "\n");
@@ -6411,7 +6467,7 @@ static const struct tls_reason {
     { TLS_ERR_ACCESS, 49, "does not carry the name that -client-san asks for" },
     { TLS_ERR_CHAIN, 43, "or its chain is too long" },
     { TLS_ERR_ALPN, 120, "did not agree on ALPN h2, which HTTP/2 over TLS needs (RFC 9113 3.2)" },
-    { TLS_ERR_PLAINTEXT, 0, "speaks plaintext HTTP where TLS is spoken" },
+    { TLS_ERR_PLAINTEXT, 0, "speaks plaintext HTTP where TLS is spoken: turn TLS on at the client" },
     { TLS_ERR_MEMORY, 80, "is refused: no memory" },
     { BR_ERR_SEND_FATAL_ALERT + 40, 0, "is refused: no common cipher suite, curve or signature (TLS 1.2 with ECDHE and "
                                        "AES-GCM or ChaCha20-Poly1305 is spoken here)" },
@@ -6775,6 +6831,19 @@ static bool key_load(struct tls_config *c, const struct tls_source *s, struct er
     return ok;
 }
 
+/* Two things were tried: whether both went well, else the mistakes of either, a line for each. */
+static bool err_join(struct err *e, bool ok, bool also, const struct err *more)
+{
+    size_t n = ok ? 0 : strlen(e->text), m = also ? 0 : min_size(strlen(more->text), sizeof e->text - 2 - n);
+    if (n && m)
+        e->text[n++] = '\n';
+    if (m) {
+        memcpy(e->text + n, more->text, m);
+        e->text[n + m] = 0;
+    }
+    return ok && also;
+}
+
 /* True if a signature by the key verifies under the certificate's key. */
 static bool key_fits(const struct tls_config *c, const br_x509_pkey *pk)
 {
@@ -6795,10 +6864,13 @@ static bool key_fits(const struct tls_config *c, const br_x509_pkey *pk)
 static bool identity_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
     struct cert cert;
-    if (!source_set(&o->cert) || !source_set(&o->key))
-        return err_set(e, "TLS needs both %s and %s; %s is not set", o->cert.name, o->key.name,
-                       (source_set(&o->cert) ? &o->key : &o->cert)->name);
-    if (!certs_load(&o->cert, &c->chain, &c->chain_len, e) || !key_load(c, &o->key, e))
+    struct err more;
+    bool has_cert = source_set(&o->cert);
+    if (!has_cert || !source_set(&o->key))
+        return err_set(e, "%s is given without %s: TLS needs both", (has_cert ? &o->cert : &o->key)->name,
+                       (has_cert ? &o->key : &o->cert)->name);
+    bool certs = certs_load(&o->cert, &c->chain, &c->chain_len, e), key = key_load(c, &o->key, &more);
+    if (!err_join(e, certs, key, &more))
         return false;
     for (size_t i = c->chain_len; i-- > 0;) /* the first last: it stays in cert */
         if (!cert_check(&o->cert, i, &cert, (struct bytes){ c->chain[i].data, c->chain[i].data_len }, wall_s, e))
@@ -6935,13 +7007,11 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
 
 /* Either list of authorities asks for client certificates.  They are verified against client_ca or, when that is not
  * set, against server_ca; server_ca beside client_ca is only checked for being readable. */
-static bool server_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
+static bool client_ca_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
     br_x509_certificate *list = NULL;
     size_t n = 0;
     c->verify = source_set(&o->server_ca) || source_set(&o->client_ca);
-    if (!identity_load(c, o, wall_s, e))
-        return false;
     if (c->peer_name && !c->verify)
         return err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
     if (source_set(&o->client_ca) && source_set(&o->server_ca)) {
@@ -6956,6 +7026,13 @@ static bool server_load(struct tls_config *c, const struct tls_options *o, int64
         return false;
     br_ssl_server_set_trust_anchor_names_alt(&c->base.server, c->anchors, c->anchors_len);
     return true;
+}
+
+static bool server_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
+{
+    struct err more;
+    bool identity = identity_load(c, o, wall_s, e), ca = client_ca_load(c, o, wall_s, &more);
+    return err_join(e, identity, ca, &more);
 }
 
 /* Loads and checks everything that a server needs; NULL and *e on failure.  The caller holds one reference. */
@@ -6977,13 +7054,13 @@ static const char *const tls_bundles[] = {
 static bool client_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
     struct tls_source ca = o->server_ca;
+    struct err more;
     c->verify = true;
-    if ((source_set(&o->cert) || source_set(&o->key)) && !identity_load(c, o, wall_s, e))
-        return false;
+    bool identity = (!source_set(&o->cert) && !source_set(&o->key)) || identity_load(c, o, wall_s, e);
     if (c->peer_name && strlen(c->peer_name) > 255)
         return err_set(e, "TLS: the server name is longer than 255 characters");
     if (c->insecure)
-        return true;
+        return identity;
     if (!c->peer_name)
         return err_set(e, "TLS: no server name to verify; give -server-name");
     for (size_t i = 0; !source_set(&ca) && i < sizeof tls_bundles / sizeof tls_bundles[0]; i++)
@@ -6991,7 +7068,8 @@ static bool client_load(struct tls_config *c, const struct tls_options *o, int64
             ca = (struct tls_source){ "the system's authorities", tls_bundles[i] };
     if (!source_set(&ca))
         return err_set(e, "TLS: this system has no list of authorities; give one with %s", ca.name);
-    return anchors_load(c, &ca, wall_s, e);
+    bool anchors = anchors_load(c, &ca, wall_s, &more);
+    return err_join(e, identity, anchors, &more);
 }
 
 /* The same for a client, whose certificate is optional. */
@@ -7136,6 +7214,8 @@ static void verify_say(struct tls_verify *v, int err)
         buf_printf(&t->why, "%s on %s", early ? "is not yet valid; it starts" : "expired", date);
     else
         buf_puts(&t->why, tls_reason(err).text);
+    if (err == BR_ERR_X509_NOT_TRUSTED && t->config->client)
+        buf_puts(&t->why, "; give its authority with -ca");
     buf_putc(&t->why, '\0');
 }
 
@@ -7229,7 +7309,9 @@ static void tls_fail(struct tls *t, int err)
         i++;
     if (t->why.len == 0 && err >= BR_ERR_RECV_FATAL_ALERT && err < BR_ERR_SEND_FATAL_ALERT)
         buf_printf(&t->why, "the %s sent alert %s (%d)%s", who, i < alerts ? tls_alerts[i].name : "unknown", number,
-                   i < alerts ? tls_alerts[i].hint : "");
+                   number == 40 && t->config->client && !t->config->chain_len
+                       ? ": it may want a client certificate; give -cert and -key"
+                       : i < alerts ? tls_alerts[i].hint : "");
     else if (t->why.len == 0)
         buf_printf(&t->why, "the %s %s", who, reason.text);
     buf_putc(&t->why, '\0');
@@ -7547,6 +7629,7 @@ struct loop {
     void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
     const struct addrinfo *addresses; /* of the server, for the client commands */
     int64_t give_up_ms;               /* until when they try to connect */
+    bool told_retry;                  /* that the first try has failed has been told */
     void (*link_up)(struct link *);   /* a connect has succeeded */
     void (*link_down)(struct link *, const char *why);   /* none has, in time */
 #if CVMS_EPOLL
@@ -7846,6 +7929,8 @@ static void link_close(struct link *k, const char *why)
     k->dead = true;
     if (l->link_down && k->connecting)
         l->link_down(k, why);
+    else if (!k->connecting && !k->conn.why)
+        k->conn.why = why;
     heap_set(l, k, INT64_MAX);
     poller_forget(l, &k->watch);
     if (k->watch.fd >= 0)
@@ -7962,7 +8047,9 @@ static void link_tls_state(struct link *k)
     }
     if (state < TLS_CLOSING || k->conn.phase >= CONN_CLOSING)
         return;
-    if (state == TLS_FAILED)
+    if (state == TLS_FAILED && k->conn.client && !k->conn.why)
+        k->conn.why = tls_why(k->tls);
+    else if (state == TLS_FAILED)
         core_note(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
     conn_unheard(&k->conn);
     conn_eof(&k->conn);
@@ -8019,6 +8106,23 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
     return true;
 }
 
+/* The peer will send no more.  Before the handshake or HTTP/2 has begun it never does: a client learns what may be
+ * wrong. */
+static void link_eof(struct link *k)
+{
+    bool handshake = k->tls && tls_state(k->tls) == TLS_HANDSHAKE;
+    if (k->conn.client && !k->conn.why)
+        k->conn.why = handshake ? "the server went away during the TLS handshake; does that port speak TLS?"
+                    : !k->conn.settings_seen && !k->tls
+                        ? "the server closed the connection before HTTP/2 began; if it wants TLS, give -ca"
+                        : "the connection was closed by the server";
+    else if (handshake)
+        core_note(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
+    conn_eof(&k->conn);
+    if (handshake)
+        k->conn.phase = CONN_DEAD;    /* what waits to be encrypted never will be */
+}
+
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
@@ -8029,10 +8133,8 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
             link_close(k, strerror(errno));
             return;
         }
-        if (n == 0 && k->tls && tls_state(k->tls) == TLS_HANDSHAKE)
-            core_note(&l->core, k->conn.peer, "TLS: the peer went away during the handshake");
         if (n == 0)
-            conn_eof(&k->conn);
+            link_eof(k);
         else if (n > 0 && !k->tls)
             conn_recv(&k->conn, l->read_buf, (size_t)n);
         else if (n > 0 && !link_decrypt(k, l->read_buf, (size_t)n))
@@ -8228,10 +8330,15 @@ static void link_dial_on(struct link *k, int error)
         }
         error = errno;
     }
-    if (now >= l->give_up_ms)
+    if (now >= l->give_up_ms) {
         link_close(k, strerror(error));
-    else
-        heap_set(l, k, now + RETRY_MS);
+        return;
+    }
+    if (!l->told_retry && l->give_up_ms - now > 1000)
+        core_note(&l->core, NULL, "no server there yet (%s); trying again for %lld s", strerror(error),
+                  (long long)(l->give_up_ms - now) / 1000);
+    l->told_retry = true;
+    heap_set(l, k, now + RETRY_MS);
 }
 
 /* A link to the server of l->addresses.  link_up or link_down tells what becomes of it.  NULL without memory. */
@@ -8428,6 +8535,9 @@ static struct loop *loop_new(void)
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);
     sink_init(&l->err, STDERR_FILENO, &l->core.err);
     sink_init(&l->record, -1, &l->core.record);
+    struct stat out, err;
+    l->core.joined = fstat(STDOUT_FILENO, &out) == 0 && fstat(STDERR_FILENO, &err) == 0 && out.st_ino == err.st_ino &&
+                     out.st_dev == err.st_dev && !S_ISDIR(out.st_mode);
     loop_clock(l);
     if (!poller_init(l) || !signals_init(l)) {
         tell_note("can't start: %s", strerror(errno));
@@ -8736,7 +8846,8 @@ static size_t agent_check_manifest(struct agent *a)
         const struct Dataset *d = req.datasets.items;
         const struct ResultConsumer *r = req.result_consumers.items;
         datasets = req.datasets.n;
-        agent_note(a, "manifest received: %zu bytes in %zu chunks, %zu dataset%s", a->manifest.len, a->chunks, datasets,
+        agent_note(a, "manifest received: %zu bytes in %zu chunk%s, %zu dataset%s", a->manifest.len, a->chunks,
+                   a->chunks == 1 ? "" : "s", datasets,
                    datasets == 1 ? "" : "s");
         struct buf *out = &a->loop->core.out;
         size_t before = out->len;
@@ -8873,7 +8984,7 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
         return;
     bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
     if ((status != GRPC_OK && !verdict) || !a->whole) {
-        agent_fail(a, "the server ended the %s's stream: %s %.*s", which == AGENT ? "agent" : "log-forwarder",
+        agent_fail(a, "the %s's stream ended: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
                    grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
         return;
     }
@@ -8974,8 +9085,8 @@ static const char *resolve_error(int error)
     return error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error);
 }
 
-/* Resolves ADDR; the list is the caller's.  NULL, and the exit status, if that can't be done. */
-static struct addrinfo *resolve(const struct options *o, int *status)
+/* Resolves ADDR; the list is the caller's.  NULL: told why not, or there are other mistakes. */
+static struct addrinfo *resolve(const struct options *o, struct report *r)
 {
     const char *addr = addr_text(o);
     char host[256];
@@ -8985,35 +9096,32 @@ static struct addrinfo *resolve(const struct options *o, int *status)
     if (n >= 2 && addr[0] == '[' && addr[n - 1] == ']')
         addr++, n -= 2;
     int64_t number = parse_decimal(bytes_of(port));
-    struct report r = { 0 };
-    *status = 2;
-    if (o->arg_count > 1) {
-        tell(&r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
+    if (o->arg_count > 1)
+        tell(r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
+    if (!*addr_text(o) || n >= sizeof host || number < 1 || number > 65535)
+        tell(r, USAGE, "%s\"%s\" is not an address; write it like localhost:7001 or [::1]:7001",
+             o->arg_count ? "" : "AGENT_CVM_GRPC_URL: ", addr_text(o));
+    if (r->usage)
         return NULL;
-    }
-    if (n >= sizeof host || number < 1 || number > 65535) {
-        tell(&r, USAGE, "\"%s\" is not an address; write it like localhost:7001 or [::1]:7001", addr_text(o));
-        return NULL;
-    }
-    *status = 1;
     text_printf(host, sizeof host, "%.*s", (int)n, addr);
     int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
     if (error)
-        tell(&r, START, "can't resolve \"%s\": %s", host, resolve_error(error));
+        tell(r, START, "can't resolve \"%s\": %s", host, resolve_error(error));
     return error ? NULL : list;
 }
 
 /* A flag's value, else the variable's. */
-static struct tls_source tls_source(const char *flag, const char *value, const char *variable)
+static struct tls_source tls_source(const char *flag, const char *value, const char *variable, const char *either)
 {
     const char *v = getenv(variable);
-    return present(value) ? (struct tls_source){ flag, value } : (struct tls_source){ variable, v };
+    return present(value) ? (struct tls_source){ flag, value }
+                          : (struct tls_source){ present(v) ? variable : either, v };
 }
+#define TLS_SOURCE(flag, value, variable) tls_source(flag, value, variable, flag " (or " variable ")")
 
 /* The client's TLS as flags or an agent's own variables ask for it; *config stays NULL for plaintext.  False: told. */
-static bool client_tls(const struct options *o, struct tls_config **config)
+static bool client_tls(const struct options *o, struct report *r, struct tls_config **config)
 {
-    struct report r = { 0 };
     struct err e;
     char name[256];
     const char *addr = addr_text(o), *colon = strrchr(addr, ':');
@@ -9023,27 +9131,30 @@ static bool client_tls(const struct options *o, struct tls_config **config)
         name[strlen(name) - 1] = 0;
     }
     struct tls_options t = {
-        .server_ca = tls_source("-ca", o->ca, "AGENT_CVM_GRPC_SERVER_CA_CERTS"),
-        .cert = tls_source("-cert", o->cert, "AGENT_CVM_GRPC_CLIENT_CERT"),
-        .key = tls_source("-key", o->key, "AGENT_CVM_GRPC_CLIENT_KEY"),
+        .server_ca = TLS_SOURCE("-ca", o->ca, "AGENT_CVM_GRPC_SERVER_CA_CERTS"),
+        .cert = TLS_SOURCE("-cert", o->cert, "AGENT_CVM_GRPC_CLIENT_CERT"),
+        .key = TLS_SOURCE("-key", o->key, "AGENT_CVM_GRPC_CLIENT_KEY"),
         .server_name = present(o->server_name) ? o->server_name : *name ? name : "localhost", .insecure = o->insecure,
     };
-    if (!present(t.server_ca.value) && !present(t.cert.value) && !present(t.key.value) && !o->insecure)
-        return true;
+    if (!present(t.server_ca.value) && !present(t.cert.value) && !present(t.key.value) && !o->insecure) {
+        if (present(o->server_name))
+            tell(r, USAGE, "-server-name needs TLS: give -ca FILE");
+        return !r->usage;
+    }
     if (o->insecure)
-        tell(&r, WARNING, "-insecure: any server is believed");
+        tell(r, WARNING, "-insecure: any server is believed");
     *config = tls_client_config(&t, (int64_t)time(NULL), &e);
     if (!*config)
-        tell(&r, START, "%s", e.text);
+        tell_lines(r, START, e.text);
     return *config != NULL;
 }
 
 /* A loop that connects to the server of the list; NULL: told why not. */
-static struct loop *client_loop(const struct options *o, const struct addrinfo *list, void *app,
+static struct loop *client_loop(const struct options *o, struct report *r, const struct addrinfo *list, void *app,
                                 void (*up)(struct link *), void (*down)(struct link *, const char *))
 {
     struct tls_config *tls = NULL;
-    if (!client_tls(o, &tls))
+    if (!client_tls(o, r, &tls))
         return NULL;
     struct loop *l = loop_new();
     l->tls = tls;
@@ -9228,15 +9339,14 @@ static void replay_turn(struct loop *l)
     r->half_closed = l->core.touched = true;
 }
 
-static int cmd_replay(struct options *o, const struct addrinfo *list)
+static int cmd_replay(struct options *o, struct report *report, const struct addrinfo *list)
 {
     struct replay r = { .o = o, .authority = addr_text(o) };
-    struct report report = { 0 };
-    if (!replay_load(&r, o, &report))
+    if (!replay_load(&r, o, report))
         return 1;
-    r.loop = client_loop(o, list, &r, replay_up, replay_down);
+    r.loop = client_loop(o, report, list, &r, replay_up, replay_down);
     if (!r.loop)
-        return 1;
+        return report->usage ? 2 : 1;
     r.loop->turn = replay_turn;
     for (size_t i = 0; i < r.part_count; i++)
         if (!(r.parts[i].link = link_dial(r.loop)))
@@ -9246,38 +9356,36 @@ static int cmd_replay(struct options *o, const struct addrinfo *list)
     return status;
 }
 
-static int cmd_agent(struct options *o)
+static int cmd_agent(struct options *o, struct report *r)
 {
     struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest", .fail = -1 };
-    struct report r = { 0 };
     for (size_t i = 0; o->fail && i < PB_COUNT(failures); i++)
         if (strcmp(o->fail, failures[i].state) == 0)
             a.fail = (int)i;
     if (o->fast && !o->replay)
-        tell(&r, USAGE, "-fast goes with -replay FILE");
+        tell(r, USAGE, "-fast goes with -replay FILE");
+    if (o->replay && (o->once || o->fail || o->job_id || o->repeat != 1))
+        tell(r, USAGE, "-replay plays what was recorded: it goes without -once, -fail, -job-id and -repeat");
     if (o->fail && a.fail < 0)
-        tell(&r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
+        tell(r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
                         "ReceivingData or Running", o->fail);
-    if (r.usage)
-        return 2;
-    int status;
-    struct addrinfo *list = resolve(o, &status);
+    struct addrinfo *list = resolve(o, r);
     if (!list)
-        return status;
+        return r->usage ? 2 : 1;
     if (o->replay) {
-        status = cmd_replay(o, list);
+        int status = cmd_replay(o, r, list);
         freeaddrinfo(list);
         return status;
     }
     a.authority = addr_text(o);
-    a.loop = client_loop(o, list, &a, agent_up, agent_down);
+    a.loop = client_loop(o, r, list, &a, agent_up, agent_down);
     if (!a.loop) {
         freeaddrinfo(list);
-        return 1;
+        return r->usage ? 2 : 1;
     }
     a.loop->turn = agent_turn;
     agent_dial(&a, AGENT);
-    status = loop_run(a.loop);
+    int status = loop_run(a.loop);
     if (a.loop->signal_number && !status)
         status = 128 + a.loop->signal_number;
     loop_free(a.loop);
@@ -9319,7 +9427,8 @@ static void health_status_end(struct stream *s, unsigned status, struct bytes te
     char line[400];
     struct buf safe = { 0 };
     put_text(&safe, (struct bytes){ text.p, min_size(text.n, 300) }, NULL);
-    text_printf(line, sizeof line, "%s %.*s", grpc_status_names[status], (int)safe.len, safe.len ? (char *)safe.p : "");
+    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], (int)safe.len,
+                safe.len ? (char *)safe.p : "");
     buf_free(&safe);
     health_end(s->conn->core->app, 1, line);
 }
@@ -9346,21 +9455,18 @@ static void health_down(struct link *k, const char *why)
     health_end(k->loop->core.app, 1, why);
 }
 
-static int cmd_health(struct options *o)
+static int cmd_health(struct options *o, struct report *r)
 {
-    int status;
-    struct addrinfo *list = resolve(o, &status);
     struct health h = { .o = o, .authority = addr_text(o) };
-    if (!list)
-        return status;
-    h.loop = client_loop(o, list, &h, health_up, health_down);
+    struct addrinfo *list = resolve(o, r);
+    h.loop = list ? client_loop(o, r, list, &h, health_up, health_down) : NULL;
     if (!h.loop) {
         freeaddrinfo(list);
-        return 1;
+        return r->usage ? 2 : 1;
     }
     if (!link_dial(h.loop))
         health_end(&h, 1, "out of memory");
-    status = loop_run(h.loop);
+    int status = loop_run(h.loop);
     loop_free(h.loop);
     freeaddrinfo(list);
     return status;
@@ -9406,10 +9512,30 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
         tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
              (long long)port, strerror(errno),
              errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
-             : errno == EACCES ? "; set PORT to one above 1023" : "");
+             : errno == EACCES ? "; set PORT to one above 1023"
+             : errno == EADDRNOTAVAIL ? "; set HOST to an address of this machine" : "");
     freeaddrinfo(list);
     host_port(where, cap, bare, real);
     return real != 0;
+}
+
+/* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
+static void check_output(struct report *r, const char *flag, const char *path)
+{
+    struct stat st;
+    char folder[PATH_MAX];
+    if (!path)
+        return;
+    if (stat(path, &st) == 0) {
+        if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
+            tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
+                 strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
+        return;
+    }
+    const char *slash = strrchr(path, '/');
+    text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    if (!*path || (slash && !slash[1]) || errno != ENOENT || access(folder, W_OK | X_OK) != 0)
+        tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
 }
 
 /* Makes a file of these bytes. */
@@ -9432,14 +9558,20 @@ static void check_environment(struct report *r)
         tell(r, USAGE, "PORT: \"%s\" is not a port; use 0 to 65535 (0: any free one)", port);
 }
 
-/* The words that are not flags: the older form ALGO PUBKEY BOOL [DATA...], or a mistake. */
-static void positional_form(struct options *o, struct report *r, bool any_flag)
+/* The words that are not flags: the older form ALGO PUBKEY BOOL [DATA...], or a mistake.  False: what is meant can't be
+ * told, and there is no more to say. */
+static bool positional_form(struct options *o, struct report *r, bool any_flag)
 {
     if (o->arg_count == 0)
-        return;
-    if (any_flag || o->arg_count < 3) {
+        return true;
+    if (!any_flag && o->arg_count < 3) {
+        tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health) nor a flag; see cvms -help",
+             o->args[0]);
+        return false;
+    }
+    if (any_flag) {
         tell(r, USAGE, "\"%s\" is not a flag (flags end at the first word without a dash); see cvms -help", o->args[0]);
-        return;
+        return true;
     }
     tell(r, WARNING, "the positional form is old: use -algo-path %s -public-key-path %s -attested-tls-bool %s%s",
          o->args[0], o->args[1], o->args[2], o->arg_count > 3 ? " -data-paths ..." : "");
@@ -9453,6 +9585,7 @@ static void positional_form(struct options *o, struct report *r, bool any_flag)
     if (o->arg_count > 3)
         values_add(o, &o->data_paths, memcpy(keep(o, paths.len), need(paths.p), paths.len));
     buf_free(&paths);
+    return true;
 }
 
 static int cmd_manifest(struct options *o, struct report *r)
@@ -9460,6 +9593,7 @@ static int cmd_manifest(struct options *o, struct report *r)
     struct manifest m = { 0 };
     struct err e;
     struct buf out = { 0 };
+    check_output(r, "o", o->out_file);
     manifest_build(&m, o, r);
     if (r->usage || r->start)
         return r->usage ? 2 : 1;
@@ -9601,11 +9735,14 @@ static void control_ask(struct server *v, void (*ask)(struct session *), const c
 
 static void control_line(struct server *v, char *line)
 {
-    char *save, *name = strtok_r(line, " \t\r", &save), *agent = strtok_r(NULL, " \t\r", &save);
+    static const char blank[] = " \t\r";
+    char *save, *name = strtok_r(line, blank, &save), *agent = name ? save + strspn(save, blank) : line;
+    for (size_t n = strlen(agent); n && strchr(blank, agent[n - 1]);)
+        agent[--n] = 0;
     for (size_t i = 0; name && i < PB_COUNT(controls); i++)
         if (strcmp(name, controls[i].name) == 0) {
             if (controls[i].ask)
-                control_ask(v, controls[i].ask, agent ? agent : "");
+                control_ask(v, controls[i].ask, agent);
             else
                 controls[i].run(v);
             return;
@@ -9664,15 +9801,16 @@ static void control_start(struct server *v)
 static bool server_tls(const struct options *o, struct tls_config **config, struct err *e)
 {
     struct tls_options t = {
-        .cert = tls_source("-server-cert", o->server_cert, "SERVER_CERT"),
-        .key = tls_source("-server-key", o->server_key, "SERVER_KEY"),
-        .client_ca = tls_source("-client-ca-certs", o->client_ca_certs, "CLIENT_CA_CERTS"),
+        .cert = TLS_SOURCE("-server-cert", o->server_cert, "SERVER_CERT"),
+        .key = TLS_SOURCE("-server-key", o->server_key, "SERVER_KEY"),
+        .client_ca = TLS_SOURCE("-client-ca-certs", o->client_ca_certs, "CLIENT_CA_CERTS"),
         .server_ca = { "SERVER_CA_CERTS", getenv("SERVER_CA_CERTS") },
         .client_san = o->client_san, .allow_no_alpn = o->allow_no_alpn,
     };
     if (!present(t.cert.value) && !present(t.key.value)) {
         if (present(o->client_san) || present(o->client_ca_certs))
-            return err_set(e, "client certificates need TLS: give -server-cert and -server-key");
+            return err_set(e, "%s needs TLS: give -server-cert and -server-key",
+                           present(o->client_san) ? "-client-san" : "-client-ca-certs");
         return true;
     }
     struct tls_config *made = tls_server_config(&t, (int64_t)time(NULL), e);
@@ -9694,7 +9832,8 @@ static void server_reload(struct server *v)
     else if (server_tls(v->o, &v->loop->tls, &e))
         core_note(&v->loop->core, NULL, "SIGHUP: certificates loaded anew; open connections keep theirs");
     else
-        core_note(&v->loop->core, NULL, "SIGHUP: %s; the old certificates stay", e.text);
+        for (char *line = strtok(e.text, "\n"); line; line = strtok(NULL, "\n"))
+            core_note(&v->loop->core, NULL, "SIGHUP: %s; the old certificates stay", line);
 }
 
 /* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
@@ -9748,17 +9887,22 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     for (size_t i = 0; i < o->reject.n; i++) {
         char why[100];
         regex_t *re = &v->reject[v->reject_text.n];
-        int error = regcomp(re, o->reject.v[i], REG_EXTENDED | REG_NOSUB);
+        bool empty = !*o->reject.v[i];
+        int error = empty ? REG_BADPAT : regcomp(re, o->reject.v[i], REG_EXTENDED | REG_NEWLINE);
         regerror(error, re, why, sizeof why);
         if (error)
-            tell(r, error == REG_ESPACE ? START : USAGE, "-reject: \"%s\": %s", o->reject.v[i], why);
+            tell(r, error == REG_ESPACE ? START : USAGE, "-reject: \"%s\": %s", o->reject.v[i],
+                 empty ? "an empty pattern finds every line" : why);
         else
             v->reject_text.v[v->reject_text.n++] = o->reject.v[i];
     }
-    v->wanted = v->until || v->expect.n || o->reject.n || o->timeout_ms;
+    v->wanted = o->until || v->expect.n || o->reject.n;
     need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
     if (o->report && !v->wanted)
         tell(r, USAGE, "-report: there is no verdict to report; add -until STAGE");
+    if ((o->timeout_ms || o->agents > 1) && !o->until && !v->expect.n)
+        tell(r, USAGE, "-%s: there is nothing to wait for; add -until STAGE or -expect TYPE/STATUS",
+             o->timeout_ms ? "timeout" : "agents");
 }
 
 /* The clock of the verdict starts when the port is open. */
@@ -9802,12 +9946,28 @@ static int verdict_finish(struct server *v, int status)
     return v->verdict.status ? v->verdict.status : status;
 }
 
+/* A fault that the manifest is too small for would do nothing. */
+static void check_faults(const struct manifest *m, const struct faults *f, struct report *r)
+{
+    const struct { enum fault fault; size_t n; const char *what; } rows[] = {
+        { FAULT_FLIP, m->len, "bytes" }, { FAULT_MISSING_CHUNK, m->chunks, "chunks" },
+        { FAULT_FREEZE, m->chunks, "chunks" },
+    };
+    for (size_t i = 0; m->stream && i < PB_COUNT(rows); i++)
+        if (f->value[rows[i].fault] >= (int64_t)rows[i].n)
+            tell(r, USAGE, "-fault %s=%lld does nothing: the manifest has %zu %s", fault_table[rows[i].fault].name,
+                 (long long)f->value[rows[i].fault], rows[i].n, rows[i].what);
+}
+
 /* Everything that the flags ask for, checked.  False: it has been told what is wrong. */
 static bool server_check(struct server *v, struct options *o, struct report *r)
 {
     static const char *const outputs[] = { "text", "json" };
     check_choice(r, "output", o->output, outputs, 2);
     check_environment(r);
+    check_output(r, "report", o->report);
+    check_output(r, "record", o->record);
+    check_output(r, "ready-file", o->ready_file);
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
     int64_t room = (int64_t)raise_descriptor_limit();
@@ -9818,8 +9978,12 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     v->manifest.faults = o->fault.n ? &v->faults : NULL;
     struct err e;
     if (!server_tls(o, &v->tls, &e))
-        tell(r, START, "%s", e.text);
+        tell_lines(r, START, e.text);
+    else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
+        tell(r, WARNING, "%s does nothing without SERVER_CERT and SERVER_KEY: there is no TLS",
+             present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
     manifest_build(&v->manifest, o, r);
+    check_faults(&v->manifest, &v->faults, r);
     return !r->usage && !r->start;
 }
 
@@ -9895,14 +10059,16 @@ static int run(struct options *o, struct report *r)
 {
     switch (o->command) {
     case CMD_CHECKSUM:
+        if (r->usage)
+            return 2;
         if (o->arg_count)
             return cmd_checksum(r, o->base64, o->args, o->arg_count);
         tell(r, USAGE, "checksum: name at least one file or folder");
         return 2;
     case CMD_AGENT:
-        return cmd_agent(o);
+        return cmd_agent(o, r);
     case CMD_HEALTH:
-        return cmd_health(o);
+        return cmd_health(o, r);
     case CMD_MANIFEST:
         return cmd_manifest(o, r);
     case CMD_SERVE:
@@ -9931,15 +10097,13 @@ int main(int argc, char **argv)
         if (o.version)
             buf_puts(&out, "cvms " CVMS_VERSION "\n");
         else
-            options_help(&out);
+            options_help(&out, o.command);
         pb_arena_free(&o.arena);
         if (!buf_write(&out, STDOUT_FILENO))
             tell(&r, START, "stdout: %s", strerror(errno));
         return r.start;
     }
-    if (o.command & BOTH)
-        positional_form(&o, &r, o.flagged);
-    int status = r.usage && !(o.command & BOTH) ? 2 : run(&o, &r);
+    int status = !(o.command & BOTH) || positional_form(&o, &r, o.flagged) ? run(&o, &r) : 2;
     pb_arena_free(&o.arena);
     return status;
 }

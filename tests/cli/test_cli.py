@@ -630,8 +630,12 @@ def test_help():
                           ("HOST", "localhost"), ("PORT", "7001"), ("algo-hash", "32 zero bytes"),
                           ("dataset-decompress", "false"), ("ADDR", "localhost:7001")):
         has(f"help: default of {flag}", r.out, rf"^\s*-?{flag}\b", rf"default.*({default})")
-    for command in ("agent", "manifest", "checksum", "health"):
+    for command, own, others in (("agent", "fail", "service"), ("manifest", "o", "until"), ("checksum", "b", "wait"),
+                                 ("health", "service", "fail"), ("manifest", "algo-path", "fault")):
         has(f"help lists cvms {command}", r.out, f"cvms {command} ")
+        help_of = run(f"help {command}", [command, "-help"]).out
+        has(f"help of {command}: its own flags", help_of, rf"^  -{own}( |$)")
+        hasnot(f"help of {command}: nothing else's", help_of, rf"^  -{others}( |$)")
     check("help: no line over 140 columns", max(map(len, r.out.splitlines())) <= 140, max(map(len, r.out.splitlines())), 140)
     r = run("version", ["-version"])
     same("-version: status", r.status, 0)
@@ -677,6 +681,7 @@ def test_mistakes_usage():
         ("fewer KBS URLs", [*remote, *data, "-dataset-kbs-urls", "http://a"], [("-dataset-kbs-urls", r"\b1\b", r"\b2\b")]),
         ("more KBS URLs", [*remote, *data, "-dataset-kbs-urls", "a,b,c"], [("-dataset-kbs-urls", r"\b3\b", r"\b2\b")]),
         ("empty dataset", [*base, "-data-paths", f"{W.data},"], [("-data-paths", "empty", "comma|2")]),
+        ("empty URL of a dataset", but(remote + data, "-dataset-source-urls", "s3://a,"), [("-dataset-source-urls", "2 is empty")]),
         ("unknown -compat", [*base, "-compat", "newest"], [("-compat", "newest", "all", "seed", "head")]),
         ("empty -compat", [*base, "-compat", ""], [("-compat", "all", "seed", "head")]),
         ("unknown -output", [*base, "-output", "yaml"], [("-output", "yaml", "text", "json")]),
@@ -702,6 +707,8 @@ def test_mistakes_usage():
         ("a stray word", [*base, "stray"], [("stray",)]),
         ("unknown command", ["frobnicate", "-ready-file"], [("frobnicate", "-help")]),
     ]
+    for port in ("0", "65536", "-1", "x", " 7002"):
+        rows.append((f"-agent-port {port!r}", [*base, "-agent-port", port], [("-agent-port", re.escape(f'"{port}"'), "65535")]))
     for bad in ("maybe", "", "yes", " true", "TrUe", "2", "on"):
         rows.append((f"boolean {bad!r}", [*base, "-attested-tls-bool", bad],
                      [("-attested-tls-bool", re.escape(f'"{bad}"'), "true", "false")]))
@@ -712,7 +719,14 @@ def test_mistakes_usage():
     for name, args, patterns in rows:
         refused(f"usage: {name}", args, 2, patterns)
     for flag in ("-client-san", "-client-ca-certs"):
-        refused(f"usage: {flag} without a certificate", [*base, flag, "x"], 1, ["client certificates need TLS", "-server-cert"])
+        refused(f"usage: {flag} without a certificate", [*base, flag, "x"], 1, [flag, "needs TLS", "-server-cert"])
+    r = refused("usage: half a remote algorithm", [*W.required, "-algo-source-url", "s3://x"], 2, ["-algo-kbs-path"])
+    hasnot("usage: half a remote algorithm: told once", r.err, "no algorithm")
+    for words in (["help"], ["agnet"], ["agnet", "localhost:7001"], [W.algo, W.key]):
+        r = run(f"no command {words}", words, LOCAL)
+        same(f"no command {words}: status", r.status, 2)
+        same(f"no command {words}: one line", len(r.err.splitlines()), 1)
+        has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), "agent, manifest, checksum, health", "-help")
     for port in ("abc", "-1", "65536", "7001x", "0x10", " 80", "1e3", "99999999999999999999"):
         refused(f"usage: PORT {port!r}", base, 2, ["PORT", re.escape(port), "65535"], {"PORT": port})
 
@@ -782,6 +796,46 @@ def test_mistakes_unreadable():
     unreadable("unreadable folder", [*W.base, "-data-paths", f"{d}/locked"], ["-data-paths", "locked", "denied"])
     unreadable("ready file that may not be written", [*W.base, "-ready-file", f"{d}/ready"], ["-ready-file", "denied"])
     os.chmod(f"{d}/locked", 0o755)
+
+
+def test_mistakes_output():
+    """Files that are written later: checked before anything is hashed or opened, all of them together, none of them made."""
+    d = temp("outputs")
+    flags = ["-until", "ready", "-report", f"{d}/none/r.xml", "-record", f"{W.algo}/x", "-ready-file", f"{d}/new/"]
+    refused("outputs", [*W.base, *flags], 1, [("-report", re.escape(f'"{d}/none/r.xml"'), "No such file"),
+            ("-record", "Not a directory"), ("-ready-file", re.escape(f'"{d}/new/"'))])
+    refused("outputs, empty names", [*W.base, "-until", "ready", "-report=", "-record=", "-ready-file", ""], 1,
+            [("-report", '""'), ("-record", '""'), ("-ready-file", '""')])
+    refused("outputs, folders", [*W.base, "-until", "ready", "-report", d, "-record", d, "-ready-file", d], 1,
+            [("-report", "directory"), ("-record", "directory"), ("-ready-file", "directory")])
+    refused("outputs beside another mistake", ["-algo-path", "nope", *W.required, "-until", "ready", "-report", f"{d}/none/r"], 1,
+            [("-report", "none/r"), ("-algo-path", "nope")])
+    same("outputs: none is made", os.listdir(d), [])
+    kept = os.path.join(d, "kept")
+    write(kept, b"the report of another day")
+    refused("outputs: what is there stays", ["-algo-path", "nope", *W.required, "-until", "ready", "-report", kept], 1, ["nope"])
+    same("outputs: what is there stays", read(kept), b"the report of another day")
+
+
+def test_tls_mistakes_together():
+    """Certificate, key and authorities: what is wrong with each, in one go; what has no effect is told."""
+    rows = [(flag, f"no-such{flag}") for flag in ("-server-cert", "-server-key", "-client-ca-certs")]
+    refused("TLS: three files that are not there", [*W.base, *(word for row in rows for word in row)], 1,
+            [tuple(re.escape(word) for word in row) for row in rows])
+    refused("TLS: three variables", W.base, 1, [("SERVER_CERT: no1",), ("SERVER_KEY: no2",), ("CLIENT_CA_CERTS: no3",)],
+            {"SERVER_CERT": "no1", "SERVER_KEY": "no2", "CLIENT_CA_CERTS": "no3"})
+    refused("TLS: no key", [*W.base, "-server-cert", "x"], 1, ["-server-cert", "-server-key", "SERVER_KEY", "both"])
+    refused("TLS: no certificate", W.base, 1, ["SERVER_KEY", "-server-cert", "SERVER_CERT", "both"], {"SERVER_KEY": "x"})
+    r = run("client: three files", ["agent", "-ca", "no1", "-cert", "no2", "-key", "no3", "-wait", "0", "127.0.0.1:1"])
+    same("client TLS: status", r.status, 1)
+    for row in (("-ca", "no1"), ("-cert", "no2"), ("-key", "no3")):
+        has("client TLS: three files that are not there", r.err, *row)
+    r = run("-server-name alone", ["agent", "-server-name", "x", "-wait", "0", "127.0.0.1:1"])
+    same("-server-name without TLS: status", r.status, 2)
+    has("-server-name without TLS", r.err, "-server-name", "-ca")
+    for name in ("CLIENT_CA_CERTS", "SERVER_CA_CERTS"):
+        with Server(f"{name} alone", env={name: "x"}) as s:
+            has(f"{name} without TLS: a warning", s.err.text(), "warning", name, "SERVER_CERT", "no TLS")
 
 
 def test_mistakes_port():
@@ -985,7 +1039,6 @@ def test_warnings():
         ("scheme in capitals", [*remote, "-algo-source-url", "S4://x"], ["-algo-source-url", "S4://x"]),
         ("unknown scheme of a dataset", but(remote + data, "-dataset-source-urls", "s3://a,file:///x"),
          ["-dataset-source-urls", "file:///x"]),
-        ("empty URL of a dataset", but(remote + data, "-dataset-source-urls", "s3://a,"), ["-dataset-source-urls"]),
         ("-algo-path unused", [*remote, "-algo-path", W.algo], ["-algo-path", "not used"]),
         ("-data-paths unused", [*full, "-data-paths", W.data], ["-data-paths", "not used"]),
         ("-dataset-decompress not a boolean", [*full, "-dataset-decompress", "yes,1"], ["-dataset-decompress", "yes", "false"]),
@@ -1566,7 +1619,7 @@ def test_agent():
         same("agent -once: status", r.status, 0)
         check("agent -once: manifest", agent_manifest(r) is not None, r.out, "the manifest")
         s.err.until("stream ended")
-        same("agent -once: only the report", [h[1] for h in heads(s.out.text())], ["ATTESTATION"])
+        same("agent -once: only the report", [h[1] for h in heads(s.out.text())], ["ATTESTATION (empty)"])
     with Server("agent -repeat: server") as s:
         r = s.agent("-repeat", "3")
         same("agent -repeat 3: status", r.status, 0)
@@ -1620,6 +1673,8 @@ def test_agent_usage():
             ("two addresses", ["a:1", "b:2"], ["b:2"]), ("port 0", ["localhost:0"], ["localhost:0"]),
             ("a host too long", ["h" * 256 + ":1"], ["hhh:1"]),
             ("port abc", ["localhost:abc"], ["localhost:abc"]), ("port 65536", ["localhost:65536"], ["localhost:65536"]),
+            ("an empty address", [""], ['""', "localhost:7001"]),
+            ("-replay and another play", ["-replay", "x", "-once"], ["-replay", "-once"]),
             ("a word behind the flags behind the address", ["localhost:1", "-once", "x:1"], ["x:1"])):
         r = run(f"agent {name}", ["agent", *args])
         same(f"agent, {name}: status", r.status, 2)
@@ -1629,6 +1684,12 @@ def test_agent_usage():
         r = run(f"health {name}", ["health", *args])
         same(f"health, {name}: status", r.status, 2)
         has(f"health, {name}", r.err, *patterns)
+    r = run("agent, all at once", ["agent", "-fail", "Nowhere", "-repeat", "0", "-fast", "a:1", "b:2"])
+    for words in (["-fail", "Nowhere"], ["-repeat", '"0"'], ["-fast", "-replay"], ['"b:2"']):
+        has("agent, all mistakes at once", r.err, *words)
+    r = run("agent, address in the environment", ["agent"], {"AGENT_CVM_GRPC_URL": "x:y"})
+    same("agent, address in the environment: status", r.status, 2)
+    has("agent, address in the environment", r.err, "AGENT_CVM_GRPC_URL", '"x:y"')
     for command in ("agent", "health"):
         r = run(f"{command} resolve", [command, "no-such-host.invalid:1"])
         same(f"{command}: name that does not resolve: status", r.status, 1)
@@ -1667,6 +1728,32 @@ def test_no_server():
             check(f"not a CVMS server: {command}: told", r.err.strip(), r.err, "a line")
         stop.set()
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_waiting_is_told():
+    """A client that waits for its server says so once."""
+    for command in ("agent", "health"):
+        where = f"127.0.0.1:{free_port()}"
+        r = run(f"waiting: {command}", [command, "-wait", "1200ms", where])
+        same(f"waiting: {command}: told once", len(re.findall("no server there yet .*refused.* for 1 s", r.err)), 1)
+        same(f"waiting: {command}: status", r.status, 1)
+
+
+def test_one_file():
+    """stdout and stderr in one file, as on a terminal: the lines stand in their order."""
+    r, w = os.pipe()
+    p = subprocess.Popen([W.cvms, *W.base], cwd=W.dir, env=environment(LOCAL), stdin=subprocess.DEVNULL, stdout=w, stderr=w)
+    os.close(w)
+    both = Collector(r)
+    address = re.search(r"listening at (\S+)", both.until(r"listening at .*\n") or "").group(1)
+    same("one file: agent", run("one file: agent", ["agent", address]).status, 0)
+    text = both.until(r"log-forwarder: stream ended") or ""
+    p.send_signal(signal.SIGTERM)
+    same("one file: status", end(p), 0)
+    at = [text.find(s) for s in ("stream: connected", "ATTESTATION", "run request sent", "RUN_RES", "agent: stream ended")]
+    check("one file: the agent's lines", -1 not in at and at == sorted(at), text, "in their order")
+    at = [text.find(s) for s in ("Running/Starting", "Complete/Completed", "log-forwarder: stream ended")]
+    check("one file: the log-forwarder's lines", -1 not in at and at == sorted(at), text, "in their order")
 
 
 def test_stopped_while_connecting():

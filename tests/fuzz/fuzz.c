@@ -93,6 +93,7 @@ static int fake_access(const char *path, int mode)
 #define close fake_close
 #define fstat fake_fstat
 #define stat(path, st) fake_stat(path, st)
+#define unlink(path) ((void)(path))
 #define shutdown fake_shutdown
 #define socket fake_socket
 #define access fake_access
@@ -112,6 +113,7 @@ static int fake_access(const char *path, int mode)
 #undef close
 #undef fstat
 #undef stat
+#undef unlink
 #undef shutdown
 #undef socket
 #undef access
@@ -1550,9 +1552,9 @@ static void fuzz_cli(struct input *in)
             at = 1;
         }
     options_parse(&r, &o, words + at, n - at);
-    if (o.command & BOTH)
-        positional_form(&o, &r, o.flagged);
-    if (o.command == CMD_SERVE)
+    if (o.command & BOTH && !positional_form(&o, &r, o.flagged))
+        MUST(r.usage);
+    else if (o.command == CMD_SERVE)
         cli_serve(&o, &r);
     else if (o.command == CMD_CHECKSUM)
         MUST(run(&o, &r) >= 0);
@@ -1560,8 +1562,8 @@ static void fuzz_cli(struct input *in)
         status = cmd_manifest(&o, &r), MUST((status == 0) == !(r.usage || r.start));
     else if (!r.usage) {
         struct tls_config *c = NULL;
-        MUST(!resolve(&o, &status) && status != 0);
-        if (client_tls(&o, &c) && c)
+        MUST(!resolve(&o, &r) && (r.usage || r.start));
+        if (client_tls(&o, &r, &c) && c)
             tls_config_free(c);
     }
     check_text_safe(whole(&noted), false);

@@ -108,10 +108,13 @@ def server_tls():
         check("health -ca", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
         status, _, err = run(CVMS, "health", "-insecure", s.address)
         check("health -insecure warns", status == 0 and "warning" in err, err)
-        check("health: plaintext on the TLS port", run(CVMS, "health", s.address)[0] == 1)
+        status, _, err = run(CVMS, "health", s.address)
+        check("health: plaintext on the TLS port", status == 1 and "if it wants TLS, give -ca" in err, err)
         check("plaintext is named", s.has("plaintext HTTP where TLS is spoken"), s.text(s.err))
         status, _, err = run(CVMS, "health", "-ca", "other.pem", s.address)
-        check("health: another CA", status == 1, err)
+        check("health: another CA", status == 1 and "not signed by a trusted authority; give its authority with -ca" in err, err)
+        status, _, err = run(CVMS, "agent", "-ca", "other.pem", s.address)
+        check("agent: another CA, told once", status == 1 and len(err.splitlines()) == 1 and "not signed by" in err, err)
         env = {"AGENT_CVM_GRPC_URL": s.address, "AGENT_CVM_GRPC_SERVER_CA_CERTS": "ca.pem"}
         check("an agent's own variables", run(CVMS, "agent", env=env)[0] == 0)
         for version in ("-tls1", "-tls1_1", "-tls1_3"):
@@ -198,7 +201,8 @@ def mutual_tls():
         check("its subject is logged", s.has("connected as CN=agent"), s.text(s.err))
         line = json.loads(s.text(s.out).splitlines()[0])
         check("its subject is in the JSON", line.get("subject", "").startswith("CN=agent"), line)
-        check("agent without one", run(CVMS, "agent", "-ca", "ca.pem", s.address)[0] == 1)
+        status, _, err = run(CVMS, "agent", "-ca", "ca.pem", s.address)
+        check("agent without one", status == 1 and "may want a client certificate; give -cert and -key" in err, err)
         check("which is told", s.has("the client sent no certificate"), s.text(s.err))
         check("a server's certificate", run(CVMS, "health", "-ca", "ca.pem", "-cert", "server.pem", "-key", "server.key", s.address)[0] == 1)
         check("which is told, too", s.has("extended key usage"), s.text(s.err))
@@ -251,6 +255,16 @@ def goaway_then_ping():
         check(f"GOAWAY, then PING, {'TLS' if secure else 'plaintext'}: no reset", not faults, faults)
 
 
+def tls_to_plaintext():
+    """A client with TLS at a port without: it learns it at once, not when the server has given it up."""
+    with Server() as s:
+        began = time.monotonic()
+        status, _, err = run(CVMS, "health", "-ca", "ca.pem", s.address)
+        check("TLS to a plaintext port", status == 1 and "does that port speak TLS?" in err, err)
+        check("TLS to a plaintext port: at once", time.monotonic() - began < 1.5, time.monotonic() - began)
+        check("which the server tells", s.has("the client sent a TLS ClientHello: set SERVER_CERT"), s.text(s.err))
+
+
 def start_up():
     for name, env, pattern in (
             ("key of another certificate", {"SERVER_CERT": "server.pem", "SERVER_KEY": "client.key"}, "SERVER_KEY"),
@@ -273,7 +287,7 @@ def main():
         subprocess.run(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
                        f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem",
                        shell=True, check=True, capture_output=True)
-    for test in (start_up, goaway_then_ping, server_tls, mutual_tls, large_manifest):
+    for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest):
         test()
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return failed != 0
