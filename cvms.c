@@ -9968,6 +9968,9 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     check_output(r, "report", o->report);
     check_output(r, "record", o->record);
     check_output(r, "ready-file", o->ready_file);
+    struct stat st;
+    if (o->ready_file && stat(o->ready_file, &st) == 0 && S_ISREG(st.st_mode))
+        unlink(o->ready_file);        /* an earlier server's: who waits for it would be misled */
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
     int64_t room = (int64_t)raise_descriptor_limit();

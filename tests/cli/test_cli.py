@@ -1308,6 +1308,17 @@ def test_listening():
         same("ready file as a FIFO: open when it is written", run("FIFO", ["health", where]).status, 0)
 
 
+def test_ready_file_of_old():
+    """An earlier server's ready file is gone as soon as a new one begins, even if that one does not get far."""
+    ready = os.path.join(temp("old"), "ready")
+    write(ready, b"127.0.0.1:1\n")
+    refused("old ready file", ["-algo-path", "nope", *W.required, "-ready-file", ready], 1, ["nope"])
+    check("old ready file: gone", not os.path.exists(ready), "there", "gone")
+    write(ready, b"127.0.0.1:1\n" * 100)
+    with Server("old ready file", [*W.base, "-ready-file", ready]) as s:
+        same("old ready file: the new one's", read(ready).decode(), s.address + "\n")
+
+
 def test_ready_fifo_unread():
     """A signal ends a server that waits for someone to read its ready file."""
     ready = os.path.join(temp("ready"), "ready")

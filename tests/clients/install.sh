@@ -24,7 +24,13 @@ if [ -n "$missing" ]; then
     # shellcheck disable=SC2086 # a list of words
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -qy --no-install-recommends $missing
 fi
-command -v go >/dev/null 2>&1 || { echo "install.sh: Go 1.26 or newer is needed: https://go.dev/dl" >&2; exit 1; }
+command -v go >/dev/null 2>&1 || { echo "install.sh: Go is needed: https://go.dev/dl" >&2; exit 1; }
+if ! (cd "$here/go" && go mod edit -json >/dev/null 2>&1); then # before 1.21 Go fetches no newer one of itself
+    module=golang.org/toolchain@v0.0.1-go1.26.0.$(go env GOOS)-$(go env GOARCH)
+    newer=$(cd / && go mod download -json "$module" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
+    chmod -R +x "${newer:?install.sh: Go 1.26 or newer is needed: https://go.dev/dl}/bin" "$newer/pkg/tool"
+    PATH=$newer/bin:$PATH
+fi
 
 # fresh NAME TEXT: true when NAME was installed from this very TEXT.
 fresh() { [ "$(cat "$tools/$1.stamp" 2>/dev/null)" = "$2" ]; }

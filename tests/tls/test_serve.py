@@ -127,8 +127,17 @@ def server_tls():
             for path in ("/", "/cvms.Service/Process"):
                 out = run(tool("h2spec"), "-h", "localhost", "-p", s.port, "-t", "-k", "--strict", "-P", path)[1]
                 check(f"h2spec over TLS at {path}", "\n146 tests, 146 passed, 0 skipped, 0 failed\n" in out, out[-400:])
-        s.p.send_signal(signal.SIGHUP)
-        check("SIGHUP", s.has("certificates loaded anew"), s.text(s.err))
+        context = ssl.create_default_context(cafile="ca.pem")
+        context.set_alpn_protocols(["h2"])
+        with context.wrap_socket(socket.create_connection(("localhost", int(s.port)), 10), server_hostname="localhost") as k:
+            k.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0))
+            s.p.send_signal(signal.SIGHUP)
+            check("SIGHUP", s.has("certificates loaded anew"), s.text(s.err))
+            k.sendall(frame(6, 0, b"still on"))
+            got = b""
+            while b"still on" not in got and (piece := k.recv(4096)):
+                got += piece
+            check("SIGHUP: an open connection goes on", frame(6, 0, b"still on", 1) in got, got)
         check("after SIGHUP", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
     shutil.copy("server.pem", "changing.pem")
     with Server(env={"SERVER_CERT": "changing.pem", "SERVER_KEY": "server.key"}) as s:
