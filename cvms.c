@@ -5559,8 +5559,12 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
 
 static void verdict_timeout(struct verdict *v, unsigned done)
 {
-    buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "not all expected events seen",
-               v->until ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
+    unsigned reached = 0;
+    for (const struct host *h = v->hosts; h; h = h->next)
+        reached += h->stage >= v->until;
+    bool stage = v->until && reached < v->agents;
+    buf_printf(&v->why, "%s%s after " SECONDS " s", stage ? stage_names[v->until] : "not all expected events seen",
+               stage ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
     if (!v->hosts)
         buf_puts(&v->why, ": no agent connected");
     else if (v->agents > 1)
@@ -5702,7 +5706,17 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
             pb_json_string(out, bytes_of(host_failure(h)));
         else
             buf_puts(out, "null");
-        buf_puts(out, h->next ? "}," : "}");
+        buf_puts(out, ",\"lines\":[");
+        bool first = true;
+        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
+            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
+            if (!line)
+                continue;
+            buf_puts(out, first ? "" : ",");
+            first = false;
+            pb_json_string(out, bytes_of(line));
+        }
+        buf_puts(out, h->next ? "]}," : "]}");
     }
     buf_puts(out, "]}\n");
 }

@@ -748,7 +748,7 @@ def test_timeouts():
         a, f = s.both()
         a.send(ACCEPTED)
         f.events(*RUN)
-        s.ended(4, "My/Event")
+        s.ended(4, "not all expected events seen after 0.800 s: 127.0.0.1 stood at .*; event My/Event was not seen")
     with Server("the time counts from the start", "-until", "ready", "-timeout", "1s") as s:
         a, f = s.both()
         began = time.monotonic()
@@ -976,6 +976,7 @@ def test_reports():
             check(f"{name}: messages", agent.get("messages", 0) >= 3 and agent.get("bytes", 0) > 0, agent, "counts")
             same(f"{name}: stage", agent.get("stage"), "ready" if want == 0 else "connected")
             check(f"{name}: failure", (want == 3) == bool(agent.get("failure")), agent, "only with status 3")
+            check(f"{name}: log lines", any(x.startswith("ERROR one < two") for x in agent["lines"]) == (want == 3), agent, "only with status 3")
     with Server("report of no agent", "-until", "ready", "-timeout", "200ms", "-report", os.path.join(W.dir, "none.xml")) as s:
         s.ended(4)
     junit("report of no agent", os.path.join(W.dir, "none.xml"), 4)
