@@ -8233,8 +8233,6 @@ static void accept_refuse(struct loop *l, int fd, const char *name)
     if (!l->tls && !out.failed && send(fd, out.p, out.len, MSG_NOSIGNAL) > 0)
         shutdown(fd, SHUT_WR);
     buf_free(&out);
-    while (recv(fd, l->read_buf, sizeof l->read_buf, MSG_DONTWAIT) == (ssize_t)sizeof l->read_buf)
-        continue;                     /* what is unread makes of the close a reset, which would take our words back */
     close(fd);
     core_cap(&l->core, name, CAP_CONNECTIONS);
 }

@@ -1014,6 +1014,7 @@ def test_max_connections():
         a, b = s.agent("one"), s.agent("two")
         host, port = s.address.rsplit(":", 1)
         with socket.create_connection((host, int(port)), LIMIT) as c:
+            c.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")       # what is not read any more takes nothing back
             got = b""
             while piece := c.recv(1000):
                 got += piece

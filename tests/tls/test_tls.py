@@ -87,8 +87,8 @@ openssl pkey -in ec256.sec1 -pubout -out pub.pem; ssh-keygen -q -t ed25519 -N ''
 sign ced.key /CN=x ca edsrv.crt "$SAN"; head -c 300 ec256.crt > cut.crt; head -c 100 ec256.sec1 > cut.key; echo hello > text; mkdir dir; : > empty
 sign c.key /CN=huge ca huge.crt "$EKU,$(seq -f 'DNS:host-number-%05.0f.with-a-long-domain.example' -s, 600)\n"
 rm -f long.chain; p=ca; for i in 1 2 3 4 5 6 7 8 9 10 11; do openssl req -new -key c.key -subj /O=Test/CN=i$i -out t.csr; printf 'basicConstraints=critical,CA:TRUE\n' > t.ext; cp c.key i$i.key
-  openssl x509 -req -in t.csr -CA $p.crt -CAkey $p.key -CAcreateserial -days 20 -extfile t.ext -out i$i.crt 2>/dev/null; p=i$i; cat i$i.crt $( [ -f long.chain ] && echo long.chain ) > l; mv l long.chain; done
-sign c.key /CN=far i11 far.crt "$EKU"; cp long.chain farchain
+  openssl x509 -req -in t.csr -CA $p.crt -CAkey $p.key -CAcreateserial -days 20 -extfile t.ext -out i$i.crt 2>/dev/null; p=i$i; cat i$i.crt $( [ -f long.chain ] && echo long.chain ) > l; mv l long.chain; cp long.chain chain$i; done
+sign c.key /CN=far i11 far.crt "$EKU"; for i in 8 9 10; do sign c.key /CN=near$i i$i near$i.crt "$EKU"; done
 sign ec256.sec1 "/CN=server.example" ca srvclient.crt 'extendedKeyUsage=clientAuth\nsubjectAltName=DNS:server.example\n'
 ''')
 C, K = "ec256.crt", "ec256.sec1"
@@ -212,8 +212,9 @@ with Server("-cert", C, "-key", K) as s:
     for h in half: h.close()
 
 # ---- client certificates ----
+CHAINS = {"viaint.crt": "int.crt", "fromleaf.crt": "nonca.crt", "far.crt": "chain11", **{f"near{i}.crt": f"chain{i}" for i in (8, 9, 10)}}
 def mtls(s, crt, key, *extra):
-    a = (["-cert", crt, "-key", key] if crt else []) + (["-cert_chain", {"viaint.crt": "int.crt", "fromleaf.crt": "nonca.crt", "far.crt": "farchain"}[crt]] if crt in ("viaint.crt", "fromleaf.crt", "far.crt") else [])
+    a = (["-cert", crt, "-key", key] if crt else []) + (["-cert_chain", CHAINS[crt]] if crt in CHAINS else [])
     out = s_client(s.port, "-tls1_2", "-cipher", "ALL:@SECLEVEL=0", *a, *extra); return out
 for cas in (["-cca", "roots.crt"], ["-sca", "roots.crt"], ["-cca", "roots.crt", "-sca", "other.crt"]):
     with Server("-cert", C, "-key", K, *cas) as s:
@@ -229,6 +230,10 @@ with Server("-cert", C, "-key", K, "-cca", "ca.crt") as s:
              ("kuonly.crt", "c.key", "key usage", 43), ("huge.crt", "c.key", '"(unreadable)" is refused: it or its chain is too long', 43), ("far.crt", "c.key", '"CN=far" is refused: it or its chain is too long', 43), ("fromleaf.crt", "ec256.sec1", '"CN=fromleaf" is refused: it is signed by a certificate that is no authority', 42)]
     for crt, key, frag, alert in cases:
         out = mtls(s, crt, key); w = why(s); ok(frag in w and f"alert number {alert}" in out, "refuse %s" % crt, (w, re.findall("alert number.*", out)))
+    for n, good in ((8, True), (9, True), (10, False)):   # with its own certificate one under the cap, at it, one over
+        out = mtls(s, f"near{n}.crt", "c.key")
+        if good: ok("hello" in out and s.line("open") == f"open CN=near{n}", f"a chain of {n + 1}", out[-300:])
+        else: w = why(s); ok("its chain is too long" in w and "alert number 43" in out, f"a chain of {n + 1}", (w, out[-300:]))
     out = mtls(s, "c.crt", "c.key"); ok("hello" in out, "good one after bad ones", out[-200:])
     # a hundred refusals cost nothing lasting
     for i in range(20): mtls(s, "wrongca.crt", "c.key")
