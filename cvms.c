@@ -2076,7 +2076,7 @@ static size_t conn_peek(struct conn *c, const uint8_t **p)
         c->phase = CONN_DEAD;
     }
     *p = c->out.p ? c->out.p + c->out_sent : NULL;
-    return conn_pending(c);
+    return *p ? conn_pending(c) : 0;
 }
 
 /* The first n of them are on their way.  A drained buffer is lent on to the next connection. */
@@ -4092,7 +4092,9 @@ static bool checksum_folder(struct checksum *c)
 {
     struct tree t = { .root = c->path };
     struct zip *z = malloc(sizeof *z);
-    bool ok = z ? tree_walk(&t, &c->e) : file_err(&c->e, c->path, "out of memory");
+    if (!z)
+        return file_err(&c->e, c->path, "out of memory");
+    bool ok = tree_walk(&t, &c->e);
     if (ok) {
         tree_digest(&t, c->id.tree);
         zip_init(z);
@@ -5067,7 +5069,8 @@ static bool blob_append(struct blob *b, struct buf *scratch, const struct Server
     if (scratch->failed)
         return false;
     grpc_put_prefix(b->p + b->n, wire.n);
-    memcpy(b->p + b->n + 5, wire.p, wire.n);
+    if (wire.n)
+        memcpy(b->p + b->n + 5, wire.p, wire.n);
     b->n += 5 + wire.n;
     return true;
 }
@@ -5976,19 +5979,19 @@ static void process_note(struct stream *s, const char *text)
 }
 
 /* A line of -record. */
-static void record_line(struct stream *s, struct Record *r, struct bytes raw)
+static void record_line(struct stream *s, struct Record r, struct bytes raw)
 {
     struct core *core = s->conn->core;
     const struct session *session = s->user;
     struct Timestamp t = { .seconds = core->wall_ms / 1000, .nanos = (int32_t)(core->wall_ms % 1000 * 1000000) };
-    r->time = &t;
-    r->peer = bytes_of(s->conn->peer);
-    r->stream = (int32_t)s->id;
-    r->kind = bytes_of(kind_names[session->kind]);
-    r->job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
-    r->raw = raw;
+    r.time = &t;
+    r.peer = bytes_of(s->conn->peer);
+    r.stream = (int32_t)s->id;
+    r.kind = bytes_of(kind_names[session->kind]);
+    r.job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
+    r.raw = raw;
     size_t before = core->record.len;
-    pb_json(&core->record, &Record_message, r, 0);
+    pb_json(&core->record, &Record_message, &r, 0);
     buf_putc(&core->record, '\n');
     if (core->record.failed)          /* not half a line; with this the record ends */
         core->record.len = before;
@@ -6006,7 +6009,7 @@ static void record_sent(struct stream *s, const struct blob *b)
         struct bytes wire = { b->p + at + 5, n };
         enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
         if (err == PB_OK)
-            record_line(s, &(struct Record){ .sent = &msg }, wire);
+            record_line(s, (struct Record){ .sent = &msg }, wire);
         core->record.failed |= err == PB_LIMIT;
     }
 }
@@ -6115,7 +6118,7 @@ static void process_message(struct stream *s, struct bytes wire)
     if (session->host)
         verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
     if (core->recording)
-        record_line(s, &(struct Record){ .received = &msg }, wire);
+        record_line(s, (struct Record){ .received = &msg }, wire);
 }
 
 static void process_drained(struct stream *s)
@@ -6310,7 +6313,7 @@ static const struct pb_file *reflection_file(const struct ServerReflectionReques
 }
 
 /* Answers with the file and what it imports. */
-static void reflection_send_file(struct stream *s, struct ServerReflectionResponse *res, const struct pb_file *file)
+static void reflection_send_file(struct stream *s, struct ServerReflectionResponse res, const struct pb_file *file)
 {
     struct buf made[PB_COUNT(all_files)] = { { 0 } };
     struct bytes wire[PB_COUNT(all_files)] = { pb_file_descriptor(&made[0], file) };
@@ -6318,13 +6321,13 @@ static void reflection_send_file(struct stream *s, struct ServerReflectionRespon
     for (size_t i = 0; i < file->n_deps && n < PB_COUNT(all_files); i++, n++)
         wire[n] = pb_file_descriptor(&made[n], file->deps[i]);
     struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
-    res->file_descriptor_response = &files;
-    grpc_send(s, &ServerReflectionResponse_message, res);
+    res.file_descriptor_response = &files;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
     for (size_t i = 0; i < n; i++)
         buf_free(&made[i]);
 }
 
-static void reflection_send_services(struct stream *s, struct ServerReflectionResponse *res)
+static void reflection_send_services(struct stream *s, struct ServerReflectionResponse res)
 {
     struct ServiceResponse list[PB_COUNT(all_files)];
     char names[PB_COUNT(all_files)][64];
@@ -6335,8 +6338,8 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
             list[n].name = bytes_of(names[n]);
         }
     struct ListServiceResponse services = { .service = { .items = list, .n = n } };
-    res->list_services_response = &services;
-    grpc_send(s, &ServerReflectionResponse_message, res);
+    res.list_services_response = &services;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
 }
 
 static void reflection_message(struct stream *s, struct bytes wire)
@@ -6349,11 +6352,11 @@ static void reflection_message(struct stream *s, struct bytes wire)
     struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
     struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
     if (file) {
-        reflection_send_file(s, &res, file);
+        reflection_send_file(s, res, file);
         return;
     }
     if (req.list_services.p) {
-        reflection_send_services(s, &res);
+        reflection_send_services(s, res);
         return;
     }
     bool known = false;
@@ -6911,6 +6914,7 @@ static bool anchor_make(br_x509_trust_anchor *a, const struct cert *c)
     } else {
         a->pkey.key.ec.q = memcpy(p + n, ec->q, ec->qlen);
     }
+    /* cppcheck-suppress memleak ; the anchor has taken p, in a nested initializer that cppcheck does not follow */
     return true;
 }
 
@@ -6924,7 +6928,7 @@ static bool anchors_load(struct tls_config *c, const struct tls_source *s, int64
     bool ok = certs_load(s, &list, &n, e);
     if (ok && !(c->anchors = calloc(n, sizeof *c->anchors)))
         ok = source_bad(s, e, "no memory");
-    for (size_t i = 0; ok && i < n; i++) {
+    for (size_t i = 0; ok && c->anchors && i < n; i++) {
         if (!cert_check(s, i, &cert, (struct bytes){ list[i].data, list[i].data_len }, wall_s, e))
             continue;
         names += 2 + cert.subject.n;
@@ -8241,7 +8245,7 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 {
     (void)events;
     for (int i = 0; i < ACCEPT_TURN && !l->stopping; i++) {
-        struct sockaddr_storage sa;
+        struct sockaddr_storage sa = { .ss_family = AF_UNSPEC };
         socklen_t len = sizeof sa;
         char name[56];
         int fd = accept_nonblocking(w->fd, &sa, &len);
@@ -8392,7 +8396,7 @@ static int listen_on(const struct addrinfo *a, unsigned port)
 
 static unsigned port_of(int fd)
 {
-    struct sockaddr_storage sa;
+    struct sockaddr_storage sa = { .ss_family = AF_UNSPEC };
     socklen_t len = sizeof sa;
     if (getsockname(fd, (struct sockaddr *)&sa, &len) != 0)
         return 0;

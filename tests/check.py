@@ -162,7 +162,11 @@ def inject(*args):
         p = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
         expect(f"inject: {command[0]}", p.returncode == 0, p.stderr)
     cvms = build(cc, "cvms-inject", source, flags + [object_file, *same], STRICT[1:])
-    peer = build(cc, "cvms-peer", "cvms.c", ["-O2"])
+    peer = build(cc, "cvms-peer", "cvms.c", ["-O2", "-g"])
+    if not COVERAGE and shutil.which("valgrind"):
+        args += ("--valgrind",)
+    elif not COVERAGE:
+        missing("inject, valgrind", "not installed; run tests/install.sh")
     if cvms and peer:
         layer("inject", [sys.executable, os.path.join(HERE, "inject", "inject.py"), cvms, peer, *args])
 
@@ -192,7 +196,11 @@ def made(*command):
 
 
 def builds():
-    """Every way to build it that the README names, warning-free."""
+    """Every way to build it that the README names, warning-free; and of make analyze what takes seconds."""
+    if not shutil.which("cppcheck"):
+        missing("cppcheck", "not installed; run tests/install.sh")
+    else:
+        made("make", "cppcheck")
     for cc in COMPILERS:
         build(cc, f"cvms-{cc}", "cvms.c", ["-O2"])
         build(cc, f"cvms-{cc}-plain", "cvms.c", ["-O2", "-DCVMS_TLS=0"])

@@ -3,13 +3,14 @@
 
 CVMS is the program linked with inject.c, PEER one without, for the other side of a connection.  Each scenario is run
 once as it is; the calls of that run, told by what they are and by the path of callers they come from, are then failed
-in turn, each with every error that it can have: the first call of each path, and of reading and writing the first few as
-well.  --all: every call by its number, and from each on all that follow.  NAMEs pick scenarios; --fault=FAULT shows
+in turn, each with every error that it can have: the first call of each path, and of reading and writing the first few
+as well.  --all: every call by its number, and from each on all that follow.  NAMEs pick scenarios; --fault=FAULT shows
 what that one does, with INJECT_TRAP=1 in the environment where it comes about.
 
 The rule for each run: it ends by itself; no signal, sanitizer report, leaked block or descriptor; status 0 only if all
 that the undisturbed run wrote is there, whole, or if whoever lost something was told; else a documented status and a
 line that says why; and never a line on stdout, in a record or in a report that the undisturbed run does not have.
+With --valgrind each scenario runs once more, undisturbed, PEER under valgrind: no error, no block left.
 The last line is `N passed, M failed`.
 """
 import collections
@@ -30,7 +31,7 @@ import threading
 HERE = os.path.dirname(os.path.abspath(__file__))
 INPUTS = os.path.join(HERE, "../vectors/inputs")
 KEYS = os.path.join(HERE, "../vectors/keys")
-LIMIT = 8                             # seconds for anything to end; an undisturbed run takes a fraction of one
+LIMIT = 20                            # seconds for anything to end; an undisturbed run takes a fraction of one
 FIRST = 3                             # so many reads, writes and waits of each kind are failed by their number as well
 TRIES = 8
 JOBS = 6                              # runs at a time, for each processor: they mostly wait
@@ -108,7 +109,7 @@ class Run:
     def __init__(self, fault=None):
         self.dir = tempfile.mkdtemp(dir=W)
         self.fault, self.status, self.peers, self.files, self.p = fault, None, [], {}, None
-        self.fired = False
+        self.fired, self.program = False, [CVMS]
 
     def path(self, name):
         return os.path.join(self.dir, name)
@@ -119,7 +120,7 @@ class Run:
             env["INJECT"] = self.fault
         self.streams = [open(self.path(name), "w+b") for name in ("out", "err")]
         pipes = [subprocess.PIPE, subprocess.PIPE]
-        self.p = subprocess.Popen([CVMS, *args], cwd=self.dir, env=env, stdin=stdin, stdout=pipes[0], stderr=pipes[1])
+        self.p = subprocess.Popen([*self.program, *args], cwd=self.dir, env=env, stdin=stdin, stdout=pipes[0], stderr=pipes[1])
         self.copied = [threading.Thread(target=shutil.copyfileobj, args=pair, daemon=True)
                        for pair in zip((self.p.stdout, self.p.stderr), self.streams)]
         for thread in self.copied:
@@ -257,7 +258,7 @@ def serve_tls(run):
 
 def verdict(run):
     """A smoke test with commands on stdin; ends by itself, with a report."""
-    address = run.serve(*DIRECT, "-until", "complete", "-timeout", "3s", "-expect", "Running/Starting",
+    address = run.serve(*DIRECT, "-until", "complete", "-timeout", "5s", "-expect", "Running/Starting",
                         "-reject", "panic|oom", "-report", "report.xml", "-control", stdin=subprocess.PIPE)
     if address:
         try:
@@ -499,6 +500,18 @@ def disturbed(name, scenario, base, fault):
         print(run.err, end="")
 
 
+VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=full", "--show-leak-kinds=all",
+            "--errors-for-leak-kinds=all"]
+
+
+def valgrind(name, scenario, base):
+    run = Run()
+    run.program = [*VALGRIND, PEER]
+    scenario(run)
+    wrong = re.findall(r"^==.*", run.err, re.M)[:12] or list(judge(base, run))
+    check(f"{name}, under valgrind", run.status == base.status and not wrong, f"status {run.status}: {wrong}")
+
+
 def main():
     prepare()
     with concurrent.futures.ThreadPoolExecutor(JOBS * (os.cpu_count() or 1)) as pool:
@@ -519,8 +532,11 @@ def main():
             done.update(planned)      # what two scenarios have in common is failed in the first
             if VERBOSE:
                 print(f"     {name}: {len(base.log)} calls, {len(planned)} runs", flush=True)
+            if "--valgrind" in sys.argv:
+                waiting.append(pool.submit(valgrind, name, scenario, base))
             waiting += [pool.submit(disturbed, name, scenario, base, fault) for fault in planned]
-        concurrent.futures.wait(waiting)
+        for future in concurrent.futures.as_completed(waiting):
+            future.result()
     check("the failures came about", totals["fired"] > 0.9 * totals["runs"], f"{totals['fired']} of {totals['runs']}")
     if not VERBOSE:
         shutil.rmtree(W, ignore_errors=True)
