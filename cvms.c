@@ -8245,9 +8245,10 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 {
     (void)events;
     for (int i = 0; i < ACCEPT_TURN && !l->stopping; i++) {
-        struct sockaddr_storage sa = { .ss_family = AF_UNSPEC };
+        struct sockaddr_storage sa;
         socklen_t len = sizeof sa;
         char name[56];
+        memset(&sa, 0, sizeof sa);
         int fd = accept_nonblocking(w->fd, &sa, &len);
         if (fd < 0) {
             if (errno == EINTR || errno == ECONNABORTED)
@@ -8396,8 +8397,9 @@ static int listen_on(const struct addrinfo *a, unsigned port)
 
 static unsigned port_of(int fd)
 {
-    struct sockaddr_storage sa = { .ss_family = AF_UNSPEC };
+    struct sockaddr_storage sa;
     socklen_t len = sizeof sa;
+    memset(&sa, 0, sizeof sa);
     if (getsockname(fd, (struct sockaddr *)&sa, &len) != 0)
         return 0;
     return sa.ss_family == AF_INET6 ? ntohs(((struct sockaddr_in6 *)(void *)&sa)->sin6_port)
@@ -8633,6 +8635,8 @@ static void loop_deadlines(struct loop *l)
 static int loop_timeout(const struct loop *l)
 {
     int64_t at = l->heap_len ? l->heap[1]->deadline_ms : INT64_MAX;
+    if (l->stop_why && !l->stopping)  /* told so later in the turn than it looks for it */
+        return 0;
     if (l->timer_ms < at)
         at = l->timer_ms;
     if (l->stop_ms < at)
