@@ -158,13 +158,15 @@ def main():
         write_corpus(target, inputs, kept + [("# " + " ".join(comment) + "\n", open(path, "rb").read())])
         return 0
     os.makedirs(FOUND, exist_ok=True)
-    program = build("libfuzzer.bin", "clang", "-DFUZZ_MUTATOR", "-fsanitize=fuzzer,address,undefined")
+    engines = []
+    if args.engine != "afl":
+        program = build("libfuzzer.bin", "clang", "-DFUZZ_MUTATOR", "-fsanitize=fuzzer,address,undefined")
+        engines.append((libfuzzer, program))
     if args.minimise:
         for target in targets:
             minimise(program, target)
         return 0
     replay = build("replay", "clang", "-DFUZZ_REPLAY", "-fsanitize=address,undefined")
-    engines = [] if args.engine == "afl" else [(libfuzzer, program)]
     if args.engine != "libfuzzer" and shutil.which("afl-clang-fast"):
         engines.append((afl, build("afl.bin", "afl-clang-fast", "-fsanitize=fuzzer")))
     elif args.engine != "libfuzzer":
