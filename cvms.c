@@ -6851,7 +6851,8 @@ static bool key_load(struct tls_config *c, const struct tls_source *s, struct er
 /* Two things were tried: whether both went well, else the mistakes of either, a line for each. */
 static bool err_join(struct err *e, bool ok, bool also, const struct err *more)
 {
-    size_t n = ok ? 0 : strlen(e->text), m = also ? 0 : min_size(strlen(more->text), sizeof e->text - 2 - n);
+    size_t n = ok ? 0 : strlen(e->text), room = sizeof e->text - 1 - n;
+    size_t m = also || room < 2 ? 0 : min_size(strlen(more->text), room - 1);
     if (n && m)
         e->text[n++] = '\n';
     if (m) {
