@@ -135,7 +135,8 @@ def minimise(program, target):
     shutil.rmtree(fresh)
     os.makedirs(fresh)
     sources = [unpack(target), folder("libfuzzer", target), os.path.join(BUILD, "afl", target, "default", "queue")]
-    cpu([program, "-set_cover_merge=1", "-use_counters=0", f"-max_len={MAX_LEN}", fresh, *filter(os.path.isdir, sources)],
+    cpu([program, "-set_cover_merge=1", "-use_counters=0", f"-max_len={MAX_LEN}",
+         f"-artifact_prefix={FOUND}/{target}-", fresh, *filter(os.path.isdir, sources)],
         target, stdout=subprocess.DEVNULL)
     inputs = [open(os.path.join(fresh, name), "rb").read() for name in os.listdir(fresh)]
     write_corpus(target, inputs, corpus(target)[1])
