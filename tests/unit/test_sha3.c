@@ -6,6 +6,29 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+/* A processor that lacks what is hidden: bits of leaf 7's EBX, of leaf 1's ECX; or leaf 7 as a whole. */
+static unsigned hidden_7_b, hidden_1_c;
+static bool no_leaf_7;
+
+static int test_cpuid_7(unsigned *a, unsigned *b, unsigned *c, unsigned *d)
+{
+    int known = !no_leaf_7 && __get_cpuid_count(7, 0, a, b, c, d);
+    *b = known ? *b & ~hidden_7_b : 0;
+    return known;
+}
+
+static unsigned test_cpuid_1(void)
+{
+    unsigned a, b, c, d;
+    __cpuid(1, a, b, c, d);
+    return c & ~hidden_1_c;
+}
+#define __get_cpuid_count(leaf, sub, a, b, c, d) test_cpuid_7(a, b, c, d)
+#undef __cpuid
+#define __cpuid(leaf, a, b, c, d) ((a) = 0, (b) = 0, (c) = test_cpuid_1(), (d) = 0)
+#endif
 #include "../../sha3.h"
 
 static unsigned passed, failed;
@@ -208,6 +231,33 @@ static void test_lesser_processors(void)
     features = all;
 }
 
+/* What is not there is not found, and nothing else goes with it. */
+static void test_cpuid(void)
+{
+    static const struct {
+        unsigned hidden_7_b, hidden_1_c, gone;
+    } v[] = {
+        { 0, 0, 0 }, { bit_BMI, 0, SHA3_BMI2 }, { bit_BMI2, 0, SHA3_BMI2 }, { bit_AVX2, 0, SHA3_AVX2 },
+        { bit_AVX512F, 0, SHA3_AVX512 }, { bit_AVX512VL, 0, SHA3_AVX512 },
+        { 0, bit_OSXSAVE, SHA3_AVX2 | SHA3_AVX512 },
+    };
+    char got[16], wanted[16];
+    unsigned all = sha3_features();
+    for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
+        hidden_7_b = v[i].hidden_7_b;
+        hidden_1_c = v[i].hidden_1_c;
+        snprintf(got, sizeof got, "%x", sha3_features());
+        snprintf(wanted, sizeof wanted, "%x", all & ~v[i].gone);
+        CHECK(got, wanted);
+    }
+    hidden_7_b = hidden_1_c = 0;
+    no_leaf_7 = true;
+    snprintf(got, sizeof got, "%x", sha3_features());
+    snprintf(wanted, sizeof wanted, "%x", (unsigned)SHA3_ASKED);
+    CHECK(got, wanted);
+    no_leaf_7 = false;
+}
+
 /* The processor is asked once much comes at once; what it says is what the compiler's runtime says. */
 static void test_features(void)
 {
@@ -282,6 +332,7 @@ int main(void)
 #if defined(__x86_64__)
     test_lesser_processors();
     test_features();
+    test_cpuid();
 #endif
     test_last_page();
 #if defined(__x86_64__)
