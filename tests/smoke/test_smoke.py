@@ -1432,7 +1432,8 @@ def test_stand_in_refuses():
     large = big(W.base)
     rows = [(["plain"], W.base, "plain runReq"), (["short-hash"], W.base, "algorithm 0: its hash has 31 bytes, not 32"),
             (["flip=2"], W.base, "name different computations"), (["missing-chunk=1"], large, "does not parse"),
-            (["twice", "no-last"], large, "chunk 4 has data behind a short chunk"), (["rst"], large, "the agent's stream ended: UNAVAILABLE: the stream was closed")]
+            (["twice", "no-last"], large, "chunk 4 has data behind a short chunk"),
+            (["rst"], large, "the (agent|log-forwarder)'s stream ended: UNAVAILABLE: the stream was closed")]
     for faults, flags, told in rows:
         name = f"stand-in, {' '.join(faults)}"
         with Server(name, *(x for f in faults for x in ("-fault", f)), base=flags) as s:
