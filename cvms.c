@@ -4754,7 +4754,7 @@ static struct bytes load_key(struct options *o, struct report *r, const char *fl
     struct err e;
     struct bytes key = { 0 };
     if (public_key_load(path, &der, &e))
-        key = (struct bytes){ memcpy(keep(o, der.len), der.p, der.len), der.len };
+        key = (struct bytes){ memcpy(keep(o, der.len), need(der.p), der.len), der.len };
     else
         tell(r, START, "-%s: %s", flag, e.text);
     buf_free(&der);
