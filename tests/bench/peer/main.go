@@ -179,7 +179,7 @@ func run() error {
 	g := grpc.NewServer(opts...)
 	g.RegisterService(&grpc.ServiceDesc{ServiceName: "cvms.Service", HandlerType: (*any)(nil),
 		Metadata: cvmspb.File_agent_cvms_cvms_proto.Path(),
-		Streams: []grpc.StreamDesc{{StreamName: "Process", Handler: s.process, ServerStreams: true, ClientStreams: true}},
+		Streams:  []grpc.StreamDesc{{StreamName: "Process", Handler: s.process, ServerStreams: true, ClientStreams: true}},
 	}, s)
 	h := health.NewServer()
 	h.SetServingStatus("cvms_test_server", grpc_health_v1.HealthCheckResponse_SERVING)
