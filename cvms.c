@@ -1213,13 +1213,15 @@ static void stream_local_end(struct stream *s)
         stream_reset(s, NO_ERROR);
 }
 
-/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included). */
+/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included).  Behind
+ * the last item nothing more is said. */
 static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
 {
-    struct item *i = blob && !s->dead && !s->local_closed ? malloc(sizeof *i) : NULL;
+    bool over = s->dead || s->local_closed || (s->tail && s->tail->kind != ITEM_DATA);
+    struct item *i = blob && !over ? malloc(sizeof *i) : NULL;
     if (!i) {
         blob_unref(blob);
-        if (s->dead || s->local_closed)
+        if (over)
             return;
         core_note(s->conn->core, s->conn->peer, "out of memory: stream %lu is reset", (unsigned long)s->id);
         stream_reset(s, INTERNAL_ERROR);
