@@ -1049,7 +1049,7 @@ static void stream_done(struct stream *s)
     stream_drop_queue(s);
 }
 
-/* The connection ends: GOAWAY is queued, behind which no stream says anything more; the loop flushes it, then closes. */
+/* The connection ends: GOAWAY is queued, and no stream says anything behind it; the loop flushes it, then closes. */
 static void conn_end(struct conn *c, enum h2_error code, const char *why)
 {
     c->error = code;
@@ -4194,7 +4194,8 @@ static void lanes_run(struct lane *lanes, unsigned width, unsigned features, str
 /* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
 static void checksum_files(struct checksum *c, size_t n)
 {
-    unsigned features = n > 1 ? sha3_features() : 0, most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
+    unsigned features = n > 1 ? sha3_features() : 0;
+    unsigned most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
     struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
     for (size_t i = 0; i < n; i++) {
         c[i] = (struct checksum){ .path = c[i].path };
@@ -5245,8 +5246,8 @@ static void manifest_free(struct manifest *m)
     }
 }
 
-/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams that
- * open in the same millisecond look once. */
+/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams
+ * that open in the same millisecond look once. */
 static void manifest_refresh(struct manifest *m, struct core *core)
 {
     bool changed = false;

@@ -36,7 +36,7 @@ struct bytes {
 };
 
 /* A growable buffer.  All zero is empty.  A failed allocation sets `failed`, which sticks: later appends do
- * nothing, so a caller may append many times and test once.  A fixed one lies in an array of the caller's, and is cut. */
+ * nothing, so a caller may append many times and test once.  A fixed one lies in the caller's array, and is cut. */
 struct buf {
     uint8_t *p;
     size_t len, cap;
