@@ -2562,6 +2562,8 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
+    if (s->dead)
+        return;
     if (s->plain && s->finishing) {
         stream_reset(s, CANCEL);
     } else if (s->plain) {
