@@ -31,7 +31,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <regex.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -57,7 +56,6 @@ static int fake_getaddrinfo(const char *node, const char *service, const struct 
 static int fake_poll(struct pollfd *p, nfds_t n, int timeout);
 static int fake_getentropy(void *p, size_t n);
 static int fake_epoll_ctl(int epoll, int op, int fd, struct epoll_event *e);
-static int fake_regcomp(regex_t *r, const char *pattern, int flags);
 static char *fake_getenv(const char *name);
 
 static int fake_close(int fd)
@@ -102,7 +100,6 @@ static int fake_access(const char *path, int mode)
 #define poll fake_poll
 #define getentropy fake_getentropy
 #define epoll_ctl fake_epoll_ctl
-#define regcomp fake_regcomp
 #define getenv fake_getenv
 #define time(p) ((void)(p), (time_t)1800000000)
 #include "../unit/core_test.h"
@@ -122,7 +119,6 @@ static int fake_access(const char *path, int mode)
 #undef poll
 #undef getentropy
 #undef epoll_ctl
-#undef regcomp
 #undef getenv
 #undef time
 #define main exchanges_main
@@ -276,12 +272,6 @@ static int fake_stat(const char *path, struct stat *st)
 {
     int i = file_named(path);
     return i < 0 ? -1 : fake_fstat(FIRST_FILE + i, st);
-}
-
-/* Glibc's own compiler of patterns is not what is looked at here: plain text only. */
-static int fake_regcomp(regex_t *r, const char *pattern, int flags)
-{
-    return strpbrk(pattern, "{(*+?[\\") ? REG_BADPAT : regcomp(r, pattern, flags);
 }
 
 static int fake_getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **list)
@@ -1574,6 +1564,28 @@ static void fuzz_cli(struct input *in)
         (free)(kept[i]);
 }
 
+/* A pattern, a NUL, a text: what is found is a line of it, and the same with states from an earlier search. */
+static void fuzz_pattern(struct input *in)
+{
+    char *text = text_of((struct bytes){ in->p, in->n });
+    size_t n = min_size(strlen(text) + 1, in->n);
+    struct bytes behind = { in->p + n, in->n - n }, line[2];
+    struct pattern *p = (calloc)(2, sizeof *p);
+    MUST(p != NULL);
+    if (pattern_compile(&p[0], text)) {
+        MUST(pattern_compile(&p[1], text) != NULL);
+    } else {
+        pattern_find(&p[0], (struct bytes){ in->p, in->n }, &line[0]);
+        MUST(!pattern_compile(&p[1], text));
+        bool found = pattern_find(&p[0], behind, &line[0]);
+        MUST(found == pattern_find(&p[1], behind, &line[1]));
+        MUST(!found || (line[0].p == line[1].p && line[0].n == line[1].n));
+        MUST(!line[0].n || !memchr(line[0].p, '\n', line[0].n));
+    }
+    (free)(p);
+    (free)(text);
+}
+
 /* JSON as `-manifest` gets it, then as `cvms agent -replay` does. */
 static void fuzz_manifest(struct input *in)
 {
@@ -1603,6 +1615,7 @@ static const struct target {
     { "tls-client", fuzz_tls_client, true }, { "hpack", fuzz_hpack, false }, { "protobuf", fuzz_protobuf, false },
     { "json", fuzz_json, false }, { "reflection", fuzz_reflection, false }, { "pem", fuzz_pem, false },
     { "der", fuzz_der, false }, { "cli", fuzz_cli, false }, { "manifest", fuzz_manifest, false },
+    { "pattern", fuzz_pattern, false },
 };
 
 static const struct target *target;

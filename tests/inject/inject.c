@@ -16,7 +16,6 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
-#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -399,13 +398,6 @@ int inject_getentropy(void *p, size_t n)
 {
     FAIL("getentropy", -1);
     return getentropy(p, n);
-}
-
-int inject_regcomp(regex_t *r, const char *pattern, int flags);
-int inject_regcomp(regex_t *r, const char *pattern, int flags)
-{
-    int error = FAULT("regcomp");
-    return error ? error : regcomp(r, pattern, flags);
 }
 
 static int descriptors(void)

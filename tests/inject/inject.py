@@ -78,7 +78,6 @@ ERRORS = {
     "getrlimit": [errno.EPERM],
     "setrlimit": [errno.EPERM],
     "getentropy": [errno.EIO],
-    "regcomp": [12],                  # REG_ESPACE
 }
 BY_NUMBER = re.compile(r"read|write|send|epoll_wait|poll|accept")
 PASSING = {SHORT, errno.EINTR, errno.EAGAIN, errno.ECONNABORTED}     # these do not go on and on

@@ -1183,8 +1183,34 @@ static void test_allocations(bool json)
     buf_free(&whole_out);
 }
 
+/* Addresses as inet_ntop shows them: every choice of groups that are zero. */
+static void test_peer_name(void)
+{
+    for (unsigned set = 0; set <= 0x100; set++) {
+        struct sockaddr_in6 a = { .sin6_family = AF_INET6, .sin6_port = htons(7001) };
+        char got[56], ip[INET6_ADDRSTRLEN], wanted[56];
+        for (unsigned i = 0; i < 8; i++)
+            if (set >> i & 1)
+                memcpy(&a.sin6_addr.s6_addr[2 * i], i % 2 ? "\x0a\xbc" : "\x00\x05", 2);
+        if (set == 0x100)             /* ::ffff:1.2.3.4 */
+            memcpy(&a.sin6_addr.s6_addr[10], "\xff\xff\1\2\3\4", 6);
+        snprintf(wanted, sizeof wanted, "[%s]:7001", inet_ntop(AF_INET6, &a.sin6_addr, ip, sizeof ip));
+        peer_name(got, (const struct sockaddr_storage *)(const void *)&a);
+        if (set == 0x100)
+            CHECK_TEXT(bytes_of(got), "1.2.3.4:7001");
+        else if (!strchr(wanted, '.'))   /* what begins with 96 zero bits: as IPv4 by glibc, not by RFC 5952 */
+            CHECK_TEXT(bytes_of(got), wanted);
+    }
+    struct sockaddr_in four = { .sin_family = AF_INET, .sin_port = htons(65535) };
+    char got[56];
+    four.sin_addr.s_addr = htonl(0x7f0000ff);
+    peer_name(got, (const struct sockaddr_storage *)(const void *)&four);
+    CHECK_TEXT(bytes_of(got), "127.0.0.255:65535");
+}
+
 int main(void)
 {
+    test_peer_name();
     test_long_manifest();
     test_shared_window();
     test_slow_socket();
