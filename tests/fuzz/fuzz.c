@@ -178,7 +178,7 @@ static void keep_put(struct buf *b, const void *p, size_t n)
 /* What the inputs so far have brought about; the replay wants all of it. */
 static struct {
     bool frame[FRAME_TYPES], goaway[H2_ERRORS], reset[H2_ERRORS], status[GRPC_STATUSES];
-    bool protobuf[PB_LIMIT + 1], hpack[HPACK_NO_MEMORY + 1];
+    bool protobuf[PB_LIMIT + 1], hpack[HPACK_TOO_MANY + 1];
 } seen;
 
 /* A cursor over the input. */
@@ -1825,7 +1825,7 @@ static void check_seen(void)
     for (int i = 0; i <= PB_LIMIT; i++)
         if (!check_number(__FILE__, __LINE__, seen.protobuf[i], true))
             printf("no message that is: %s\n", pb_error_text((enum pb_error)i));
-    CHECK(seen.hpack[HPACK_OK] && seen.hpack[HPACK_COMPRESSION_ERROR], true);
+    CHECK(seen.hpack[HPACK_OK] && seen.hpack[HPACK_COMPRESSION_ERROR] && seen.hpack[HPACK_TOO_MANY], true);
 }
 
 /* The inputs of TARGET.txt: base64, one a line; the others are comments. */
