@@ -6993,6 +6993,16 @@ static void wipe_buf(struct buf *b)
     buf_free(b);
 }
 
+extern char **environ;
+
+/* Private keys that stand in argv or the environment themselves; the list ends with NULL. */
+static void wipe_inline(char **words)
+{
+    for (; *words; words++)
+        if (strstr(*words, "PRIVATE KEY-----"))
+            wipe(*words, strlen(*words));
+}
+
 /* ---- Certificates, as far as BearSSL does not read them ---- */
 
 struct cert {
@@ -7357,7 +7367,7 @@ static bool key_fits(const struct tls_config *c, const br_x509_pkey *pk)
 
 static bool identity_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
-    struct cert cert;
+    struct cert cert = { .pkey = NULL };
     struct err more;
     bool has_cert = source_set(&o->cert);
     if (!has_cert || !source_set(&o->key))
@@ -8040,6 +8050,7 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 
 #define tls_client_config tls_server_config
 #define tls_config_free(c) ((void)(c))
+#define wipe_inline(words) ((void)(words))
 #define tls_pool_free(pool) ((void)(pool))
 #define tls_new(c, pool, wall_s) ((void)(c), (void)(pool), (void)(wall_s), (struct tls *)NULL)
 #define tls_free(t) ((void)(t))
@@ -10624,5 +10635,7 @@ int main(int argc, char **argv)
     }
     int status = !(o.command & BOTH) || positional_form(&o, &r, o.flagged) ? run(&o, &r) : 2;
     pb_arena_free(&o.arena);
+    wipe_inline(argv);
+    wipe_inline(environ);
     return status;
 }

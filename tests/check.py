@@ -127,7 +127,8 @@ def tls():
     fast = build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
     if echo and fast:
         layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast])
-    script("tls", "test_serve", os.path.join(BUILD, "tools"))
+    wipe = build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2"], driver)
+    script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
 
 
 def proto():

@@ -8,7 +8,7 @@ def ok(cond, what, got=""):
     global passed, failed
     passed, failed = passed + bool(cond), failed + (not cond)
     if not cond: print("FAIL", what, got)
-d = tempfile.mkdtemp(); os.chdir(d)
+d = tempfile.TemporaryDirectory(); os.chdir(d.name)
 def sh(c, inp=None):
     return subprocess.run(["bash", "-c", c], input=inp, capture_output=True)
 def need(c):
@@ -66,7 +66,7 @@ for f, data, frag in [("empty", b"", "is empty"), ("text", b"hello\n", "no PEM b
                       ("big", b"x" * (1 << 20 | 1), "larger than 1024 KiB"), ("longlabel", ("-----BEGIN " + "A" * 64 + "-----\n").encode(), "no PEM block")]:
     good, msg = load(write(f, data)); ok(not good and frag in msg and "\n" not in msg, f, msg)
 good, msg = load("/nonexistent/x"); ok(not good and "No such file" in msg, "missing", msg)
-good, msg = load(d); ok(not good and "is a directory" in msg, "dir", msg)
+good, msg = load(d.name); ok(not good and "is a directory" in msg, "dir", msg)
 good, msg = load("/dev/zero"); ok(not good and "larger than" in msg, "/dev/zero", msg)
 # blocks: encrypted label, several blocks
 r = subprocess.run([TOOL, "blocks", "enc1.key"], capture_output=True, text=True); ok(r.stdout.startswith("1 ENCRYPTED RSA PRIVATE KEY 30") or r.stdout.startswith("1 ENCRYPTED RSA PRIVATE KEY "), "Proc-Type", r.stdout[:60])

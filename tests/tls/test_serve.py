@@ -15,7 +15,7 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CVMS, TOOLS = (os.path.abspath(p) for p in sys.argv[1:3])
+CVMS, TOOLS, WIPE = (os.path.abspath(p) for p in sys.argv[1:4])
 VECTORS = os.path.join(HERE, "../vectors")
 INPUTS = ["-algo-path", f"{VECTORS}/inputs/algo.py", "-data-paths", f"{VECTORS}/inputs/data.csv", "-public-key-path",
           f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false"]
@@ -49,13 +49,13 @@ def tool(name):
 
 
 class Server:
-    def __init__(self, *flags, env=None, output="text"):
-        self.dir = tempfile.mkdtemp(prefix="cvms-tls-")
+    def __init__(self, *flags, env=None, output="text", program=None):
+        self.dir = tempfile.mkdtemp(dir=os.getcwd())
         ready = os.path.join(self.dir, "ready")
         os.mkfifo(ready)
         self.out, self.err = open(os.path.join(self.dir, "out"), "w+"), open(os.path.join(self.dir, "err"), "w+")
         self.p = subprocess.Popen(
-            [CVMS, *INPUTS, "-ready-file", ready, "-output", output, *flags],
+            [program or CVMS, *INPUTS, "-ready-file", ready, "-output", output, *flags],
             stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL,
             env={**os.environ, "HOST": "localhost", "PORT": "0", **(env or {})})
         with open(ready) as f:
@@ -287,8 +287,56 @@ def start_up():
         check(f"start-up: {name}", status == 1 and re.search(pattern, err), (status, err))
 
 
+def secrets_of(key):
+    """For wipe.c: pieces of 16 octets of the private numbers, as DER has them, and of the second half of the PEM text."""
+    told = run("openssl", "pkey", "-in", key, "-text", "-noout")[1]
+    pieces = {}
+    for name, digits in re.findall(r"(?m)^(priv|privateExponent|prime\d|exponent\d|coefficient):\n((?:    [0-9a-f:]+\n)+)", told):
+        number = bytes.fromhex(re.sub(r"[^0-9a-f]", "", digits))
+        pieces.update({f"{name}-{at}": number[at:at + 16] for at in range(len(number) % 16, len(number), 16)})
+    with open(key) as f:
+        text = f.read().encode()
+    pieces.update({f"pem-{at}": text[at:at + 16] for at in range(len(text) // 2, len(text) - 48, 40)})
+    with open("secrets", "w") as f:
+        f.write("".join(f"{name} {piece.hex()}\n" for name, piece in pieces.items()))
+    return len(pieces)
+
+
+def keys_are_wiped():
+    """From a file, twice because of SIGHUP, and inline; of a server and of a client."""
+    for name in ("server", "rsa"):
+        count = secrets_of(f"{name}.key")
+        check(f"wipe {name}: secrets", count >= 4, count)
+        with open(f"{name}.key") as f, open(f"{name}.pem") as g:
+            inline = f.read(), g.read()
+        for what, env, flags in (("a file", {"SERVER_KEY": f"{name}.key"}, []), ("the environment", {"SERVER_KEY": inline[0]}, []),
+                                 ("a flag", {}, ["-server-key", inline[0]])):
+            with Server(*flags, env={"SERVER_CERT": f"{name}.pem", "WIPE_SECRETS": "secrets", **env}, program=WIPE) as s:
+                check("wipe: health", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
+                s.p.send_signal(signal.SIGHUP)
+                check("wipe: read again", s.has("certificates loaded anew"), s.text(s.err))
+                check("wipe: agent", run(CVMS, "agent", "-ca", "ca.pem", "-once", s.address)[0] == 0)
+            told = s.text(s.err)
+            check(f"{name}, key from {what}: looked for", re.search(f"looked for {count} secrets in [1-9]", told), told)
+            check(f"{name}, key from {what}: nothing is left of it", "still in memory" not in told, told)
+    count = secrets_of("client.key")
+    with Server(env={"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key", "CLIENT_CA_CERTS": "ca.pem"}) as s:
+        status, _, told = run(WIPE, "agent", "-ca", "ca.pem", "-cert", "client.pem", "-key", "client.key", "-once", s.address,
+                              env={"WIPE_SECRETS": "secrets"})
+        check("agent: looked for", status == 0 and f"looked for {count} secrets" in told, told)
+        check("agent: nothing is left of its key", "still in memory" not in told, told)
+
+
 def main():
-    os.chdir(tempfile.mkdtemp(prefix="cvms-tls-"))
+    with tempfile.TemporaryDirectory(prefix="cvms-tls-") as place:
+        os.chdir(place)
+        tests()
+        os.chdir("/")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return failed != 0
+
+
+def tests():
     readme_commands()
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
                     "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
@@ -296,10 +344,9 @@ def main():
         subprocess.run(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
                        f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem",
                        shell=True, check=True, capture_output=True)
-    for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest):
+    for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest,
+                 keys_are_wiped):
         test()
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return failed != 0
 
 
 sys.exit(main())

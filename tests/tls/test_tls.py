@@ -9,7 +9,7 @@ def ok(cond, what, got=""):
     global passed, failed
     passed, failed = passed + bool(cond), failed + (not cond)
     if not cond: print("FAIL", what, "|", got, flush=True)
-d = tempfile.mkdtemp(); os.chdir(d)
+d = tempfile.TemporaryDirectory(); os.chdir(d.name)
 def need(c):
     r = subprocess.run(["bash", "-c", "set -e\n" + c], capture_output=True)
     assert r.returncode == 0, (c[:60], r.stderr.decode()[-600:])
