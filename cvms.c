@@ -3037,6 +3037,7 @@ struct options {
         result_consumer_keys, manifest_for, expect, reject, fault;
     int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
     bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
+    bool given[100];                  /* the rows of option_table whose flags were there */
     const char **args;
     size_t arg_count;
     struct pb_arena arena;            /* everything that is made of the words, until the end */
@@ -3196,13 +3197,14 @@ static const struct option option_table[] = {
     { "cmv-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
 };
 enum { OPTIONS = sizeof option_table / sizeof *option_table };
+_Static_assert(OPTIONS <= sizeof ((struct options *)0)->given, "an octet for each row");
 
 static const struct {
     const char *name;
     enum command command;
     const char *synopsis, *what;
 } command_table[] = {
-    { "serve", CMD_SERVE, "cvms FLAGS", "serve the manifest to agents" },
+    { "serve", CMD_SERVE, "cvms [serve] FLAGS", "serve the manifest to agents" },
     { "agent", CMD_AGENT, "cvms agent [FLAGS] [ADDR]", "play an agent and its log-forwarder against a server" },
     { "manifest", CMD_MANIFEST, "cvms manifest FLAGS", "print the manifest that these flags give" },
     { "checksum", CMD_CHECKSUM, "cvms checksum [-b] PATH...", "SHA3-256 of files and folders" },
@@ -3382,6 +3384,12 @@ static const struct option *option_find(const char *name, size_t n, unsigned com
     return NULL;
 }
 
+static bool option_given(const struct options *o, const char *name)
+{
+    const struct option *opt = option_find(name, strlen(name), o->command);
+    return opt && o->given[opt - option_table];
+}
+
 /* An unknown flag: the nearest one of this command, or the commands that know it. */
 static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
 {
@@ -3493,6 +3501,8 @@ static void options_parse(struct report *r, struct options *o, char **words, siz
         const struct option *opt = option_find(name, len, o->command);
         o->flagged = true;
         const char *value = name[len] ? name + len + 1 : NULL;
+        if (opt)
+            o->given[opt - option_table] = true;
         if (!opt) {
             option_unknown(r, name, len, o->command);
             if (!value && i + 1 < n && words[i + 1][0] != '-')
@@ -4233,13 +4243,14 @@ static bool checksum_changed(const char *path, const struct file_id *id)
 /* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
 static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 {
+    char hex[2 * sizeof c->hash + 1];
+    hex_text(hex, c->hash, sizeof c->hash);
     if (strpbrk(c->path, "\\\n"))
         buf_putc(b, '\\');
     if (base64)
         pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
     else
-        for (size_t i = 0; i < sizeof c->hash; i++)
-            buf_printf(b, "%02x", c->hash[i]);
+        buf_puts(b, hex);
     buf_puts(b, "  ");
     for (const char *p = c->path; *p; p++)
         if (*p == '\n')
@@ -8897,8 +8908,10 @@ static int listen_on(const struct addrinfo *a, unsigned port)
     else
         ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (sa.ss_family == AF_INET6)     /* "all interfaces" is one socket for both families; ::1 is itself only */
-        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, a->ai_flags & AI_PASSIVE ? &off : &on, sizeof off);
+    if (sa.ss_family == AF_INET6) {   /* "all interfaces" is one socket for both families; ::1 is itself only */
+        bool both = a->ai_flags & AI_PASSIVE || IN6_IS_ADDR_V4MAPPED(&((struct sockaddr_in6 *)(void *)&sa)->sin6_addr);
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, both ? &off : &on, sizeof off);
+    }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
     if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, SOMAXCONN) != 0 || !fd_prepare(fd)) {
         int error = errno;
@@ -10342,10 +10355,11 @@ static bool server_tls(const struct options *o, struct tls_config **config, stru
         .client_san = o->client_san, .allow_no_alpn = o->allow_no_alpn,
     };
     if (!present(t.cert.value) && !present(t.key.value)) {
-        if (present(o->client_san) || present(o->client_ca_certs))
-            return err_set(e, "%s needs TLS: give -server-cert and -server-key",
-                           present(o->client_san) ? "-client-san" : "-client-ca-certs");
-        return true;
+        const char *of_tls = present(o->client_san)        ? "-client-san"
+                             : present(o->client_ca_certs) ? "-client-ca-certs"
+                             : o->allow_no_alpn            ? "-allow-no-alpn"
+                                                           : NULL;
+        return !of_tls || err_set(e, "%s needs TLS: give -server-cert and -server-key", of_tls);
     }
     struct tls_config *made = tls_server_config(&t, (int64_t)time(NULL), e);
     if (!made)
@@ -10425,8 +10439,10 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     }
     v->wanted = o->until || v->expect.n || o->reject.n;
     need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
-    if (o->report && !v->wanted)
-        tell(r, USAGE, "-report: there is no verdict to report; add -until STAGE");
+    static const char *const of_verdict[] = { "report", "grace", "poll" };
+    for (size_t i = 0; i < PB_COUNT(of_verdict); i++)
+        if (option_given(o, of_verdict[i]) && !v->wanted)
+            tell(r, USAGE, "-%s: there is no verdict; add -until STAGE", of_verdict[i]);
     if ((o->timeout_ms || o->agents > 1) && !o->until && !v->expect.n)
         tell(r, USAGE, "-%s: there is nothing to wait for; add -until STAGE or -expect TYPE/STATUS",
              o->timeout_ms ? "timeout" : "agents");

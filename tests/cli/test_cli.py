@@ -720,6 +720,7 @@ def test_mistakes_usage():
         refused(f"usage: {name}", args, 2, patterns)
     for flag in ("-client-san", "-client-ca-certs"):
         refused(f"usage: {flag} without a certificate", [*base, flag, "x"], 1, [flag, "needs TLS", "-server-cert"])
+    refused("usage: -allow-no-alpn without a certificate", [*base, "-allow-no-alpn"], 1, ["-allow-no-alpn", "needs TLS"])
     r = refused("usage: half a remote algorithm", [*W.required, "-algo-source-url", "s3://x"], 2, ["-algo-kbs-path"])
     hasnot("usage: half a remote algorithm: told once", r.err, "no algorithm")
     for words in (["help"], ["agnet"], ["agnet", "localhost:7001"], [W.algo, W.key]):
@@ -1281,7 +1282,8 @@ def test_listening():
             ("fixed port", "127.0.0.1", str(fixed), rf"127\.0\.0\.1:{fixed}", ["127.0.0.1"])]
     if v6:
         rows += [("IPv6", "::1", "0", r"\[::1\]:\d+", ["[::1]"]), ("IPv6 in brackets", "[::1]", "0", r"\[::1\]:\d+", ["[::1]"]),
-                 ("empty, by IPv6", "", "0", r"\S*:\d+", ["[::1]", "127.0.0.1"]), ("::", "::", "0", r"\[::\]:\d+", ["[::1]"])]
+                 ("empty, by IPv6", "", "0", r"\S*:\d+", ["[::1]", "127.0.0.1"]), ("::", "::", "0", r"\[::\]:\d+", ["[::1]"]),
+                 ("IPv4 as IPv6", "::ffff:127.0.0.1", "0", r"\[::ffff:127\.0\.0\.1\]:\d+", ["127.0.0.1"])]
     for name, host, port, where, reach in rows:
         ready = os.path.join(temp("ready"), "ready")
         env = {"PORT": port, **({} if host is None else {"HOST": host})}

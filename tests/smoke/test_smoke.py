@@ -1003,6 +1003,10 @@ def test_reports():
     status, _, err, _ = run("report", [*W.base, "-report", "/nonexistent/x.xml", "-until", "ready"])
     same("-report that can't be written: at start-up", status, 1)
     has("-report that can't be written: told", err, "-report", "/nonexistent/x.xml")
+    for flag, value in (("-report", "r.xml"), ("-grace", "15s"), ("-poll", "0")):
+        status, _, err, _ = run("no verdict", [*W.base, flag, value])
+        same(f"{flag} without a verdict: usage", status, 2)
+        has(f"{flag} without a verdict: told", err, flag, "no verdict", "-until")
     for args in (["-timeout", "1m"], ["-agents", "2"], ["-reject", "x", "-timeout", "1m"]):
         status, _, err, _ = run("nothing to wait for", [*W.base, *args])
         same(f"{args} with nothing to wait for: usage", status, 2)
