@@ -5295,6 +5295,7 @@ static void manifest_refresh(struct manifest *m, struct core *core)
  * Owns: what an agent's messages mean for the question "did it work?", the summary and the report.
  * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
  */
+
 /* ---- Patterns: extended regular expressions (IEEE Std 1003.1, Base Definitions 9.4), found line by line ----
  * Not by regexec: the lines are a peer's, and for "a.*b" glibc's takes the square of a line's length: hours for one
  * message.  Here a pattern is code for a nondeterministic automaton; each set of places in it that a text leads to
@@ -5387,6 +5388,13 @@ static void pattern_emit(struct pattern_parser *x, enum pattern_op op, int32_t a
     pattern_insert(x, x->p->n, (struct pattern_instr){ .op = (uint8_t)op, .arg = arg });
 }
 
+/* An OP_CHAR without ranges. */
+static void pattern_emit_char(struct pattern_parser *x, bool negated)
+{
+    struct pattern_instr instr = { .op = OP_CHAR, .negated = negated, .arg = (int32_t)x->p->range_count };
+    pattern_insert(x, x->p->n, instr);
+}
+
 /* One more range for the OP_CHAR that was emitted last. */
 static void pattern_range(struct pattern_parser *x, uint32_t first, uint32_t last)
 {
@@ -5432,8 +5440,11 @@ static uint32_t pattern_char(struct pattern_parser *x)
 static uint32_t pattern_bracket_char(struct pattern_parser *x)
 {
     const char *close = pattern_take(x, "[.") ? ".]" : pattern_take(x, "[=") ? "=]" : "";
+    bool class = pattern_take(x, "[:");
     uint32_t c = pattern_char(x);
-    if (c == LINE_END)
+    if (class)
+        pattern_fail(x, "a range can't end with a character class");
+    else if (c == LINE_END)
         pattern_fail(x, "\"[\" without \"]\"");
     else if (!pattern_take(x, close))
         pattern_fail(x, "a collating element is one character");
@@ -5445,8 +5456,9 @@ static void pattern_bracket_class(struct pattern_parser *x)
     for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
         if (pattern_take(x, pattern_classes[i].name)) {
             pattern_class(x, i);
-            if (pattern_take(x, ":]"))
-                return;
+            if (!pattern_take(x, ":]"))
+                break;
+            return;
         }
     pattern_fail(x, "no such character class");
 }
@@ -5454,8 +5466,7 @@ static void pattern_bracket_class(struct pattern_parser *x)
 static void pattern_bracket(struct pattern_parser *x)
 {
     const uint8_t *begin = x->at;
-    pattern_emit(x, OP_CHAR, (int32_t)x->p->range_count);
-    x->p->code[x->p->n - 1].negated = pattern_take(x, "^");
+    pattern_emit_char(x, pattern_take(x, "^"));
     do {
         if (pattern_take(x, "[:")) {
             pattern_bracket_class(x);
@@ -5479,8 +5490,7 @@ static void pattern_escape(struct pattern_parser *x)
     uint32_t c = pattern_char(x), lower = c | 0x20;
     for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
         if (lower == (uint8_t)pattern_classes[i].escape && c >= 'A') {
-            pattern_emit(x, OP_CHAR, (int32_t)x->p->range_count);
-            x->p->code[x->p->n - 1].negated = c != lower;
+            pattern_emit_char(x, c != lower);
             pattern_class(x, i);
             return;
         }
@@ -5493,7 +5503,7 @@ static void pattern_escape(struct pattern_parser *x)
     } else if (lower >= 'a' && lower <= 'z') {
         pattern_fail(x, "no such escape");
     } else {
-        pattern_emit(x, OP_CHAR, (int32_t)x->p->range_count);
+        pattern_emit_char(x, false);
         pattern_range(x, c, c);
     }
 }
@@ -5524,10 +5534,8 @@ static bool pattern_atom(struct pattern_parser *x)
         x->at--;
         pattern_fail(x, "nothing to repeat; a backslash before it makes it an ordinary character");
     } else {
-        pattern_emit(x, OP_CHAR, (int32_t)x->p->range_count);
-        if (c == '.')
-            x->p->code[x->p->n - 1].negated = true;
-        else
+        pattern_emit_char(x, c == '.');
+        if (c != '.')
             pattern_range(x, c, c);
     }
     return x->why || x->p->code[start].op != OP_ASSERT;

@@ -97,6 +97,8 @@ static void refused(void)
         { "((a)", "\"(\" without" }, { "[a", "\"[\" without" }, { "[]", "\"[\" without" },
         { "[", "\"[\" without" }, { "[a-", "\"[\" without" }, { "[z-a]", "a range" },
         { "[[:foo:]]", "no such character class" }, { "[[:alpha]]", "no such character class" },
+        { "[[:alphadigit:]]", "no such character class" },
+        { "[+-[:digit:]]", "a range can't end" }, { "[a-[:", "a range can't end" },
         { "[[.ab.]]", "a collating element" }, { "[:alpha:]", "a character class stands" },
         { "*a", "nothing to repeat" }, { "a|*b", "nothing to repeat" }, { "(+a)", "nothing to repeat" },
         { "{2}", "nothing to repeat" }, { "^*", "nothing to repeat" }, { "a$+", "nothing to repeat" },
