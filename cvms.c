@@ -8099,6 +8099,7 @@ enum {
     PAUSE_BYTES = 16 << 20,           /* and above which no connection is read */
     MAX_LISTENERS = 8,
     ACCEPT_TURN = 64,
+    BACKLOG = 4096,                   /* connections that wait to be accepted; musl has 128 for SOMAXCONN */
     SPARE_DESCRIPTORS = 32,           /* not for connections: stdio, listeners, inputs that are read again */
     STOP_MS = 5000,                   /* from the first signal to the end */
     RETRY_MS = 100,
@@ -8921,7 +8922,7 @@ static int listen_on(const struct addrinfo *a, unsigned port)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, both ? &off : &on, sizeof off);
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
-    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, SOMAXCONN) != 0 || !fd_prepare(fd)) {
+    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, BACKLOG) != 0 || !fd_prepare(fd)) {
         int error = errno;
         close(fd);
         errno = error;
