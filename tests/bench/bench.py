@@ -224,16 +224,20 @@ def certificates():
 
 # ---- The table ----
 
+def number(v):
+    return f"{v:,.0f}" if v >= 1000 else f"{v:.3g}"
+
+
 def human(v, unit):
     if unit == "KiB" and v >= 10 * 1024:
-        return f"{v / 1024:.3g} MiB"
+        return f"{number(v / 1024)} MiB"
     if unit == "us" and v >= 1e4:
-        return f"{v / 1e3:.3g} ms"
+        return f"{number(v / 1e3)} ms"
     if unit.endswith("/s") and v >= 1e6:
-        return f"{v / 1e6:.3g} M{unit}"
+        return f"{number(v / 1e6)} M{unit}"
     if unit.endswith("/s") and v >= 1e4:
-        return f"{v / 1e3:.3g} k{unit}"
-    return (f"{v:.0f}" if v >= 1000 else f"{v:.3g}") + (f" {unit}" if unit else "")
+        return f"{number(v / 1e3)} k{unit}"
+    return number(v) + (f" {unit}" if unit else "")
 
 
 def row(figure, ours, peer, unit, less=None, more=None, most=None):
@@ -248,7 +252,7 @@ def row(figure, ours, peer, unit, less=None, more=None, most=None):
     if ratio is None:
         shown = "–"
     else:
-        shown = f"1/{1 / ratio:.3g}" if 0 < ratio < 1 and more is None else f"{ratio:.3g} times"
+        shown = f"1/{number(1 / ratio)}" if 0 < ratio < 1 and more is None else f"{number(ratio)} times"
     add([figure, human(ours, unit), human(peer, unit) if peer is not None else "–", shown,
          " ".join(w for w in wanted if w), holds if any(wanted) else "–"])
 
