@@ -5292,7 +5292,7 @@ static void manifest_refresh(struct manifest *m, struct core *core)
 }
 
 /* ==== 14. The verdict: a smoke test's stages, failures and summary ==================================================
- * Owns: what an agent's messages mean for the question "did it work?", the summary and the report.
+ * Owns: what an agent's messages mean for the question "did it work?", the patterns of -reject, summary and report.
  * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
  */
 
