@@ -2312,6 +2312,8 @@ static void plain_answer(struct stream *s)
 {
     static const char body[] = "This port speaks gRPC (cvms, the CVMS server for Cocos agents): POST with content-type "
                                "application/grpc.\n";
+    if (s->dead)
+        return;
     struct buf block = { 0 };
     char number[12];
     bool with_body = !s->no_body;
@@ -2561,8 +2563,6 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->dead)
-        return;
     if (s->plain && s->finishing) {
         stream_reset(s, CANCEL);
     } else if (s->plain) {
@@ -4243,14 +4243,15 @@ static bool checksum_changed(const char *path, const struct file_id *id)
 /* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
 static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 {
-    char hex[2 * sizeof c->hash + 1];
-    hex_text(hex, c->hash, sizeof c->hash);
     if (strpbrk(c->path, "\\\n"))
         buf_putc(b, '\\');
-    if (base64)
+    if (base64) {
         pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
-    else
+    } else {
+        char hex[2 * sizeof c->hash + 1];
+        hex_text(hex, c->hash, sizeof c->hash);
         buf_puts(b, hex);
+    }
     buf_puts(b, "  ");
     for (const char *p = c->path; *p; p++)
         if (*p == '\n')
@@ -5531,8 +5532,8 @@ static bool pattern_atom(struct pattern_parser *x)
     } else if (c == '^' || c == '$') {
         pattern_emit(x, OP_ASSERT, (int32_t)c);
     } else if (c < ASCII && c && strchr("*+?{", (int)c)) {
-        x->at--;
-        pattern_fail(x, "nothing to repeat; a backslash before it makes it an ordinary character");
+        x->at--;                      /* pattern_branch tells */
+        return false;
     } else {
         pattern_emit_char(x, c == '.');
         if (c != '.')
@@ -5673,6 +5674,13 @@ static unsigned pattern_state(struct pattern *p, const uint64_t *set, enum besid
     return k;
 }
 
+/* The state at a line's start, or with something else before it. */
+static unsigned pattern_start(struct pattern *p, enum beside before)
+{
+    static const uint64_t none[PATTERN_CODE / 64];
+    return pattern_state(p, none, before);
+}
+
 /* The instructions that are still to be looked at for one step, each once. */
 struct pattern_places {
     uint64_t seen[PATTERN_CODE / 64];
@@ -5720,12 +5728,11 @@ static uint8_t pattern_step(struct pattern *p, unsigned state, uint32_t c)
 /* Whether the pattern finds something in this line, which is without its newline. */
 static bool pattern_in_line(struct pattern *p, const uint8_t *at, const uint8_t *end)
 {
-    static const uint64_t none[PATTERN_CODE / 64];
     if (p->state_count == PATTERN_STATES) {   /* room for those of this line */
         p->state_count = 0;
         memset(p->slots, 0, sizeof p->slots);
     }
-    for (unsigned state = pattern_state(p, none, BESIDE_END);;) {
+    for (unsigned state = pattern_start(p, BESIDE_END);;) {
         uint32_t c = LINE_END;
         if (at < end) {
             size_t n = *at < ASCII ? 1 : pb_utf8_char(at, end, &c);
@@ -5762,15 +5769,15 @@ static bool pattern_find(struct pattern *p, struct bytes text, struct bytes *lin
 /* Whether it finds the nothing between two characters, and so all lines that are not empty. */
 static bool pattern_finds_all(struct pattern *p)
 {
-    static const uint64_t none[PATTERN_CODE / 64];
-    unsigned between = pattern_state(p, none, BESIDE_OTHER);
+    unsigned between = pattern_start(p, BESIDE_OTHER);
     return pattern_step(p, between, '.') == STATE_FOUND && pattern_step(p, between, 'a') == STATE_FOUND;
 }
 
 /* Compiles a pattern into *p, which is zero.  NULL, or what is wrong with it. */
 static const char *pattern_compile(struct pattern *p, const char *text)
 {
-    struct pattern_parser x = { .p = p, .at = bytes_of(text).p, .end = bytes_of(text).p + strlen(text) };
+    struct bytes in = bytes_of(text);
+    struct pattern_parser x = { .p = p, .at = in.p, .end = in.p + in.n };
     pattern_alternation(&x);
     pattern_emit(&x, OP_FOUND, 0);
     if (!x.why && pattern_finds_all(p))
@@ -8920,15 +8927,15 @@ static int listen_on(const struct addrinfo *a, unsigned port)
     int on = 1, off = 0, fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
     if (fd < 0)
         return -1;
+    struct sockaddr_in6 *six = (struct sockaddr_in6 *)(void *)&sa;
     memcpy(&sa, a->ai_addr, a->ai_addrlen);
-    if (sa.ss_family == AF_INET6)
-        ((struct sockaddr_in6 *)(void *)&sa)->sin6_port = htons((uint16_t)port);
-    else
-        ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (sa.ss_family == AF_INET6) {   /* "all interfaces" is one socket for both families; ::1 is itself only */
-        bool both = a->ai_flags & AI_PASSIVE || IN6_IS_ADDR_V4MAPPED(&((struct sockaddr_in6 *)(void *)&sa)->sin6_addr);
+        bool both = a->ai_flags & AI_PASSIVE || IN6_IS_ADDR_V4MAPPED(&six->sin6_addr);
+        six->sin6_port = htons((uint16_t)port);
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, both ? &off : &on, sizeof off);
+    } else {
+        ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
     if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, BACKLOG) != 0 || !fd_prepare(fd)) {
@@ -10449,11 +10456,12 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
         if (!strchr(v->expect.v[i], '/'))
             tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
     v->patterns = o->reject.n ? keep(o, o->reject.n * sizeof *v->patterns) : NULL;
-    for (v->reject = (struct values){ .v = o->reject.v }; v->reject.n < o->reject.n; v->reject.n++) {
-        const char *why = pattern_compile(v->patterns[v->reject.n] = need(calloc(1, sizeof **v->patterns)),
-                                          o->reject.v[v->reject.n]);
+    v->reject = o->reject;
+    for (size_t i = 0; i < v->reject.n; i++) {
+        v->patterns[i] = need(calloc(1, sizeof **v->patterns));
+        const char *why = pattern_compile(v->patterns[i], v->reject.v[i]);
         if (why)
-            tell(r, USAGE, "-reject: \"%s\": %s", o->reject.v[v->reject.n], why);
+            tell(r, USAGE, "-reject: \"%s\": %s", v->reject.v[i], why);
     }
     v->wanted = o->until || v->expect.n || o->reject.n;
     need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
@@ -10671,7 +10679,8 @@ int main(int argc, char **argv)
     pb_arena_free(&o.arena);
     wipe_inline(argv);
     wipe_inline(environ);
-    void (*volatile call)(void) = wipe_below;   /* not inlined: that would put its array into this frame */
-    call();
+    void (*volatile below)(void) = wipe_below;   /* not inlined: that would put its array into this frame */
+    if (o.command & (CMD_SERVE | CLIENTS))       /* the others read no private key */
+        below();
     return status;
 }

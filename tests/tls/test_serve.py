@@ -307,10 +307,10 @@ def keys_are_wiped():
     for name in ("server", "rsa"):
         count = secrets_of(f"{name}.key")
         check(f"wipe {name}: secrets", count >= 4, count)
-        with open(f"{name}.key") as f, open(f"{name}.pem") as g:
-            inline = f.read(), g.read()
-        for what, env, flags in (("a file", {"SERVER_KEY": f"{name}.key"}, []), ("the environment", {"SERVER_KEY": inline[0]}, []),
-                                 ("a flag", {}, ["-server-key", inline[0]])):
+        with open(f"{name}.key") as f:
+            inline = f.read()
+        for what, env, flags in (("a file", {"SERVER_KEY": f"{name}.key"}, []), ("the environment", {"SERVER_KEY": inline}, []),
+                                 ("a flag", {}, ["-server-key", inline])):
             with Server(*flags, env={"SERVER_CERT": f"{name}.pem", "WIPE_SECRETS": "secrets", **env}, program=WIPE) as s:
                 check("wipe: health", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
                 s.p.send_signal(signal.SIGHUP)
