@@ -7,19 +7,19 @@
  *   socket --read--> conn_recv --frames--> streams --DATA--> grpc_data --messages--> a service --lines--> stdout
  *   socket <--send-- conn_peek <--frames-- streams <--blobs-- grpc_send <--messages-- a service
  *
- * Sections 2 to 15 hold no descriptor, read no clock and never block (those that read the user's files, 11 to 13, run
- * before the port opens, and again only when a file has changed).  The event loop, section 17, owns every descriptor.
+ * The sections stand bottom up.  3 to 9 hold no descriptor, read no clock and never block.  The event loop, section 10,
+ * owns every socket; 11 to 17 are what this server does with the bytes.
  *
- *    1  this map, includes
- *    2  errors and formatted appends             11  checksums of files and folders
- *    3  HPACK                                    12  PEM and public keys
- *    4  frames                                   13  the manifest
- *    5  the core's shared state, safe text       14  the verdict of a smoke test
- *    6  streams and flow control                 15  services; how messages are shown
- *    7  connections                              16  TLS
- *    8  gRPC                                     17  event loop
- *    9  message tables                           18  the client commands: stand-in agent, health
- *   10  options: one table for every command     19  the server command, control, main
+ *    1  this map, includes                       11  message tables
+ *    2  base: bytes, safe text, whole files      12  options: one table for every command
+ *    3  HPACK                                    13  checksums of files and folders
+ *    4  frames                                   14  public keys
+ *    5  PEM and DER                              15  the manifest
+ *    6  streams and flow control                 16  the verdict of a smoke test
+ *    7  connections                              17  services; how messages are shown
+ *    8  gRPC                                     18  control: commands on stdin
+ *    9  TLS                                      19  the client commands: stand-in agent, health
+ *   10  event loop                               20  the server command, main
  *
  * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
  */
@@ -79,9 +79,10 @@ enum {
     CLIENT_MAX_MESSAGE = 2 << 20,     /* cvms agent, cvms health: a 1 MiB chunk and its frame, with room to spare */
 };
 
-/* ==== 2. Bytes, buffers, errors =====================================================================================
- * Owns: one-line error texts, formatted appends, big-endian numbers.  Byte strings and buffers stand in proto_wire.h.
- * Never: prints.
+/* ==== 2. Base: bytes, safe text, lines for the user, whole files ===================================================
+ * Owns: one-line error texts, numbers in bytes, the one function that makes foreign text safe to show, what is told on
+ * stderr before the loop runs, whole small files.  Byte strings and buffers stand in proto_wire.h.
+ * Never: knows a protocol.
  */
 
 /* One clear line for the user: what is wrong and what to do, without a newline.  Empty means no error. */
@@ -161,6 +162,197 @@ static void put_be32(uint8_t *p, uint32_t v)
     p[1] = (uint8_t)(v >> 16);
     p[2] = (uint8_t)(v >> 8);
     p[3] = (uint8_t)v;
+}
+
+static size_t min_size(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Decimal digits only, up to 18 of them; -1 if it is anything else. */
+static int64_t parse_decimal(struct bytes b)
+{
+    int64_t v = 0;
+    if (b.n == 0 || b.n > 18)
+        return -1;
+    for (size_t i = 0; i < b.n; i++) {
+        if (b.p[i] < '0' || b.p[i] > '9')
+            return -1;
+        v = v * 10 + (b.p[i] - '0');
+    }
+    return v;
+}
+
+static bool bytes_start(struct bytes b, const char *prefix)
+{
+    size_t n = strlen(prefix);
+    return b.n >= n && memcmp(b.p, prefix, n) == 0;
+}
+
+static struct bytes bytes_from(struct bytes b, size_t n)
+{
+    return n ? (struct bytes){ b.p + n, b.n - n } : b;
+}
+
+/* Appends foreign text so that a terminal cannot be fooled: control characters, escapes, bidirectional overrides and
+ * bytes that are not UTF-8 appear as \t, \x1b, \u202e.  With indent, a newline in the text starts a new line that
+ * begins with it, and one newline at the very end is dropped; without, it appears as \n. */
+static void put_text(struct buf *out, struct bytes t, const char *indent)
+{
+    static const char names[] = "\n\r\t", letters[] = "nrt";
+    if (indent && t.n && t.p[t.n - 1] == '\n')
+        t.n--;
+    const uint8_t *p = t.p, *end = t.n ? t.p + t.n : t.p, *plain = p;
+    while (p < end) {
+        p += pb_plain(p, (size_t)(end - p), false);
+        uint32_t c = p < end ? *p : ' ';
+        if (c >= ' ' && c <= '~') {
+            p += p < end;
+            continue;
+        }
+        size_t n = pb_utf8_char(p, end, &c);
+        if (n && !pb_is_unsafe(c)) {
+            p += n;
+            continue;
+        }
+        buf_put(out, plain, (size_t)(p - plain));
+        const char *name = n && c && c < 0x80 ? strchr(names, (int)c) : NULL;
+        if (name && *name == '\n' && indent)
+            buf_putc(out, '\n'), buf_puts(out, indent);
+        else if (name)
+            buf_putc(out, '\\'), buf_putc(out, letters[name - names]);
+        else
+            buf_printf(out, c < 0x80 || n == 0 ? "\\x%02x" : "\\u%04x", n ? (unsigned)c : *p);
+        p += n ? n : 1;
+        plain = p;
+    }
+    buf_put(out, plain, (size_t)(p - plain));
+}
+
+/* A copy of at most max bytes, cut between characters, a NUL shown as a blank, to be freed by the caller.  NULL without
+ * memory, which all users take for "unknown". */
+static char *text_copy(struct bytes b, size_t max)
+{
+    size_t n = min_size(b.n, max);
+    while (n && n < b.n && (b.p[n] & 0xc0) == 0x80)
+        n--;
+    char *s = malloc(n + 1);
+    for (size_t i = 0; s && i < n; i++)
+        s[i] = b.p[i] ? (char)b.p[i] : ' ';
+    if (s)
+        s[n] = 0;
+    return s;
+}
+
+/* Mistakes of a user, told together before anything starts. */
+struct report {
+    bool usage, start, warned;
+};
+
+/* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
+enum severity { USAGE, START, WARNING };
+
+static void tell_no_memory(void)
+{
+    static const char line[] = "cvms: out of memory\n";
+    fd_write(STDERR_FILENO, line, sizeof line - 1);
+}
+
+PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_list ap)
+{
+    struct buf text = { 0 }, line = { 0 };
+    buf_vprintf(&text, fmt, ap);
+    buf_puts(&line, head);
+    put_text(&line, (struct bytes){ text.p, text.len }, NULL);
+    buf_putc(&line, '\n');
+    if (text.failed || line.failed)
+        tell_no_memory();
+    else
+        fd_write(STDERR_FILENO, line.p, line.len);
+    buf_free(&text);
+    buf_free(&line);
+}
+
+PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    tell_line(kind == WARNING ? "cvms: warning: " : "cvms: ", fmt, ap);
+    va_end(ap);
+    r->usage |= kind == USAGE;
+    r->start |= kind == START;
+    r->warned |= kind == WARNING;
+}
+
+/* Several mistakes, a line for each. */
+static void tell_lines(struct report *r, enum severity kind, const char *text)
+{
+    for (size_t n; *text; text += n + (text[n] != 0)) {
+        n = strcspn(text, "\n");
+        tell(r, kind, "%.*s", (int)n, text);
+    }
+}
+
+/* A line that is no mistake, before the loop runs. */
+PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    tell_line("cvms: ", fmt, ap);
+    va_end(ap);
+}
+
+/* p, or the end of the program if there is no memory.  Only before the port opens. */
+static void *need(void *p)
+{
+    if (!p) {
+        tell_no_memory();
+        exit(1);
+    }
+    return p;
+}
+
+enum { FILE_READ = 16384 };
+
+/* Reads a whole file, FIFO or device of at most max bytes into `out`, which is empty before and is allocated
+ * once, so that no second copy of a secret is left in freed memory. */
+MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, struct err *e)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0)
+        return err_set(e, "%s: cannot be read: %s", path, strerror(errno));
+    if (fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) {
+        close(fd);
+        return err_set(e, "%s: is a directory; name a file in it", path);
+    }
+    ssize_t n = -1;
+    errno = ENOMEM;
+    while (out->len <= max && buf_room(out, FILE_READ)) {
+        n = read(fd, out->p + out->len, FILE_READ);
+        if (n > 0)
+            out->len += (size_t)n;
+        else if (n == 0 || errno != EINTR)
+            break;
+    }
+    int why = errno;
+    close(fd);
+    if (n < 0)
+        return err_set(e, "%s: cannot be read: %s", path, strerror(why));
+    if (out->len > max)
+        return err_set(e, "%s: is larger than %zu KiB: it can't be the right file", path, max / 1024);
+    return true;
+}
+
+/* Makes a file of these bytes. */
+static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool ok = fd >= 0 && fd_write(fd, p, n);
+    int error = errno;
+    if (fd >= 0 && close(fd) != 0 && ok)
+        error = errno, ok = false;
+    return ok || err_set(e, "%s: %s", path, strerror(error));
 }
 
 /* ==== 3. HPACK (RFC 7541) ==========================================================================================
@@ -659,10 +851,175 @@ static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error co
     buf_puts(out, why);
 }
 
-/* ==== 5. The core's shared state; log lines and safe text ==========================================================
- * Owns: what all connections share (time, scratch space, the lines that wait for stdout and stderr), and the one
- * function that makes foreign text safe to show.
- * Never: writes; the event loop does.
+/* ==== 5. PEM and DER ===============================================================================================
+ * Owns: PEM blocks (RFC 7468, read laxly), base64 across lines, DER elements (X.690), the outlines of public keys.
+ * Never: judges a key's strength or asks for a passphrase.
+ */
+
+enum {
+    PEM_FILE_MAX = 1 << 20, /* a key, a chain or a list of authorities; the system's whole bundle is a quarter of it */
+    PEM_LABEL = 64,
+};
+
+#define PEM_PUBLIC_KEY "PUBLIC KEY" /* RFC 7468 13 */
+
+/* Takes one line, ended by LF, CRLF, CR or the end of the text, and trims blanks at both its ends. */
+static struct bytes pem_line(struct bytes *in)
+{
+    size_t n = 0;
+    while (n < in->n && in->p[n] != '\n' && in->p[n] != '\r')
+        n++;
+    struct bytes line = { in->p, n };
+    *in = bytes_from(*in, n);
+    *in = bytes_from(*in, bytes_start(*in, "\r\n") ? 2 : in->n > 0);
+    while (line.n && strchr(" \t\v\f", line.p[0]))
+        line = bytes_from(line, 1);
+    while (line.n && strchr(" \t\v\f", line.p[line.n - 1]))
+        line.n--;
+    return line;
+}
+
+/* True if the line is an encapsulation boundary, e.g. "-----BEGIN X-----" for the prefix "-----BEGIN ": label is then
+ * X.  A label that is too long or not printable ASCII makes the line ordinary text. */
+static bool pem_boundary(struct bytes line, const char *prefix, char label[PEM_LABEL])
+{
+    size_t start = strlen(prefix);
+    if (!bytes_start(line, prefix) || line.n < start + 5 || line.n - start - 5 >= PEM_LABEL)
+        return false;
+    size_t n = line.n - start - 5;
+    if (memcmp(line.p + start + n, "-----", 5) != 0)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if (line.p[start + i] < ' ' || line.p[start + i] > '~')
+            return false;
+    memcpy(label, line.p + start, n);
+    label[n] = '\0';
+    return true;
+}
+
+/* Base64 (RFC 4648 4) across lines: `count` digits so far, pads included. */
+struct base64 {
+    uint32_t bits;
+    size_t count, pads;
+    bool bad;
+};
+
+static void base64_line(struct base64 *b, struct bytes line, struct buf *out)
+{
+    for (size_t i = 0; i < line.n; i++) {
+        int c = line.p[i], digit = pb_base64_digit(c);
+        if (c == ' ' || c == '\t')
+            continue;
+        if (c == '=')
+            b->pads++;
+        else if (digit < 0 || b->pads)
+            b->bad = true;
+        b->bits = b->bits << 6 | (uint32_t)(digit < 0 ? 0 : digit);
+        if (++b->count % 4)
+            continue;
+        buf_putc(out, (int)(b->bits >> 16 & 255));
+        if (b->pads < 2)
+            buf_putc(out, (int)(b->bits >> 8 & 255));
+        if (b->pads < 1)
+            buf_putc(out, (int)(b->bits & 255));
+    }
+}
+
+/* Moves *in past the next PEM block.  Returns 1 with its label and its bytes in `der` (overwritten, and allocated at
+ * most once per call), 0 when no block is left, -1 when the block whose label is given has damaged base64, a wrong
+ * END line or none.  Text between blocks is skipped, and so are RFC 1421 headers, except that "Proc-Type:
+ * 4,ENCRYPTED" puts "ENCRYPTED " before the label, as the PKCS#8 label has it.  A failed allocation shows in der. */
+static int pem_next(struct bytes *in, char label[PEM_LABEL], struct buf *der)
+{
+    char end[PEM_LABEL];
+    struct base64 base64 = { 0 };
+    bool encrypted = false;
+    do {
+        if (in->n == 0)
+            return 0;
+    } while (!pem_boundary(pem_line(in), "-----BEGIN ", label));
+    der->len = 0;
+    buf_room(der, in->n / 4 * 3 + 3);
+    for (;;) {
+        if (in->n == 0)
+            return -1;
+        struct bytes line = pem_line(in);
+        if (pem_boundary(line, "-----END ", end))
+            break;
+        if (base64.count == 0 && line.n && memchr(line.p, ':', line.n))
+            encrypted |= bytes_eq(line, BYTES("Proc-Type: 4,ENCRYPTED"));
+        else
+            base64_line(&base64, line, der);
+    }
+    if (strcmp(label, end) != 0 || base64.bad || base64.pads > 2 || base64.count % 4 != 0)
+        return -1;
+    if (encrypted) {
+        memmove(label + 10, label, strnlen(label, PEM_LABEL - 11) + 1);
+        memcpy(label, "ENCRYPTED ", 10);
+        label[PEM_LABEL - 1] = '\0';
+    }
+    return 1;
+}
+
+enum { /* X.690 8.1.2: the identifier octets that are looked for here */
+    DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_OID = 0x06,
+    DER_SEQUENCE = 0x30, DER_SET = 0x31
+};
+
+/* Takes one element off the front of *in and returns its identifier octet, with its contents in *value; or -1, with
+ * nothing taken, when *in is empty or cut off, or the length is indefinite or longer than it need be (X.690 10.1). */
+static int der_next(struct bytes *in, struct bytes *value)
+{
+    if (in->n < 2 || (in->p[0] & 31) == 31)
+        return -1;
+    size_t head = 2, n = in->p[1];
+    if (n >= 128) {
+        size_t more = n - 128;
+        if (more < 1 || more > 3 || in->n < 2 + more)
+            return -1;
+        for (n = 0; head < 2 + more; head++)
+            n = n << 8 | in->p[head];
+        if (n < 128 || n >> 8 * (more - 1) == 0)
+            return -1;
+    }
+    if (in->n - head < n)
+        return -1;
+    int tag = in->p[0];
+    *value = (struct bytes){ in->p + head, n };
+    *in = bytes_from(*in, head + n);
+    return tag;
+}
+
+/* SubjectPublicKeyInfo (RFC 5280 4.1): SEQUENCE { SEQUENCE { OID, parameters at most once }, BIT STRING }. */
+static bool der_is_spki(struct bytes in)
+{
+    struct bytes body, algorithm, part;
+    if (der_next(&in, &body) != DER_SEQUENCE || in.n || der_next(&body, &algorithm) != DER_SEQUENCE)
+        return false;
+    if (der_next(&algorithm, &part) != DER_OID || part.n == 0)
+        return false;
+    if (algorithm.n && (der_next(&algorithm, &part) < 0 || algorithm.n))
+        return false;
+    return der_next(&body, &part) == DER_BIT_STRING && body.n == 0 && part.n > 1 && part.p[0] < 8;
+}
+
+/* RSAPublicKey (RFC 8017 A.1.1): SEQUENCE { INTEGER, INTEGER }. */
+static bool der_is_pkcs1_public(struct bytes in)
+{
+    struct bytes body, part;
+    if (der_next(&in, &body) != DER_SEQUENCE || in.n)
+        return false;
+    return der_next(&body, &part) == DER_INTEGER && der_next(&body, &part) == DER_INTEGER && body.n == 0;
+}
+
+/* ==== 6. Streams and flow control (RFC 9113 5, 6.9); what all connections share ====================================
+ * Owns: what connections share (time, scratch space, the lines that wait for stdout and stderr), what a connection and
+ * its streams are, the queue of what a stream has yet to send, both directions' windows.
+ * Never: reads or writes a descriptor, looks at a clock, knows what the bytes mean.
+ *
+ * The most that one connection can make us hold is the sum of its caps: a message, DEFAULT_WINDOW of one for each other
+ * stream, the streams with their sessions, MAX_QUEUED_BYTES, twice OUT_HIGH, a field block, a frame, a dynamic table,
+ * and what TLS needs: -max-message and 7.5 MiB.  The test of the worst connection adds them up.
  */
 enum {
     STAMP_LEN = 24,
@@ -727,41 +1084,6 @@ static const char *core_stamp(struct core *core)
     return core->stamp;
 }
 
-/* Appends foreign text so that a terminal cannot be fooled: control characters, escapes, bidirectional overrides and
- * bytes that are not UTF-8 appear as \t, \x1b, \u202e.  With indent, a newline in the text starts a new line that
- * begins with it, and one newline at the very end is dropped; without, it appears as \n. */
-static void put_text(struct buf *out, struct bytes t, const char *indent)
-{
-    static const char names[] = "\n\r\t", letters[] = "nrt";
-    if (indent && t.n && t.p[t.n - 1] == '\n')
-        t.n--;
-    const uint8_t *p = t.p, *end = t.n ? t.p + t.n : t.p, *plain = p;
-    while (p < end) {
-        p += pb_plain(p, (size_t)(end - p), false);
-        uint32_t c = p < end ? *p : ' ';
-        if (c >= ' ' && c <= '~') {
-            p += p < end;
-            continue;
-        }
-        size_t n = pb_utf8_char(p, end, &c);
-        if (n && !pb_is_unsafe(c)) {
-            p += n;
-            continue;
-        }
-        buf_put(out, plain, (size_t)(p - plain));
-        const char *name = n && c && c < 0x80 ? strchr(names, (int)c) : NULL;
-        if (name && *name == '\n' && indent)
-            buf_putc(out, '\n'), buf_puts(out, indent);
-        else if (name)
-            buf_putc(out, '\\'), buf_putc(out, letters[name - names]);
-        else
-            buf_printf(out, c < 0x80 || n == 0 ? "\\x%02x" : "\\u%04x", n ? (unsigned)c : *p);
-        p += n ? n : 1;
-        plain = p;
-    }
-    buf_put(out, plain, (size_t)(p - plain));
-}
-
 /* One line on stderr: time, whom it is about, what.  Arguments that come from a peer have gone through put_text. */
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
@@ -787,14 +1109,6 @@ PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, con
     out->failed = false;
 }
 
-/* ==== 6. Streams and flow control (RFC 9113 5, 6.9) ================================================================
- * Owns: what a connection and its streams are, the queue of what a stream has yet to send, both directions' windows.
- * Never: reads or writes a descriptor, looks at a clock, knows what the bytes mean.
- *
- * The most that one connection can make us hold is the sum of its caps: a message, DEFAULT_WINDOW of one for each other
- * stream, the streams with their sessions, MAX_QUEUED_BYTES, twice OUT_HIGH, a field block, a frame, a dynamic table,
- * and what TLS needs: -max-message and 7.5 MiB.  The test of the worst connection adds them up.
- */
 enum {
     MAX_CONCURRENT_STREAMS = 100,
     MAX_FIELD_BLOCK = 32768,          /* bytes of HEADERS and its CONTINUATIONs */
@@ -1243,11 +1557,6 @@ static bool stream_sendable(const struct stream *s)
     return i && (i->kind == ITEM_TRAILERS || i->sent == i->blob->n || (s->send_window > 0 && s->conn->send_window > 0));
 }
 
-static size_t min_size(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Puts a whole field block into the output.  The first one after a peer's SETTINGS_HEADER_TABLE_SIZE begins with the
  * update that it asks for; we add nothing to the table, so nought is always right (RFC 7541 4.2). */
 static void conn_put_block(struct conn *c, uint32_t id, struct bytes block, unsigned flags)
@@ -1493,20 +1802,6 @@ static const char *fields_fault(const struct fields *f, bool response, bool trai
     if (!v[F_PATH].n || (v[F_PATH].p[0] != '/' && !bytes_eq(v[F_PATH], BYTES("*"))))
         return "no :path";
     return NULL;
-}
-
-/* Decimal digits only, up to 18 of them; -1 if it is anything else. */
-static int64_t parse_decimal(struct bytes b)
-{
-    int64_t v = 0;
-    if (b.n == 0 || b.n > 18)
-        return -1;
-    for (size_t i = 0; i < b.n; i++) {
-        if (b.p[i] < '0' || b.p[i] > '9')
-            return -1;
-        v = v * 10 + (b.p[i] - '0');
-    }
-    return v;
 }
 
 /* Starts a connection.  peer is its name in log lines; the handler's calls get conn->user. */
@@ -2664,4226 +2959,7 @@ static const struct h2_handler grpc_client = {
     .abort = grpc_client_abort, .closed = grpc_client_closed,
 };
 
-/* ==== 9. Message tables: cvms, health, reflection ==================================================================
- * Owns: every message and service on the wire, one row for each field; proto_wire.h does the work from these rows.
- *       agent/cvms/cvms.proto, google/protobuf/timestamp.proto, grpc/health/v1/health.proto and
- *       grpc/reflection/{v1,v1alpha}/reflection.proto.
- * Never: code.  Names are spelled as in the .proto files, their mixed case included.
- */
-
-/* ---- google.protobuf ---- */
-struct Timestamp {
-    int64_t seconds;
-    int32_t nanos;
-};
-PB_DEFINE(Timestamp, PB_TIMESTAMP, NULL,
-    PB_ROW(Timestamp, 1, INT64, 0, seconds, NULL),
-    PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL));
-
-/* ---- cvms: from the agent ---- */
-struct AgentLog {
-    struct bytes message, computation_id, level;
-    struct Timestamp *timestamp;
-};
-PB_DEFINE(AgentLog, PB_PLAIN, NULL,
-    PB_ROW(AgentLog, 1, STRING,  0, message,        NULL),
-    PB_ROW(AgentLog, 2, STRING,  0, computation_id, NULL),
-    PB_ROW(AgentLog, 3, STRING,  0, level,          NULL),
-    PB_ROW(AgentLog, 4, MESSAGE, 0, timestamp,      &Timestamp_message));
-
-struct AgentEvent {
-    struct bytes event_type, computation_id, details, originator, status;
-    struct Timestamp *timestamp;
-};
-PB_DEFINE(AgentEvent, PB_PLAIN, NULL,
-    PB_ROW(AgentEvent, 1, STRING,  0, event_type,     NULL),
-    PB_ROW(AgentEvent, 2, MESSAGE, 0, timestamp,      &Timestamp_message),
-    PB_ROW(AgentEvent, 3, STRING,  0, computation_id, NULL),
-    PB_ROW(AgentEvent, 4, BYTES,   0, details,        NULL),
-    PB_ROW(AgentEvent, 5, STRING,  0, originator,     NULL),
-    PB_ROW(AgentEvent, 6, STRING,  0, status,         NULL));
-
-struct RunResponse { struct bytes computation_id, error; };
-PB_DEFINE(RunResponse, PB_PLAIN, NULL,
-    PB_ROW(RunResponse, 1, STRING, 0, computation_id, NULL),
-    PB_ROW(RunResponse, 2, STRING, 0, error,          NULL));
-
-struct StopComputationResponse { struct bytes computation_id, message; };
-PB_DEFINE(StopComputationResponse, PB_PLAIN, NULL,
-    PB_ROW(StopComputationResponse, 1, STRING, 0, computation_id, NULL),
-    PB_ROW(StopComputationResponse, 2, STRING, 0, message,        NULL));
-
-struct AgentStateRes { struct bytes id, state; };
-PB_DEFINE(AgentStateRes, PB_PLAIN, NULL,
-    PB_ROW(AgentStateRes, 1, STRING, 0, id,    NULL),
-    PB_ROW(AgentStateRes, 2, STRING, 0, state, NULL));
-
-struct AttestationResponse { struct bytes file, certSerialNumber; };
-PB_DEFINE(AttestationResponse, PB_PLAIN, NULL,
-    PB_ROW(AttestationResponse, 1, BYTES,  0, file,             NULL),
-    PB_ROW(AttestationResponse, 2, STRING, 0, certSerialNumber, NULL));
-
-/* The same two fields under another name. */
-static const struct pb_message azureAttestationToken_message = {
-    "azureAttestationToken", AttestationResponse_fields, 2, sizeof(struct AttestationResponse), PB_PLAIN, NULL
-};
-
-struct ClientStreamMessage {
-    struct AgentLog *agent_log;
-    struct AgentEvent *agent_event;
-    struct RunResponse *run_res;
-    struct StopComputationResponse *stopComputationRes;
-    struct AgentStateRes *agentStateRes;
-    struct AttestationResponse *vTPMattestationReport, *azureAttestationToken;
-};
-PB_DEFINE(ClientStreamMessage, PB_PLAIN, "message",
-    PB_ROW(ClientStreamMessage, 1, MESSAGE, PB_ONEOF, agent_log,             &AgentLog_message),
-    PB_ROW(ClientStreamMessage, 2, MESSAGE, PB_ONEOF, agent_event,           &AgentEvent_message),
-    PB_ROW(ClientStreamMessage, 3, MESSAGE, PB_ONEOF, run_res,               &RunResponse_message),
-    PB_ROW(ClientStreamMessage, 4, MESSAGE, PB_ONEOF, stopComputationRes,    &StopComputationResponse_message),
-    PB_ROW(ClientStreamMessage, 5, MESSAGE, PB_ONEOF, agentStateRes,         &AgentStateRes_message),
-    PB_ROW(ClientStreamMessage, 6, MESSAGE, PB_ONEOF, vTPMattestationReport, &AttestationResponse_message),
-    PB_ROW(ClientStreamMessage, 7, MESSAGE, PB_ONEOF, azureAttestationToken, &azureAttestationToken_message));
-
-/* ---- cvms: to the agent ---- */
-struct StopComputation { struct bytes computation_id; };
-PB_DEFINE(StopComputation, PB_PLAIN, NULL, PB_ROW(StopComputation, 1, STRING, 0, computation_id, NULL));
-struct AgentStateReq { struct bytes id; };
-PB_DEFINE(AgentStateReq, PB_PLAIN, NULL, PB_ROW(AgentStateReq, 1, STRING, 0, id, NULL));
-struct DisconnectReq { struct bytes id; };
-PB_DEFINE(DisconnectReq, PB_PLAIN, NULL, PB_ROW(DisconnectReq, 1, STRING, 0, id, NULL));
-struct RunReqChunks { struct bytes data, id; bool is_last; };
-PB_DEFINE(RunReqChunks, PB_PLAIN, NULL,
-    PB_ROW(RunReqChunks, 1, BYTES,  0, data,    NULL),
-    PB_ROW(RunReqChunks, 2, STRING, 0, id,      NULL),
-    PB_ROW(RunReqChunks, 3, BOOL,   0, is_last, NULL));
-
-struct ResultConsumer { struct bytes userKey; };
-PB_DEFINE(ResultConsumer, PB_PLAIN, NULL, PB_ROW(ResultConsumer, 1, BYTES, 0, userKey, NULL));
-
-struct Source { struct bytes type, url, kbs_resource_path; bool encrypted; };
-PB_DEFINE(Source, PB_PLAIN, NULL,
-    PB_ROW(Source, 1, STRING, 0, type,              NULL),
-    PB_ROW(Source, 2, STRING, 0, url,               NULL),
-    PB_ROW(Source, 3, STRING, 0, kbs_resource_path, NULL),
-    PB_ROW(Source, 4, BOOL,   0, encrypted,         NULL));
-
-struct KBSConfig { struct bytes url; bool enabled; };
-PB_DEFINE(KBSConfig, PB_PLAIN, NULL,
-    PB_ROW(KBSConfig, 1, STRING, 0, url,     NULL),
-    PB_ROW(KBSConfig, 2, BOOL,   0, enabled, NULL));
-
-struct Dataset {
-    struct bytes hash, userKey, filename;
-    struct Source *source;
-    struct KBSConfig *kbs;
-    bool decompress;
-};
-PB_DEFINE(Dataset, PB_PLAIN, NULL,
-    PB_ROW(Dataset, 1, BYTES,   0, hash,       NULL),
-    PB_ROW(Dataset, 2, BYTES,   0, userKey,    NULL),
-    PB_ROW(Dataset, 3, STRING,  0, filename,   NULL),
-    PB_ROW(Dataset, 4, MESSAGE, 0, source,     &Source_message),
-    PB_ROW(Dataset, 5, BOOL,    0, decompress, NULL),
-    PB_ROW(Dataset, 6, MESSAGE, 0, kbs,        &KBSConfig_message));
-
-struct Algorithm {
-    struct bytes hash, userKey, algo_type;
-    struct Source *source;
-    struct pb_list algo_args;           /* struct bytes */
-    struct KBSConfig *kbs;
-};
-PB_DEFINE(Algorithm, PB_PLAIN, NULL,
-    PB_ROW(Algorithm, 1, BYTES,   0,           hash,      NULL),
-    PB_ROW(Algorithm, 2, BYTES,   0,           userKey,   NULL),
-    PB_ROW(Algorithm, 3, MESSAGE, 0,           source,    &Source_message),
-    PB_ROW(Algorithm, 4, STRING,  0,           algo_type, NULL),
-    PB_ROW(Algorithm, 5, STRING,  PB_REPEATED, algo_args, NULL),
-    PB_ROW(Algorithm, 6, MESSAGE, 0,           kbs,       &KBSConfig_message));
-
-struct AgentConfig {
-    struct bytes port, cert_file, key_file, client_ca_file, server_ca_file, log_level;
-    bool attested_tls;
-};
-PB_DEFINE(AgentConfig, PB_PLAIN, NULL,
-    PB_ROW(AgentConfig, 1, STRING, 0, port,           NULL),
-    PB_ROW(AgentConfig, 2, STRING, 0, cert_file,      NULL),
-    PB_ROW(AgentConfig, 3, STRING, 0, key_file,       NULL),
-    PB_ROW(AgentConfig, 4, STRING, 0, client_ca_file, NULL),
-    PB_ROW(AgentConfig, 5, STRING, 0, server_ca_file, NULL),
-    PB_ROW(AgentConfig, 6, STRING, 0, log_level,      NULL),
-    PB_ROW(AgentConfig, 7, BOOL,   0, attested_tls,   NULL));
-
-struct ComputationRunReq {
-    struct bytes id, name, description;
-    struct pb_list datasets;            /* struct Dataset */
-    struct Algorithm *algorithm;
-    struct pb_list result_consumers;    /* struct ResultConsumer */
-    struct AgentConfig *agent_config;
-    struct KBSConfig *kbs;
-};
-PB_DEFINE(ComputationRunReq, PB_PLAIN, NULL,
-    PB_ROW(ComputationRunReq, 1, STRING,  0,           id,               NULL),
-    PB_ROW(ComputationRunReq, 2, STRING,  0,           name,             NULL),
-    PB_ROW(ComputationRunReq, 3, STRING,  0,           description,      NULL),
-    PB_ROW(ComputationRunReq, 4, MESSAGE, PB_REPEATED, datasets,         &Dataset_message),
-    PB_ROW(ComputationRunReq, 5, MESSAGE, 0,           algorithm,        &Algorithm_message),
-    PB_ROW(ComputationRunReq, 6, MESSAGE, PB_REPEATED, result_consumers, &ResultConsumer_message),
-    PB_ROW(ComputationRunReq, 7, MESSAGE, 0,           agent_config,     &AgentConfig_message),
-    PB_ROW(ComputationRunReq, 8, MESSAGE, 0,           kbs,              &KBSConfig_message));
-
-struct ServerStreamMessage {
-    struct RunReqChunks *runReqChunks;
-    struct ComputationRunReq *runReq;
-    struct StopComputation *stopComputation;
-    struct AgentStateReq *agentStateReq;
-    struct DisconnectReq *disconnectReq;
-};
-PB_DEFINE(ServerStreamMessage, PB_PLAIN, "message",
-    PB_ROW(ServerStreamMessage, 1, MESSAGE, PB_ONEOF, runReqChunks,    &RunReqChunks_message),
-    PB_ROW(ServerStreamMessage, 2, MESSAGE, PB_ONEOF, runReq,          &ComputationRunReq_message),
-    PB_ROW(ServerStreamMessage, 3, MESSAGE, PB_ONEOF, stopComputation, &StopComputation_message),
-    PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
-    PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message));
-
-/* ---- A line of -record: one message as it came (received) or went (sent), and its very bytes ---- */
-struct Record {
-    struct Timestamp *time;
-    struct bytes peer, kind, job_id, raw;
-    int32_t stream;
-    struct ClientStreamMessage *received;
-    struct ServerStreamMessage *sent;
-};
-PB_DEFINE(Record, PB_PLAIN, NULL,
-    PB_ROW(Record, 1, MESSAGE, 0, time,     &Timestamp_message),
-    PB_ROW(Record, 2, STRING,  0, peer,     NULL),
-    PB_ROW(Record, 3, INT32,   0, stream,   NULL),
-    PB_ROW(Record, 4, STRING,  0, kind,     NULL),
-    PB_ROW(Record, 5, STRING,  0, job_id,   NULL),
-    PB_ROW(Record, 6, MESSAGE, 0, received, &ClientStreamMessage_message),
-    PB_ROW(Record, 7, MESSAGE, 0, sent,     &ServerStreamMessage_message),
-    PB_ROW(Record, 8, BYTES,   0, raw,      NULL));
-
-/* ---- grpc.health.v1 ---- */
-enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
-static const char *const ServingStatus_values[] = { "UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" };
-static const struct pb_enum ServingStatus_enum = {
-    "ServingStatus", ServingStatus_values, PB_COUNT(ServingStatus_values)
-};
-
-struct HealthCheckRequest { struct bytes service; };
-PB_DEFINE(HealthCheckRequest, PB_PLAIN, NULL, PB_ROW(HealthCheckRequest, 1, STRING, 0, service, NULL));
-
-struct HealthCheckResponse { int32_t status; };
-PB_DEFINE(HealthCheckResponse, PB_PLAIN, NULL, PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum));
-
-struct HealthListRequest { char empty; };
-static const struct pb_message HealthListRequest_message = {
-    "HealthListRequest", NULL, 0, sizeof(struct HealthListRequest), PB_PLAIN, NULL
-};
-
-struct StatusesEntry { struct bytes key; struct HealthCheckResponse *value; };
-PB_DEFINE(StatusesEntry, PB_MAP_ENTRY, NULL,
-    PB_ROW(StatusesEntry, 1, STRING,  0, key,   NULL),
-    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message));
-
-struct HealthListResponse { struct pb_list statuses; };         /* struct StatusesEntry */
-PB_DEFINE(HealthListResponse, PB_PLAIN, NULL,
-    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message));
-
-/* ---- grpc.reflection, v1 and v1alpha: two packages, the same messages ---- */
-struct ExtensionRequest { struct bytes containing_type; int32_t extension_number; };
-PB_DEFINE(ExtensionRequest, PB_PLAIN, NULL,
-    PB_ROW(ExtensionRequest, 1, STRING, 0, containing_type,  NULL),
-    PB_ROW(ExtensionRequest, 2, INT32,  0, extension_number, NULL));
-
-struct ServerReflectionRequest {
-    struct bytes host, file_by_filename, file_containing_symbol;
-    struct ExtensionRequest *file_containing_extension;
-    struct bytes all_extension_numbers_of_type, list_services;
-};
-PB_DEFINE(ServerReflectionRequest, PB_PLAIN, "message_request",
-    PB_ROW(ServerReflectionRequest, 1, STRING,  0,        host,                          NULL),
-    PB_ROW(ServerReflectionRequest, 3, STRING,  PB_ONEOF, file_by_filename,              NULL),
-    PB_ROW(ServerReflectionRequest, 4, STRING,  PB_ONEOF, file_containing_symbol,        NULL),
-    PB_ROW(ServerReflectionRequest, 5, MESSAGE, PB_ONEOF, file_containing_extension,     &ExtensionRequest_message),
-    PB_ROW(ServerReflectionRequest, 6, STRING,  PB_ONEOF, all_extension_numbers_of_type, NULL),
-    PB_ROW(ServerReflectionRequest, 7, STRING,  PB_ONEOF, list_services,                 NULL));
-
-struct FileDescriptorResponse { struct pb_list file_descriptor_proto; };       /* struct bytes */
-PB_DEFINE(FileDescriptorResponse, PB_PLAIN, NULL,
-    PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL));
-
-struct ExtensionNumberResponse { struct bytes base_type_name; struct pb_list extension_number; };      /* int32_t */
-PB_DEFINE(ExtensionNumberResponse, PB_PLAIN, NULL,
-    PB_ROW(ExtensionNumberResponse, 1, STRING, 0,           base_type_name,   NULL),
-    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL));
-
-struct ServiceResponse { struct bytes name; };
-PB_DEFINE(ServiceResponse, PB_PLAIN, NULL, PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL));
-
-struct ListServiceResponse { struct pb_list service; };         /* struct ServiceResponse */
-PB_DEFINE(ListServiceResponse, PB_PLAIN, NULL,
-    PB_ROW(ListServiceResponse, 1, MESSAGE, PB_REPEATED, service, &ServiceResponse_message));
-
-struct ErrorResponse { int32_t error_code; struct bytes error_message; };
-PB_DEFINE(ErrorResponse, PB_PLAIN, NULL,
-    PB_ROW(ErrorResponse, 1, INT32,  0, error_code,    NULL),
-    PB_ROW(ErrorResponse, 2, STRING, 0, error_message, NULL));
-
-struct ServerReflectionResponse {
-    struct bytes valid_host;
-    struct ServerReflectionRequest *original_request;
-    struct FileDescriptorResponse *file_descriptor_response;
-    struct ExtensionNumberResponse *all_extension_numbers_response;
-    struct ListServiceResponse *list_services_response;
-    struct ErrorResponse *error_response;
-};
-#define REFLECTION_ROW(number, kind, flags, member, sub) \
-    PB_ROW(ServerReflectionResponse, number, kind, flags, member, sub)
-PB_DEFINE(ServerReflectionResponse, PB_PLAIN, "message_response",
-    REFLECTION_ROW(1, STRING,  0,        valid_host,                     NULL),
-    REFLECTION_ROW(2, MESSAGE, 0,        original_request,               &ServerReflectionRequest_message),
-    REFLECTION_ROW(4, MESSAGE, PB_ONEOF, file_descriptor_response,       &FileDescriptorResponse_message),
-    REFLECTION_ROW(5, MESSAGE, PB_ONEOF, all_extension_numbers_response, &ExtensionNumberResponse_message),
-    REFLECTION_ROW(6, MESSAGE, PB_ONEOF, list_services_response,         &ListServiceResponse_message),
-    REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message));
-
-/* ---- Files and services, as reflection lists them ---- */
-static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
-static const struct pb_file timestamp_file = {
-    .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
-    .messages = timestamp_messages, .n_messages = PB_COUNT(timestamp_messages),
-};
-
-static const struct pb_file *const cvms_deps[] = { &timestamp_file };
-static const struct pb_message *const cvms_messages[] = {
-    &AgentStateReq_message, &AgentStateRes_message, &DisconnectReq_message, &StopComputation_message,
-    &StopComputationResponse_message, &RunResponse_message, &AttestationResponse_message,
-    &azureAttestationToken_message, &AgentEvent_message, &AgentLog_message, &ClientStreamMessage_message,
-    &ServerStreamMessage_message, &RunReqChunks_message, &ComputationRunReq_message, &ResultConsumer_message,
-    &Dataset_message, &Algorithm_message, &Source_message, &KBSConfig_message, &AgentConfig_message,
-};
-static const struct pb_method cvms_methods[] = {
-    { "Process", &ClientStreamMessage_message, &ServerStreamMessage_message, true, true },
-};
-static const struct pb_service cvms_services[] = { { "Service", cvms_methods, PB_COUNT(cvms_methods) } };
-static const struct pb_file cvms_file = {
-    .name = "agent/cvms/cvms.proto", .package = "cvms", .deps = cvms_deps, .n_deps = PB_COUNT(cvms_deps),
-    .messages = cvms_messages, .n_messages = PB_COUNT(cvms_messages),
-    .services = cvms_services, .n_services = PB_COUNT(cvms_services),
-};
-
-static const struct pb_message *const health_messages[] = {
-    &HealthCheckRequest_message, &HealthCheckResponse_message, &HealthListRequest_message, &HealthListResponse_message,
-};
-static const struct pb_method health_methods[] = {
-    { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
-    { "List",  &HealthListRequest_message,  &HealthListResponse_message,  false, false },
-    { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true },
-};
-static const struct pb_service health_services[] = { { "Health", health_methods, PB_COUNT(health_methods) } };
-static const struct pb_file health_file = {
-    .name = "grpc/health/v1/health.proto", .package = "grpc.health.v1",
-    .messages = health_messages, .n_messages = PB_COUNT(health_messages),
-    .services = health_services, .n_services = PB_COUNT(health_services),
-};
-
-static const struct pb_message *const reflection_messages[] = {
-    &ServerReflectionRequest_message, &ExtensionRequest_message, &ServerReflectionResponse_message,
-    &FileDescriptorResponse_message, &ExtensionNumberResponse_message, &ListServiceResponse_message,
-    &ServiceResponse_message, &ErrorResponse_message,
-};
-static const struct pb_method reflection_methods[] = {
-    { "ServerReflectionInfo", &ServerReflectionRequest_message, &ServerReflectionResponse_message, true, true },
-};
-static const struct pb_service reflection_services[] = {
-    { "ServerReflection", reflection_methods, PB_COUNT(reflection_methods) },
-};
-#define REFLECTION_FILE(version) { \
-    .name = "grpc/reflection/" version "/reflection.proto", .package = "grpc.reflection." version, \
-    .messages = reflection_messages, .n_messages = PB_COUNT(reflection_messages), \
-    .services = reflection_services, .n_services = PB_COUNT(reflection_services), \
-}
-static const struct pb_file reflection_v1_file = REFLECTION_FILE("v1");
-static const struct pb_file reflection_v1alpha_file = REFLECTION_FILE("v1alpha");
-
-static const struct pb_file *const all_files[] = {
-    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file,
-};
-
-/* ==== 10. Options: one table for every command (Go's flag syntax) ==================================================
- * Owns: names, defaults, help, parsing of values; the mistakes that are told together.
- * Never: opens a file.
- */
-enum command { CMD_SERVE = 1, CMD_AGENT = 2, CMD_MANIFEST = 4, CMD_CHECKSUM = 8, CMD_HEALTH = 16 };
-
-/* Values of a flag as given: one string a use of it. */
-struct values {
-    const char **v;
-    size_t n;
-};
-
-struct options {
-    enum command command;
-    const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
-        *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
-        *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
-        *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
-        *algo_public_key_path, *until, *report, *record, *replay, *server_cert,
-        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name;
-    struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
-        dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
-        result_consumer_keys, manifest_for, expect, reject, fault;
-    int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
-    bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
-    bool given[100];                  /* the rows of option_table whose flags were there */
-    const char **args;
-    size_t arg_count;
-    struct pb_arena arena;            /* everything that is made of the words, until the end */
-};
-
-/* A text or list goes to agents and must be UTF-8; a path is only this machine's. */
-enum option_kind { OPT_TEXT, OPT_LIST, OPT_PATH, OPT_PATHS, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
-
-struct option {
-    const char *name, *arg, *preset;
-    enum option_kind kind;
-    unsigned commands;
-    size_t offset;
-    const char *help;
-};
-
-#define AT(member) offsetof(struct options, member)
-enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
-
-static const struct option option_table[] = {
-    { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
-      "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
-    { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
-      "whether the agent is to serve attested TLS: true or false; required" },
-    { "algo-path", "PATH", NULL, OPT_PATH, BOTH, AT(algo_path),
-      "algorithm that is uploaded directly: a file or folder to hash" },
-    { "data-paths", "PATH,...", NULL, OPT_PATHS, BOTH, AT(data_paths),
-      "datasets that are uploaded directly: files or folders to hash" },
-    { "algo-type", "TYPE", NULL, OPT_TEXT, BOTH, AT(algo_type), "bin, python, wasm or docker" },
-    { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args),
-      "arguments of the algorithm; an empty element is an empty argument" },
-    { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url),
-      "where the agent fetches the algorithm; needs -algo-kbs-path" },
-    { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path),
-      "the algorithm's key at the key broker; needs -algo-source-url" },
-    { "algo-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(algo_hash),
-      "SHA3-256 of the remote algorithm, 64 hex digits (default: 32 zero bytes)" },
-    { "algo-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(algo_source_type),
-      "Source.type of the remote algorithm" },
-    { "dataset-source-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_source_urls),
-      "where the agent fetches the datasets; needs -dataset-kbs-paths" },
-    { "dataset-kbs-paths", "PATH,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_paths),
-      "the datasets' keys at the key broker, as many as URLs" },
-    { "dataset-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(dataset_hash),
-      "SHA3-256 of all remote datasets, 64 hex digits (default: 32 zero bytes)" },
-    { "dataset-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(dataset_source_type),
-      "Source.type of the remote datasets" },
-    { "dataset-decompress", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_decompress),
-      "per remote dataset, whether the agent unpacks it (default false)" },
-    { "kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(kbs_url), "key broker of the whole computation" },
-    { "algo-kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_kbs_url),
-      "key broker of the algorithm (newer agents; default -kbs-url)" },
-    { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls),
-      "key brokers of the datasets, as many as URLs (default -kbs-url)" },
-    { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file),
-      "AgentConfig.client_ca_file: a path on the agent's machine" },
-    { "algo-encrypted", "BOOL", NULL, OPT_TEXT, BOTH, AT(algo_encrypted),
-      "false: the remote algorithm is plain and needs no -algo-kbs-path" },
-    { "algo-public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(algo_public_key_path),
-      "the algorithm's own public key (default -public-key-path)" },
-    { "dataset-hashes", "HEX,...", NULL, OPT_LIST, BOTH, AT(dataset_hashes), "a hash for each dataset" },
-    { "dataset-filenames", "NAME,...", NULL, OPT_LIST, BOTH, AT(dataset_filenames),
-      "Dataset.filename of each dataset" },
-    { "dataset-source-types", "TYPE,...", NULL, OPT_LIST, BOTH, AT(dataset_source_types),
-      "Source.type of each remote dataset" },
-    { "dataset-encrypted", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_encrypted),
-      "false: that remote dataset is plain and needs no key" },
-    { "dataset-public-key-paths", "FILE,...", NULL, OPT_PATHS, BOTH, AT(dataset_public_key_paths),
-      "a public key for each dataset" },
-    { "result-consumer-keys", "FILE,...", NULL, OPT_PATHS, BOTH, AT(result_consumer_keys),
-      "who may fetch results (default -public-key-path)" },
-    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (default \"1\")" },
-    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name),
-      "ComputationRunReq.name (default \"sample computation\")" },
-    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description),
-      "ComputationRunReq.description (default \"sample descrption\", as the Go server spells it)" },
-    { "agent-port", "PORT", NULL, OPT_TEXT, BOTH, AT(agent_port),
-      "AgentConfig.port, where users reach the agent (default \"7002\")" },
-    { "agent-log-level", "LEVEL", NULL, OPT_TEXT, BOTH, AT(agent_log_level), "AgentConfig.log_level" },
-    { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
-    { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
-    { "agent-server-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_server_ca_file), "AgentConfig.server_ca_file" },
-    { "manifest", "FILE", NULL, OPT_PATH, BOTH, AT(manifest),
-      "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
-    { "manifest-for", "JOBID=FILE", NULL, OPT_PATHS, CMD_SERVE, AT(manifest_for),
-      "another manifest for the agents with this job-id; may be repeated" },
-    { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat),
-      "manifest dialect: all (every agent), or exactly that of seed or head" },
-    { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output),
-      "how messages are shown on stdout: text, or json (one object a line)" },
-    { "ready-file", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
-    { "server-cert", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_cert),
-      "certificate chain, a path or PEM text: serve with TLS (default $SERVER_CERT)" },
-    { "server-key", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_key), "its private key (default $SERVER_KEY)" },
-    { "client-ca-certs", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(client_ca_certs),
-      "authorities: clients must have a certificate of theirs (default $CLIENT_CA_CERTS)" },
-    { "client-san", "NAME", NULL, OPT_TEXT, CMD_SERVE, AT(client_san),
-      "and it must carry this subject alternative name" },
-    { "allow-no-alpn", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(allow_no_alpn),
-      "serve TLS clients that offer no ALPN, too" },
-    { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until),
-      "end with a verdict once an agent is connected, accepted, running, ready or complete" },
-    { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms),
-      "verdict 4 if that has not happened in time (0: wait for ever)" },
-    { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms),
-      "verdict 5 if a lost agent has not come back in this time" },
-    { "poll", "DURATION", "5s", OPT_DURATION, CMD_SERVE, AT(poll_ms),
-      "with a verdict wanted: ask agents for their state so often (0: never)" },
-    { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect),
-      "events that must come, in this order; others may stand between" },
-    { "reject", "PATTERN", NULL, OPT_LIST, CMD_SERVE, AT(reject),
-      "a log line or event that this extended regular expression finds is a failure; may be repeated" },
-    { "agents", "N", "1", OPT_COUNT, CMD_SERVE, AT(agents),
-      "so many agents must get there, told apart by job-id or address" },
-    { "report", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(report),
-      "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
-    { "record", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(record),
-      "keep every message, both ways, as JSON lines for cvms agent -replay" },
-    { "control", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(control),
-      "lines on stdin are commands, as on a terminal; help lists them" },
-    { "skip-forwarder", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(skip_forwarder),
-      "send no manifest to a stream that says it is a log-forwarder" },
-    { "fault", "NAME[=VALUE]", NULL, OPT_LIST, CMD_SERVE, AT(fault),
-      "do something wrong on purpose (see below); may be repeated" },
-    { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message),
-      "longest message that an agent may send" },
-    { "max-connections", "N", NULL, OPT_COUNT, CMD_SERVE, AT(max_connections),
-      "connections at a time (default: as many as the limit of descriptors leaves room for)" },
-    { "o", "FILE", NULL, OPT_PATH, CMD_MANIFEST, AT(out_file),
-      "write the manifest's bytes to FILE instead of printing JSON" },
-    { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
-    { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
-    { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
-    { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
-    { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail),
-      "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
-    { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id),
-      "send this as the metadata job-id, as the newest agents do" },
-    { "replay", "FILE", NULL, OPT_PATH, CMD_AGENT, AT(replay),
-      "play the agents' side of a server's -record FILE, at its own pace" },
-    { "fast", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(fast), "with -replay: without the pauses" },
-    { "ca", "PEM", NULL, OPT_PATH, CLIENTS, AT(ca),
-      "use TLS, and believe these authorities (default $AGENT_CVM_GRPC_SERVER_CA_CERTS)" },
-    { "cert", "PEM", NULL, OPT_PATH, CLIENTS, AT(cert), "client certificate (default $AGENT_CVM_GRPC_CLIENT_CERT)" },
-    { "key", "PEM", NULL, OPT_PATH, CLIENTS, AT(key), "its private key (default $AGENT_CVM_GRPC_CLIENT_KEY)" },
-    { "server-name", "NAME", NULL, OPT_TEXT, CLIENTS, AT(server_name),
-      "name to look for in the server's certificate (default: ADDR's host)" },
-    { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
-    { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for (default: the server as a whole)" },
-    { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
-    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
-    { "h", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
-    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version" },
-    { "dataset-type", "TYPE", NULL, OPT_IGNORED, BOTH, 0, "deprecated: without effect" },
-    { "ca-url", "URL", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; the agent's CA is -client-ca-file" },
-    { "cvm-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
-    { "cmv-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
-};
-enum { OPTIONS = sizeof option_table / sizeof *option_table };
-_Static_assert(OPTIONS <= sizeof ((struct options *)0)->given, "an octet for each row");
-
-static const struct {
-    const char *name;
-    enum command command;
-    const char *synopsis, *what;
-} command_table[] = {
-    { "serve", CMD_SERVE, "cvms [serve] FLAGS", "serve the manifest to agents" },
-    { "agent", CMD_AGENT, "cvms agent [FLAGS] [ADDR]", "play an agent and its log-forwarder against a server" },
-    { "manifest", CMD_MANIFEST, "cvms manifest FLAGS", "print the manifest that these flags give" },
-    { "checksum", CMD_CHECKSUM, "cvms checksum [-b] PATH...", "SHA3-256 of files and folders" },
-    { "health", CMD_HEALTH, "cvms health [FLAGS] [ADDR]", "exit 0 only if the server is SERVING" },
-};
-enum { COMMANDS = sizeof command_table / sizeof *command_table };
-
-static const char *const environment_table[][2] = {
-    { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
-    { "PORT", "port to listen on (default 7001; 0: any free one)" },
-    { "SERVER_CERT, SERVER_KEY", "TLS: certificate chain and key, each a path or PEM text" },
-    { "SERVER_CA_CERTS, CLIENT_CA_CERTS",
-      "either: clients need a certificate, verified against the latter (or the only one)" },
-    { "AGENT_CVM_GRPC_URL, ..._SERVER_CA_CERTS, ..._CLIENT_CERT, ..._CLIENT_KEY",
-      "agent and health: an agent's own settings" },
-    { "NO_COLOR", "if set, no colour, also on a terminal" },
-};
-
-/* What -fault can do, to see how an agent takes it. */
-enum fault {
-    FAULT_DELAY, FAULT_MISSING_CHUNK, FAULT_NO_LAST, FAULT_FLIP, FAULT_SHORT_HASH, FAULT_WRONG_HASH, FAULT_RST,
-    FAULT_GOAWAY, FAULT_FREEZE, FAULT_REFUSE, FAULT_PLAIN, FAULT_TWICE, FAULTS
-};
-static const struct {
-    const char *name, *arg, *help;
-} fault_table[FAULTS] = {
-    [FAULT_DELAY] = { "delay", "DURATION", "wait so long before the manifest is sent" },
-    [FAULT_MISSING_CHUNK] = { "missing-chunk", "N", "leave out chunk N, counted from 0" },
-    [FAULT_NO_LAST] = { "no-last", NULL, "never send the last chunk" },
-    [FAULT_FLIP] = { "flip", "OFFSET", "flip a bit in this byte of the manifest" },
-    [FAULT_SHORT_HASH] = { "short-hash", NULL, "the algorithm's hash has 31 bytes" },
-    [FAULT_WRONG_HASH] = { "wrong-hash", NULL, "the algorithm's hash is that of something else" },
-    [FAULT_RST] = { "rst", NULL, "RST_STREAM once the manifest is out" },
-    [FAULT_GOAWAY] = { "goaway", NULL, "GOAWAY, and the streams' end, once the manifest is out" },
-    [FAULT_FREEZE] = { "freeze", "N", "send N chunks, then nothing more" },
-    [FAULT_REFUSE] = { "refuse", "N", "close the first N connections at once" },
-    [FAULT_PLAIN] = { "plain", NULL, "one plain runReq instead of chunks" },
-    [FAULT_TWICE] = { "twice", NULL, "the whole manifest twice" },
-};
-
-/* The faults that were asked for; -1: not this one. */
-struct faults {
-    int64_t value[FAULTS];
-};
-
-/* Mistakes of a user, told together before anything starts. */
-struct report {
-    bool usage, start, warned;
-};
-
-/* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
-enum severity { USAGE, START, WARNING };
-
-static void tell_no_memory(void)
-{
-    static const char line[] = "cvms: out of memory\n";
-    fd_write(STDERR_FILENO, line, sizeof line - 1);
-}
-
-PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_list ap)
-{
-    struct buf text = { 0 }, line = { 0 };
-    buf_vprintf(&text, fmt, ap);
-    buf_puts(&line, head);
-    put_text(&line, (struct bytes){ text.p, text.len }, NULL);
-    buf_putc(&line, '\n');
-    if (text.failed || line.failed)
-        tell_no_memory();
-    else
-        fd_write(STDERR_FILENO, line.p, line.len);
-    buf_free(&text);
-    buf_free(&line);
-}
-
-PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    tell_line(kind == WARNING ? "cvms: warning: " : "cvms: ", fmt, ap);
-    va_end(ap);
-    r->usage |= kind == USAGE;
-    r->start |= kind == START;
-    r->warned |= kind == WARNING;
-}
-
-/* Several mistakes, a line for each. */
-static void tell_lines(struct report *r, enum severity kind, const char *text)
-{
-    for (size_t n; *text; text += n + (text[n] != 0)) {
-        n = strcspn(text, "\n");
-        tell(r, kind, "%.*s", (int)n, text);
-    }
-}
-
-/* A line that is no mistake, before the loop runs. */
-PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    tell_line("cvms: ", fmt, ap);
-    va_end(ap);
-}
-
-/* Go's strconv.ParseBool.  1, 0, or -1. */
-static int parse_bool(const char *s)
-{
-    static const char *const yes[] = { "1", "t", "T", "TRUE", "true", "True" };
-    static const char *const no[] = { "0", "f", "F", "FALSE", "false", "False" };
-    for (int i = 0; i < 6; i++) {
-        if (strcmp(s, yes[i]) == 0)
-            return 1;
-        if (strcmp(s, no[i]) == 0)
-            return 0;
-    }
-    return -1;
-}
-
-/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds; -1 if it is none, or over ten years. */
-static int64_t parse_duration(const char *s)
-{
-    static const struct {
-        const char *unit;
-        double ms;
-    } units[] = { { "ns", 1e-6 }, { "us", 1e-3 }, { "ms", 1 }, { "s", 1e3 }, { "m", 6e4 }, { "h", 3.6e6 } };
-    double total = 0;
-    if (strcmp(s, "0") == 0)
-        return 0;
-    if (!*s)
-        return -1;
-    while (*s) {
-        double v = 0, place = 1;
-        size_t digits = strspn(s, "0123456789"), i = 0;
-        for (; i < digits; i++)
-            v = v * 10 + (*s++ - '0');
-        if (*s == '.')
-            for (s++; *s >= '0' && *s <= '9'; digits++)
-                v += (*s++ - '0') * (place /= 10);
-        size_t unit = strcspn(s, "0123456789.");
-        for (i = 0; i < 6 && (strlen(units[i].unit) != unit || strncmp(s, units[i].unit, unit) != 0);)
-            i++;
-        if (!digits || i == 6)
-            return -1;
-        total += v * units[i].ms;
-        s += unit;
-    }
-    return total > 10 * 365.25 * 86400e3 ? -1 : (int64_t)total;
-}
-
-/* Letters to change, add or drop to make one word of the other (Levenshtein), for words under 40 letters. */
-static unsigned edit_distance(const char *a, const char *b)
-{
-    unsigned row[40];
-    size_t n = strlen(b), m = strlen(a);
-    if (n >= 40 || m >= 40)
-        return 40;
-    for (unsigned j = 0; j <= n; j++)
-        row[j] = j;
-    for (unsigned i = 1; i <= m; i++) {
-        unsigned diagonal = row[0];
-        row[0] = i;
-        for (unsigned j = 1; j <= n; j++) {
-            unsigned change = diagonal + (a[i - 1] != b[j - 1]);
-            unsigned shift = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
-            diagonal = row[j];
-            row[j] = change < shift ? change : shift;
-        }
-    }
-    return row[n];
-}
-
-static const struct option *option_find(const char *name, size_t n, unsigned command)
-{
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (option_table[i].commands & command && strlen(option_table[i].name) == n &&
-            memcmp(option_table[i].name, name, n) == 0)
-            return &option_table[i];
-    return NULL;
-}
-
-static bool option_given(const struct options *o, const char *name)
-{
-    const struct option *opt = option_find(name, strlen(name), o->command);
-    return opt && o->given[opt - option_table];
-}
-
-/* An unknown flag: the nearest one of this command, or the commands that know it. */
-static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
-{
-    char word[40];
-    const struct option *near = NULL, *other = option_find(name, n, ~0u);
-    unsigned best = 4;
-    text_printf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        unsigned d = edit_distance(word, option_table[i].name);
-        if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
-            best = d, near = &option_table[i];
-    }
-    for (size_t i = 0; i < OPTIONS && !near && n >= 4; i++)
-        if (option_table[i].commands & command && strncmp(option_table[i].name, name, n) == 0)
-            near = &option_table[i];
-    if (near)
-        tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
-    else if (other)
-        tell(r, USAGE, "-%s is not a flag of this command; see cvms -help", word);
-    else
-        tell(r, USAGE, "unknown flag -%s; see cvms -help", word);
-}
-
-/* p, or the end of the program if there is no memory.  Only before the port opens. */
-static void *need(void *p)
-{
-    if (!p) {
-        tell_no_memory();
-        exit(1);
-    }
-    return p;
-}
-
-/* Zeroed memory that lasts as long as the options. */
-static void *keep(struct options *o, size_t n)
-{
-    return need(pb_arena_alloc(&o->arena, n));
-}
-
-static void values_add(struct options *o, struct values *list, const char *value)
-{
-    if ((list->n & (list->n - 1)) == 0) {   /* full at each power of two */
-        const char **v = keep(o, (list->n ? 2 * list->n : 1) * sizeof *v);
-        if (list->n)
-            memcpy(v, list->v, list->n * sizeof *v);
-        list->v = v;
-    }
-    list->v[list->n++] = value;
-}
-
-/* Stores one flag's value; NULL for a flag without one. */
-static void option_set(struct report *r, struct options *o, const struct option *opt, const char *value)
-{
-    void *at = (char *)o + opt->offset;
-    int64_t n;
-    switch (opt->kind) {
-    case OPT_TEXT:
-    case OPT_LIST:
-        if (!pb_utf8_valid(bytes_of(value)))
-            tell(r, USAGE, "-%s: \"%s\" is not UTF-8, which all text in a manifest has to be", opt->name, value);
-        /* fall through */
-    case OPT_PATH:
-    case OPT_PATHS:
-        if (opt->kind == OPT_LIST || opt->kind == OPT_PATHS)
-            values_add(o, at, value);
-        else
-            *(const char **)at = value;
-        break;
-    case OPT_FLAG:
-        n = value ? parse_bool(value) : 1;
-        if (n < 0)
-            tell(r, USAGE, "-%s: \"%s\" is not a boolean; use true or false", opt->name, value);
-        *(bool *)at = n > 0;
-        break;
-    case OPT_COUNT:
-        n = parse_decimal(bytes_of(value));
-        if (n <= 0 || n > UINT32_MAX)
-            tell(r, USAGE, "-%s: \"%s\" is not a number from 1 to %lu", opt->name, value, (unsigned long)UINT32_MAX);
-        *(int64_t *)at = n;
-        break;
-    case OPT_DURATION:
-        n = parse_duration(value);
-        if (n < 0)
-            tell(r, USAGE, "-%s: \"%s\" is not a duration; write it like 90s or 2m30s", opt->name, value);
-        *(int64_t *)at = n;
-        break;
-    case OPT_IGNORED:
-        tell(r, WARNING, "-%s is %s", opt->name, opt->help);
-    }
-}
-
-/* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
- * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The client commands take their
- * address in front of the flags as well. */
-static void options_parse(struct report *r, struct options *o, char **words, size_t n)
-{
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
-            option_set(r, o, &option_table[i], option_table[i].preset);
-    size_t i = 0;
-    bool address = n && o->command & (CMD_AGENT | CMD_HEALTH) && words[0][0] != '-';
-    for (i = address; i < n && words[i][0] == '-' && words[i][1]; i++) {
-        const char *name = words[i] + 1 + (words[i][1] == '-');
-        if (!*name) {
-            i++;
-            break;
-        }
-        size_t len = strcspn(name, "=");
-        const struct option *opt = option_find(name, len, o->command);
-        o->flagged = true;
-        const char *value = name[len] ? name + len + 1 : NULL;
-        if (opt)
-            o->given[opt - option_table] = true;
-        if (!opt) {
-            option_unknown(r, name, len, o->command);
-            if (!value && i + 1 < n && words[i + 1][0] != '-')
-                i++;
-        } else if (opt->kind == OPT_FLAG || value) {
-            option_set(r, o, opt, value);
-        } else if (i + 1 < n) {
-            option_set(r, o, opt, words[++i]);
-        } else {
-            tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
-        }
-    }
-    if (address)
-        words[--i] = words[0];
-    o->args = (const char **)(words + i);
-    o->arg_count = n - i;
-}
-
-/* -fault NAME[=VALUE], each of them. */
-static void faults_parse(struct report *r, const struct options *o, struct faults *f)
-{
-    for (size_t i = 0; i < FAULTS; i++)
-        f->value[i] = -1;
-    for (size_t k = 0; k < o->fault.n; k++) {
-        const char *given = o->fault.v[k];
-        size_t n = strcspn(given, "="), i = 0;
-        while (i < FAULTS && (strlen(fault_table[i].name) != n || strncmp(fault_table[i].name, given, n) != 0))
-            i++;
-        if (i == FAULTS) {
-            tell(r, USAGE, "-fault: \"%s\" is not known; cvms -help lists the faults", given);
-            continue;
-        }
-        const char *value = given[n] ? given + n + 1 : NULL;
-        f->value[i] = !value ? 0 : i == FAULT_DELAY ? parse_duration(value) : parse_decimal(bytes_of(value));
-        if (!fault_table[i].arg != !value || f->value[i] < 0)
-            tell(r, USAGE, "-fault: write %s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : " alone",
-                 fault_table[i].arg ? fault_table[i].arg : "");
-    }
-}
-
-/* A line of -help: name and argument, then what it is. */
-PRINTF_LIKE(5, 6) static void help_line(struct buf *out, const char *name, const char *between, const char *arg,
-                                        const char *fmt, ...)
-{
-    char head[48];
-    va_list ap;
-    text_printf(head, sizeof head, "%s%s%s", name, arg ? between : "", arg ? arg : "");
-    buf_printf(out, "  %-35s ", head);
-    va_start(ap, fmt);
-    buf_vprintf(out, fmt, ap);
-    va_end(ap);
-    buf_putc(out, '\n');
-}
-
-/* The flags that a command has, but for those that another has as well. */
-static void help_flags(struct buf *out, unsigned command, unsigned without)
-{
-    for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
-        char name[32];
-        bool preset = o->preset && *o->preset;
-        if (!(o->commands & command) || o->commands & without)
-            continue;
-        text_printf(name, sizeof name, "-%s", o->name);
-        help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "", preset ? o->preset : "",
-                  preset ? ")" : "");
-    }
-}
-
-/* -help: of one command its own flags, of the server everything. */
-static void options_help(struct buf *out, enum command command)
-{
-    static const char address[] = "\nADDR is HOST:PORT (default $AGENT_CVM_GRPC_URL, else localhost:7001).\n";
-    size_t c = 0;
-    if (command != CMD_SERVE) {
-        while (command_table[c].command != command)
-            c++;
-        buf_printf(out, "%s: %s\n\nFlags:\n", command_table[c].synopsis, command_table[c].what);
-        help_flags(out, command, 0);
-        buf_puts(out, command & CLIENTS ? address : "");
-        return;
-    }
-    buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:\n");
-    for (c = 0; c < COMMANDS; c++)
-        help_line(out, command_table[c].synopsis, "", NULL, "%s", command_table[c].what);
-    for (c = 0; c < COMMANDS; c++) {
-        bool serve = command_table[c].command == CMD_SERVE;
-        buf_printf(out, "\nFlags of cvms%s%s:%s\n", serve ? "" : " ", serve ? "" : command_table[c].name,
-                   command_table[c].command == CMD_MANIFEST ? " those of the manifest above, and" : "");
-        help_flags(out, command_table[c].command, serve ? 0 : CMD_SERVE);
-    }
-    buf_puts(out, "\nFaults, for -fault:\n");
-    for (size_t i = 0; i < FAULTS; i++)
-        help_line(out, fault_table[i].name, "=", fault_table[i].arg, "%s", fault_table[i].help);
-    buf_puts(out, "\nEnvironment:\n");
-    for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
-        help_line(out, environment_table[i][0], "", NULL, "%s", environment_table[i][1]);
-    buf_puts(out, address);
-    buf_puts(out, "Exit status: 0 good, 1 cannot start or failed, 2 usage; of a smoke test: 3 the agent failed, "
-                  "4 timed out, 5 the agent was lost.\n");
-}
-
-/* ==== 11. Checksums: files and folders =============================================================================
- * Owns: the SHA3-256 of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
- * descriptors, Zip64 where needed), streamed through the hash; and the identity that tells whether it still holds.
- * Never: writes a file, maps one (a file may shrink under us), follows a link to a folder, waits on a pipe or device.
- */
-
-enum {
-    CHECKSUM_READ = 512 * SHA3_256_RATE, /* one read, in bytes: whole blocks and whole pages (17 of 4 KiB) */
-    CHECKSUM_LANES = 8,                  /* the most that sha3_256_lanes answers */
-    ZIP_NAME_MAX = 0xffff,               /* APPNOTE 4.4.10: a 16-bit length */
-    ZIP_VERSION = 20,
-    ZIP_VERSION_ZIP64 = 45,
-};
-
-#define ZIP_32_MAX UINT32_C(0xffffffff) /* stands in a 32-bit field whose value is in the Zip64 record */
-
-/* What stat tells of one file.  No padding: it is hashed and compared as bytes. */
-struct file_stat {
-    uint64_t dev, ino, size, mtime_ns, ctime_ns;
-};
-
-/* What identifies an unchanged input.  tree: for a folder, the digest of the names and stats of all its entries
- * (then size and times of st are 0, as they say nothing more); for a file, zeros. */
-struct file_id {
-    struct file_stat st;
-    uint8_t tree[32];
-};
-
-/* One path to hash, and the answer: hash and id if ok, else e. */
-struct checksum {
-    const char *path;
-    bool ok;
-    uint8_t hash[32];
-    struct file_id id;
-    struct err e;
-};
-
-/* "PATH: reason", with the end of a long path and without control characters; returns false. */
-static bool file_err(struct err *e, const char *path, const char *why)
-{
-    enum { KEEP = 400 };
-    size_t n = strlen(path);
-    err_set(e, "%s%s: %s", n > KEEP ? "..." : "", n > KEEP ? path + n - KEEP : path, why);
-    for (char *c = e->text; *c; c++)
-        if ((unsigned char)*c < 0x20 || *c == 0x7f)
-            *c = '?';
-    return false;
-}
-
-/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
-static uint64_t file_ns(struct timespec t)
-{
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-static struct file_stat file_stat_of(const struct stat *st)
-{
-    return (struct file_stat){ (uint64_t)st->st_dev, (uint64_t)st->st_ino, (uint64_t)st->st_size,
-                               file_ns(st->st_mtim), file_ns(st->st_ctim) };
-}
-
-static struct file_id file_id_of(const struct stat *st)
-{
-    struct file_id id = { .st = file_stat_of(st) };
-    if (S_ISDIR(st->st_mode))
-        id.st.size = id.st.mtime_ns = id.st.ctime_ns = 0;
-    return id;
-}
-
-/* Opens a regular file or, if `folder`, a folder too, without waiting for a pipe's writer.  Returns the descriptor
- * and fills st, or -1 and the reason. */
-static int file_open(const char *path, bool folder, struct stat *st, struct err *e)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    const char *why = fd < 0 || fstat(fd, st) ? strerror(errno)
-                    : S_ISREG(st->st_mode) || (folder && S_ISDIR(st->st_mode)) ? NULL
-                    : S_ISDIR(st->st_mode) ? "is a folder now"
-                    : "not a regular file or a folder";
-    if (!why)
-        return fd;
-    if (fd >= 0)
-        close(fd);
-    file_err(e, path, why);
-    return -1;
-}
-
-/* Reads until p is full or the file ends.  Returns the bytes read, or -1 and errno. */
-static ssize_t file_read(int fd, uint8_t *p, size_t n)
-{
-    size_t len = 0;
-    while (len < n) {
-        ssize_t got = read(fd, p + len, n - len);
-        if (got == 0)
-            break;
-        if (got > 0)
-            len += (size_t)got;
-        else if (errno != EINTR)
-            return -1;
-    }
-    return (ssize_t)len;
-}
-
-/* ---- The files of a folder ---- */
-
-/* One file of a folder.  During the walk its name is at `at` in tree.names; `name` is set when they have settled. */
-struct tree_entry {
-    struct file_stat st;
-    size_t at;
-    const char *name; /* relative to the folder */
-    bool folder;
-    uint32_t crc, mode;    /* from here on: what went into the zip */
-    uint64_t size, offset;
-};
-
-/* All zero but root is a tree before its walk.  After it: `n` files in the order of their names' bytes. */
-struct tree {
-    const char *root;
-    struct buf names, entries, path;
-    struct tree_entry *entry; /* in entries */
-    size_t n;
-};
-
-static void tree_free(struct tree *t)
-{
-    buf_free(&t->names);
-    buf_free(&t->entries);
-    buf_free(&t->path);
-}
-
-/* The path of a name in the tree, until the next call; NULL without memory. */
-static const char *tree_path(struct tree *t, const char *name)
-{
-    t->path.len = 0;
-    buf_puts(&t->path, t->root);
-    if (*name && t->path.len && t->path.p[t->path.len - 1] != '/')
-        buf_putc(&t->path, '/');
-    buf_put(&t->path, name, strlen(name) + 1);
-    return t->path.failed ? NULL : (const char *)t->path.p;
-}
-
-/* Appends the entry `name` of the folder whose own name is at `parent`; false without memory. */
-static bool tree_push(struct tree *t, size_t parent, const char *name, const struct stat *st)
-{
-    size_t above = t->names.len ? strlen((const char *)t->names.p + parent) : 0, n = strlen(name) + 1;
-    struct tree_entry entry = { .st = file_stat_of(st), .at = t->names.len, .folder = S_ISDIR(st->st_mode) };
-    uint8_t *to = buf_room(&t->names, above + 1 + n);
-    if (!to)
-        return false;
-    if (above) {
-        memcpy(to, t->names.p + parent, above);
-        to[above++] = '/';
-    }
-    memcpy(to + above, name, n);
-    t->names.len += above + n;
-    buf_put(&t->entries, &entry, sizeof entry);
-    return !t->entries.failed;
-}
-
-/* Adds what the folder at `parent`, open as d, calls `name`.  A link counts as the file it leads to. */
-static bool tree_add(struct tree *t, size_t parent, DIR *d, const char *name, struct err *e)
-{
-    struct stat st = { .st_mode = 0 };
-    const char *why = NULL;
-    bool link = fstatat(dirfd(d), name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
-    if (!st.st_mode || (link && fstatat(dirfd(d), name, &st, 0)))
-        why = strerror(errno);
-    else if (link && S_ISDIR(st.st_mode))
-        why = "is a link to a folder";
-    else if (!S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode))
-        why = "not a regular file or a folder";
-    size_t at = t->names.len;
-    if (!tree_push(t, parent, name, &st))
-        return file_err(e, t->root, "out of memory");
-    if (!why && t->names.len - at - 1 > ZIP_NAME_MAX)
-        why = "name too long for a zip";
-    if (!why)
-        return true;
-    const char *path = tree_path(t, (const char *)t->names.p + at);
-    return file_err(e, path ? path : t->root, why);
-}
-
-/* Adds all that stands in the folder whose name is at `at`.  Only the root may be reached through a link. */
-static bool tree_list(struct tree *t, size_t at, struct err *e)
-{
-    const char *path = tree_path(t, (const char *)t->names.p + at);
-    if (!path)
-        return file_err(e, t->root, "out of memory");
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (at ? O_NOFOLLOW : 0));
-    DIR *d = fd < 0 ? NULL : fdopendir(fd);
-    if (!d) {
-        file_err(e, path, strerror(errno));
-        if (fd >= 0)
-            close(fd);
-        return false;
-    }
-    bool ok = true;
-    struct dirent *found;
-    while (errno = 0, ok && (found = readdir(d)))
-        if (strcmp(found->d_name, ".") != 0 && strcmp(found->d_name, "..") != 0)
-            ok = tree_add(t, at, d, found->d_name, e);
-    if (ok && errno)
-        ok = file_err(e, path, strerror(errno));
-    closedir(d);
-    return ok;
-}
-
-static int tree_order(const void *a, const void *b)
-{
-    return strcmp(((const struct tree_entry *)a)->name, ((const struct tree_entry *)b)->name);
-}
-
-/* Finds the files under t->root.  The entries are their own list of work, so depth costs neither stack nor
- * descriptors.  The caller frees the tree, also after an error. */
-static bool tree_walk(struct tree *t, struct err *e)
-{
-    struct stat root = { .st_mode = S_IFDIR };
-    if (!tree_push(t, 0, "", &root))
-        return file_err(e, t->root, "out of memory");
-    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
-        struct tree_entry entry;
-        memcpy(&entry, t->entries.p + i * sizeof entry, sizeof entry);
-        if (entry.folder && !tree_list(t, entry.at, e))
-            return false;
-    }
-    t->entry = (void *)t->entries.p;
-    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
-        if (t->entry[i].folder)
-            continue;
-        t->entry[t->n] = t->entry[i];
-        t->entry[t->n].name = (const char *)t->names.p + t->entry[i].at;
-        t->n++;
-    }
-    qsort(t->entry, t->n, sizeof *t->entry, tree_order);
-    return true;
-}
-
-static void tree_digest(const struct tree *t, uint8_t digest[32])
-{
-    struct sha3_256 h;
-    sha3_256_init(&h, 0);
-    for (size_t i = 0; i < t->n; i++) {
-        sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
-        sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
-    }
-    sha3_256_final(&h, digest);
-}
-
-/* ---- The zip of a folder ---- */
-
-/* A zip on its way into the hash; len is the offset of the next byte. */
-struct zip {
-    struct sha3_256 h;
-    uint64_t len;
-    uint16_t dos_time, dos_date;
-    uint32_t crc_table[16][256]; /* [k][b]: the CRC of byte b and k zeros after it */
-    uint8_t data[CHECKSUM_READ];
-};
-
-static void crc32_init(uint32_t table[16][256])
-{
-    for (uint32_t b = 0; b < 256; b++) {
-        uint32_t crc = b;
-        for (int bit = 0; bit < 8; bit++)
-            crc = crc >> 1 ^ (crc & 1 ? UINT32_C(0xedb88320) : 0);
-        table[0][b] = crc;
-    }
-    for (int k = 1; k < 16; k++)
-        for (int b = 0; b < 256; b++)
-            table[k][b] = table[k - 1][b] >> 8 ^ table[0][table[k - 1][b] & 0xff];
-}
-
-/* The CRC-32 of APPNOTE 4.4.7, sixteen bytes a step; start with crc 0. */
-static uint32_t crc32_update(const uint32_t table[16][256], uint32_t crc, const uint8_t *p, size_t n)
-{
-    crc = ~crc;
-    for (; n >= 16; n -= 16, p += 16) {
-        uint32_t next = 0;
-        for (int k = 0; k < 4; k++)
-            next ^= table[15 - k][(crc >> 8 * k & 0xff) ^ p[k]];
-        for (int k = 4; k < 16; k++)
-            next ^= table[15 - k][p[k]];
-        crc = next;
-    }
-    for (; n; n--)
-        crc = crc >> 8 ^ table[0][(crc & 0xff) ^ *p++];
-    return ~crc;
-}
-
-static void zip_put(struct zip *z, const void *p, size_t n)
-{
-    sha3_256_update(&z->h, p, n);
-    z->len += n;
-}
-
-/* Writes the n low bytes of v, least significant first, and returns the place after them. */
-static uint8_t *put_le(uint8_t *p, int n, uint64_t v)
-{
-    for (; n; n--, v >>= 8)
-        *p++ = (uint8_t)v;
-    return p;
-}
-
-/* The length of the UTF-8 sequence at p (RFC 3629 4), or 0 if there is none.  Stops at a NUL. */
-static size_t utf8_sequence(const uint8_t *p)
-{
-    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
-    uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
-    uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
-    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xbf)
-        if (p[i] < low || p[i] > high)
-            return 0;
-    return n;
-}
-
-/* General purpose bits (APPNOTE 4.4.4): 3, a data descriptor follows; 11, the name is UTF-8, set as Go does: if it is
- * valid and has a character that a reader could take for another one in some code page. */
-static uint16_t zip_flags(const char *name)
-{
-    uint16_t flags = 1 << 3;
-    size_t n;
-    for (const uint8_t *p = (const uint8_t *)name; *p; p += n) {
-        n = utf8_sequence(p);
-        if (n == 0)
-            return 1 << 3;
-        if (*p < 0x20 || *p > 0x7d || *p == '\\')
-            flags |= 1 << 11;
-    }
-    return flags;
-}
-
-/* Method Store and the modification time: the same for every entry, in both headers. */
-static uint8_t *zip_method_and_time(const struct zip *z, uint8_t *p)
-{
-    p = put_le(p, 2, 0);
-    p = put_le(p, 2, z->dos_time);
-    return put_le(p, 2, z->dos_date);
-}
-
-/* The extended timestamp extra field: modification time Unix 0. */
-static uint8_t *zip_timestamp(uint8_t *p)
-{
-    p = put_le(p, 2, 0x5455);
-    p = put_le(p, 2, 5);
-    p = put_le(p, 1, 1);
-    return put_le(p, 4, 0);
-}
-
-/* APPNOTE 4.3.7: the local file header, before the sizes are known. */
-static void zip_local_header(struct zip *z, const char *name)
-{
-    uint8_t header[30], extra[9], *p = header;
-    p = put_le(p, 4, 0x04034b50);
-    p = put_le(p, 2, ZIP_VERSION);
-    p = put_le(p, 2, zip_flags(name));
-    p = zip_method_and_time(z, p);
-    p = put_le(p, 4, 0); /* CRC-32 and both sizes: see the data descriptor */
-    p = put_le(p, 8, 0);
-    p = put_le(p, 2, strlen(name));
-    p = put_le(p, 2, sizeof extra);
-    zip_put(z, header, (size_t)(p - header));
-    zip_put(z, name, strlen(name));
-    zip_put(z, extra, (size_t)(zip_timestamp(extra) - extra));
-}
-
-/* APPNOTE 4.3.9: the data descriptor. */
-static void zip_descriptor(struct zip *z, const struct tree_entry *entry)
-{
-    int width = entry->size >= ZIP_32_MAX ? 8 : 4;
-    uint8_t descriptor[24], *p = descriptor;
-    p = put_le(p, 4, 0x08074b50);
-    p = put_le(p, 4, entry->crc);
-    p = put_le(p, width, entry->size);
-    p = put_le(p, width, entry->size);
-    zip_put(z, descriptor, (size_t)(p - descriptor));
-}
-
-/* One file: header, what can be read of it, descriptor.  Fills the entry's crc, mode, size and offset. */
-static bool zip_file(struct zip *z, const char *path, struct tree_entry *entry, struct err *e)
-{
-    struct stat st;
-    int fd = file_open(path, false, &st, e);
-    if (fd < 0)
-        return false;
-    entry->offset = z->len;
-    entry->mode = (uint32_t)st.st_mode & 07777;
-    zip_local_header(z, entry->name);
-    ssize_t n;
-    do {
-        n = file_read(fd, z->data, sizeof z->data);
-        if (n < 0)
-            break;
-        entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, z->data, (size_t)n);
-        entry->size += (uint64_t)n;
-        zip_put(z, z->data, (size_t)n);
-    } while ((size_t)n == sizeof z->data);
-    if (n < 0)
-        file_err(e, path, strerror(errno));
-    else
-        zip_descriptor(z, entry);
-    close(fd);
-    return n >= 0;
-}
-
-/* APPNOTE 4.3.12: the entry's header in the central directory. */
-static void zip_central_header(struct zip *z, const struct tree_entry *entry)
-{
-    bool big = entry->size >= ZIP_32_MAX, zip64 = big || entry->offset >= ZIP_32_MAX;
-    uint8_t header[46], extra[9 + 28], *p = zip_timestamp(extra);
-    if (zip64) { /* APPNOTE 4.5.3; always with all three values */
-        p = put_le(p, 2, 1);
-        p = put_le(p, 2, 24);
-        p = put_le(p, 8, entry->size);
-        p = put_le(p, 8, entry->size);
-        p = put_le(p, 8, entry->offset);
-    }
-    size_t extra_len = (size_t)(p - extra);
-    p = put_le(header, 4, 0x02014b50);
-    p = put_le(p, 2, 3 << 8 | ZIP_VERSION); /* made by: Unix */
-    p = put_le(p, 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION);
-    p = put_le(p, 2, zip_flags(entry->name));
-    p = zip_method_and_time(z, p);
-    p = put_le(p, 4, entry->crc);
-    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
-    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
-    p = put_le(p, 2, strlen(entry->name));
-    p = put_le(p, 2, extra_len);
-    p = put_le(p, 6, 0); /* no comment, disk 0, no internal attributes */
-    p = put_le(p, 2, entry->mode & 0200 ? 0 : 1); /* external attributes: MS-DOS read-only, Unix mode */
-    p = put_le(p, 2, 0100000 | entry->mode);
-    p = put_le(p, 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX);
-    zip_put(z, header, (size_t)(p - header));
-    zip_put(z, entry->name, strlen(entry->name));
-    zip_put(z, extra, extra_len);
-}
-
-/* APPNOTE 4.3.14 to 4.3.16: the end of a central directory of n entries that begins at `start`. */
-static void zip_end(struct zip *z, uint64_t start, uint64_t n)
-{
-    uint8_t record[56 + 20 + 22], *p = record;
-    uint64_t end = z->len, size = end - start;
-    if (n >= 0xffff || size >= ZIP_32_MAX || start >= ZIP_32_MAX) {
-        p = put_le(p, 4, 0x06064b50);
-        p = put_le(p, 8, 56 - 12);
-        p = put_le(p, 2, ZIP_VERSION_ZIP64);
-        p = put_le(p, 2, ZIP_VERSION_ZIP64);
-        p = put_le(p, 8, 0); /* disks */
-        p = put_le(p, 8, n);
-        p = put_le(p, 8, n);
-        p = put_le(p, 8, size);
-        p = put_le(p, 8, start);
-        p = put_le(p, 4, 0x07064b50);
-        p = put_le(p, 4, 0);
-        p = put_le(p, 8, end);
-        p = put_le(p, 4, 1);
-        n = 0xffff;
-        size = start = ZIP_32_MAX;
-    }
-    p = put_le(p, 4, 0x06054b50);
-    p = put_le(p, 4, 0);
-    p = put_le(p, 2, n);
-    p = put_le(p, 2, n);
-    p = put_le(p, 4, size);
-    p = put_le(p, 4, start);
-    p = put_le(p, 2, 0);
-    zip_put(z, record, (size_t)(p - record));
-}
-
-/* APPNOTE 4.4.6: Unix time 0 as the local clock showed it, which may be in 1969: the year then wraps as Go's does. */
-static void zip_init(struct zip *z)
-{
-    time_t zero = 0;
-    struct tm tm = { .tm_year = 70, .tm_mday = 1 };
-    tzset();
-    localtime_r(&zero, &tm);
-    z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
-    z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
-    z->len = 0;
-    sha3_256_init(&z->h, sha3_features());
-    crc32_init(z->crc_table);
-}
-
-static bool zip_tree(struct zip *z, struct tree *t, struct err *e)
-{
-    for (size_t i = 0; i < t->n; i++) {
-        const char *path = tree_path(t, t->entry[i].name);
-        if (!path)
-            return file_err(e, t->root, "out of memory");
-        if (!zip_file(z, path, &t->entry[i], e))
-            return false;
-    }
-    uint64_t start = z->len;
-    for (size_t i = 0; i < t->n; i++)
-        zip_central_header(z, &t->entry[i]);
-    zip_end(z, start, t->n);
-    return true;
-}
-
-static bool checksum_folder(struct checksum *c)
-{
-    struct tree t = { .root = c->path };
-    struct zip *z = malloc(sizeof *z);
-    if (!z)
-        return file_err(&c->e, c->path, "out of memory");
-    bool ok = tree_walk(&t, &c->e);
-    if (ok) {
-        tree_digest(&t, c->id.tree);
-        zip_init(z);
-        ok = zip_tree(z, &t, &c->e);
-    }
-    if (ok)
-        sha3_256_final(&z->h, c->hash);
-    tree_free(&t);
-    free(z);
-    return ok;
-}
-
-/* ---- Many paths at once ---- */
-
-/* A file on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
-struct lane {
-    struct checksum *c;
-    int fd;
-    size_t at, len;
-    struct sha3_256 h;
-    uint8_t data[CHECKSUM_READ];
-};
-
-/* Takes up a path.  A folder is hashed here and now, and a path that cannot be opened is done as well. */
-static void lane_start(struct lane *l, struct checksum *c, unsigned features)
-{
-    struct stat st;
-    l->fd = file_open(c->path, true, &st, &c->e);
-    if (l->fd < 0)
-        return;
-    c->id = file_id_of(&st);
-    if (S_ISDIR(st.st_mode)) {
-        close(l->fd);
-        c->ok = checksum_folder(c);
-        return;
-    }
-    l->c = c;
-    l->at = l->len = sizeof l->data;
-    sha3_256_init(&l->h, features);
-}
-
-/* Sees to it that a whole block waits.  If there is none left, the file is done and the lane free: returns false. */
-static bool lane_fill(struct lane *l)
-{
-    ssize_t n = 0;
-    while (l->len - l->at < SHA3_256_RATE) {
-        if (l->len == sizeof l->data && (n = file_read(l->fd, l->data, sizeof l->data)) >= 0) {
-            l->at = 0;
-            l->len = (size_t)n;
-            continue;
-        }
-        l->c->ok = n >= 0;
-        if (l->c->ok) {
-            sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
-            sha3_256_final(&l->h, l->c->hash);
-        } else {
-            file_err(&l->c->e, l->c->path, strerror(errno));
-        }
-        close(l->fd);
-        l->c = NULL;
-        return false;
-    }
-    return true;
-}
-
-/* Hashes n paths on `width` lanes: a lane whose file ends takes up the next path. */
-static void lanes_run(struct lane *lanes, unsigned width, unsigned features, struct checksum *c, size_t n)
-{
-    for (size_t next = 0;;) {
-        struct lane *busy[CHECKSUM_LANES];
-        struct sha3_256 *h[CHECKSUM_LANES];
-        const uint8_t *data[CHECKSUM_LANES];
-        size_t step = CHECKSUM_READ;
-        unsigned some = 0;
-        for (unsigned i = 0; i < width; i++) {
-            struct lane *l = &lanes[i];
-            while (!(l->c && lane_fill(l)) && next < n)
-                lane_start(l, &c[next++], features);
-            if (!l->c)
-                continue;
-            size_t whole = (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE;
-            step = whole < step ? whole : step;
-            busy[some] = l;
-            h[some] = &l->h;
-            data[some++] = l->data + l->at;
-        }
-        if (some == 0)
-            return;
-        sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
-        for (unsigned i = 0; i < some; i++)
-            busy[i]->at += step;
-    }
-}
-
-/* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
-static void checksum_files(struct checksum *c, size_t n)
-{
-    unsigned features = n > 1 ? sha3_features() : 0;
-    unsigned most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
-    struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
-    for (size_t i = 0; i < n; i++) {
-        c[i] = (struct checksum){ .path = c[i].path };
-        if (!lanes)
-            file_err(&c[i].e, c[i].path, "out of memory");
-    }
-    if (lanes)
-        lanes_run(lanes, width, features, c, n);
-    free(lanes);
-}
-
-/* Whether the path no longer is what had this identity, or can no longer be looked at.  One stat for a file, one walk
- * for a folder; no content is read. */
-static bool checksum_changed(const char *path, const struct file_id *id)
-{
-    struct stat st;
-    struct err ignored;
-    if (stat(path, &st))
-        return true;
-    struct file_id now = file_id_of(&st);
-    bool ok = true;
-    if (S_ISDIR(st.st_mode)) {
-        struct tree t = { .root = path };
-        ok = tree_walk(&t, &ignored);
-        if (ok)
-            tree_digest(&t, now.tree);
-        tree_free(&t);
-    }
-    return !ok || memcmp(&now, id, sizeof now) != 0;
-}
-
-/* ---- cvms checksum ---- */
-
-/* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
-static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
-{
-    if (strpbrk(c->path, "\\\n"))
-        buf_putc(b, '\\');
-    if (base64) {
-        pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
-    } else {
-        char hex[2 * sizeof c->hash + 1];
-        hex_text(hex, c->hash, sizeof c->hash);
-        buf_puts(b, hex);
-    }
-    buf_puts(b, "  ");
-    for (const char *p = c->path; *p; p++)
-        if (*p == '\n')
-            buf_puts(b, "\\n");
-        else if (*p == '\\')
-            buf_puts(b, "\\\\");
-        else
-            buf_putc(b, *p);
-    buf_putc(b, '\n');
-}
-
-/* Prints the checksum of each path, in order, and says on stderr which failed.  Returns the exit status. */
-static int cmd_checksum(struct report *r, bool base64, const char *const *paths, size_t n)
-{
-    struct checksum *c = need(calloc(n, sizeof *c));
-    struct buf lines = { 0 };
-    for (size_t i = 0; i < n; i++)
-        c[i].path = paths[i];
-    checksum_files(c, n);
-    for (size_t i = 0; i < n; i++)
-        if (c[i].ok)
-            checksum_line(&lines, &c[i], base64);
-        else
-            tell(r, START, "checksum: %s", c[i].e.text);
-    if (!buf_write(&lines, STDOUT_FILENO))
-        tell(r, START, "checksum: stdout: %s", strerror(errno));
-    free(c);
-    return r->start;
-}
-
-/* ==== 12. PEM and public keys ======================================================================================
- * Owns: whole small files, PEM blocks (RFC 7468, read laxly), DER elements (X.690), the -public-key-path file.
- * Never: judges a key's strength, asks for a passphrase, or looks past the first PEM block of a public key file.
- */
-
-enum {
-    PEM_FILE_MAX = 1 << 20, /* a key, a chain or a list of authorities; the system's whole bundle is a quarter of it */
-    PEM_LABEL = 64,
-    FILE_READ = 16384,
-};
-
-#define PEM_PUBLIC_KEY "PUBLIC KEY" /* RFC 7468 13 */
-
-/* Reads a whole file, FIFO or device of at most PEM_FILE_MAX bytes into `out`, which is empty before and is allocated
- * once, so that no second copy of a secret is left in freed memory. */
-MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, struct err *e)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat st;
-    if (fd < 0)
-        return err_set(e, "%s: cannot be read: %s", path, strerror(errno));
-    if (fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) {
-        close(fd);
-        return err_set(e, "%s: is a directory; name a file in it", path);
-    }
-    ssize_t n = -1;
-    errno = ENOMEM;
-    while (out->len <= max && buf_room(out, FILE_READ)) {
-        n = read(fd, out->p + out->len, FILE_READ);
-        if (n > 0)
-            out->len += (size_t)n;
-        else if (n == 0 || errno != EINTR)
-            break;
-    }
-    int why = errno;
-    close(fd);
-    if (n < 0)
-        return err_set(e, "%s: cannot be read: %s", path, strerror(why));
-    if (out->len > max)
-        return err_set(e, "%s: is larger than %zu KiB: it can't be the right file", path, max / 1024);
-    return true;
-}
-
-static bool bytes_start(struct bytes b, const char *prefix)
-{
-    size_t n = strlen(prefix);
-    return b.n >= n && memcmp(b.p, prefix, n) == 0;
-}
-
-static struct bytes bytes_from(struct bytes b, size_t n)
-{
-    return n ? (struct bytes){ b.p + n, b.n - n } : b;
-}
-
-/* Takes one line, ended by LF, CRLF, CR or the end of the text, and trims blanks at both its ends. */
-static struct bytes pem_line(struct bytes *in)
-{
-    size_t n = 0;
-    while (n < in->n && in->p[n] != '\n' && in->p[n] != '\r')
-        n++;
-    struct bytes line = { in->p, n };
-    *in = bytes_from(*in, n);
-    *in = bytes_from(*in, bytes_start(*in, "\r\n") ? 2 : in->n > 0);
-    while (line.n && strchr(" \t\v\f", line.p[0]))
-        line = bytes_from(line, 1);
-    while (line.n && strchr(" \t\v\f", line.p[line.n - 1]))
-        line.n--;
-    return line;
-}
-
-/* True if the line is an encapsulation boundary, e.g. "-----BEGIN X-----" for the prefix "-----BEGIN ": label is then
- * X.  A label that is too long or not printable ASCII makes the line ordinary text. */
-static bool pem_boundary(struct bytes line, const char *prefix, char label[PEM_LABEL])
-{
-    size_t start = strlen(prefix);
-    if (!bytes_start(line, prefix) || line.n < start + 5 || line.n - start - 5 >= PEM_LABEL)
-        return false;
-    size_t n = line.n - start - 5;
-    if (memcmp(line.p + start + n, "-----", 5) != 0)
-        return false;
-    for (size_t i = 0; i < n; i++)
-        if (line.p[start + i] < ' ' || line.p[start + i] > '~')
-            return false;
-    memcpy(label, line.p + start, n);
-    label[n] = '\0';
-    return true;
-}
-
-/* Base64 (RFC 4648 4) across lines: `count` digits so far, pads included. */
-struct base64 {
-    uint32_t bits;
-    size_t count, pads;
-    bool bad;
-};
-
-static void base64_line(struct base64 *b, struct bytes line, struct buf *out)
-{
-    for (size_t i = 0; i < line.n; i++) {
-        int c = line.p[i], digit = pb_base64_digit(c);
-        if (c == ' ' || c == '\t')
-            continue;
-        if (c == '=')
-            b->pads++;
-        else if (digit < 0 || b->pads)
-            b->bad = true;
-        b->bits = b->bits << 6 | (uint32_t)(digit < 0 ? 0 : digit);
-        if (++b->count % 4)
-            continue;
-        buf_putc(out, (int)(b->bits >> 16 & 255));
-        if (b->pads < 2)
-            buf_putc(out, (int)(b->bits >> 8 & 255));
-        if (b->pads < 1)
-            buf_putc(out, (int)(b->bits & 255));
-    }
-}
-
-/* Moves *in past the next PEM block.  Returns 1 with its label and its bytes in `der` (overwritten, and allocated at
- * most once per call), 0 when no block is left, -1 when the block whose label is given has damaged base64, a wrong
- * END line or none.  Text between blocks is skipped, and so are RFC 1421 headers, except that "Proc-Type:
- * 4,ENCRYPTED" puts "ENCRYPTED " before the label, as the PKCS#8 label has it.  A failed allocation shows in der. */
-static int pem_next(struct bytes *in, char label[PEM_LABEL], struct buf *der)
-{
-    char end[PEM_LABEL];
-    struct base64 base64 = { 0 };
-    bool encrypted = false;
-    do {
-        if (in->n == 0)
-            return 0;
-    } while (!pem_boundary(pem_line(in), "-----BEGIN ", label));
-    der->len = 0;
-    buf_room(der, in->n / 4 * 3 + 3);
-    for (;;) {
-        if (in->n == 0)
-            return -1;
-        struct bytes line = pem_line(in);
-        if (pem_boundary(line, "-----END ", end))
-            break;
-        if (base64.count == 0 && line.n && memchr(line.p, ':', line.n))
-            encrypted |= bytes_eq(line, BYTES("Proc-Type: 4,ENCRYPTED"));
-        else
-            base64_line(&base64, line, der);
-    }
-    if (strcmp(label, end) != 0 || base64.bad || base64.pads > 2 || base64.count % 4 != 0)
-        return -1;
-    if (encrypted) {
-        memmove(label + 10, label, strnlen(label, PEM_LABEL - 11) + 1);
-        memcpy(label, "ENCRYPTED ", 10);
-        label[PEM_LABEL - 1] = '\0';
-    }
-    return 1;
-}
-
-enum { /* X.690 8.1.2: the identifier octets that are looked for here */
-    DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_OID = 0x06,
-    DER_SEQUENCE = 0x30, DER_SET = 0x31
-};
-
-/* Takes one element off the front of *in and returns its identifier octet, with its contents in *value; or -1, with
- * nothing taken, when *in is empty or cut off, or the length is indefinite or longer than it need be (X.690 10.1). */
-static int der_next(struct bytes *in, struct bytes *value)
-{
-    if (in->n < 2 || (in->p[0] & 31) == 31)
-        return -1;
-    size_t head = 2, n = in->p[1];
-    if (n >= 128) {
-        size_t more = n - 128;
-        if (more < 1 || more > 3 || in->n < 2 + more)
-            return -1;
-        for (n = 0; head < 2 + more; head++)
-            n = n << 8 | in->p[head];
-        if (n < 128 || n >> 8 * (more - 1) == 0)
-            return -1;
-    }
-    if (in->n - head < n)
-        return -1;
-    int tag = in->p[0];
-    *value = (struct bytes){ in->p + head, n };
-    *in = bytes_from(*in, head + n);
-    return tag;
-}
-
-/* SubjectPublicKeyInfo (RFC 5280 4.1): SEQUENCE { SEQUENCE { OID, parameters at most once }, BIT STRING }. */
-static bool der_is_spki(struct bytes in)
-{
-    struct bytes body, algorithm, part;
-    if (der_next(&in, &body) != DER_SEQUENCE || in.n || der_next(&body, &algorithm) != DER_SEQUENCE)
-        return false;
-    if (der_next(&algorithm, &part) != DER_OID || part.n == 0)
-        return false;
-    if (algorithm.n && (der_next(&algorithm, &part) < 0 || algorithm.n))
-        return false;
-    return der_next(&body, &part) == DER_BIT_STRING && body.n == 0 && part.n > 1 && part.p[0] < 8;
-}
-
-/* RSAPublicKey (RFC 8017 A.1.1): SEQUENCE { INTEGER, INTEGER }. */
-static bool der_is_pkcs1_public(struct bytes in)
-{
-    struct bytes body, part;
-    if (der_next(&in, &body) != DER_SEQUENCE || in.n)
-        return false;
-    return der_next(&body, &part) == DER_INTEGER && der_next(&body, &part) == DER_INTEGER && body.n == 0;
-}
-
-/* What stands where a public key should, and the command that makes one of it: `before`, the path, `after`; no path
- * when `after` is NULL. */
-struct key_mistake {
-    const char *sign; /* the end of the label, or the beginning of a file without any PEM block */
-    const char *what, *before, *after;
-};
-
-static const struct key_mistake label_mistakes[] = { /* the first that fits */
-    { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in ", " -pubout" },
-    { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM",
-      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
-    { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in ", " -pubout" },
-    { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in ", " -pubout" },
-    { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in ", " -pubkey -noout" },
-    { "CERTIFICATE", "a certificate", "openssl x509 -in ", " -pubkey -noout" },
-};
-
-static const struct key_mistake text_mistakes[] = {
-    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM",
-      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
-    { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII ", "" },
-    { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 ", "" },
-};
-
-static const struct key_mistake der_mistakes[] = {
-    { "", "a public key in binary DER", "openssl pkey -pubin -inform DER -in ", "" },
-    { "", "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in ", " -pubout" },
-};
-
-/* The path as a shell word; cut short rather than overflowing. */
-static void shell_word(char *to, size_t cap, const char *path)
-{
-    if (*path == '-' && cap > 2) {    /* not to be taken for an option */
-        memcpy(to, "./", 2);
-        to += 2;
-        cap -= 2;
-    }
-    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
-    if (*path && path[strspn(path, plain)] == '\0') {
-        text_printf(to, cap, "%s", path);
-        return;
-    }
-    size_t n = 0;
-    to[n++] = '\'';
-    for (; *path && n + 6 < cap; path++)
-        if (*path == '\'') {
-            memcpy(to + n, "'\\''", 4);
-            n += 4;
-        } else {
-            to[n++] = *path;
-        }
-    memcpy(to + n, "'", 2);
-}
-
-static bool mistake_set(struct err *e, const char *path, const struct key_mistake *m)
-{
-    char word[1200] = "";
-    if (m->after)
-        shell_word(word, sizeof word, path);
-    return err_set(e, "%s: is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one with: %s%s%s", path, m->what,
-                   m->before, word, m->after ? m->after : "");
-}
-
-/* A PEM block of another label than PUBLIC KEY. */
-static bool label_mistake(const char *path, const char *label, struct err *e)
-{
-    size_t len = strlen(label);
-    for (size_t i = 0; i < sizeof label_mistakes / sizeof label_mistakes[0]; i++) {
-        const struct key_mistake *m = &label_mistakes[i];
-        size_t n = strlen(m->sign);
-        if (len >= n && strcmp(label + len - n, m->sign) == 0)
-            return mistake_set(e, path, m);
-    }
-    return err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
-                   "openssl pkey -in PRIVATE.pem -pubout", path, label);
-}
-
-/* A file without any PEM block. */
-static bool text_mistake(const char *path, struct bytes text, struct err *e)
-{
-    if (text.n == 0)
-        return err_set(e, "%s: is empty; make a public key with: openssl pkey -in PRIVATE.pem -pubout", path);
-    if (der_is_spki(text))
-        return mistake_set(e, path, &der_mistakes[0]);
-    if (der_is_pkcs1_public(text))
-        return mistake_set(e, path, &der_mistakes[1]);
-    for (size_t i = 0; i < sizeof text_mistakes / sizeof text_mistakes[0]; i++) {
-        const struct key_mistake *m = &text_mistakes[i];
-        if (bytes_start(text, m->sign))
-            return mistake_set(e, path, m);
-    }
-    return err_set(e, "%s: has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key with: "
-                   "openssl pkey -in PRIVATE.pem -pubout", path);
-}
-
-/* Judges a public key file's text; its DER is left in `der`. */
-MUST_USE static bool public_key_parse(const char *path, struct bytes text, struct buf *der, struct err *e)
-{
-    char label[PEM_LABEL];
-    struct bytes rest = text;
-    int got = pem_next(&rest, label, der);
-    if (got == 0)
-        return text_mistake(path, text, e);
-    if (der->failed)
-        return err_set(e, "%s: no memory for the key", path);
-    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain((struct bytes){ der->p, der->len }, "ssh-ed25519"))
-        return label_mistake(path, "OPENSSH ED25519", e);
-    if (strcmp(label, PEM_PUBLIC_KEY) != 0)
-        return label_mistake(path, label, e);
-    struct bytes key = { der->p, der->len };
-    if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
-        return err_set(e, "%s: its PEM block is damaged or cut off; make it again from the private key with: "
-                       "openssl pkey -in PRIVATE.pem -pubout", path);
-    if (!der_is_spki(key)) {
-        char word[1200];
-        shell_word(word, sizeof word, path);
-        return err_set(e, "%s: is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right with: "
-                       "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' %s | openssl rsa -RSAPublicKey_in -pubout", path, word);
-    }
-    return true;
-}
-
-/* Reads the DER inside the first PEM block of the file, which must be a SubjectPublicKeyInfo (anything else makes the
- * agent answer with an error).  `der` is empty before; the caller frees it, on failure too. */
-MUST_USE static bool public_key_load(const char *path, struct buf *der, struct err *e)
-{
-    struct buf text = { 0 };
-    bool ok = file_load(path, PEM_FILE_MAX, &text, e) &&
-              public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
-    buf_free(&text);
-    return ok;
-}
-
-/* ==== 13. The manifest: from options to finished bytes =============================================================
- * Owns: the ComputationRunReq, its inputs and their hashes, its chunks as gRPC messages, encoded once for all streams.
- * Never: opens a port.
- */
-enum {
-    CHUNK_LEN = 1 << 20,              /* bytes of the manifest in one RunReqChunks */
-    SHA3_256_LEN = 32,
-    MANIFEST_FILE_MAX = 512 << 20,
-};
-enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
-static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
-static const char *const algo_types[] = { "bin", "python", "wasm", "docker" };
-static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs://", "https://", "http://" };
-
-/* A manifest and what it was made of.  What req points to lasts as long as the options. */
-struct manifest {
-    struct manifest *next;            /* those of -manifest-for */
-    const char *job_id;               /* whom it is for; NULL: everybody else */
-    struct ComputationRunReq req;
-    struct bytes key;                 /* -public-key-path; empty: not given */
-    struct checksum *inputs;          /* of direct datasets in their order, then of the algorithm */
-    size_t input_count;
-    int64_t looked_ms;                /* when the inputs were last looked at, to see whether they have changed */
-    bool algo_input;                  /* the last input is the algorithm */
-    enum compat compat;
-    const struct faults *faults;      /* NULL: none */
-    struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
-    size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
-};
-
-/* Flags that are one text in the manifest as they stand. */
-static const struct {
-    size_t option;
-    bool config;                      /* a field of AgentConfig, not of the request */
-    size_t member;
-} text_fields[] = {
-    { AT(computation_id), false, offsetof(struct ComputationRunReq, id) },
-    { AT(name), false, offsetof(struct ComputationRunReq, name) },
-    { AT(description), false, offsetof(struct ComputationRunReq, description) },
-    { AT(agent_port), true, offsetof(struct AgentConfig, port) },
-    { AT(agent_log_level), true, offsetof(struct AgentConfig, log_level) },
-    { AT(agent_cert_file), true, offsetof(struct AgentConfig, cert_file) },
-    { AT(agent_key_file), true, offsetof(struct AgentConfig, key_file) },
-    { AT(agent_server_ca_file), true, offsetof(struct AgentConfig, server_ca_file) },
-    { AT(client_ca_file), true, offsetof(struct AgentConfig, client_ca_file) },
-};
-
-/* The lists that go by a dataset's position, split. */
-enum column {
-    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_TYPE, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_FILENAME, COL_KEY, COLUMNS
-};
-static const struct {
-    const char *flag;
-    size_t option;
-    bool may_be_short;
-} columns[COLUMNS] = {
-    [COL_URL] = { "dataset-source-urls", AT(dataset_source_urls), false },
-    [COL_KBS_PATH] = { "dataset-kbs-paths", AT(dataset_kbs_paths), false },
-    [COL_KBS_URL] = { "dataset-kbs-urls", AT(dataset_kbs_urls), false },
-    [COL_TYPE] = { "dataset-source-types", AT(dataset_source_types), false },
-    [COL_ENCRYPTED] = { "dataset-encrypted", AT(dataset_encrypted), false },
-    [COL_UNPACK] = { "dataset-decompress", AT(dataset_decompress), true },
-    [COL_HASH] = { "dataset-hashes", AT(dataset_hashes), false },
-    [COL_FILENAME] = { "dataset-filenames", AT(dataset_filenames), false },
-    [COL_KEY] = { "dataset-public-key-paths", AT(dataset_public_key_paths), false },
-};
-
-/* The elements of a list flag: given once it is split at its commas, given several times each is one element; "" is no
- * element at all. */
-static struct values list_split(struct options *o, const struct values *given)
-{
-    struct values list = { 0 };
-    if (given->n > 1)
-        return *given;
-    const char *s = given->n ? given->v[0] : "";
-    while (*s) {
-        size_t n = strcspn(s, ",");
-        char *word = keep(o, n + 1);
-        memcpy(word, s, n);
-        values_add(o, &list, word);
-        s += n;
-        if (!*s)
-            break;
-        if (!*++s)
-            values_add(o, &list, "");
-    }
-    return list;
-}
-
-static const char *nth(const struct values *v, size_t i)
-{
-    return i < v->n ? v->v[i] : NULL;
-}
-
-static bool present(const char *s)
-{
-    return s && *s;
-}
-
-static bool in_list(const char *s, const char *const *list, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (strcmp(s, list[i]) == 0)
-            return true;
-    return false;
-}
-
-/* 64 hex digits, kept; empty if they are not. */
-static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
-{
-    uint8_t *hash = keep(o, SHA3_256_LEN);
-    if (strlen(s) != 64 || strspn(s, "0123456789abcdefABCDEF") != 64) {
-        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
-                       "cvms checksum FILE prints one", flag, s, strlen(s));
-        return (struct bytes){ 0 };
-    }
-    for (size_t i = 0; i < SHA3_256_LEN; i++) {
-        char two[3] = { s[2 * i], s[2 * i + 1], 0 };
-        hash[i] = (uint8_t)strtoul(two, NULL, 16);
-    }
-    return (struct bytes){ hash, SHA3_256_LEN };
-}
-
-/* The hash of something remote: absent it is 32 zero bytes, with a warning. */
-static struct bytes remote_hash(struct options *o, struct report *r, const char *flag, const char *s)
-{
-    if (present(s))
-        return parse_hash(o, r, flag, s);
-    tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches", flag);
-    return (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
-}
-
-/* A boolean that a mistake makes false. */
-static bool parse_flag(struct report *r, enum severity severity, const char *flag, const char *s)
-{
-    int value = parse_bool(s);
-    if (value < 0)
-        tell(r, severity, "-%s: \"%s\" is not a boolean%s", flag, s,
-             severity == WARNING ? " and counts as false" : "; use true or false");
-    return value > 0;
-}
-
-/* The DER of the key in a PEM file, kept; empty after a mistake. */
-static struct bytes load_key(struct options *o, struct report *r, const char *flag, const char *path)
-{
-    struct buf der = { 0 };
-    struct err e;
-    struct bytes key = { 0 };
-    if (public_key_load(path, &der, &e))
-        key = (struct bytes){ memcpy(keep(o, der.len), need(der.p), der.len), der.len };
-    else
-        tell(r, START, "-%s: %s", flag, e.text);
-    buf_free(&der);
-    return key;
-}
-
-static void check_url(struct report *r, const char *flag, const char *url)
-{
-    for (size_t i = 0; i < PB_COUNT(source_schemes); i++)
-        if (strncmp(url, source_schemes[i], strlen(source_schemes[i])) == 0)
-            return;
-    tell(r, WARNING, "-%s: \"%s\" has a scheme that no agent fetches; they know docker:// oci: s3:// gs:// https:// "
-                     "http://", flag, url);
-}
-
-/* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
-static bool check_remote(struct report *r, const char *what, bool url, bool path, bool plain)
-{
-    const char *urls = *what == 'a' ? "algo-source-url" : "dataset-source-urls";
-    const char *paths = *what == 'a' ? "algo-kbs-path" : "dataset-kbs-paths";
-    if (url && !path && !plain)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s-encrypted false if it is plain",
-             urls, paths, what);
-    if (path && !url)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", paths, urls);
-    return url && (path || plain);
-}
-
-static void check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
-{
-    struct buf all = { 0 };
-    if (in_list(value, list, n))
-        return;
-    for (size_t i = 0; i < n; i++)
-        buf_printf(&all, "%s%s", i == 0 ? "" : i + 1 == n ? " or " : ", ", list[i]);
-    tell(r, USAGE, "-%s: \"%s\" is not known; use %.*s", flag, value, (int)all.len, (char *)all.p);
-    buf_free(&all);
-}
-
-static struct KBSConfig *new_kbs(struct options *o, const char *url)
-{
-    if (!present(url))
-        return NULL;
-    struct KBSConfig *kbs = keep(o, sizeof *kbs);
-    *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
-    return kbs;
-}
-
-/* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
-static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum compat compat, const char *own,
-                                      const char *what, const char *url)
-{
-    const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
-    if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", what, url,
-             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls", compat == COMPAT_HEAD ? "" : " or -kbs-url");
-    return new_kbs(o, kbs);
-}
-
-static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
-                                 const char *kbs_path)
-{
-    struct Source *s = keep(o, sizeof *s);
-    *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
-                          .kbs_resource_path = bytes_of(kbs_path ? kbs_path : ""), .encrypted = present(kbs_path) };
-    return s;
-}
-
-/* The last component of a path, as an agent's user will upload it. */
-static struct bytes base_name(const char *path)
-{
-    size_t n = strlen(path), from;
-    while (n > 1 && path[n - 1] == '/')
-        n--;
-    for (from = n; from > 0 && path[from - 1] != '/';)
-        from--;
-    return (struct bytes){ (const uint8_t *)path + from, n - from };
-}
-
-/* Dataset.filename of a direct dataset; empty, with a warning, if no manifest can hold the name. */
-static struct bytes upload_name(struct report *r, const char *path)
-{
-    struct bytes name = base_name(path);
-    if (pb_utf8_valid(name))
-        return name;
-    tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest agents "
-                     "refuse such a dataset", path);
-    return (struct bytes){ 0 };
-}
-
-static struct bytes new_input(struct manifest *m, const char *path)
-{
-    struct checksum *in = &m->inputs[m->input_count++];
-    *in = (struct checksum){ .path = path };
-    return (struct bytes){ in->hash, SHA3_256_LEN };
-}
-
-static void remote_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
-                           struct Dataset *d)
-{
-    const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
-    char *name = keep(o, 40);
-    text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
-    if (*url)
-        check_url(r, "dataset-source-urls", url);
-    else
-        tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
-    d->filename = bytes_of(name);
-    d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
-    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
-    if (!nth(&col[COL_HASH], i) && (i == 0 || present(o->dataset_hash)))
-        d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
-    else if (!nth(&col[COL_HASH], i))
-        d->hash = (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
-}
-
-/* What the flags say of the i-th dataset, wherever it comes from. */
-static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col,
-                             size_t i, struct Dataset *d)
-{
-    const char *hash = nth(&col[COL_HASH], i), *name = nth(&col[COL_FILENAME], i), *key = nth(&col[COL_KEY], i);
-    const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
-    if (present(hash))
-        d->hash = parse_hash(o, r, "dataset-hashes", hash);
-    if (name)
-        d->filename = bytes_of(name);
-    if (m->key.n)
-        d->userKey = m->key;
-    if (present(key))
-        d->userKey = load_key(o, r, "dataset-public-key-paths", key);
-    if (unpack)
-        d->decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
-    if (present(encrypted) && d->source)
-        d->source->encrypted = parse_flag(r, USAGE, "dataset-encrypted", encrypted);
-}
-
-/* Whether every dataset is said to be plain. */
-static bool all_plain(const struct values *encrypted, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (!nth(encrypted, i) || parse_bool(nth(encrypted, i)) != 0)
-            return false;
-    return n > 0;
-}
-
-static void set_datasets(struct manifest *m, struct options *o, struct report *r)
-{
-    struct values col[COLUMNS], paths = list_split(o, &o->data_paths);
-    for (size_t c = 0; c < COLUMNS; c++)
-        col[c] = list_split(o, (const struct values *)(const void *)((const char *)o + columns[c].option));
-    size_t urls = col[COL_URL].n;
-    bool remote = check_remote(r, "dataset", urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
-    size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
-    struct Dataset *d = keep(o, (n + 1) * sizeof *d);
-    m->inputs = keep(o, (paths.n + 2) * sizeof *m->inputs);
-    if (remote && paths.n)
-        tell(r, WARNING, "-data-paths is not used: the datasets are remote");
-    if (remote && urls > 1 && present(o->dataset_hash))
-        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
-             urls);
-    for (size_t c = 0; c < COLUMNS; c++)
-        if (col[c].n && (columns[c].may_be_short ? col[c].n > n : col[c].n != n))
-            tell(r, columns[c].may_be_short ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for "
-                 "each", columns[c].flag, col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
-    for (size_t i = 0; i < n; i++) {
-        if (remote) {
-            remote_dataset(m, o, r, col, i, &d[i]);
-        } else if (paths.n) {
-            if (!*paths.v[i])
-                tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
-            d[i].hash = new_input(m, paths.v[i]);
-            d[i].filename = m->compat == COMPAT_ALL ? upload_name(r, paths.v[i]) : (struct bytes){ 0 };
-        } else {
-            d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
-        }
-        override_dataset(m, o, r, col, i, &d[i]);
-    }
-    if (!remote && present(o->dataset_hash))
-        parse_hash(o, r, "dataset-hash", o->dataset_hash);
-    m->req.datasets = (struct pb_list){ .items = d, .n = n };
-}
-
-/* Where the algorithm comes from: its source, a file here, or the manifest that was read. */
-static void algorithm_source(struct manifest *m, struct options *o, struct report *r, struct Algorithm *a)
-{
-    bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
-    if (check_remote(r, "algo", present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
-        if (present(o->algo_path))
-            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
-        check_url(r, "algo-source-url", o->algo_source_url);
-        a->hash = remote_hash(o, r, "algo-hash", o->algo_hash);
-        a->source = new_source(o, m->compat, o->algo_source_type, o->algo_source_url, o->algo_kbs_path);
-        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, "algorithm", o->algo_source_url);
-    } else if (present(o->algo_path)) {
-        m->algo_input = true;
-        a->source = NULL;
-        a->kbs = NULL;
-        a->hash = new_input(m, o->algo_path);
-    } else if (!m->req.algorithm && !(o->manifest && r->start) && !present(o->algo_source_url) &&
-               !present(o->algo_kbs_path)) {
-        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
-    }
-    if (!m->algo_input && present(o->algo_hash))
-        a->hash = parse_hash(o, r, "algo-hash", o->algo_hash);
-    else if (present(o->algo_hash))
-        parse_hash(o, r, "algo-hash", o->algo_hash);
-    if (present(o->algo_encrypted)) {
-        bool encrypted = parse_flag(r, USAGE, "algo-encrypted", o->algo_encrypted);
-        if (a->source)
-            a->source->encrypted = encrypted;
-    }
-}
-
-static void set_algorithm(struct manifest *m, struct options *o, struct report *r)
-{
-    struct values args = list_split(o, &o->algo_args);
-    struct Algorithm *a = keep(o, sizeof *a);
-    if (m->req.algorithm)
-        *a = *m->req.algorithm;
-    algorithm_source(m, o, r, a);
-    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, PB_COUNT(algo_types)))
-        tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
-    if (o->algo_type)
-        a->algo_type = bytes_of(o->algo_type);
-    if (m->key.n)
-        a->userKey = m->key;
-    if (present(o->algo_public_key_path))
-        a->userKey = load_key(o, r, "algo-public-key-path", o->algo_public_key_path);
-    if (o->algo_args.n) {
-        struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
-        for (size_t i = 0; i < args.n; i++)
-            arg[i] = bytes_of(args.v[i]);
-        a->algo_args = (struct pb_list){ .items = arg, .n = args.n };
-    }
-    m->req.algorithm = a;
-}
-
-/* Who may fetch the results: the keys of -result-consumer-keys, else that of -public-key-path. */
-static void set_consumers(struct manifest *m, struct options *o, struct report *r)
-{
-    struct values keys = list_split(o, &o->result_consumer_keys);
-    size_t n = keys.n ? keys.n : m->key.n ? 1 : 0;
-    if (n == 0)
-        return;
-    struct ResultConsumer *c = keep(o, n * sizeof *c);
-    for (size_t i = 0; i < n; i++)
-        c[i].userKey = keys.n ? load_key(o, r, "result-consumer-keys", keys.v[i]) : m->key;
-    m->req.result_consumers = (struct pb_list){ .items = c, .n = n };
-}
-
-/* Field 8, for the oldest agents: -kbs-url, and for `all` whatever broker the flags name. */
-static void set_computation_kbs(struct manifest *m, struct options *o, struct report *r)
-{
-    if (m->compat == COMPAT_SEED && (o->algo_kbs_url || o->dataset_kbs_urls.n))
-        tell(r, WARNING, "-compat seed has no key broker of a resource's own: -algo-kbs-url and -dataset-kbs-urls are "
-                         "not used");
-    if (m->compat == COMPAT_HEAD && present(o->kbs_url))
-        tell(r, WARNING, "-compat head has no key broker of the whole computation: -kbs-url is not used");
-    if (m->compat == COMPAT_HEAD)
-        return;
-    if (present(o->kbs_url))
-        m->req.kbs = new_kbs(o, o->kbs_url);
-    const struct Dataset *d = m->req.datasets.items;
-    if (m->compat == COMPAT_ALL && !m->req.kbs)
-        m->req.kbs = m->req.algorithm->kbs;
-    for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
-        m->req.kbs = d[i].kbs;
-}
-
-static void set_agent_config(struct manifest *m, struct options *o, struct report *r)
-{
-    struct AgentConfig *config = keep(o, sizeof *config);
-    if (m->req.agent_config)
-        *config = *m->req.agent_config;
-    m->req.agent_config = config;
-    for (size_t i = 0; i < PB_COUNT(text_fields); i++) {
-        const char *text = *(const char **)(void *)((char *)o + text_fields[i].option);
-        void *to = text_fields[i].config ? (void *)config : (void *)&m->req;
-        if (text)
-            *(struct bytes *)(void *)((char *)to + text_fields[i].member) = bytes_of(text);
-    }
-    int64_t port = present(o->agent_port) ? parse_decimal(bytes_of(o->agent_port)) : 1;
-    if (port < 1 || port > 65535)
-        tell(r, USAGE, "-agent-port: \"%s\" is not a port; use 1 to 65535", o->agent_port);
-    if (o->attested_tls)
-        config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
-    else if (!o->manifest)
-        tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
-}
-
-/* Hashes every file and folder; each gets its mistake or its line. */
-static void hash_inputs(struct manifest *m, struct report *r)
-{
-    checksum_files(m->inputs, m->input_count);
-    for (size_t i = 0; i < m->input_count; i++) {
-        const struct checksum *in = &m->inputs[i];
-        bool algo = m->algo_input && i + 1 == m->input_count;
-        char hex[2 * SHA3_256_LEN + 1];
-        hex_text(hex, in->hash, SHA3_256_LEN);
-        if (in->ok)
-            tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
-        else if (*in->path)
-            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", in->e.text);
-    }
-}
-
-/* Appends one message with its gRPC prefix to a blob with room for it; b->n is what stands there.  False without
- * memory for the scratch buffer. */
-static bool blob_append(struct blob *b, struct buf *scratch, const struct ServerStreamMessage *msg)
-{
-    struct bytes wire = pb_encode(scratch, &ServerStreamMessage_message, msg);
-    if (scratch->failed)
-        return false;
-    grpc_put_prefix(b->p + b->n, wire.n);
-    if (wire.n)
-        memcpy(b->p + b->n + 5, wire.p, wire.n);
-    b->n += 5 + wire.n;
-    return true;
-}
-
-/* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory); faults may be
- * NULL. */
-static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest,
-                                    const struct faults *faults)
-{
-    size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
-    size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
-    struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
-    struct buf scratch = { 0 };
-    bool ok = b != NULL;
-    bool plain = faults && faults->value[FAULT_PLAIN] >= 0;
-    int64_t leave_out = faults ? faults->value[FAULT_MISSING_CHUNK] : -1;
-    size_t end = faults && faults->value[FAULT_FREEZE] >= 0 ? (size_t)faults->value[FAULT_FREEZE]
-               : faults && faults->value[FAULT_NO_LAST] >= 0 ? pieces : pieces + 1;
-    if (ok)
-        b->n = 0;
-    for (; ok && times > 0; times--) {
-        struct ComputationRunReq copy = *req;
-        if (plain)
-            ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReq = &copy });
-        for (size_t i = 0; ok && !plain && i <= pieces && i < end; i++) {
-            struct RunReqChunks chunk = { .id = req->id, .is_last = i == pieces };
-            if (i < pieces)
-                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN,
-                                             min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
-            if ((int64_t)i != leave_out)
-                ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReqChunks = &chunk });
-        }
-    }
-    buf_free(&scratch);
-    if (ok)
-        return b;
-    blob_unref(b);
-    return NULL;
-}
-
-/* The faults that are in the manifest itself. */
-static void manifest_spoil(struct manifest *m, uint8_t spoilt[SHA3_256_LEN])
-{
-    struct Algorithm *a = m->req.algorithm;
-    if (m->faults->value[FAULT_WRONG_HASH] >= 0 && a->hash.n == SHA3_256_LEN) {
-        for (size_t i = 0; i < SHA3_256_LEN; i++)
-            spoilt[i] = (uint8_t)~a->hash.p[i];
-        a->hash.p = spoilt;
-    }
-    if (m->faults->value[FAULT_SHORT_HASH] >= 0 && a->hash.n)
-        a->hash.n--;
-}
-
-/* Encodes req anew, after inputs have changed.  False without memory: the old bytes stay. */
-static bool manifest_encode(struct manifest *m)
-{
-    struct buf b = { 0 };
-    uint8_t spoilt[SHA3_256_LEN];
-    struct bytes hash = m->req.algorithm ? m->req.algorithm->hash : (struct bytes){ 0 };
-    if (m->faults && m->req.algorithm)
-        manifest_spoil(m, spoilt);
-    struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
-    if (!b.failed && m->faults && m->faults->value[FAULT_FLIP] >= 0 && (uint64_t)m->faults->value[FAULT_FLIP] < wire.n)
-        b.p[(size_t)(wire.p - b.p) + (size_t)m->faults->value[FAULT_FLIP]] ^= 1;
-    struct blob *stream = b.failed ? NULL : manifest_chunks(&m->req, wire, m->faults);
-    if (m->req.algorithm)
-        m->req.algorithm->hash = hash;
-    buf_free(&b);
-    if (!stream)
-        return false;
-    blob_unref(m->stream);
-    m->stream = stream;
-    m->len = wire.n;
-    m->chunks = (wire.n + CHUNK_LEN - 1) / CHUNK_LEN + 1;
-    return true;
-}
-
-/* Reads a manifest in protobuf's JSON, as `cvms manifest` prints it. */
-static void manifest_read(struct manifest *m, struct options *o, struct report *r, const char *flag, const char *path)
-{
-    struct buf text = { 0 };
-    struct err e;
-    if (!file_load(path, MANIFEST_FILE_MAX, &text, &e)) {
-        tell(r, START, "-%s: %s", flag, e.text);
-        buf_free(&text);
-        return;
-    }
-    struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
-    buf_free(&text);
-    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text)) {
-        tell(r, START, "-%s: %s: %s", flag, path, e.text);
-        return;
-    }
-    const struct Dataset *d = m->req.datasets.items;
-    for (size_t i = 0; i < m->req.datasets.n; i++)
-        if (d[i].hash.n != SHA3_256_LEN)
-            tell(r, WARNING, "-%s: %s: dataset %zu has a hash of %zu bytes: an agent panics on it", flag, path, i,
-                 d[i].hash.n);
-    if (m->req.algorithm && m->req.algorithm->hash.n != SHA3_256_LEN)
-        tell(r, WARNING, "-%s: %s: the algorithm has a hash of %zu bytes: an agent panics on it", flag, path,
-             m->req.algorithm->hash.n);
-}
-
-/* The manifests of -manifest-for: each as its file has it. */
-static void manifests_by_job(struct manifest *m, struct options *o, struct report *r)
-{
-    for (size_t i = 0; i < o->manifest_for.n; i++) {
-        const char *given = o->manifest_for.v[i], *eq = strchr(given, '=');
-        if (!eq || eq == given || !eq[1]) {
-            tell(r, USAGE, "-manifest-for: \"%s\" is not JOBID=FILE", given);
-            continue;
-        }
-        struct manifest *of = keep(o, sizeof *of);
-        char *job = keep(o, (size_t)(eq - given) + 1);
-        of->job_id = memcpy(job, given, (size_t)(eq - given));
-        of->faults = m->faults;
-        of->next = m->next;
-        m->next = of;
-        manifest_read(of, o, r, "manifest-for", eq + 1);
-        if (!r->usage && !r->start && !manifest_encode(of))
-            tell(r, START, "out of memory for the manifest");
-    }
-}
-
-/* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
-static void manifest_build(struct manifest *m, struct options *o, struct report *r)
-{
-    check_choice(r, "compat", o->compat, compat_names, COMPATS);
-    for (m->compat = COMPAT_ALL; m->compat < COMPAT_HEAD && strcmp(o->compat, compat_names[m->compat]) != 0;)
-        m->compat++;
-    m->req.id = BYTES("1");
-    m->req.name = BYTES("sample computation");
-    m->req.description = BYTES("sample descrption");
-    struct AgentConfig config = { .port = BYTES("7002") };
-    m->req.agent_config = &config;
-    if (o->manifest) {
-        m->req = (struct ComputationRunReq){ 0 };
-        manifest_read(m, o, r, "manifest", o->manifest);
-    }
-    if (present(o->public_key_path))
-        m->key = load_key(o, r, "public-key-path", o->public_key_path);
-    else if (!o->manifest)
-        tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
-    set_datasets(m, o, r);
-    set_algorithm(m, o, r);
-    set_consumers(m, o, r);
-    set_computation_kbs(m, o, r);
-    set_agent_config(m, o, r);
-    hash_inputs(m, r);
-    if (!r->usage && !r->start && !manifest_encode(m))
-        tell(r, START, "out of memory for the manifest");
-    manifests_by_job(m, o, r);
-}
-
-/* The manifest of an agent with this job-id ("" for none). */
-static struct manifest *manifest_for(struct manifest *m, struct bytes job)
-{
-    for (struct manifest *of = m->next; of; of = of->next)
-        if (bytes_eq(job, bytes_of(of->job_id)))
-            return of;
-    return m;
-}
-
-/* What is not the options' own. */
-static void manifest_free(struct manifest *m)
-{
-    for (; m; m = m->next) {
-        blob_unref(m->stream);
-        m->stream = NULL;
-    }
-}
-
-/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams
- * that open in the same millisecond look once. */
-static void manifest_refresh(struct manifest *m, struct core *core)
-{
-    bool changed = false;
-    if (m->looked_ms == core->now_ms)
-        return;
-    m->looked_ms = core->now_ms;
-    for (size_t i = 0; i < m->input_count; i++) {
-        struct checksum *in = &m->inputs[i];
-        if (!checksum_changed(in->path, &in->id))
-            continue;
-        struct checksum again = { .path = in->path };
-        struct buf path = { 0 };
-        put_text(&path, bytes_of(in->path), NULL);
-        checksum_files(&again, 1);
-        if (again.ok) {
-            char hex[2 * SHA3_256_LEN + 1];
-            hex_text(hex, again.hash, SHA3_256_LEN);
-            core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
-            changed |= memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
-            *in = again;
-        } else {
-            core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
-                      (int)path.len, (char *)path.p);
-            in->id = again.id;
-        }
-        buf_free(&path);
-    }
-    if (changed && !manifest_encode(m))
-        core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
-}
-
-/* ==== 14. The verdict: a smoke test's stages, failures and summary ==================================================
- * Owns: what an agent's messages mean for the question "did it work?", the patterns of -reject, summary and report.
- * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
- */
-
-/* ---- Patterns: extended regular expressions (IEEE Std 1003.1, Base Definitions 9.4), found line by line ----
- * Not by regexec: the lines are a peer's, and for "a.*b" glibc's takes the square of a line's length: hours for one
- * message.  Here a pattern is code for a nondeterministic automaton; each set of places in it that a text leads to
- * becomes a state of a deterministic one.  So time is linear in the text, whatever the pattern, and memory is fixed.
- */
-enum {
-    PATTERN_CODE = 1024,              /* instructions and ranges; a pattern that needs more is refused */
-    PATTERN_STATES = 128,             /* that are kept; what a line meets beyond them is worked out anew */
-    PATTERN_DEPTH = 100,              /* groups in groups */
-    PATTERN_REPEATS = 255,            /* RE_DUP_MAX */
-    ASCII = 128,
-};
-
-enum pattern_op {
-    OP_FOUND,                         /* the end of the pattern */
-    OP_CHAR,                          /* one character of the `ranges` from `arg` on; negated: one of no such */
-    OP_SPLIT,                         /* here go on both at the next and at the one that is `arg` away */
-    OP_JUMP,                          /* go on at the one that is `arg` away */
-    OP_ASSERT,                        /* `arg` is ^ $ < > b or B, and holds here */
-};
-
-struct pattern_instr {
-    uint8_t op;
-    bool negated;
-    uint16_t ranges;
-    int32_t arg;
-};
-
-/* What stands before a place of a line, and behind it. */
-enum beside { BESIDE_END, BESIDE_WORD, BESIDE_OTHER };
-
-struct pattern_state {
-    uint64_t set[PATTERN_CODE / 64];  /* the instructions to go on at, beside the first of all */
-    uint8_t before;                   /* enum beside */
-    uint8_t next[ASCII + 2];          /* by character, then for the end: state + 1, STATE_FOUND, 0: not known */
-};
-
-#define STATE_FOUND 255
-#define LINE_END UINT32_MAX           /* as a character */
-
-struct pattern {
-    struct pattern_instr code[PATTERN_CODE];
-    struct {
-        uint32_t first, last;
-    } ranges[PATTERN_CODE];
-    unsigned n, range_count, state_count;
-    struct pattern_state states[PATTERN_STATES + 1];   /* the last is not kept */
-    uint8_t slots[2 * PATTERN_STATES];                 /* a hash table: state + 1, 0: free */
-};
-
-struct pattern_parser {
-    struct pattern *p;
-    const uint8_t *at, *end;
-    unsigned depth;
-    const char *why;                  /* the first error; then at == end */
-};
-
-/* Character classes; an escape of the same meaning. */
-static const struct {
-    char name[8], escape;
-    uint8_t pairs;
-    char ranges[8];
-} pattern_classes[] = {
-    { "alpha", 0, 2, "AZaz" }, { "digit", 'd', 1, "09" }, { "alnum", 0, 3, "09AZaz" }, { "upper", 0, 1, "AZ" },
-    { "lower", 0, 1, "az" }, { "space", 's', 2, "\t\r  " }, { "blank", 0, 2, "\t\t  " }, { "punct", 0, 4, "!/:@[`{~" },
-    { "print", 0, 1, " ~" }, { "graph", 0, 1, "!~" }, { "cntrl", 0, 2, "\0\x1f\x7f\x7f" }, { "xdigit", 0, 3, "09AFaf" },
-    { "word", 'w', 4, "09AZ__az" },
-};
-
-static void pattern_fail(struct pattern_parser *x, const char *why)
-{
-    if (!x->why)
-        x->why = why;
-    x->at = x->end;
-}
-
-static void pattern_insert(struct pattern_parser *x, unsigned at, struct pattern_instr instr)
-{
-    struct pattern *p = x->p;
-    if (p->n == PATTERN_CODE) {
-        pattern_fail(x, "it is too large");
-        return;
-    }
-    memmove(p->code + at + 1, p->code + at, (p->n++ - at) * sizeof *p->code);
-    p->code[at] = instr;
-}
-
-static void pattern_emit(struct pattern_parser *x, enum pattern_op op, int32_t arg)
-{
-    pattern_insert(x, x->p->n, (struct pattern_instr){ .op = (uint8_t)op, .arg = arg });
-}
-
-/* An OP_CHAR without ranges. */
-static void pattern_emit_char(struct pattern_parser *x, bool negated)
-{
-    struct pattern_instr instr = { .op = OP_CHAR, .negated = negated, .arg = (int32_t)x->p->range_count };
-    pattern_insert(x, x->p->n, instr);
-}
-
-/* One more range for the OP_CHAR that was emitted last. */
-static void pattern_range(struct pattern_parser *x, uint32_t first, uint32_t last)
-{
-    struct pattern *p = x->p;
-    if (p->range_count == PATTERN_CODE)
-        pattern_fail(x, "it is too large");
-    if (x->why)
-        return;
-    p->ranges[p->range_count].first = first;
-    p->ranges[p->range_count++].last = last;
-    p->code[p->n - 1].ranges++;
-}
-
-static void pattern_class(struct pattern_parser *x, size_t class)
-{
-    const char *ranges = pattern_classes[class].ranges;
-    for (unsigned i = 0; i < pattern_classes[class].pairs; i++)
-        pattern_range(x, (uint8_t)ranges[2 * i], (uint8_t)ranges[2 * i + 1]);
-}
-
-/* Whether the next octets are these; then they are taken. */
-static bool pattern_take(struct pattern_parser *x, const char *what)
-{
-    size_t n = strlen(what);
-    if ((size_t)(x->end - x->at) < n || memcmp(x->at, what, n) != 0)
-        return false;
-    x->at += n;
-    return true;
-}
-
-/* The next character; LINE_END at the end. */
-static uint32_t pattern_char(struct pattern_parser *x)
-{
-    uint32_t c;
-    size_t n = x->at < x->end ? pb_utf8_char(x->at, x->end, &c) : 0;
-    if (!n && x->at < x->end)
-        pattern_fail(x, "it is not UTF-8");
-    x->at += n;
-    return n ? c : LINE_END;
-}
-
-/* One end of a range in a bracket expression (9.3.5). */
-static uint32_t pattern_bracket_char(struct pattern_parser *x)
-{
-    const char *close = pattern_take(x, "[.") ? ".]" : pattern_take(x, "[=") ? "=]" : "";
-    bool class = pattern_take(x, "[:");
-    uint32_t c = pattern_char(x);
-    if (class)
-        pattern_fail(x, "a range can't end with a character class");
-    else if (c == LINE_END)
-        pattern_fail(x, "\"[\" without \"]\"");
-    else if (!pattern_take(x, close))
-        pattern_fail(x, "a collating element is one character");
-    return c;
-}
-
-static void pattern_bracket_class(struct pattern_parser *x)
-{
-    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
-        if (pattern_take(x, pattern_classes[i].name)) {
-            pattern_class(x, i);
-            if (!pattern_take(x, ":]"))
-                break;
-            return;
-        }
-    pattern_fail(x, "no such character class");
-}
-
-static void pattern_bracket(struct pattern_parser *x)
-{
-    const uint8_t *begin = x->at;
-    pattern_emit_char(x, pattern_take(x, "^"));
-    do {
-        if (pattern_take(x, "[:")) {
-            pattern_bracket_class(x);
-            continue;
-        }
-        uint32_t first = pattern_bracket_char(x), last = first;
-        if (x->end - x->at > 1 && x->at[0] == '-' && x->at[1] != ']') {
-            x->at++;
-            last = pattern_bracket_char(x);
-        }
-        if (last < first)
-            pattern_fail(x, "a range whose end comes before its start");
-        pattern_range(x, first, last);
-    } while (!x->why && !pattern_take(x, "]"));
-    if (!x->why && x->at - begin > 3 && *begin == ':' && x->at[-2] == ':')
-        pattern_fail(x, "a character class stands in a bracket expression: [[:alpha:]]");
-}
-
-static void pattern_escape(struct pattern_parser *x)
-{
-    uint32_t c = pattern_char(x), lower = c | 0x20;
-    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
-        if (lower == (uint8_t)pattern_classes[i].escape && c >= 'A') {
-            pattern_emit_char(x, c != lower);
-            pattern_class(x, i);
-            return;
-        }
-    if (c == 'b' || c == 'B' || c == '<' || c == '>') {
-        pattern_emit(x, OP_ASSERT, (int32_t)c);
-    } else if (c == LINE_END) {
-        pattern_fail(x, "a backslash at the end");
-    } else if (c >= '0' && c <= '9') {
-        pattern_fail(x, "back-references are not for extended expressions");
-    } else if (lower >= 'a' && lower <= 'z') {
-        pattern_fail(x, "no such escape");
-    } else {
-        pattern_emit_char(x, false);
-        pattern_range(x, c, c);
-    }
-}
-
-static void pattern_alternation(struct pattern_parser *x);
-
-/* Without what repeats it.  False: nothing can. */
-static bool pattern_atom(struct pattern_parser *x)
-{
-    unsigned start = x->p->n;
-    uint32_t c = pattern_char(x);
-    if (c == '(') {
-        if (++x->depth > PATTERN_DEPTH)
-            pattern_fail(x, "groups are nested too deeply");
-        pattern_alternation(x);
-        x->depth--;
-        if (!x->why && !pattern_take(x, ")"))
-            pattern_fail(x, "\"(\" without \")\"");
-        return true;
-    }
-    if (c == '[') {
-        pattern_bracket(x);
-    } else if (c == '\\') {
-        pattern_escape(x);
-    } else if (c == '^' || c == '$') {
-        pattern_emit(x, OP_ASSERT, (int32_t)c);
-    } else if (c < ASCII && c && strchr("*+?{", (int)c)) {
-        x->at--;                      /* pattern_branch tells */
-        return false;
-    } else {
-        pattern_emit_char(x, c == '.');
-        if (c != '.')
-            pattern_range(x, c, c);
-    }
-    return x->why || x->p->code[start].op != OP_ASSERT;
-}
-
-/* What has been emitted since start comes min to max times; max over PATTERN_REPEATS: without an end. */
-static void pattern_repeat(struct pattern_parser *x, unsigned start, unsigned min, unsigned max)
-{
-    bool endless = max > PATTERN_REPEATS;
-    int32_t n = (int32_t)(x->p->n - start);
-    if (max == 0)
-        x->p->n = start;
-    else if (min == 0)
-        pattern_insert(x, start++, (struct pattern_instr){ .op = OP_SPLIT, .arg = n + 1 + endless });
-    for (unsigned times = 1; times < (endless ? min : max); times++) {
-        if (times >= min)
-            pattern_emit(x, OP_SPLIT, n + 1);
-        for (int32_t i = 0; i < n && !x->why; i++)
-            pattern_insert(x, x->p->n, x->p->code[start + (unsigned)i]);
-    }
-    if (endless)
-        pattern_emit(x, min ? OP_SPLIT : OP_JUMP, min ? -n : -n - 1);
-}
-
-/* A number of a repetition; `none` if there is no digit. */
-static unsigned pattern_number(struct pattern_parser *x, unsigned none)
-{
-    unsigned n = 0;
-    const uint8_t *begin = x->at;
-    while (x->at < x->end && *x->at >= '0' && *x->at <= '9')
-        if ((n = n * 10 + *x->at++ - '0') > PATTERN_REPEATS)
-            pattern_fail(x, "it repeats over 255 times");
-    return x->at == begin ? none : n;
-}
-
-/* A piece and all that repeats it.  At the least one piece of a branch. */
-static void pattern_branch(struct pattern_parser *x)
-{
-    const uint8_t *begin = x->at;
-    while (x->at < x->end && *x->at != '|' && (*x->at != ')' || !x->depth)) {
-        unsigned start = x->p->n;
-        bool repeats = pattern_atom(x);
-        while (x->at < x->end && strchr("*+?{", *x->at) && *x->at) {
-            uint8_t c = *x->at;
-            unsigned min = c == '+', max = c == '?' ? 1 : PATTERN_REPEATS + 1;
-            if (!repeats)
-                pattern_fail(x, "nothing to repeat; a backslash before it makes it an ordinary character");
-            x->at += !x->why;
-            if (c == '{' && !x->why) {
-                min = pattern_number(x, 0);
-                max = pattern_take(x, ",") ? pattern_number(x, max) : min;
-                if (x->at[-1] == '{' || !pattern_take(x, "}"))
-                    pattern_fail(x, "a repetition is {2}, {2,} or {2,3}; a brace alone is \\{");
-                else if (max < min)
-                    pattern_fail(x, "a repetition whose end comes before its start");
-            }
-            if (!x->why)
-                pattern_repeat(x, start, min, max);
-        }
-    }
-    if (x->at == begin)
-        pattern_fail(x, "an empty alternative finds every line");
-}
-
-static void pattern_alternation(struct pattern_parser *x)
-{
-    struct pattern *p = x->p;
-    int32_t jump = -1;                /* the last one to the end; each has the one before it as its arg */
-    for (;;) {
-        unsigned start = p->n;
-        pattern_branch(x);
-        if (x->why || !pattern_take(x, "|"))
-            break;
-        pattern_insert(x, start, (struct pattern_instr){ .op = OP_SPLIT, .arg = (int32_t)(p->n - start) + 2 });
-        pattern_emit(x, OP_JUMP, jump);
-        jump = (int32_t)p->n - 1;
-    }
-    while (!x->why && jump >= 0) {
-        int32_t before = p->code[jump].arg;
-        p->code[jump].arg = (int32_t)p->n - jump;
-        jump = before;
-    }
-}
-
-static enum beside beside(uint32_t c)
-{
-    bool word = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_';
-    return c == LINE_END ? BESIDE_END : word ? BESIDE_WORD : BESIDE_OTHER;
-}
-
-static bool pattern_holds(int32_t assertion, enum beside before, enum beside after)
-{
-    bool word_before = before == BESIDE_WORD, word_after = after == BESIDE_WORD;
-    switch (assertion) {
-    case '^':
-        return before == BESIDE_END;
-    case '$':
-        return after == BESIDE_END;
-    case '<':
-        return !word_before && word_after;
-    case '>':
-        return word_before && !word_after;
-    default:
-        return (word_before != word_after) == (assertion == 'b');
-    }
-}
-
-static bool pattern_accepts(const struct pattern *p, const struct pattern_instr *instr, uint32_t c)
-{
-    bool in = false;
-    for (int32_t i = instr->arg; i < instr->arg + instr->ranges && !in; i++)
-        in = c >= p->ranges[i].first && c <= p->ranges[i].last;
-    return c != LINE_END && in != instr->negated;
-}
-
-/* The state for a set of instructions; a new one where there is none yet. */
-static unsigned pattern_state(struct pattern *p, const uint64_t *set, enum beside before)
-{
-    size_t words = (p->n + 63) / 64;
-    uint64_t hash = before;
-    for (size_t i = 0; i < words; i++)
-        hash = (hash ^ set[i]) * 0x9e3779b97f4a7c15 ^ hash >> 29;
-    size_t slot = (hash >> 32) % sizeof p->slots;
-    for (; p->slots[slot]; slot = (slot + 1) % sizeof p->slots) {
-        const struct pattern_state *s = &p->states[p->slots[slot] - 1];
-        if (s->before == before && memcmp(s->set, set, words * sizeof *set) == 0)
-            return p->slots[slot] - 1U;
-    }
-    unsigned k = p->state_count;
-    if (k < PATTERN_STATES)
-        p->slots[slot] = (uint8_t)++p->state_count;
-    memcpy(p->states[k].set, set, words * sizeof *set);
-    memset(p->states[k].next, 0, sizeof p->states[k].next);
-    p->states[k].before = (uint8_t)before;
-    return k;
-}
-
-/* The state at a line's start, or with something else before it. */
-static unsigned pattern_start(struct pattern *p, enum beside before)
-{
-    static const uint64_t none[PATTERN_CODE / 64];
-    return pattern_state(p, none, before);
-}
-
-/* The instructions that are still to be looked at for one step, each once. */
-struct pattern_places {
-    uint64_t seen[PATTERN_CODE / 64];
-    uint16_t list[PATTERN_CODE];
-    size_t n;
-};
-
-static void pattern_visit(struct pattern_places *places, unsigned at)
-{
-    uint64_t bit = (uint64_t)1 << at % 64;
-    if (!(places->seen[at / 64] & bit))
-        places->list[places->n++] = (uint16_t)at;
-    places->seen[at / 64] |= bit;
-}
-
-/* Where a character leads to: state + 1, or STATE_FOUND where the pattern has ended before it. */
-static uint8_t pattern_step(struct pattern *p, unsigned state, uint32_t c)
-{
-    struct pattern_places places = { .n = 0 };
-    uint64_t out[PATTERN_CODE / 64] = { 0 };
-    const uint64_t *set = p->states[state].set;
-    enum beside before = p->states[state].before, after = beside(c);
-    pattern_visit(&places, 0);
-    for (unsigned at = 0; at < p->n; at++)
-        if (set[at / 64] >> at % 64 == 0)
-            at |= 63;
-        else if (set[at / 64] >> at % 64 & 1)
-            pattern_visit(&places, at);
-    while (places.n) {
-        unsigned at = places.list[--places.n], next = at + 1;
-        const struct pattern_instr *instr = &p->code[at];
-        unsigned far = at + (unsigned)instr->arg;
-        if (instr->op == OP_FOUND)
-            return STATE_FOUND;
-        if (instr->op == OP_CHAR && pattern_accepts(p, instr, c))
-            out[next / 64] |= (uint64_t)1 << next % 64;
-        if (instr->op == OP_SPLIT || (instr->op == OP_ASSERT && pattern_holds(instr->arg, before, after)))
-            pattern_visit(&places, next);
-        if (instr->op == OP_SPLIT || instr->op == OP_JUMP)
-            pattern_visit(&places, far);
-    }
-    return (uint8_t)(pattern_state(p, out, after) + 1);
-}
-
-/* Whether the pattern finds something in this line, which is without its newline. */
-static bool pattern_in_line(struct pattern *p, const uint8_t *at, const uint8_t *end)
-{
-    if (p->state_count == PATTERN_STATES) {   /* room for those of this line */
-        p->state_count = 0;
-        memset(p->slots, 0, sizeof p->slots);
-    }
-    for (unsigned state = pattern_start(p, BESIDE_END);;) {
-        uint32_t c = LINE_END;
-        if (at < end) {
-            size_t n = *at < ASCII ? 1 : pb_utf8_char(at, end, &c);
-            c = *at < ASCII ? *at : n ? c : 0xfffd;
-            at += n ? n : 1;
-        }
-        unsigned column = c < ASCII ? c : c == LINE_END ? ASCII : ASCII + 1;   /* that one stays 0 */
-        uint8_t next = p->states[state].next[column];
-        if (!next) {
-            next = pattern_step(p, state, c);
-            if (next != PATTERN_STATES + 1 && column <= ASCII)
-                p->states[state].next[column] = next;
-        }
-        if (next == STATE_FOUND || c == LINE_END)
-            return next == STATE_FOUND;
-        state = next - 1U;
-    }
-}
-
-/* The first line of a text in which the pattern finds something, without its newline. */
-static bool pattern_find(struct pattern *p, struct bytes text, struct bytes *line)
-{
-    for (bool more = true; more;) {
-        const uint8_t *newline = text.n ? memchr(text.p, '\n', text.n) : NULL;
-        *line = (struct bytes){ text.p, newline ? (size_t)(newline - text.p) : text.n };
-        if (pattern_in_line(p, line->p, line->n ? line->p + line->n : line->p))
-            return true;
-        more = newline && line->n + 1 < text.n;
-        text = (struct bytes){ text.p + line->n + more, text.n - line->n - more };
-    }
-    return false;
-}
-
-/* Whether it finds the nothing between two characters, and so all lines that are not empty. */
-static bool pattern_finds_all(struct pattern *p)
-{
-    unsigned between = pattern_start(p, BESIDE_OTHER);
-    return pattern_step(p, between, '.') == STATE_FOUND && pattern_step(p, between, 'a') == STATE_FOUND;
-}
-
-/* Compiles a pattern into *p, which is zero.  NULL, or what is wrong with it. */
-static const char *pattern_compile(struct pattern *p, const char *text)
-{
-    struct bytes in = bytes_of(text);
-    struct pattern_parser x = { .p = p, .at = in.p, .end = in.p + in.n };
-    pattern_alternation(&x);
-    pattern_emit(&x, OP_FOUND, 0);
-    if (!x.why && pattern_finds_all(p))
-        x.why = "it finds every line";
-    return x.why;
-}
-
-/* ---- Stages and hosts ---- */
-
-enum stage { STAGE_NONE, STAGE_CONNECTED, STAGE_ACCEPTED, STAGE_RUNNING, STAGE_READY, STAGE_COMPLETE, STAGES };
-static const char *const stage_names[STAGES] = { "none", "connected", "accepted", "running", "ready", "complete" };
-
-enum {
-    VERDICT_REACHED = 0, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
-    CONTEXT_LINES = 8,                /* of a host's log, kept for the summary of a failure */
-    CONTEXT_BYTES = 300,
-    CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
-};
-
-/* What an event or a state says; status NULL: any.  Failures come before this table. */
-static const struct {
-    const char *type, *status;
-    enum stage stage;
-} event_stages[] = {
-    { "Running", "Completed", STAGE_READY },
-    { "ConsumingResults", "Ready", STAGE_READY },
-    { "Complete", "Completed", STAGE_COMPLETE },
-    { "Running", NULL, STAGE_RUNNING },
-}, state_stages[] = {
-    { "Running", NULL, STAGE_RUNNING },
-    { "ConsumingResults", NULL, STAGE_READY },
-    { "Complete", NULL, STAGE_COMPLETE },
-};
-
-/* Log lines of level WARN or ERROR that mean a failure which no event tells. */
-static const char *const silent_failures[] = {
-    "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
-};
-
-/* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
-struct host {
-    struct host *next;
-    bool failed;
-    char *name, *failure;             /* failure: why it has failed; NULL without memory */
-    enum stage stage;
-    int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
-    unsigned agents, forwarders;      /* streams that are open */
-    bool had_agent, had_forwarder;
-    size_t expected;                  /* of -expect, as many have been seen */
-    uint64_t messages, bytes;
-    char *context[CONTEXT_LINES];     /* a ring of the last lines */
-    size_t context_at;
-};
-
-struct verdict {
-    bool wanted, over, control;       /* control: hosts are remembered for those who ask for them by name */
-    enum stage until;
-    int status;
-    unsigned agents;                  /* as many must get there */
-    int64_t start_ms, timeout_ms, grace_ms, poll_ms, end_ms, next_poll_ms;   /* INT64_MAX: never */
-    struct values expect;             /* TYPE/STATUS, in this order */
-    struct values reject;             /* patterns, and each compiled */
-    struct pattern **patterns;
-    struct host *hosts;
-    size_t host_count;
-    struct buf why;                   /* one line: the reason of the end */
-};
-
-/* A copy of at most max bytes, cut between characters, a NUL shown as a blank, to be freed by the caller.  NULL without
- * memory, which all users take for "unknown". */
-static char *text_copy(struct bytes b, size_t max)
-{
-    size_t n = min_size(b.n, max);
-    while (n && n < b.n && (b.p[n] & 0xc0) == 0x80)
-        n--;
-    char *s = malloc(n + 1);
-    for (size_t i = 0; s && i < n; i++)
-        s[i] = b.p[i] ? (char)b.p[i] : ' ';
-    if (s)
-        s[n] = 0;
-    return s;
-}
-
-static void verdict_free(struct verdict *v)
-{
-    while (v->hosts) {
-        struct host *h = v->hosts;
-        v->hosts = h->next;
-        for (size_t i = 0; i < CONTEXT_LINES; i++)
-            free(h->context[i]);
-        free(h->name);
-        free(h->failure);
-        free(h);
-    }
-    for (size_t i = 0; i < v->reject.n; i++)
-        free(v->patterns[i]);
-    buf_free(&v->why);
-}
-
-/* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict wanted, or too many. */
-static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
-{
-    const char *port = strrchr(peer, ':');
-    struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
-    if (!v || !(v->wanted || v->control))
-        return NULL;
-    struct host **at = &v->hosts;
-    for (; *at; at = &(*at)->next)
-        if (bytes_eq(bytes_of((*at)->name), name))
-            return *at;
-    struct host *h = v->host_count < MAX_HOSTS ? calloc(1, sizeof *h) : NULL;
-    if (!h || !(h->name = text_copy(name, SIZE_MAX))) {
-        free(h);
-        return NULL;
-    }
-    h->lost_ms = INT64_MAX;
-    v->host_count++;
-    return *at = h;
-}
-
-static bool host_is_done(const struct verdict *v, const struct host *h)
-{
-    return !h->failed && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
-}
-
-/* Stages are counted until the host is where it should be. */
-static void host_reach(const struct verdict *v, struct host *h, enum stage stage, int64_t now_ms)
-{
-    if (host_is_done(v, h))
-        return;
-    for (; h->stage < stage; h->stage++)
-        h->reached_ms[h->stage + 1] = now_ms - v->start_ms;
-}
-
-PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
-{
-    char text[CONTEXT_BYTES];
-    va_list ap;
-    if (h->failed)
-        return;
-    h->failed = true;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    struct buf safe = { 0 };
-    put_text(&safe, bytes_of(text), NULL);
-    h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
-    buf_free(&safe);
-}
-
-static const char *host_failure(const struct host *h)
-{
-    return h->failure ? h->failure : "out of memory for the reason";
-}
-
-/* Keeps a line of the host's log, made safe. */
-static void host_context(struct host *h, const char *head, struct bytes text)
-{
-    struct buf line = { 0 };
-    put_text(&line, bytes_of(head), NULL);
-    buf_putc(&line, ' ');
-    put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
-    char **slot = &h->context[h->context_at++ % CONTEXT_LINES];
-    free(*slot);
-    *slot = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
-    buf_free(&line);
-}
-
-/* -reject: a line that one of the patterns finds is a failure; ^ and $ are the ends of each line of a log. */
-static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
-{
-    for (size_t i = 0; i < v->reject.n && !h->failed; i++) {
-        struct bytes line;
-        if (!pattern_find(v->patterns[i], text, &line))
-            continue;
-        char *told = text_copy(line, CONTEXT_BYTES);
-        host_fail(h, "-reject %s: %s", v->reject.v[i], told ? told : "out of memory for the line");
-        free(told);
-    }
-}
-
-static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
-{
-    char level[16];
-    text_printf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
-                log->level.n ? (const char *)log->level.p : "");
-    host_context(h, level, log->message);
-    bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
-    for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
-        if (bytes_contain(log->message, silent_failures[i]))
-            host_fail(h, "log: %.*s", (int)min_size(log->message.n, 200), (const char *)log->message.p);
-    verdict_reject(v, h, log->message);
-}
-
-static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
-{
-    char name[128];
-    text_printf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
-                event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
-                event->status.n ? (const char *)event->status.p : "");
-    host_context(h, "event", bytes_of(name));
-    if (h->expected < v->expect.n && strcmp(v->expect.v[h->expected], name) == 0)
-        h->expected++;
-    if (bytes_eq(event->status, BYTES("Failed")))
-        host_fail(h, "event %s", name);
-    for (size_t i = 0; !h->failed && i < PB_COUNT(event_stages); i++)
-        if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
-            (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
-            host_reach(v, h, event_stages[i].stage, now_ms);
-    verdict_reject(v, h, bytes_of(name));
-    if (event->details.n)
-        verdict_reject(v, h, event->details);
-}
-
-static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
-{
-    if (bytes_eq(state, BYTES("Failed")))
-        host_fail(h, "state Failed");
-    for (size_t i = 0; i < PB_COUNT(state_stages); i++)
-        if (bytes_eq(state, bytes_of(state_stages[i].type)))
-            host_reach(v, h, state_stages[i].stage, now_ms);
-}
-
-/* A message of the host has come. */
-static void verdict_message(struct verdict *v, struct host *h, const struct ClientStreamMessage *msg, size_t n,
-                            int64_t now_ms)
-{
-    h->messages++;
-    h->bytes += n;
-    if (msg->agent_log)
-        verdict_log(v, h, msg->agent_log);
-    else if (msg->agent_event)
-        verdict_event(v, h, msg->agent_event, now_ms);
-    else if (msg->agentStateRes)
-        verdict_state(v, h, msg->agentStateRes->state, now_ms);
-    else if (msg->run_res && msg->run_res->error.n)
-        host_fail(h, "run_res: %.*s", (int)min_size(msg->run_res->error.n, 200), (const char *)msg->run_res->error.p);
-    else if (msg->run_res)
-        host_reach(v, h, STAGE_ACCEPTED, now_ms);
-}
-
-/* A stream of the host has shown its kind (by = 1), or has ended (by = -1). */
-static void verdict_stream(struct verdict *v, struct host *h, bool agent, int by, int64_t now_ms)
-{
-    if (agent) {
-        h->agents += (unsigned)by;
-        h->had_agent = true;
-        h->lost_ms = h->agents ? INT64_MAX : now_ms;
-        host_reach(v, h, STAGE_CONNECTED, now_ms);
-    } else {
-        h->forwarders += (unsigned)by;
-        h->had_forwarder = true;
-    }
-}
-
-static void verdict_end(struct verdict *v, int status)
-{
-    v->over = true;
-    v->status = status;
-}
-
-/* What a host has not sent when it has not reached a stage. */
-static const char *const stage_signs[STAGES] = {
-    [STAGE_ACCEPTED] = "it has not answered the manifest (no run_res)",
-    [STAGE_RUNNING] = "no event or state Running has come",
-    [STAGE_READY] = "no event ConsumingResults/Ready has come",
-    [STAGE_COMPLETE] = "its results have not been fetched (no event Complete/Completed)",
-};
-
-/* What a time-out was waiting for, for one host. */
-static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
-{
-    buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
-    if (!h->had_agent)
-        buf_puts(out, "; only its log-forwarder connected, no agent");
-    else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
-        buf_printf(out, "; no events, because no log-forwarder connected%s",
-                   v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
-    else if (h->expected < v->expect.n)
-        buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
-    else if (h->stage < v->until)
-        buf_printf(out, "; %s", stage_signs[h->stage + 1]);
-}
-
-static void verdict_timeout(struct verdict *v, unsigned done)
-{
-    unsigned reached = 0;
-    for (const struct host *h = v->hosts; h; h = h->next)
-        reached += h->stage >= v->until;
-    bool stage = v->until && reached < v->agents;
-    buf_printf(&v->why, "%s%s after " SECONDS " s", stage ? stage_names[v->until] : "not all expected events seen",
-               stage ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
-    if (!v->hosts)
-        buf_puts(&v->why, ": no agent connected");
-    else if (v->agents > 1)
-        buf_printf(&v->why, ": %u of %u agents got there", done, v->agents);
-    for (const struct host *h = v->hosts; h; h = h->next)
-        if (!host_is_done(v, h)) {
-            buf_puts(&v->why, ": ");
-            put_missing(&v->why, v, h);
-        }
-    verdict_end(v, VERDICT_TIMEOUT);
-}
-
-/* Looks at where everybody stands.  Called after every turn of the loop. */
-static void verdict_tick(struct verdict *v, int64_t now_ms)
-{
-    unsigned done = 0;
-    if (!v->wanted || v->over)
-        return;
-    for (const struct host *h = v->hosts; h; h = h->next) {
-        done += host_is_done(v, h);
-        if (h->failed && v->end_ms == INT64_MAX) {
-            v->end_ms = now_ms + CONTEXT_MS;
-            buf_printf(&v->why, "the agent %s failed: %s", h->name, host_failure(h));
-        }
-    }
-    if (v->end_ms != INT64_MAX) {
-        if (now_ms >= v->end_ms)
-            verdict_end(v, VERDICT_FAILED);
-        return;
-    }
-    if (done && done >= v->agents) {
-        buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "all expected events",
-                   v->until ? " reached" : " seen", SECONDS_OF(now_ms - v->start_ms));
-        verdict_end(v, VERDICT_REACHED);
-        return;
-    }
-    for (const struct host *h = v->hosts; h; h = h->next)
-        if (h->lost_ms != INT64_MAX && now_ms - h->lost_ms >= v->grace_ms && !host_is_done(v, h) && !v->over) {
-            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within "
-                       SECONDS " s", h->name, stage_names[h->stage], SECONDS_OF(v->grace_ms));
-            verdict_end(v, VERDICT_LOST);
-        }
-    if (!v->over && now_ms >= v->timeout_ms)
-        verdict_timeout(v, done);
-}
-
-/* When verdict_tick has something to do of itself. */
-static int64_t verdict_deadline(const struct verdict *v)
-{
-    if (!v->wanted || v->over)
-        return INT64_MAX;
-    int64_t at = v->end_ms < v->timeout_ms ? v->end_ms : v->timeout_ms;
-    if (v->next_poll_ms < at)
-        at = v->next_poll_ms;
-    for (const struct host *h = v->hosts; h; h = h->next)
-        if (h->lost_ms != INT64_MAX && !host_is_done(v, h) && h->lost_ms + v->grace_ms < at)
-            at = h->lost_ms + v->grace_ms;
-    return at;
-}
-
-static const char *verdict_word(int status)
-{
-    return status == VERDICT_REACHED ? "PASSED" : status == VERDICT_FAILED ? "FAILED"
-         : status == VERDICT_TIMEOUT ? "TIMED OUT" : status == VERDICT_LOST ? "LOST" : "INTERRUPTED";
-}
-
-/* The summary for people. */
-static void verdict_summary(const struct verdict *v, struct buf *out)
-{
-    buf_printf(out, "cvms: %s: %.*s (exit status %d)\n", verdict_word(v->status), (int)v->why.len,
-               v->why.len ? (char *)v->why.p : "", v->status);
-    for (const struct host *h = v->hosts; h; h = h->next) {
-        buf_printf(out, "cvms:   %s:", h->name);
-        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
-            buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
-        buf_printf(out, " %llu message%s, %llu bytes", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
-                   (unsigned long long)h->bytes);
-        buf_printf(out, h->failed ? "; failed: %s\n" : "\n", host_failure(h));
-        if (h->failed && h->context_at)
-            buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
-        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
-            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
-            if (line)
-                buf_printf(out, "cvms:     | %s\n", line);
-        }
-    }
-}
-
-/* XML text: the five characters, and nothing that XML 1.0 forbids (put_text has escaped control characters). */
-static void put_xml(struct buf *out, struct bytes t)
-{
-    static const char special[] = "<>&\"'";
-    static const char *const names[] = { "&lt;", "&gt;", "&amp;", "&quot;", "&apos;" };
-    for (size_t i = 0; i < t.n; i++) {
-        const char *at = t.p[i] ? strchr(special, t.p[i]) : NULL;
-        if (at)
-            buf_puts(out, names[at - special]);
-        else
-            buf_putc(out, t.p[i]);
-    }
-}
-
-/* JUnit XML: the verdict is one test case, the summary its output. */
-static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
-{
-    struct buf summary = { 0 };
-    verdict_summary(v, &summary);
-    buf_printf(out, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"cvms\" tests=\"1\" failures=\"%d\" "
-               "errors=\"0\" time=\"" SECONDS "\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"" SECONDS "\">\n",
-               v->status != 0, SECONDS_OF(ms), v->until ? stage_names[v->until] : "expect", SECONDS_OF(ms));
-    if (v->status) {
-        buf_puts(out, "    <failure message=\"");
-        put_xml(out, (struct bytes){ v->why.p, v->why.len });
-        buf_printf(out, "\" type=\"%s\"/>\n", verdict_word(v->status));
-    }
-    buf_puts(out, "    <system-out>");
-    put_xml(out, (struct bytes){ summary.p, summary.len });
-    buf_puts(out, "</system-out>\n  </testcase>\n</testsuite>\n");
-    out->failed |= summary.failed;
-    buf_free(&summary);
-}
-
-static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
-{
-    buf_printf(out, "{\"verdict\":\"%s\",\"status\":%d,\"seconds\":" SECONDS ",\"why\":", verdict_word(v->status),
-               v->status, SECONDS_OF(ms));
-    pb_json_string(out, (struct bytes){ v->why.p, v->why.len });
-    buf_puts(out, ",\"agents\":[");
-    for (const struct host *h = v->hosts; h; h = h->next) {
-        buf_puts(out, "{\"name\":");
-        pb_json_string(out, bytes_of(h->name));
-        buf_printf(out, ",\"stage\":\"%s\",\"stages\":{", stage_names[h->stage]);
-        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
-            buf_printf(out, "%s\"%s\":" SECONDS, i > STAGE_CONNECTED ? "," : "", stage_names[i],
-                       SECONDS_OF(h->reached_ms[i]));
-        buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
-                   (unsigned long long)h->bytes);
-        if (h->failed)
-            pb_json_string(out, bytes_of(host_failure(h)));
-        else
-            buf_puts(out, "null");
-        buf_puts(out, ",\"lines\":[");
-        bool first = true;
-        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
-            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
-            if (!line)
-                continue;
-            buf_puts(out, first ? "" : ",");
-            first = false;
-            pb_json_string(out, bytes_of(line));
-        }
-        buf_puts(out, h->next ? "]}," : "]}");
-    }
-    buf_puts(out, "]}\n");
-}
-
-/* ==== 15. Services: Process, Health, Reflection; how messages are shown ============================================
- * Owns: what each method answers, and the lines on stdout that an agent's messages become.
- * Never: touches frames; it sends messages and a status.
- */
-enum stream_kind { KIND_UNKNOWN, KIND_AGENT, KIND_FORWARDER };
-static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
-
-/* One Process stream.  It is named when its kind is known: by metadata, or by its first message. */
-struct session {
-    struct session *prev, *next;
-    struct stream *stream;
-    struct manifest *manifest;
-    struct host *host;                /* NULL: no verdict is wanted */
-    enum stream_kind kind;
-    uint64_t messages, bytes;
-    int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
-    bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
-    char *job_id;                     /* safe to print; NULL: none was sent */
-};
-
-/* How one kind of message is headed in text: LEVEL or WORD, up to two fields joined by a slash, then the text. */
-static const struct shown {
-    enum stream_kind kind;            /* the stream that sends it */
-    const char *word;
-    uint32_t head, head2, text;       /* field numbers; 0: none */
-} shown[] = {
-    [1] = { KIND_FORWARDER, "",            3, 0, 1 },
-    [2] = { KIND_FORWARDER, "EVENT",       1, 6, 0 },
-    [3] = { KIND_AGENT,     "RUN_RES",     0, 0, 2 },
-    [4] = { KIND_AGENT,     "STOP_RES",    0, 0, 2 },
-    [5] = { KIND_AGENT,     "STATE",       2, 0, 0 },
-    [6] = { KIND_AGENT,     "ATTESTATION", 0, 0, 0 },
-    [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 0 },
-};
-
-enum { TEXT_BYTES = 48 };             /* of a bytes field, as many are shown in text */
-#define COLOR_DIM "\x1b[2m"
-#define COLOR_OFF "\x1b[0m"
-static const struct {
-    const char *word, *color;
-} colors[] = {
-    { "ERROR", "\x1b[31m" }, { "Failed", "\x1b[31m" }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
-    { "Completed", "\x1b[32m" }, { "Ready", "\x1b[32m" },
-};
-
-static bool bytes_printable(struct bytes b)
-{
-    for (size_t i = 0; i < b.n; i++)
-        if (b.p[i] < ' ' || b.p[i] > '~')
-            return false;
-    return true;
-}
-
-/* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
-static void put_bytes_field(struct buf *out, struct bytes b)
-{
-    if (bytes_printable(b)) {
-        buf_put(out, b.p, b.n);
-        return;
-    }
-    buf_printf(out, "%zu bytes ", b.n);
-    for (size_t i = 0; i < b.n && i < TEXT_BYTES; i++)
-        buf_printf(out, "%02x", b.p[i]);
-    if (b.n > TEXT_BYTES)
-        buf_puts(out, "...");
-}
-
-/* name=value of a field that is set and not in the head. */
-static void put_field_text(struct buf *out, const struct pb_field *f, const void *msg, bool *first)
-{
-    const void *at = (const char *)msg + f->offset;
-    if (!pb_is_set(f, at))
-        return;
-    buf_puts(out, *first ? "  (" : " ");
-    *first = false;
-    buf_puts(out, f->name);
-    buf_putc(out, '=');
-    if (f->kind == PB_STRING) {
-        put_text(out, *(const struct bytes *)at, NULL);
-    } else if (f->kind == PB_BYTES) {
-        put_bytes_field(out, *(const struct bytes *)at);
-    } else {
-        const struct Timestamp *t = pb_pointer(at);
-        if (!pb_timestamp(out, t->seconds, t->nanos))
-            buf_printf(out, "%lld s, %d ns", (long long)t->seconds, t->nanos);
-    }
-}
-
-static const struct pb_field *field_by_number(const struct pb_message *m, uint32_t number)
-{
-    for (size_t i = 0; i < m->n; i++)
-        if (m->fields[i].number == number)
-            return &m->fields[i];
-    return NULL;
-}
-
-static struct bytes string_field(const struct pb_message *m, const void *msg, uint32_t number)
-{
-    const struct pb_field *f = field_by_number(m, number);
-    return f ? *(const struct bytes *)(const void *)((const char *)msg + f->offset) : (struct bytes){ 0 };
-}
-
-static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
-{
-    struct buf *out = arg;
-    buf_printf(out, "  (unknown field %s: ", path);
-    if (wire == PB_LEN || wire == PB_SGROUP)
-        put_bytes_field(out, value);
-    else
-        buf_printf(out, "%llu", (unsigned long long)number);
-    buf_putc(out, ')');
-}
-
-/* The word in front of an entry, padded; coloured by what it says. */
-static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
-{
-    struct buf *out = &core->out;
-    const char *color = NULL;
-    struct bytes telling = head2.n ? head2 : head;
-    for (size_t i = 0; core->color && i < PB_COUNT(colors); i++)
-        if (bytes_eq(telling, bytes_of(colors[i].word)))
-            color = colors[i].color;
-    buf_puts(out, color ? color : "");
-    size_t start = out->len;
-    buf_puts(out, how->word);
-    if (head.n && *how->word)
-        buf_putc(out, ' ');
-    put_text(out, head, NULL);
-    if (how->head2)
-        buf_putc(out, '/'), put_text(out, head2, NULL);
-    for (size_t n = out->len - start; n < 5; n++)
-        buf_putc(out, ' ');
-    buf_puts(out, color ? COLOR_OFF : "");
-}
-
-static void put_origin(struct core *core, const struct stream *s)
-{
-    const struct session *session = s->user;
-    struct buf *out = &core->out;
-    buf_put(out, core_stamp(core), STAMP_LEN);
-    buf_putc(out, ' ');
-    buf_puts(out, s->conn->peer);
-    buf_putc(out, ' ');
-    buf_puts(out, kind_names[session->kind]);
-    if (session->job_id)
-        buf_putc(out, '['), buf_puts(out, session->job_id), buf_putc(out, ']');
-    buf_putc(out, ' ');
-}
-
-/* One entry a message: time, peer, kind of stream, head, text; every other field that is set follows in brackets. */
-static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
-{
-    struct core *core = s->conn->core;
-    struct buf *out = &core->out;
-    const struct pb_message *m = member->sub;
-    const struct shown *how = &shown[member->number];
-    bool first = true;
-    put_origin(core, s);
-    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
-    struct bytes text = string_field(m, msg, how->text);
-    if (member->number == 3)
-        buf_puts(out, text.n ? " error: " : " accepted");
-    else if (how->text)
-        buf_putc(out, ' ');
-    put_text(out, text, "    ");
-    buf_puts(out, core->color ? COLOR_DIM : "");
-    for (size_t i = 0; i < m->n; i++) {
-        uint32_t number = m->fields[i].number;
-        if (number != how->head && number != how->head2 && number != how->text)
-            put_field_text(out, &m->fields[i], msg, &first);
-    }
-    buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
-    if (unknown)
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
-    buf_puts(out, core->color ? COLOR_OFF "\n" : "\n");
-}
-
-static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
-{
-    struct buf *out = arg;
-    buf_puts(out, out->len && out->p[out->len - 1] == '[' ? "" : ",");
-    buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
-    if (wire == PB_LEN || wire == PB_SGROUP) {
-        buf_putc(out, '"');
-        pb_base64(out, value);
-        buf_puts(out, "\"}");
-    } else {
-        buf_printf(out, "\"%llu\"}", (unsigned long long)number);
-    }
-}
-
-/* One JSON object a line; `message` is the canonical JSON of the ClientStreamMessage. */
-static void show_json(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
-{
-    struct core *core = s->conn->core;
-    const struct session *session = s->user;
-    struct buf *out = &core->out;
-    buf_puts(out, "{\"time\":\"");
-    buf_put(out, core_stamp(core), STAMP_LEN);
-    buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
-    if (session->job_id) {
-        buf_puts(out, ",\"job_id\":");
-        pb_json_string(out, bytes_of(session->job_id));
-    }
-    if (s->conn->subject) {
-        buf_puts(out, ",\"subject\":");
-        pb_json_string(out, bytes_of(s->conn->subject));
-    }
-    buf_puts(out, ",\"message\":");
-    pb_json(out, &ClientStreamMessage_message, msg, 0);
-    if (unknown) {
-        buf_puts(out, ",\"unknown\":[");
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown_json, out);
-        buf_putc(out, ']');
-    }
-    buf_puts(out, "}\n");
-}
-
-/* The oneof member that is set; NULL for an empty message, or one whose only field we don't know. */
-static const struct pb_field *message_member(const struct ClientStreamMessage *msg)
-{
-    for (size_t i = 0; i < PB_COUNT(ClientStreamMessage_fields); i++)
-        if (pb_is_set(&ClientStreamMessage_fields[i], (const char *)msg + ClientStreamMessage_fields[i].offset))
-            return &ClientStreamMessage_fields[i];
-    return NULL;
-}
-
-static void show_message(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
-{
-    struct core *core = s->conn->core;
-    const struct pb_field *member = message_member(msg);
-    if (core->json) {
-        show_json(s, msg, wire, unknown);
-    } else if (member) {
-        show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
-    } else {
-        put_origin(core, s);
-        buf_puts(&core->out, "an empty message");
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &core->out);
-        buf_putc(&core->out, '\n');
-    }
-}
-
-/* ---- cvms.Service/Process ---- */
-
-/* Names the stream on a log line: kind and job-id. */
-static void process_note(struct stream *s, const char *text)
-{
-    const struct session *session = s->user;
-    const char *job = session->job_id;
-    core_note(s->conn->core, s->conn->peer, "%s%s%s%s: %s", session->kind ? kind_names[session->kind] : "stream",
-              job ? "[" : "", job ? job : "", job ? "]" : "", text);
-}
-
-/* A line of -record. */
-static void record_line(struct stream *s, struct Record r, struct bytes raw)
-{
-    struct core *core = s->conn->core;
-    const struct session *session = s->user;
-    struct Timestamp t = { .seconds = core->wall_ms / 1000, .nanos = (int32_t)(core->wall_ms % 1000 * 1000000) };
-    r.time = &t;
-    r.peer = bytes_of(s->conn->peer);
-    r.stream = (int32_t)s->id;
-    r.kind = bytes_of(kind_names[session->kind]);
-    r.job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
-    r.raw = raw;
-    size_t before = core->record.len;
-    pb_json(&core->record, &Record_message, &r, 0);
-    buf_putc(&core->record, '\n');
-    if (core->record.failed)          /* not half a line; with this the record ends */
-        core->record.len = before;
-}
-
-/* Records what a blob of prefixed messages sends. */
-static void record_sent(struct stream *s, const struct blob *b)
-{
-    struct core *core = s->conn->core;
-    for (size_t at = 0, n; core->recording && at < b->n; at += 5 + n) {
-        struct ServerStreamMessage msg = { 0 };
-        bool unknown;
-        n = get_be32(b->p + at + 1);
-        pb_arena_reset(&core->arena);
-        struct bytes wire = { b->p + at + 5, n };
-        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
-        if (err == PB_OK)
-            record_line(s, (struct Record){ .sent = &msg }, wire);
-        core->record.failed |= err == PB_LIMIT;
-    }
-}
-
-/* Sends the session one message outside its connection's own turn. */
-static void session_send(struct session *session, const struct ServerStreamMessage *msg)
-{
-    struct blob *b = grpc_encode(&ServerStreamMessage_message, msg);
-    if (b)
-        record_sent(session->stream, b);
-    grpc_send_blob(session->stream, b);
-    session->stream->conn->core->touched = true;
-}
-
-static void session_send_manifest(struct session *session)
-{
-    struct stream *s = session->stream;
-    session->send_ms = INT64_MAX;
-    record_sent(s, session->manifest->stream);
-    grpc_send_blob(s, blob_ref(session->manifest->stream));
-    if (session->ended)
-        grpc_finish(s, GRPC_OK, "");
-}
-
-/* The stream has shown what it is. */
-static void session_kind(struct session *session, enum stream_kind kind)
-{
-    struct core *core = session->stream->conn->core;
-    session->kind = kind;
-    session->host = verdict_host(core->verdict, session->job_id, session->stream->conn->peer);
-    if (session->host)
-        verdict_stream(core->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
-    else if (core->verdict && core->verdict->host_count == MAX_HOSTS)
-        core_cap(core, session->stream->conn->peer, CAP_HOSTS);
-}
-
-static void process_open(struct stream *s, const struct fields *f)
-{
-    struct core *core = s->conn->core;
-    struct bytes job_id = f->value[F_JOB_ID];
-    struct buf name = { 0 };
-    if (job_id.n) {
-        put_text(&name, (struct bytes){ job_id.p, min_size(job_id.n, 200) }, NULL);
-        buf_putc(&name, 0);
-    }
-    struct session *session = name.failed ? NULL : calloc(1, sizeof *session);
-    if (!session) {
-        buf_free(&name);
-        core_note(core, s->conn->peer, "out of memory: stream %lu is ended", (unsigned long)s->id);
-        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
-        return;
-    }
-    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX,
-                                 .manifest = manifest_for(core->manifest, job_id), .job_id = (char *)name.p };
-    if (core->sessions)
-        core->sessions->prev = session;
-    core->sessions = session;
-    s->user = session;
-    enum stream_kind kind = session->job_id ? KIND_AGENT : KIND_UNKNOWN;
-    if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
-        kind = KIND_FORWARDER;
-    if (kind)
-        session_kind(session, kind);
-    const char *job = session->job_id, *subject = s->conn->subject;
-    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
-              job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
-    manifest_refresh(session->manifest, core);
-    if (kind == KIND_FORWARDER && core->skip_forwarder)
-        grpc_send_headers(s);
-    else if (core->faults && core->faults->value[FAULT_DELAY] > 0)
-        session->send_ms = core->now_ms + core->faults->value[FAULT_DELAY];
-    else
-        session_send_manifest(session);
-}
-
-static void process_message(struct stream *s, struct bytes wire)
-{
-    struct core *core = s->conn->core;
-    struct session *session = s->user;
-    struct ClientStreamMessage msg = { 0 };
-    bool unknown = false;
-    pb_arena_reset(&core->arena);
-    enum pb_error err = pb_decode(&ClientStreamMessage_message, &msg, wire, &core->arena, &unknown);
-    if (err != PB_OK) {
-        char text[160];
-        text_printf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
-                    (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
-        process_note(s, text);
-        grpc_abort(s, GRPC_INTERNAL, text);
-        return;
-    }
-    const struct pb_field *member = message_member(&msg);
-    if (session->kind == KIND_UNKNOWN && member)
-        session_kind(session, shown[member->number].kind);
-    session->messages++;
-    session->bytes += wire.n;
-    size_t shown_before = core->out.len;
-    show_message(s, &msg, wire, unknown);
-    if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
-        core->out.len = shown_before;
-        core->out.failed = false;
-        process_note(s, "out of memory: a message was not taken");
-        grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
-        return;
-    }
-    if (session->host)
-        verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
-    if (core->recording)
-        record_line(s, (struct Record){ .received = &msg }, wire);
-}
-
-static void process_drained(struct stream *s)
-{
-    const struct faults *faults = s->conn->core->faults;
-    struct session *session = s->user;
-    if (!session || s->finishing || session->announced)
-        return;
-    session->announced = true;
-    process_note(s, "computation run request sent successfully");
-    if (faults && faults->value[FAULT_RST] >= 0)
-        stream_reset(s, INTERNAL_ERROR);
-    if (faults && faults->value[FAULT_GOAWAY] >= 0)
-        conn_shutdown(s->conn, GRPC_UNAVAILABLE, "fault injected: goaway");
-}
-
-static void process_end(struct stream *s)
-{
-    struct session *session = s->user;
-    session->ended = true;
-    if (session->send_ms == INT64_MAX)
-        grpc_finish(s, GRPC_OK, "");
-}
-
-static void reflection_end(struct stream *s)
-{
-    grpc_finish(s, GRPC_OK, "");
-}
-
-static void process_closed(struct stream *s)
-{
-    struct session *session = s->user;
-    if (!session)
-        return;
-    char text[100];
-    text_printf(text, sizeof text, "stream ended after %llu message%s, %llu bytes",
-                (unsigned long long)session->messages,
-                session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
-    process_note(s, text);
-    if (session->host)
-        verdict_stream(s->conn->core->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
-    *(session->prev ? &session->prev->next : &s->conn->core->sessions) = session->next;
-    if (session->next)
-        session->next->prev = session->prev;
-    free(session->job_id);
-    free(session);
-    s->user = NULL;
-}
-
-/* ---- grpc.health.v1.Health ---- */
-static const char *const healthy_services[] = { "", "cvms_test_server" };
-
-static bool health_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
-{
-    struct core *core = s->conn->core;
-    bool unknown;
-    pb_arena_reset(&core->arena);
-    enum pb_error err = pb_decode(type, msg, wire, &core->arena, &unknown);
-    if (err != PB_OK)
-        grpc_abort(s, GRPC_INTERNAL, pb_error_text(err));
-    return err == PB_OK;
-}
-
-static int32_t health_status(struct bytes service)
-{
-    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
-        if (bytes_eq(service, bytes_of(healthy_services[i])))
-            return HEALTH_SERVING;
-    return HEALTH_SERVICE_UNKNOWN;
-}
-
-/* A unary call takes one message; its answer waits for the client's END_STREAM. */
-static bool unary_first(struct stream *s)
-{
-    if (s->answered)
-        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
-    bool first = !s->answered;
-    s->answered = true;
-    return first;
-}
-
-static void unary_end(struct stream *s)
-{
-    if (s->answered)
-        grpc_finish(s, GRPC_OK, "");
-    else
-        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call without a message");
-}
-
-static void ignore_open(struct stream *s, const struct fields *f)
-{
-    (void)s, (void)f;
-}
-
-static void health_check(struct stream *s, struct bytes wire)
-{
-    struct HealthCheckRequest req = { 0 };
-    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
-        return;
-    struct HealthCheckResponse res = { .status = health_status(req.service) };
-    if (res.status == HEALTH_SERVING)
-        grpc_send(s, &HealthCheckResponse_message, &res);
-    else
-        grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
-}
-
-static void health_watch(struct stream *s, struct bytes wire)
-{
-    struct HealthCheckRequest req = { 0 };
-    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
-        return;
-    struct HealthCheckResponse res = { .status = health_status(req.service) };
-    grpc_send(s, &HealthCheckResponse_message, &res);
-}
-
-static void health_watch_end(struct stream *s)
-{
-    if (!s->answered)
-        unary_end(s);                 /* else the stream stays open: the status may change */
-}
-
-static void health_list(struct stream *s, struct bytes wire)
-{
-    struct HealthListRequest req = { 0 };
-    struct HealthCheckResponse ok = { .status = HEALTH_SERVING };
-    struct StatusesEntry entry[PB_COUNT(healthy_services)];
-    if (!unary_first(s) || !health_decode(s, &HealthListRequest_message, &req, wire))
-        return;
-    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
-        entry[i] = (struct StatusesEntry){ .key = bytes_of(healthy_services[i]), .value = &ok };
-    struct HealthListResponse res = { .statuses = { .items = entry, .n = PB_COUNT(healthy_services) } };
-    grpc_send(s, &HealthListResponse_message, &res);
-}
-
-/* ---- grpc.reflection ---- */
-
-/* Takes "name" off the front of a dotted symbol; false if it begins with something else. */
-static bool symbol_take(struct bytes *symbol, const char *name)
-{
-    size_t n = strlen(name);
-    if (symbol->n < n || memcmp(symbol->p, name, n) != 0 || (symbol->n > n && symbol->p[n] != '.'))
-        return false;
-    n += symbol->n > n;
-    *symbol = (struct bytes){ symbol->p + n, symbol->n - n };
-    return true;
-}
-
-static bool message_has(const struct pb_message *m, struct bytes symbol)
-{
-    bool found = symbol.n == 0 || (m->oneof && bytes_eq(symbol, bytes_of(m->oneof)));
-    for (size_t i = 0; i < m->n && !found; i++) {
-        const struct pb_field *f = &m->fields[i];
-        const struct pb_message *entry = f->kind == PB_MESSAGE ? f->sub : NULL;
-        const struct pb_enum *values = f->kind == PB_ENUM ? f->sub : NULL;
-        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name))) ||
-                (entry && entry->form == PB_MAP_ENTRY && bytes_eq(symbol, bytes_of(entry->name)));
-    }
-    return found;
-}
-
-/* Whether the file defines the symbol: a message, service, or what is named inside one. */
-static bool file_has(const struct pb_file *f, struct bytes symbol)
-{
-    if (!symbol_take(&symbol, f->package) || symbol.n == 0)
-        return false;
-    for (size_t i = 0; i < f->n_messages; i++) {
-        struct bytes rest = symbol;
-        if (symbol_take(&rest, f->messages[i]->name) && message_has(f->messages[i], rest))
-            return true;
-    }
-    for (size_t i = 0; i < f->n_services; i++) {
-        struct bytes rest = symbol;
-        bool found = symbol_take(&rest, f->services[i].name) && rest.n == 0;
-        for (size_t j = 0; j < f->services[i].n && rest.n < symbol.n; j++)
-            found |= bytes_eq(rest, bytes_of(f->services[i].methods[j].name));
-        if (found)
-            return true;
-    }
-    return false;
-}
-
-/* The file that a request asks for, or NULL. */
-static const struct pb_file *reflection_file(const struct ServerReflectionRequest *req)
-{
-    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
-        const struct pb_file *f = all_files[i];
-        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
-                                    : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
-            return f;
-    }
-    return NULL;
-}
-
-/* Answers with the file and what it imports. */
-static void reflection_send_file(struct stream *s, struct ServerReflectionResponse res, const struct pb_file *file)
-{
-    struct buf made[PB_COUNT(all_files)] = { { 0 } };
-    struct bytes wire[PB_COUNT(all_files)] = { pb_file_descriptor(&made[0], file) };
-    size_t n = 1;
-    for (size_t i = 0; i < file->n_deps && n < PB_COUNT(all_files); i++, n++)
-        wire[n] = pb_file_descriptor(&made[n], file->deps[i]);
-    struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
-    res.file_descriptor_response = &files;
-    grpc_send(s, &ServerReflectionResponse_message, &res);
-    for (size_t i = 0; i < n; i++)
-        buf_free(&made[i]);
-}
-
-static void reflection_send_services(struct stream *s, struct ServerReflectionResponse res)
-{
-    struct ServiceResponse list[PB_COUNT(all_files)];
-    char names[PB_COUNT(all_files)][64];
-    size_t n = 0;
-    for (size_t i = 0; i < PB_COUNT(all_files); i++)
-        for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
-            text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
-            list[n].name = bytes_of(names[n]);
-        }
-    struct ListServiceResponse services = { .service = { .items = list, .n = n } };
-    res.list_services_response = &services;
-    grpc_send(s, &ServerReflectionResponse_message, &res);
-}
-
-static void reflection_message(struct stream *s, struct bytes wire)
-{
-    struct ServerReflectionRequest req = { 0 };
-    if (!health_decode(s, &ServerReflectionRequest_message, &req, wire))
-        return;
-    struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
-    const struct pb_file *file = reflection_file(&req);
-    struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
-    struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
-    if (file) {
-        reflection_send_file(s, res, file);
-        return;
-    }
-    if (req.list_services.p) {
-        reflection_send_services(s, res);
-        return;
-    }
-    bool known = false;
-    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
-        known |= file_has(all_files[i], req.all_extension_numbers_of_type);
-    if (known)
-        res.all_extension_numbers_response = &numbers;
-    else
-        res.error_response = &error;
-    grpc_send(s, &ServerReflectionResponse_message, &res);
-}
-
-static const struct grpc_method server_methods[] = {
-    { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
-      .drained = process_drained, .closed = process_closed },
-    { .path = "/grpc.health.v1.Health/Check", .open = ignore_open, .message = health_check, .end = unary_end },
-    { .path = "/grpc.health.v1.Health/List", .open = ignore_open, .message = health_list, .end = unary_end },
-    { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
-    { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = reflection_end },
-    { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = reflection_end },
-};
-
-/* ==== 16. TLS: chain, key, BearSSL pump ============================================================================
+/* ==== 9. TLS: chain, key, BearSSL pump ============================================================================
  * Owns: certificates, keys and authorities (RFC 5280), TLS 1.2 connections (RFC 5246, RFC 9113 9.2), pooled buffers.
  * BearSSL's engine does the protocol; what it lacks is here: extended key usage, subjects for the log, the alert that
  * goes with each refusal, randomness without /dev.
@@ -8104,7 +4180,7 @@ static void wipe_below(void) {}
 #define tls_close(t) ((void)(t))
 #endif
 
-/* ==== 17. Event loop: descriptors, clocks, signals =================================================================
+/* ==== 10. Event loop: descriptors, clocks, signals =================================================================
  * Owns: every descriptor, the clock, the only place that waits.  epoll where there is one, poll elsewhere.
  * Never: looks into bytes; it carries them between sockets, the core and stdout.
  */
@@ -9273,7 +5349,4178 @@ static void loop_free(struct loop *l)
     free(l);
 }
 
-/* ==== 18. The client commands: a stand-in agent, and health ========================================================
+/* ==== 11. Message tables: cvms, health, reflection ==================================================================
+ * Owns: every message and service on the wire, one row for each field; proto_wire.h does the work from these rows.
+ *       agent/cvms/cvms.proto, google/protobuf/timestamp.proto, grpc/health/v1/health.proto and
+ *       grpc/reflection/{v1,v1alpha}/reflection.proto.
+ * Never: code.  Names are spelled as in the .proto files, their mixed case included.
+ */
+
+/* ---- google.protobuf ---- */
+struct Timestamp {
+    int64_t seconds;
+    int32_t nanos;
+};
+PB_DEFINE(Timestamp, PB_TIMESTAMP, NULL,
+    PB_ROW(Timestamp, 1, INT64, 0, seconds, NULL),
+    PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL));
+
+/* ---- cvms: from the agent ---- */
+struct AgentLog {
+    struct bytes message, computation_id, level;
+    struct Timestamp *timestamp;
+};
+PB_DEFINE(AgentLog, PB_PLAIN, NULL,
+    PB_ROW(AgentLog, 1, STRING,  0, message,        NULL),
+    PB_ROW(AgentLog, 2, STRING,  0, computation_id, NULL),
+    PB_ROW(AgentLog, 3, STRING,  0, level,          NULL),
+    PB_ROW(AgentLog, 4, MESSAGE, 0, timestamp,      &Timestamp_message));
+
+struct AgentEvent {
+    struct bytes event_type, computation_id, details, originator, status;
+    struct Timestamp *timestamp;
+};
+PB_DEFINE(AgentEvent, PB_PLAIN, NULL,
+    PB_ROW(AgentEvent, 1, STRING,  0, event_type,     NULL),
+    PB_ROW(AgentEvent, 2, MESSAGE, 0, timestamp,      &Timestamp_message),
+    PB_ROW(AgentEvent, 3, STRING,  0, computation_id, NULL),
+    PB_ROW(AgentEvent, 4, BYTES,   0, details,        NULL),
+    PB_ROW(AgentEvent, 5, STRING,  0, originator,     NULL),
+    PB_ROW(AgentEvent, 6, STRING,  0, status,         NULL));
+
+struct RunResponse { struct bytes computation_id, error; };
+PB_DEFINE(RunResponse, PB_PLAIN, NULL,
+    PB_ROW(RunResponse, 1, STRING, 0, computation_id, NULL),
+    PB_ROW(RunResponse, 2, STRING, 0, error,          NULL));
+
+struct StopComputationResponse { struct bytes computation_id, message; };
+PB_DEFINE(StopComputationResponse, PB_PLAIN, NULL,
+    PB_ROW(StopComputationResponse, 1, STRING, 0, computation_id, NULL),
+    PB_ROW(StopComputationResponse, 2, STRING, 0, message,        NULL));
+
+struct AgentStateRes { struct bytes id, state; };
+PB_DEFINE(AgentStateRes, PB_PLAIN, NULL,
+    PB_ROW(AgentStateRes, 1, STRING, 0, id,    NULL),
+    PB_ROW(AgentStateRes, 2, STRING, 0, state, NULL));
+
+struct AttestationResponse { struct bytes file, certSerialNumber; };
+PB_DEFINE(AttestationResponse, PB_PLAIN, NULL,
+    PB_ROW(AttestationResponse, 1, BYTES,  0, file,             NULL),
+    PB_ROW(AttestationResponse, 2, STRING, 0, certSerialNumber, NULL));
+
+/* The same two fields under another name. */
+static const struct pb_message azureAttestationToken_message = {
+    "azureAttestationToken", AttestationResponse_fields, 2, sizeof(struct AttestationResponse), PB_PLAIN, NULL
+};
+
+struct ClientStreamMessage {
+    struct AgentLog *agent_log;
+    struct AgentEvent *agent_event;
+    struct RunResponse *run_res;
+    struct StopComputationResponse *stopComputationRes;
+    struct AgentStateRes *agentStateRes;
+    struct AttestationResponse *vTPMattestationReport, *azureAttestationToken;
+};
+PB_DEFINE(ClientStreamMessage, PB_PLAIN, "message",
+    PB_ROW(ClientStreamMessage, 1, MESSAGE, PB_ONEOF, agent_log,             &AgentLog_message),
+    PB_ROW(ClientStreamMessage, 2, MESSAGE, PB_ONEOF, agent_event,           &AgentEvent_message),
+    PB_ROW(ClientStreamMessage, 3, MESSAGE, PB_ONEOF, run_res,               &RunResponse_message),
+    PB_ROW(ClientStreamMessage, 4, MESSAGE, PB_ONEOF, stopComputationRes,    &StopComputationResponse_message),
+    PB_ROW(ClientStreamMessage, 5, MESSAGE, PB_ONEOF, agentStateRes,         &AgentStateRes_message),
+    PB_ROW(ClientStreamMessage, 6, MESSAGE, PB_ONEOF, vTPMattestationReport, &AttestationResponse_message),
+    PB_ROW(ClientStreamMessage, 7, MESSAGE, PB_ONEOF, azureAttestationToken, &azureAttestationToken_message));
+
+/* ---- cvms: to the agent ---- */
+struct StopComputation { struct bytes computation_id; };
+PB_DEFINE(StopComputation, PB_PLAIN, NULL, PB_ROW(StopComputation, 1, STRING, 0, computation_id, NULL));
+struct AgentStateReq { struct bytes id; };
+PB_DEFINE(AgentStateReq, PB_PLAIN, NULL, PB_ROW(AgentStateReq, 1, STRING, 0, id, NULL));
+struct DisconnectReq { struct bytes id; };
+PB_DEFINE(DisconnectReq, PB_PLAIN, NULL, PB_ROW(DisconnectReq, 1, STRING, 0, id, NULL));
+struct RunReqChunks { struct bytes data, id; bool is_last; };
+PB_DEFINE(RunReqChunks, PB_PLAIN, NULL,
+    PB_ROW(RunReqChunks, 1, BYTES,  0, data,    NULL),
+    PB_ROW(RunReqChunks, 2, STRING, 0, id,      NULL),
+    PB_ROW(RunReqChunks, 3, BOOL,   0, is_last, NULL));
+
+struct ResultConsumer { struct bytes userKey; };
+PB_DEFINE(ResultConsumer, PB_PLAIN, NULL, PB_ROW(ResultConsumer, 1, BYTES, 0, userKey, NULL));
+
+struct Source { struct bytes type, url, kbs_resource_path; bool encrypted; };
+PB_DEFINE(Source, PB_PLAIN, NULL,
+    PB_ROW(Source, 1, STRING, 0, type,              NULL),
+    PB_ROW(Source, 2, STRING, 0, url,               NULL),
+    PB_ROW(Source, 3, STRING, 0, kbs_resource_path, NULL),
+    PB_ROW(Source, 4, BOOL,   0, encrypted,         NULL));
+
+struct KBSConfig { struct bytes url; bool enabled; };
+PB_DEFINE(KBSConfig, PB_PLAIN, NULL,
+    PB_ROW(KBSConfig, 1, STRING, 0, url,     NULL),
+    PB_ROW(KBSConfig, 2, BOOL,   0, enabled, NULL));
+
+struct Dataset {
+    struct bytes hash, userKey, filename;
+    struct Source *source;
+    struct KBSConfig *kbs;
+    bool decompress;
+};
+PB_DEFINE(Dataset, PB_PLAIN, NULL,
+    PB_ROW(Dataset, 1, BYTES,   0, hash,       NULL),
+    PB_ROW(Dataset, 2, BYTES,   0, userKey,    NULL),
+    PB_ROW(Dataset, 3, STRING,  0, filename,   NULL),
+    PB_ROW(Dataset, 4, MESSAGE, 0, source,     &Source_message),
+    PB_ROW(Dataset, 5, BOOL,    0, decompress, NULL),
+    PB_ROW(Dataset, 6, MESSAGE, 0, kbs,        &KBSConfig_message));
+
+struct Algorithm {
+    struct bytes hash, userKey, algo_type;
+    struct Source *source;
+    struct pb_list algo_args;           /* struct bytes */
+    struct KBSConfig *kbs;
+};
+PB_DEFINE(Algorithm, PB_PLAIN, NULL,
+    PB_ROW(Algorithm, 1, BYTES,   0,           hash,      NULL),
+    PB_ROW(Algorithm, 2, BYTES,   0,           userKey,   NULL),
+    PB_ROW(Algorithm, 3, MESSAGE, 0,           source,    &Source_message),
+    PB_ROW(Algorithm, 4, STRING,  0,           algo_type, NULL),
+    PB_ROW(Algorithm, 5, STRING,  PB_REPEATED, algo_args, NULL),
+    PB_ROW(Algorithm, 6, MESSAGE, 0,           kbs,       &KBSConfig_message));
+
+struct AgentConfig {
+    struct bytes port, cert_file, key_file, client_ca_file, server_ca_file, log_level;
+    bool attested_tls;
+};
+PB_DEFINE(AgentConfig, PB_PLAIN, NULL,
+    PB_ROW(AgentConfig, 1, STRING, 0, port,           NULL),
+    PB_ROW(AgentConfig, 2, STRING, 0, cert_file,      NULL),
+    PB_ROW(AgentConfig, 3, STRING, 0, key_file,       NULL),
+    PB_ROW(AgentConfig, 4, STRING, 0, client_ca_file, NULL),
+    PB_ROW(AgentConfig, 5, STRING, 0, server_ca_file, NULL),
+    PB_ROW(AgentConfig, 6, STRING, 0, log_level,      NULL),
+    PB_ROW(AgentConfig, 7, BOOL,   0, attested_tls,   NULL));
+
+struct ComputationRunReq {
+    struct bytes id, name, description;
+    struct pb_list datasets;            /* struct Dataset */
+    struct Algorithm *algorithm;
+    struct pb_list result_consumers;    /* struct ResultConsumer */
+    struct AgentConfig *agent_config;
+    struct KBSConfig *kbs;
+};
+PB_DEFINE(ComputationRunReq, PB_PLAIN, NULL,
+    PB_ROW(ComputationRunReq, 1, STRING,  0,           id,               NULL),
+    PB_ROW(ComputationRunReq, 2, STRING,  0,           name,             NULL),
+    PB_ROW(ComputationRunReq, 3, STRING,  0,           description,      NULL),
+    PB_ROW(ComputationRunReq, 4, MESSAGE, PB_REPEATED, datasets,         &Dataset_message),
+    PB_ROW(ComputationRunReq, 5, MESSAGE, 0,           algorithm,        &Algorithm_message),
+    PB_ROW(ComputationRunReq, 6, MESSAGE, PB_REPEATED, result_consumers, &ResultConsumer_message),
+    PB_ROW(ComputationRunReq, 7, MESSAGE, 0,           agent_config,     &AgentConfig_message),
+    PB_ROW(ComputationRunReq, 8, MESSAGE, 0,           kbs,              &KBSConfig_message));
+
+struct ServerStreamMessage {
+    struct RunReqChunks *runReqChunks;
+    struct ComputationRunReq *runReq;
+    struct StopComputation *stopComputation;
+    struct AgentStateReq *agentStateReq;
+    struct DisconnectReq *disconnectReq;
+};
+PB_DEFINE(ServerStreamMessage, PB_PLAIN, "message",
+    PB_ROW(ServerStreamMessage, 1, MESSAGE, PB_ONEOF, runReqChunks,    &RunReqChunks_message),
+    PB_ROW(ServerStreamMessage, 2, MESSAGE, PB_ONEOF, runReq,          &ComputationRunReq_message),
+    PB_ROW(ServerStreamMessage, 3, MESSAGE, PB_ONEOF, stopComputation, &StopComputation_message),
+    PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
+    PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message));
+
+/* ---- A line of -record: one message as it came (received) or went (sent), and its very bytes ---- */
+struct Record {
+    struct Timestamp *time;
+    struct bytes peer, kind, job_id, raw;
+    int32_t stream;
+    struct ClientStreamMessage *received;
+    struct ServerStreamMessage *sent;
+};
+PB_DEFINE(Record, PB_PLAIN, NULL,
+    PB_ROW(Record, 1, MESSAGE, 0, time,     &Timestamp_message),
+    PB_ROW(Record, 2, STRING,  0, peer,     NULL),
+    PB_ROW(Record, 3, INT32,   0, stream,   NULL),
+    PB_ROW(Record, 4, STRING,  0, kind,     NULL),
+    PB_ROW(Record, 5, STRING,  0, job_id,   NULL),
+    PB_ROW(Record, 6, MESSAGE, 0, received, &ClientStreamMessage_message),
+    PB_ROW(Record, 7, MESSAGE, 0, sent,     &ServerStreamMessage_message),
+    PB_ROW(Record, 8, BYTES,   0, raw,      NULL));
+
+/* ---- grpc.health.v1 ---- */
+enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
+static const char *const ServingStatus_values[] = { "UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN" };
+static const struct pb_enum ServingStatus_enum = {
+    "ServingStatus", ServingStatus_values, PB_COUNT(ServingStatus_values)
+};
+
+struct HealthCheckRequest { struct bytes service; };
+PB_DEFINE(HealthCheckRequest, PB_PLAIN, NULL, PB_ROW(HealthCheckRequest, 1, STRING, 0, service, NULL));
+
+struct HealthCheckResponse { int32_t status; };
+PB_DEFINE(HealthCheckResponse, PB_PLAIN, NULL, PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum));
+
+struct HealthListRequest { char empty; };
+static const struct pb_message HealthListRequest_message = {
+    "HealthListRequest", NULL, 0, sizeof(struct HealthListRequest), PB_PLAIN, NULL
+};
+
+struct StatusesEntry { struct bytes key; struct HealthCheckResponse *value; };
+PB_DEFINE(StatusesEntry, PB_MAP_ENTRY, NULL,
+    PB_ROW(StatusesEntry, 1, STRING,  0, key,   NULL),
+    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message));
+
+struct HealthListResponse { struct pb_list statuses; };         /* struct StatusesEntry */
+PB_DEFINE(HealthListResponse, PB_PLAIN, NULL,
+    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message));
+
+/* ---- grpc.reflection, v1 and v1alpha: two packages, the same messages ---- */
+struct ExtensionRequest { struct bytes containing_type; int32_t extension_number; };
+PB_DEFINE(ExtensionRequest, PB_PLAIN, NULL,
+    PB_ROW(ExtensionRequest, 1, STRING, 0, containing_type,  NULL),
+    PB_ROW(ExtensionRequest, 2, INT32,  0, extension_number, NULL));
+
+struct ServerReflectionRequest {
+    struct bytes host, file_by_filename, file_containing_symbol;
+    struct ExtensionRequest *file_containing_extension;
+    struct bytes all_extension_numbers_of_type, list_services;
+};
+PB_DEFINE(ServerReflectionRequest, PB_PLAIN, "message_request",
+    PB_ROW(ServerReflectionRequest, 1, STRING,  0,        host,                          NULL),
+    PB_ROW(ServerReflectionRequest, 3, STRING,  PB_ONEOF, file_by_filename,              NULL),
+    PB_ROW(ServerReflectionRequest, 4, STRING,  PB_ONEOF, file_containing_symbol,        NULL),
+    PB_ROW(ServerReflectionRequest, 5, MESSAGE, PB_ONEOF, file_containing_extension,     &ExtensionRequest_message),
+    PB_ROW(ServerReflectionRequest, 6, STRING,  PB_ONEOF, all_extension_numbers_of_type, NULL),
+    PB_ROW(ServerReflectionRequest, 7, STRING,  PB_ONEOF, list_services,                 NULL));
+
+struct FileDescriptorResponse { struct pb_list file_descriptor_proto; };       /* struct bytes */
+PB_DEFINE(FileDescriptorResponse, PB_PLAIN, NULL,
+    PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL));
+
+struct ExtensionNumberResponse { struct bytes base_type_name; struct pb_list extension_number; };      /* int32_t */
+PB_DEFINE(ExtensionNumberResponse, PB_PLAIN, NULL,
+    PB_ROW(ExtensionNumberResponse, 1, STRING, 0,           base_type_name,   NULL),
+    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL));
+
+struct ServiceResponse { struct bytes name; };
+PB_DEFINE(ServiceResponse, PB_PLAIN, NULL, PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL));
+
+struct ListServiceResponse { struct pb_list service; };         /* struct ServiceResponse */
+PB_DEFINE(ListServiceResponse, PB_PLAIN, NULL,
+    PB_ROW(ListServiceResponse, 1, MESSAGE, PB_REPEATED, service, &ServiceResponse_message));
+
+struct ErrorResponse { int32_t error_code; struct bytes error_message; };
+PB_DEFINE(ErrorResponse, PB_PLAIN, NULL,
+    PB_ROW(ErrorResponse, 1, INT32,  0, error_code,    NULL),
+    PB_ROW(ErrorResponse, 2, STRING, 0, error_message, NULL));
+
+struct ServerReflectionResponse {
+    struct bytes valid_host;
+    struct ServerReflectionRequest *original_request;
+    struct FileDescriptorResponse *file_descriptor_response;
+    struct ExtensionNumberResponse *all_extension_numbers_response;
+    struct ListServiceResponse *list_services_response;
+    struct ErrorResponse *error_response;
+};
+#define REFLECTION_ROW(number, kind, flags, member, sub) \
+    PB_ROW(ServerReflectionResponse, number, kind, flags, member, sub)
+PB_DEFINE(ServerReflectionResponse, PB_PLAIN, "message_response",
+    REFLECTION_ROW(1, STRING,  0,        valid_host,                     NULL),
+    REFLECTION_ROW(2, MESSAGE, 0,        original_request,               &ServerReflectionRequest_message),
+    REFLECTION_ROW(4, MESSAGE, PB_ONEOF, file_descriptor_response,       &FileDescriptorResponse_message),
+    REFLECTION_ROW(5, MESSAGE, PB_ONEOF, all_extension_numbers_response, &ExtensionNumberResponse_message),
+    REFLECTION_ROW(6, MESSAGE, PB_ONEOF, list_services_response,         &ListServiceResponse_message),
+    REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message));
+
+/* ---- Files and services, as reflection lists them ---- */
+static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
+static const struct pb_file timestamp_file = {
+    .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
+    .messages = timestamp_messages, .n_messages = PB_COUNT(timestamp_messages),
+};
+
+static const struct pb_file *const cvms_deps[] = { &timestamp_file };
+static const struct pb_message *const cvms_messages[] = {
+    &AgentStateReq_message, &AgentStateRes_message, &DisconnectReq_message, &StopComputation_message,
+    &StopComputationResponse_message, &RunResponse_message, &AttestationResponse_message,
+    &azureAttestationToken_message, &AgentEvent_message, &AgentLog_message, &ClientStreamMessage_message,
+    &ServerStreamMessage_message, &RunReqChunks_message, &ComputationRunReq_message, &ResultConsumer_message,
+    &Dataset_message, &Algorithm_message, &Source_message, &KBSConfig_message, &AgentConfig_message,
+};
+static const struct pb_method cvms_methods[] = {
+    { "Process", &ClientStreamMessage_message, &ServerStreamMessage_message, true, true },
+};
+static const struct pb_service cvms_services[] = { { "Service", cvms_methods, PB_COUNT(cvms_methods) } };
+static const struct pb_file cvms_file = {
+    .name = "agent/cvms/cvms.proto", .package = "cvms", .deps = cvms_deps, .n_deps = PB_COUNT(cvms_deps),
+    .messages = cvms_messages, .n_messages = PB_COUNT(cvms_messages),
+    .services = cvms_services, .n_services = PB_COUNT(cvms_services),
+};
+
+static const struct pb_message *const health_messages[] = {
+    &HealthCheckRequest_message, &HealthCheckResponse_message, &HealthListRequest_message, &HealthListResponse_message,
+};
+static const struct pb_method health_methods[] = {
+    { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
+    { "List",  &HealthListRequest_message,  &HealthListResponse_message,  false, false },
+    { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true },
+};
+static const struct pb_service health_services[] = { { "Health", health_methods, PB_COUNT(health_methods) } };
+static const struct pb_file health_file = {
+    .name = "grpc/health/v1/health.proto", .package = "grpc.health.v1",
+    .messages = health_messages, .n_messages = PB_COUNT(health_messages),
+    .services = health_services, .n_services = PB_COUNT(health_services),
+};
+
+static const struct pb_message *const reflection_messages[] = {
+    &ServerReflectionRequest_message, &ExtensionRequest_message, &ServerReflectionResponse_message,
+    &FileDescriptorResponse_message, &ExtensionNumberResponse_message, &ListServiceResponse_message,
+    &ServiceResponse_message, &ErrorResponse_message,
+};
+static const struct pb_method reflection_methods[] = {
+    { "ServerReflectionInfo", &ServerReflectionRequest_message, &ServerReflectionResponse_message, true, true },
+};
+static const struct pb_service reflection_services[] = {
+    { "ServerReflection", reflection_methods, PB_COUNT(reflection_methods) },
+};
+#define REFLECTION_FILE(version) { \
+    .name = "grpc/reflection/" version "/reflection.proto", .package = "grpc.reflection." version, \
+    .messages = reflection_messages, .n_messages = PB_COUNT(reflection_messages), \
+    .services = reflection_services, .n_services = PB_COUNT(reflection_services), \
+}
+static const struct pb_file reflection_v1_file = REFLECTION_FILE("v1");
+static const struct pb_file reflection_v1alpha_file = REFLECTION_FILE("v1alpha");
+
+static const struct pb_file *const all_files[] = {
+    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file,
+};
+
+/* ==== 12. Options: one table for every command (Go's flag syntax) ==================================================
+ * Owns: names, defaults, help, parsing of values; the mistakes that are told together.
+ * Never: opens a file.
+ */
+enum command { CMD_SERVE = 1, CMD_AGENT = 2, CMD_MANIFEST = 4, CMD_CHECKSUM = 8, CMD_HEALTH = 16 };
+
+/* Values of a flag as given: one string a use of it. */
+struct values {
+    const char **v;
+    size_t n;
+};
+
+struct options {
+    enum command command;
+    const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
+        *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
+        *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
+        *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
+        *algo_public_key_path, *until, *report, *record, *replay, *server_cert,
+        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name;
+    struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
+        dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
+        result_consumer_keys, manifest_for, expect, reject, fault;
+    int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
+    bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
+    bool given[100];                  /* the rows of option_table whose flags were there */
+    const char **args;
+    size_t arg_count;
+    struct pb_arena arena;            /* everything that is made of the words, until the end */
+};
+
+/* A text or list goes to agents and must be UTF-8; a path is only this machine's. */
+enum option_kind { OPT_TEXT, OPT_LIST, OPT_PATH, OPT_PATHS, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
+
+struct option {
+    const char *name, *arg, *preset;
+    enum option_kind kind;
+    unsigned commands;
+    size_t offset;
+    const char *help;
+};
+
+#define AT(member) offsetof(struct options, member)
+enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
+
+static const struct option option_table[] = {
+    { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
+      "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
+    { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
+      "whether the agent is to serve attested TLS: true or false; required" },
+    { "algo-path", "PATH", NULL, OPT_PATH, BOTH, AT(algo_path),
+      "algorithm that is uploaded directly: a file or folder to hash" },
+    { "data-paths", "PATH,...", NULL, OPT_PATHS, BOTH, AT(data_paths),
+      "datasets that are uploaded directly: files or folders to hash" },
+    { "algo-type", "TYPE", NULL, OPT_TEXT, BOTH, AT(algo_type), "bin, python, wasm or docker" },
+    { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args),
+      "arguments of the algorithm; an empty element is an empty argument" },
+    { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url),
+      "where the agent fetches the algorithm; needs -algo-kbs-path" },
+    { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path),
+      "the algorithm's key at the key broker; needs -algo-source-url" },
+    { "algo-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(algo_hash),
+      "SHA3-256 of the remote algorithm, 64 hex digits (default: 32 zero bytes)" },
+    { "algo-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(algo_source_type),
+      "Source.type of the remote algorithm" },
+    { "dataset-source-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_source_urls),
+      "where the agent fetches the datasets; needs -dataset-kbs-paths" },
+    { "dataset-kbs-paths", "PATH,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_paths),
+      "the datasets' keys at the key broker, as many as URLs" },
+    { "dataset-hash", "HEX", NULL, OPT_TEXT, BOTH, AT(dataset_hash),
+      "SHA3-256 of all remote datasets, 64 hex digits (default: 32 zero bytes)" },
+    { "dataset-source-type", "TYPE", "oci-image", OPT_TEXT, BOTH, AT(dataset_source_type),
+      "Source.type of the remote datasets" },
+    { "dataset-decompress", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_decompress),
+      "per remote dataset, whether the agent unpacks it (default false)" },
+    { "kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(kbs_url), "key broker of the whole computation" },
+    { "algo-kbs-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_kbs_url),
+      "key broker of the algorithm (newer agents; default -kbs-url)" },
+    { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls),
+      "key brokers of the datasets, as many as URLs (default -kbs-url)" },
+    { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file),
+      "AgentConfig.client_ca_file: a path on the agent's machine" },
+    { "algo-encrypted", "BOOL", NULL, OPT_TEXT, BOTH, AT(algo_encrypted),
+      "false: the remote algorithm is plain and needs no -algo-kbs-path" },
+    { "algo-public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(algo_public_key_path),
+      "the algorithm's own public key (default -public-key-path)" },
+    { "dataset-hashes", "HEX,...", NULL, OPT_LIST, BOTH, AT(dataset_hashes), "a hash for each dataset" },
+    { "dataset-filenames", "NAME,...", NULL, OPT_LIST, BOTH, AT(dataset_filenames),
+      "Dataset.filename of each dataset" },
+    { "dataset-source-types", "TYPE,...", NULL, OPT_LIST, BOTH, AT(dataset_source_types),
+      "Source.type of each remote dataset" },
+    { "dataset-encrypted", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_encrypted),
+      "false: that remote dataset is plain and needs no key" },
+    { "dataset-public-key-paths", "FILE,...", NULL, OPT_PATHS, BOTH, AT(dataset_public_key_paths),
+      "a public key for each dataset" },
+    { "result-consumer-keys", "FILE,...", NULL, OPT_PATHS, BOTH, AT(result_consumer_keys),
+      "who may fetch results (default -public-key-path)" },
+    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (default \"1\")" },
+    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name),
+      "ComputationRunReq.name (default \"sample computation\")" },
+    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description),
+      "ComputationRunReq.description (default \"sample descrption\", as the Go server spells it)" },
+    { "agent-port", "PORT", NULL, OPT_TEXT, BOTH, AT(agent_port),
+      "AgentConfig.port, where users reach the agent (default \"7002\")" },
+    { "agent-log-level", "LEVEL", NULL, OPT_TEXT, BOTH, AT(agent_log_level), "AgentConfig.log_level" },
+    { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
+    { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
+    { "agent-server-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_server_ca_file), "AgentConfig.server_ca_file" },
+    { "manifest", "FILE", NULL, OPT_PATH, BOTH, AT(manifest),
+      "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
+    { "manifest-for", "JOBID=FILE", NULL, OPT_PATHS, CMD_SERVE, AT(manifest_for),
+      "another manifest for the agents with this job-id; may be repeated" },
+    { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat),
+      "manifest dialect: all (every agent), or exactly that of seed or head" },
+    { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output),
+      "how messages are shown on stdout: text, or json (one object a line)" },
+    { "ready-file", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { "server-cert", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_cert),
+      "certificate chain, a path or PEM text: serve with TLS (default $SERVER_CERT)" },
+    { "server-key", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_key), "its private key (default $SERVER_KEY)" },
+    { "client-ca-certs", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(client_ca_certs),
+      "authorities: clients must have a certificate of theirs (default $CLIENT_CA_CERTS)" },
+    { "client-san", "NAME", NULL, OPT_TEXT, CMD_SERVE, AT(client_san),
+      "and it must carry this subject alternative name" },
+    { "allow-no-alpn", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(allow_no_alpn),
+      "serve TLS clients that offer no ALPN, too" },
+    { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until),
+      "end with a verdict once an agent is connected, accepted, running, ready or complete" },
+    { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms),
+      "verdict 4 if that has not happened in time (0: wait for ever)" },
+    { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms),
+      "verdict 5 if a lost agent has not come back in this time" },
+    { "poll", "DURATION", "5s", OPT_DURATION, CMD_SERVE, AT(poll_ms),
+      "with a verdict wanted: ask agents for their state so often (0: never)" },
+    { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect),
+      "events that must come, in this order; others may stand between" },
+    { "reject", "PATTERN", NULL, OPT_LIST, CMD_SERVE, AT(reject),
+      "a log line or event that this extended regular expression finds is a failure; may be repeated" },
+    { "agents", "N", "1", OPT_COUNT, CMD_SERVE, AT(agents),
+      "so many agents must get there, told apart by job-id or address" },
+    { "report", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(report),
+      "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
+    { "record", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(record),
+      "keep every message, both ways, as JSON lines for cvms agent -replay" },
+    { "control", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(control),
+      "lines on stdin are commands, as on a terminal; help lists them" },
+    { "skip-forwarder", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(skip_forwarder),
+      "send no manifest to a stream that says it is a log-forwarder" },
+    { "fault", "NAME[=VALUE]", NULL, OPT_LIST, CMD_SERVE, AT(fault),
+      "do something wrong on purpose (see below); may be repeated" },
+    { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message),
+      "longest message that an agent may send" },
+    { "max-connections", "N", NULL, OPT_COUNT, CMD_SERVE, AT(max_connections),
+      "connections at a time (default: as many as the limit of descriptors leaves room for)" },
+    { "o", "FILE", NULL, OPT_PATH, CMD_MANIFEST, AT(out_file),
+      "write the manifest's bytes to FILE instead of printing JSON" },
+    { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
+    { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
+    { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
+    { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
+    { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail),
+      "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
+    { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id),
+      "send this as the metadata job-id, as the newest agents do" },
+    { "replay", "FILE", NULL, OPT_PATH, CMD_AGENT, AT(replay),
+      "play the agents' side of a server's -record FILE, at its own pace" },
+    { "fast", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(fast), "with -replay: without the pauses" },
+    { "ca", "PEM", NULL, OPT_PATH, CLIENTS, AT(ca),
+      "use TLS, and believe these authorities (default $AGENT_CVM_GRPC_SERVER_CA_CERTS)" },
+    { "cert", "PEM", NULL, OPT_PATH, CLIENTS, AT(cert), "client certificate (default $AGENT_CVM_GRPC_CLIENT_CERT)" },
+    { "key", "PEM", NULL, OPT_PATH, CLIENTS, AT(key), "its private key (default $AGENT_CVM_GRPC_CLIENT_KEY)" },
+    { "server-name", "NAME", NULL, OPT_TEXT, CLIENTS, AT(server_name),
+      "name to look for in the server's certificate (default: ADDR's host)" },
+    { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
+    { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for (default: the server as a whole)" },
+    { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
+    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
+    { "h", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
+    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version" },
+    { "dataset-type", "TYPE", NULL, OPT_IGNORED, BOTH, 0, "deprecated: without effect" },
+    { "ca-url", "URL", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; the agent's CA is -client-ca-file" },
+    { "cvm-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
+    { "cmv-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
+};
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
+_Static_assert(OPTIONS <= sizeof ((struct options *)0)->given, "an octet for each row");
+
+static const struct {
+    const char *name;
+    enum command command;
+    const char *synopsis, *what;
+} command_table[] = {
+    { "serve", CMD_SERVE, "cvms [serve] FLAGS", "serve the manifest to agents" },
+    { "agent", CMD_AGENT, "cvms agent [FLAGS] [ADDR]", "play an agent and its log-forwarder against a server" },
+    { "manifest", CMD_MANIFEST, "cvms manifest FLAGS", "print the manifest that these flags give" },
+    { "checksum", CMD_CHECKSUM, "cvms checksum [-b] PATH...", "SHA3-256 of files and folders" },
+    { "health", CMD_HEALTH, "cvms health [FLAGS] [ADDR]", "exit 0 only if the server is SERVING" },
+};
+enum { COMMANDS = sizeof command_table / sizeof *command_table };
+
+static const char *const environment_table[][2] = {
+    { "HOST", "address to listen on: a name, IPv4 or IPv6 (default localhost; empty: all interfaces)" },
+    { "PORT", "port to listen on (default 7001; 0: any free one)" },
+    { "SERVER_CERT, SERVER_KEY", "TLS: certificate chain and key, each a path or PEM text" },
+    { "SERVER_CA_CERTS, CLIENT_CA_CERTS",
+      "either: clients need a certificate, verified against the latter (or the only one)" },
+    { "AGENT_CVM_GRPC_URL, ..._SERVER_CA_CERTS, ..._CLIENT_CERT, ..._CLIENT_KEY",
+      "agent and health: an agent's own settings" },
+    { "NO_COLOR", "if set, no colour, also on a terminal" },
+};
+
+/* What -fault can do, to see how an agent takes it. */
+enum fault {
+    FAULT_DELAY, FAULT_MISSING_CHUNK, FAULT_NO_LAST, FAULT_FLIP, FAULT_SHORT_HASH, FAULT_WRONG_HASH, FAULT_RST,
+    FAULT_GOAWAY, FAULT_FREEZE, FAULT_REFUSE, FAULT_PLAIN, FAULT_TWICE, FAULTS
+};
+static const struct {
+    const char *name, *arg, *help;
+} fault_table[FAULTS] = {
+    [FAULT_DELAY] = { "delay", "DURATION", "wait so long before the manifest is sent" },
+    [FAULT_MISSING_CHUNK] = { "missing-chunk", "N", "leave out chunk N, counted from 0" },
+    [FAULT_NO_LAST] = { "no-last", NULL, "never send the last chunk" },
+    [FAULT_FLIP] = { "flip", "OFFSET", "flip a bit in this byte of the manifest" },
+    [FAULT_SHORT_HASH] = { "short-hash", NULL, "the algorithm's hash has 31 bytes" },
+    [FAULT_WRONG_HASH] = { "wrong-hash", NULL, "the algorithm's hash is that of something else" },
+    [FAULT_RST] = { "rst", NULL, "RST_STREAM once the manifest is out" },
+    [FAULT_GOAWAY] = { "goaway", NULL, "GOAWAY, and the streams' end, once the manifest is out" },
+    [FAULT_FREEZE] = { "freeze", "N", "send N chunks, then nothing more" },
+    [FAULT_REFUSE] = { "refuse", "N", "close the first N connections at once" },
+    [FAULT_PLAIN] = { "plain", NULL, "one plain runReq instead of chunks" },
+    [FAULT_TWICE] = { "twice", NULL, "the whole manifest twice" },
+};
+
+/* The faults that were asked for; -1: not this one. */
+struct faults {
+    int64_t value[FAULTS];
+};
+
+/* Go's strconv.ParseBool.  1, 0, or -1. */
+static int parse_bool(const char *s)
+{
+    static const char *const yes[] = { "1", "t", "T", "TRUE", "true", "True" };
+    static const char *const no[] = { "0", "f", "F", "FALSE", "false", "False" };
+    for (int i = 0; i < 6; i++) {
+        if (strcmp(s, yes[i]) == 0)
+            return 1;
+        if (strcmp(s, no[i]) == 0)
+            return 0;
+    }
+    return -1;
+}
+
+/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds; -1 if it is none, or over ten years. */
+static int64_t parse_duration(const char *s)
+{
+    static const struct {
+        const char *unit;
+        double ms;
+    } units[] = { { "ns", 1e-6 }, { "us", 1e-3 }, { "ms", 1 }, { "s", 1e3 }, { "m", 6e4 }, { "h", 3.6e6 } };
+    double total = 0;
+    if (strcmp(s, "0") == 0)
+        return 0;
+    if (!*s)
+        return -1;
+    while (*s) {
+        double v = 0, place = 1;
+        size_t digits = strspn(s, "0123456789"), i = 0;
+        for (; i < digits; i++)
+            v = v * 10 + (*s++ - '0');
+        if (*s == '.')
+            for (s++; *s >= '0' && *s <= '9'; digits++)
+                v += (*s++ - '0') * (place /= 10);
+        size_t unit = strcspn(s, "0123456789.");
+        for (i = 0; i < 6 && (strlen(units[i].unit) != unit || strncmp(s, units[i].unit, unit) != 0);)
+            i++;
+        if (!digits || i == 6)
+            return -1;
+        total += v * units[i].ms;
+        s += unit;
+    }
+    return total > 10 * 365.25 * 86400e3 ? -1 : (int64_t)total;
+}
+
+/* Letters to change, add or drop to make one word of the other (Levenshtein), for words under 40 letters. */
+static unsigned edit_distance(const char *a, const char *b)
+{
+    unsigned row[40];
+    size_t n = strlen(b), m = strlen(a);
+    if (n >= 40 || m >= 40)
+        return 40;
+    for (unsigned j = 0; j <= n; j++)
+        row[j] = j;
+    for (unsigned i = 1; i <= m; i++) {
+        unsigned diagonal = row[0];
+        row[0] = i;
+        for (unsigned j = 1; j <= n; j++) {
+            unsigned change = diagonal + (a[i - 1] != b[j - 1]);
+            unsigned shift = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            diagonal = row[j];
+            row[j] = change < shift ? change : shift;
+        }
+    }
+    return row[n];
+}
+
+static const struct option *option_find(const char *name, size_t n, unsigned command)
+{
+    for (size_t i = 0; i < OPTIONS; i++)
+        if (option_table[i].commands & command && strlen(option_table[i].name) == n &&
+            memcmp(option_table[i].name, name, n) == 0)
+            return &option_table[i];
+    return NULL;
+}
+
+static bool option_given(const struct options *o, const char *name)
+{
+    const struct option *opt = option_find(name, strlen(name), o->command);
+    return opt && o->given[opt - option_table];
+}
+
+/* An unknown flag: the nearest one of this command, or the commands that know it. */
+static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
+{
+    char word[40];
+    const struct option *near = NULL, *other = option_find(name, n, ~0u);
+    unsigned best = 4;
+    text_printf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
+    for (size_t i = 0; i < OPTIONS; i++) {
+        unsigned d = edit_distance(word, option_table[i].name);
+        if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
+            best = d, near = &option_table[i];
+    }
+    for (size_t i = 0; i < OPTIONS && !near && n >= 4; i++)
+        if (option_table[i].commands & command && strncmp(option_table[i].name, name, n) == 0)
+            near = &option_table[i];
+    if (near)
+        tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
+    else if (other)
+        tell(r, USAGE, "-%s is not a flag of this command; see cvms -help", word);
+    else
+        tell(r, USAGE, "unknown flag -%s; see cvms -help", word);
+}
+
+/* Zeroed memory that lasts as long as the options. */
+static void *keep(struct options *o, size_t n)
+{
+    return need(pb_arena_alloc(&o->arena, n));
+}
+
+static void values_add(struct options *o, struct values *list, const char *value)
+{
+    if ((list->n & (list->n - 1)) == 0) {   /* full at each power of two */
+        const char **v = keep(o, (list->n ? 2 * list->n : 1) * sizeof *v);
+        if (list->n)
+            memcpy(v, list->v, list->n * sizeof *v);
+        list->v = v;
+    }
+    list->v[list->n++] = value;
+}
+
+/* Stores one flag's value; NULL for a flag without one. */
+static void option_set(struct report *r, struct options *o, const struct option *opt, const char *value)
+{
+    void *at = (char *)o + opt->offset;
+    int64_t n;
+    switch (opt->kind) {
+    case OPT_TEXT:
+    case OPT_LIST:
+        if (!pb_utf8_valid(bytes_of(value)))
+            tell(r, USAGE, "-%s: \"%s\" is not UTF-8, which all text in a manifest has to be", opt->name, value);
+        /* fall through */
+    case OPT_PATH:
+    case OPT_PATHS:
+        if (opt->kind == OPT_LIST || opt->kind == OPT_PATHS)
+            values_add(o, at, value);
+        else
+            *(const char **)at = value;
+        break;
+    case OPT_FLAG:
+        n = value ? parse_bool(value) : 1;
+        if (n < 0)
+            tell(r, USAGE, "-%s: \"%s\" is not a boolean; use true or false", opt->name, value);
+        *(bool *)at = n > 0;
+        break;
+    case OPT_COUNT:
+        n = parse_decimal(bytes_of(value));
+        if (n <= 0 || n > UINT32_MAX)
+            tell(r, USAGE, "-%s: \"%s\" is not a number from 1 to %lu", opt->name, value, (unsigned long)UINT32_MAX);
+        *(int64_t *)at = n;
+        break;
+    case OPT_DURATION:
+        n = parse_duration(value);
+        if (n < 0)
+            tell(r, USAGE, "-%s: \"%s\" is not a duration; write it like 90s or 2m30s", opt->name, value);
+        *(int64_t *)at = n;
+        break;
+    case OPT_IGNORED:
+        tell(r, WARNING, "-%s is %s", opt->name, opt->help);
+    }
+}
+
+/* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
+ * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The client commands take their
+ * address in front of the flags as well. */
+static void options_parse(struct report *r, struct options *o, char **words, size_t n)
+{
+    for (size_t i = 0; i < OPTIONS; i++)
+        if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
+            option_set(r, o, &option_table[i], option_table[i].preset);
+    size_t i = 0;
+    bool address = n && o->command & (CMD_AGENT | CMD_HEALTH) && words[0][0] != '-';
+    for (i = address; i < n && words[i][0] == '-' && words[i][1]; i++) {
+        const char *name = words[i] + 1 + (words[i][1] == '-');
+        if (!*name) {
+            i++;
+            break;
+        }
+        size_t len = strcspn(name, "=");
+        const struct option *opt = option_find(name, len, o->command);
+        o->flagged = true;
+        const char *value = name[len] ? name + len + 1 : NULL;
+        if (opt)
+            o->given[opt - option_table] = true;
+        if (!opt) {
+            option_unknown(r, name, len, o->command);
+            if (!value && i + 1 < n && words[i + 1][0] != '-')
+                i++;
+        } else if (opt->kind == OPT_FLAG || value) {
+            option_set(r, o, opt, value);
+        } else if (i + 1 < n) {
+            option_set(r, o, opt, words[++i]);
+        } else {
+            tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
+        }
+    }
+    if (address)
+        words[--i] = words[0];
+    o->args = (const char **)(words + i);
+    o->arg_count = n - i;
+}
+
+/* -fault NAME[=VALUE], each of them. */
+static void faults_parse(struct report *r, const struct options *o, struct faults *f)
+{
+    for (size_t i = 0; i < FAULTS; i++)
+        f->value[i] = -1;
+    for (size_t k = 0; k < o->fault.n; k++) {
+        const char *given = o->fault.v[k];
+        size_t n = strcspn(given, "="), i = 0;
+        while (i < FAULTS && (strlen(fault_table[i].name) != n || strncmp(fault_table[i].name, given, n) != 0))
+            i++;
+        if (i == FAULTS) {
+            tell(r, USAGE, "-fault: \"%s\" is not known; cvms -help lists the faults", given);
+            continue;
+        }
+        const char *value = given[n] ? given + n + 1 : NULL;
+        f->value[i] = !value ? 0 : i == FAULT_DELAY ? parse_duration(value) : parse_decimal(bytes_of(value));
+        if (!fault_table[i].arg != !value || f->value[i] < 0)
+            tell(r, USAGE, "-fault: write %s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : " alone",
+                 fault_table[i].arg ? fault_table[i].arg : "");
+    }
+}
+
+/* A line of -help: name and argument, then what it is. */
+PRINTF_LIKE(5, 6) static void help_line(struct buf *out, const char *name, const char *between, const char *arg,
+                                        const char *fmt, ...)
+{
+    char head[48];
+    va_list ap;
+    text_printf(head, sizeof head, "%s%s%s", name, arg ? between : "", arg ? arg : "");
+    buf_printf(out, "  %-35s ", head);
+    va_start(ap, fmt);
+    buf_vprintf(out, fmt, ap);
+    va_end(ap);
+    buf_putc(out, '\n');
+}
+
+/* The flags that a command has, but for those that another has as well. */
+static void help_flags(struct buf *out, unsigned command, unsigned without)
+{
+    for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
+        char name[32];
+        bool preset = o->preset && *o->preset;
+        if (!(o->commands & command) || o->commands & without)
+            continue;
+        text_printf(name, sizeof name, "-%s", o->name);
+        help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "", preset ? o->preset : "",
+                  preset ? ")" : "");
+    }
+}
+
+/* -help: of one command its own flags, of the server everything. */
+static void options_help(struct buf *out, enum command command)
+{
+    static const char address[] = "\nADDR is HOST:PORT (default $AGENT_CVM_GRPC_URL, else localhost:7001).\n";
+    size_t c = 0;
+    if (command != CMD_SERVE) {
+        while (command_table[c].command != command)
+            c++;
+        buf_printf(out, "%s: %s\n\nFlags:\n", command_table[c].synopsis, command_table[c].what);
+        help_flags(out, command, 0);
+        buf_puts(out, command & CLIENTS ? address : "");
+        return;
+    }
+    buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:\n");
+    for (c = 0; c < COMMANDS; c++)
+        help_line(out, command_table[c].synopsis, "", NULL, "%s", command_table[c].what);
+    for (c = 0; c < COMMANDS; c++) {
+        bool serve = command_table[c].command == CMD_SERVE;
+        buf_printf(out, "\nFlags of cvms%s%s:%s\n", serve ? "" : " ", serve ? "" : command_table[c].name,
+                   command_table[c].command == CMD_MANIFEST ? " those of the manifest above, and" : "");
+        help_flags(out, command_table[c].command, serve ? 0 : CMD_SERVE);
+    }
+    buf_puts(out, "\nFaults, for -fault:\n");
+    for (size_t i = 0; i < FAULTS; i++)
+        help_line(out, fault_table[i].name, "=", fault_table[i].arg, "%s", fault_table[i].help);
+    buf_puts(out, "\nEnvironment:\n");
+    for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
+        help_line(out, environment_table[i][0], "", NULL, "%s", environment_table[i][1]);
+    buf_puts(out, address);
+    buf_puts(out, "Exit status: 0 good, 1 cannot start or failed, 2 usage; of a smoke test: 3 the agent failed, "
+                  "4 timed out, 5 the agent was lost.\n");
+}
+
+/* ==== 13. Checksums: files and folders =============================================================================
+ * Owns: the SHA3-256 of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
+ * descriptors, Zip64 where needed), streamed through the hash; and the identity that tells whether it still holds.
+ * Never: writes a file, maps one (a file may shrink under us), follows a link to a folder, waits on a pipe or device.
+ */
+
+enum {
+    CHECKSUM_READ = 512 * SHA3_256_RATE, /* one read, in bytes: whole blocks and whole pages (17 of 4 KiB) */
+    CHECKSUM_LANES = 8,                  /* the most that sha3_256_lanes answers */
+    ZIP_NAME_MAX = 0xffff,               /* APPNOTE 4.4.10: a 16-bit length */
+    ZIP_VERSION = 20,
+    ZIP_VERSION_ZIP64 = 45,
+};
+
+#define ZIP_32_MAX UINT32_C(0xffffffff) /* stands in a 32-bit field whose value is in the Zip64 record */
+
+/* What stat tells of one file.  No padding: it is hashed and compared as bytes. */
+struct file_stat {
+    uint64_t dev, ino, size, mtime_ns, ctime_ns;
+};
+
+/* What identifies an unchanged input.  tree: for a folder, the digest of the names and stats of all its entries
+ * (then size and times of st are 0, as they say nothing more); for a file, zeros. */
+struct file_id {
+    struct file_stat st;
+    uint8_t tree[32];
+};
+
+/* One path to hash, and the answer: hash and id if ok, else e. */
+struct checksum {
+    const char *path;
+    bool ok;
+    uint8_t hash[32];
+    struct file_id id;
+    struct err e;
+};
+
+/* "PATH: reason", with the end of a long path and without control characters; returns false. */
+static bool file_err(struct err *e, const char *path, const char *why)
+{
+    enum { KEEP = 400 };
+    size_t n = strlen(path);
+    err_set(e, "%s%s: %s", n > KEEP ? "..." : "", n > KEEP ? path + n - KEEP : path, why);
+    for (char *c = e->text; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
+    return false;
+}
+
+/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
+static uint64_t file_ns(struct timespec t)
+{
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static struct file_stat file_stat_of(const struct stat *st)
+{
+    return (struct file_stat){ (uint64_t)st->st_dev, (uint64_t)st->st_ino, (uint64_t)st->st_size,
+                               file_ns(st->st_mtim), file_ns(st->st_ctim) };
+}
+
+static struct file_id file_id_of(const struct stat *st)
+{
+    struct file_id id = { .st = file_stat_of(st) };
+    if (S_ISDIR(st->st_mode))
+        id.st.size = id.st.mtime_ns = id.st.ctime_ns = 0;
+    return id;
+}
+
+/* Opens a regular file or, if `folder`, a folder too, without waiting for a pipe's writer.  Returns the descriptor
+ * and fills st, or -1 and the reason. */
+static int file_open(const char *path, bool folder, struct stat *st, struct err *e)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    const char *why = fd < 0 || fstat(fd, st) ? strerror(errno)
+                    : S_ISREG(st->st_mode) || (folder && S_ISDIR(st->st_mode)) ? NULL
+                    : S_ISDIR(st->st_mode) ? "is a folder now"
+                    : "not a regular file or a folder";
+    if (!why)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    file_err(e, path, why);
+    return -1;
+}
+
+/* Reads until p is full or the file ends.  Returns the bytes read, or -1 and errno. */
+static ssize_t file_read(int fd, uint8_t *p, size_t n)
+{
+    size_t len = 0;
+    while (len < n) {
+        ssize_t got = read(fd, p + len, n - len);
+        if (got == 0)
+            break;
+        if (got > 0)
+            len += (size_t)got;
+        else if (errno != EINTR)
+            return -1;
+    }
+    return (ssize_t)len;
+}
+
+/* ---- The files of a folder ---- */
+
+/* One file of a folder.  During the walk its name is at `at` in tree.names; `name` is set when they have settled. */
+struct tree_entry {
+    struct file_stat st;
+    size_t at;
+    const char *name; /* relative to the folder */
+    bool folder;
+    uint32_t crc, mode;    /* from here on: what went into the zip */
+    uint64_t size, offset;
+};
+
+/* All zero but root is a tree before its walk.  After it: `n` files in the order of their names' bytes. */
+struct tree {
+    const char *root;
+    struct buf names, entries, path;
+    struct tree_entry *entry; /* in entries */
+    size_t n;
+};
+
+static void tree_free(struct tree *t)
+{
+    buf_free(&t->names);
+    buf_free(&t->entries);
+    buf_free(&t->path);
+}
+
+/* The path of a name in the tree, until the next call; NULL without memory. */
+static const char *tree_path(struct tree *t, const char *name)
+{
+    t->path.len = 0;
+    buf_puts(&t->path, t->root);
+    if (*name && t->path.len && t->path.p[t->path.len - 1] != '/')
+        buf_putc(&t->path, '/');
+    buf_put(&t->path, name, strlen(name) + 1);
+    return t->path.failed ? NULL : (const char *)t->path.p;
+}
+
+/* Appends the entry `name` of the folder whose own name is at `parent`; false without memory. */
+static bool tree_push(struct tree *t, size_t parent, const char *name, const struct stat *st)
+{
+    size_t above = t->names.len ? strlen((const char *)t->names.p + parent) : 0, n = strlen(name) + 1;
+    struct tree_entry entry = { .st = file_stat_of(st), .at = t->names.len, .folder = S_ISDIR(st->st_mode) };
+    uint8_t *to = buf_room(&t->names, above + 1 + n);
+    if (!to)
+        return false;
+    if (above) {
+        memcpy(to, t->names.p + parent, above);
+        to[above++] = '/';
+    }
+    memcpy(to + above, name, n);
+    t->names.len += above + n;
+    buf_put(&t->entries, &entry, sizeof entry);
+    return !t->entries.failed;
+}
+
+/* Adds what the folder at `parent`, open as d, calls `name`.  A link counts as the file it leads to. */
+static bool tree_add(struct tree *t, size_t parent, DIR *d, const char *name, struct err *e)
+{
+    struct stat st = { .st_mode = 0 };
+    const char *why = NULL;
+    bool link = fstatat(dirfd(d), name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
+    if (!st.st_mode || (link && fstatat(dirfd(d), name, &st, 0)))
+        why = strerror(errno);
+    else if (link && S_ISDIR(st.st_mode))
+        why = "is a link to a folder";
+    else if (!S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode))
+        why = "not a regular file or a folder";
+    size_t at = t->names.len;
+    if (!tree_push(t, parent, name, &st))
+        return file_err(e, t->root, "out of memory");
+    if (!why && t->names.len - at - 1 > ZIP_NAME_MAX)
+        why = "name too long for a zip";
+    if (!why)
+        return true;
+    const char *path = tree_path(t, (const char *)t->names.p + at);
+    return file_err(e, path ? path : t->root, why);
+}
+
+/* Adds all that stands in the folder whose name is at `at`.  Only the root may be reached through a link. */
+static bool tree_list(struct tree *t, size_t at, struct err *e)
+{
+    const char *path = tree_path(t, (const char *)t->names.p + at);
+    if (!path)
+        return file_err(e, t->root, "out of memory");
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (at ? O_NOFOLLOW : 0));
+    DIR *d = fd < 0 ? NULL : fdopendir(fd);
+    if (!d) {
+        file_err(e, path, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    bool ok = true;
+    struct dirent *found;
+    while (errno = 0, ok && (found = readdir(d)))
+        if (strcmp(found->d_name, ".") != 0 && strcmp(found->d_name, "..") != 0)
+            ok = tree_add(t, at, d, found->d_name, e);
+    if (ok && errno)
+        ok = file_err(e, path, strerror(errno));
+    closedir(d);
+    return ok;
+}
+
+static int tree_order(const void *a, const void *b)
+{
+    return strcmp(((const struct tree_entry *)a)->name, ((const struct tree_entry *)b)->name);
+}
+
+/* Finds the files under t->root.  The entries are their own list of work, so depth costs neither stack nor
+ * descriptors.  The caller frees the tree, also after an error. */
+static bool tree_walk(struct tree *t, struct err *e)
+{
+    struct stat root = { .st_mode = S_IFDIR };
+    if (!tree_push(t, 0, "", &root))
+        return file_err(e, t->root, "out of memory");
+    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
+        struct tree_entry entry;
+        memcpy(&entry, t->entries.p + i * sizeof entry, sizeof entry);
+        if (entry.folder && !tree_list(t, entry.at, e))
+            return false;
+    }
+    t->entry = (void *)t->entries.p;
+    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
+        if (t->entry[i].folder)
+            continue;
+        t->entry[t->n] = t->entry[i];
+        t->entry[t->n].name = (const char *)t->names.p + t->entry[i].at;
+        t->n++;
+    }
+    qsort(t->entry, t->n, sizeof *t->entry, tree_order);
+    return true;
+}
+
+static void tree_digest(const struct tree *t, uint8_t digest[32])
+{
+    struct sha3_256 h;
+    sha3_256_init(&h, 0);
+    for (size_t i = 0; i < t->n; i++) {
+        sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
+        sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
+    }
+    sha3_256_final(&h, digest);
+}
+
+/* ---- The zip of a folder ---- */
+
+/* A zip on its way into the hash; len is the offset of the next byte. */
+struct zip {
+    struct sha3_256 h;
+    uint64_t len;
+    uint16_t dos_time, dos_date;
+    uint32_t crc_table[16][256]; /* [k][b]: the CRC of byte b and k zeros after it */
+    uint8_t data[CHECKSUM_READ];
+};
+
+static void crc32_init(uint32_t table[16][256])
+{
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t crc = b;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? UINT32_C(0xedb88320) : 0);
+        table[0][b] = crc;
+    }
+    for (int k = 1; k < 16; k++)
+        for (int b = 0; b < 256; b++)
+            table[k][b] = table[k - 1][b] >> 8 ^ table[0][table[k - 1][b] & 0xff];
+}
+
+/* The CRC-32 of APPNOTE 4.4.7, sixteen bytes a step; start with crc 0. */
+static uint32_t crc32_update(const uint32_t table[16][256], uint32_t crc, const uint8_t *p, size_t n)
+{
+    crc = ~crc;
+    for (; n >= 16; n -= 16, p += 16) {
+        uint32_t next = 0;
+        for (int k = 0; k < 4; k++)
+            next ^= table[15 - k][(crc >> 8 * k & 0xff) ^ p[k]];
+        for (int k = 4; k < 16; k++)
+            next ^= table[15 - k][p[k]];
+        crc = next;
+    }
+    for (; n; n--)
+        crc = crc >> 8 ^ table[0][(crc & 0xff) ^ *p++];
+    return ~crc;
+}
+
+static void zip_put(struct zip *z, const void *p, size_t n)
+{
+    sha3_256_update(&z->h, p, n);
+    z->len += n;
+}
+
+/* Writes the n low bytes of v, least significant first, and returns the place after them. */
+static uint8_t *put_le(uint8_t *p, int n, uint64_t v)
+{
+    for (; n; n--, v >>= 8)
+        *p++ = (uint8_t)v;
+    return p;
+}
+
+/* The length of the UTF-8 sequence at p (RFC 3629 4), or 0 if there is none.  Stops at a NUL. */
+static size_t utf8_sequence(const uint8_t *p)
+{
+    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
+    uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xbf)
+        if (p[i] < low || p[i] > high)
+            return 0;
+    return n;
+}
+
+/* General purpose bits (APPNOTE 4.4.4): 3, a data descriptor follows; 11, the name is UTF-8, set as Go does: if it is
+ * valid and has a character that a reader could take for another one in some code page. */
+static uint16_t zip_flags(const char *name)
+{
+    uint16_t flags = 1 << 3;
+    size_t n;
+    for (const uint8_t *p = (const uint8_t *)name; *p; p += n) {
+        n = utf8_sequence(p);
+        if (n == 0)
+            return 1 << 3;
+        if (*p < 0x20 || *p > 0x7d || *p == '\\')
+            flags |= 1 << 11;
+    }
+    return flags;
+}
+
+/* Method Store and the modification time: the same for every entry, in both headers. */
+static uint8_t *zip_method_and_time(const struct zip *z, uint8_t *p)
+{
+    p = put_le(p, 2, 0);
+    p = put_le(p, 2, z->dos_time);
+    return put_le(p, 2, z->dos_date);
+}
+
+/* The extended timestamp extra field: modification time Unix 0. */
+static uint8_t *zip_timestamp(uint8_t *p)
+{
+    p = put_le(p, 2, 0x5455);
+    p = put_le(p, 2, 5);
+    p = put_le(p, 1, 1);
+    return put_le(p, 4, 0);
+}
+
+/* APPNOTE 4.3.7: the local file header, before the sizes are known. */
+static void zip_local_header(struct zip *z, const char *name)
+{
+    uint8_t header[30], extra[9], *p = header;
+    p = put_le(p, 4, 0x04034b50);
+    p = put_le(p, 2, ZIP_VERSION);
+    p = put_le(p, 2, zip_flags(name));
+    p = zip_method_and_time(z, p);
+    p = put_le(p, 4, 0); /* CRC-32 and both sizes: see the data descriptor */
+    p = put_le(p, 8, 0);
+    p = put_le(p, 2, strlen(name));
+    p = put_le(p, 2, sizeof extra);
+    zip_put(z, header, (size_t)(p - header));
+    zip_put(z, name, strlen(name));
+    zip_put(z, extra, (size_t)(zip_timestamp(extra) - extra));
+}
+
+/* APPNOTE 4.3.9: the data descriptor. */
+static void zip_descriptor(struct zip *z, const struct tree_entry *entry)
+{
+    int width = entry->size >= ZIP_32_MAX ? 8 : 4;
+    uint8_t descriptor[24], *p = descriptor;
+    p = put_le(p, 4, 0x08074b50);
+    p = put_le(p, 4, entry->crc);
+    p = put_le(p, width, entry->size);
+    p = put_le(p, width, entry->size);
+    zip_put(z, descriptor, (size_t)(p - descriptor));
+}
+
+/* One file: header, what can be read of it, descriptor.  Fills the entry's crc, mode, size and offset. */
+static bool zip_file(struct zip *z, const char *path, struct tree_entry *entry, struct err *e)
+{
+    struct stat st;
+    int fd = file_open(path, false, &st, e);
+    if (fd < 0)
+        return false;
+    entry->offset = z->len;
+    entry->mode = (uint32_t)st.st_mode & 07777;
+    zip_local_header(z, entry->name);
+    ssize_t n;
+    do {
+        n = file_read(fd, z->data, sizeof z->data);
+        if (n < 0)
+            break;
+        entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, z->data, (size_t)n);
+        entry->size += (uint64_t)n;
+        zip_put(z, z->data, (size_t)n);
+    } while ((size_t)n == sizeof z->data);
+    if (n < 0)
+        file_err(e, path, strerror(errno));
+    else
+        zip_descriptor(z, entry);
+    close(fd);
+    return n >= 0;
+}
+
+/* APPNOTE 4.3.12: the entry's header in the central directory. */
+static void zip_central_header(struct zip *z, const struct tree_entry *entry)
+{
+    bool big = entry->size >= ZIP_32_MAX, zip64 = big || entry->offset >= ZIP_32_MAX;
+    uint8_t header[46], extra[9 + 28], *p = zip_timestamp(extra);
+    if (zip64) { /* APPNOTE 4.5.3; always with all three values */
+        p = put_le(p, 2, 1);
+        p = put_le(p, 2, 24);
+        p = put_le(p, 8, entry->size);
+        p = put_le(p, 8, entry->size);
+        p = put_le(p, 8, entry->offset);
+    }
+    size_t extra_len = (size_t)(p - extra);
+    p = put_le(header, 4, 0x02014b50);
+    p = put_le(p, 2, 3 << 8 | ZIP_VERSION); /* made by: Unix */
+    p = put_le(p, 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION);
+    p = put_le(p, 2, zip_flags(entry->name));
+    p = zip_method_and_time(z, p);
+    p = put_le(p, 4, entry->crc);
+    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
+    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
+    p = put_le(p, 2, strlen(entry->name));
+    p = put_le(p, 2, extra_len);
+    p = put_le(p, 6, 0); /* no comment, disk 0, no internal attributes */
+    p = put_le(p, 2, entry->mode & 0200 ? 0 : 1); /* external attributes: MS-DOS read-only, Unix mode */
+    p = put_le(p, 2, 0100000 | entry->mode);
+    p = put_le(p, 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX);
+    zip_put(z, header, (size_t)(p - header));
+    zip_put(z, entry->name, strlen(entry->name));
+    zip_put(z, extra, extra_len);
+}
+
+/* APPNOTE 4.3.14 to 4.3.16: the end of a central directory of n entries that begins at `start`. */
+static void zip_end(struct zip *z, uint64_t start, uint64_t n)
+{
+    uint8_t record[56 + 20 + 22], *p = record;
+    uint64_t end = z->len, size = end - start;
+    if (n >= 0xffff || size >= ZIP_32_MAX || start >= ZIP_32_MAX) {
+        p = put_le(p, 4, 0x06064b50);
+        p = put_le(p, 8, 56 - 12);
+        p = put_le(p, 2, ZIP_VERSION_ZIP64);
+        p = put_le(p, 2, ZIP_VERSION_ZIP64);
+        p = put_le(p, 8, 0); /* disks */
+        p = put_le(p, 8, n);
+        p = put_le(p, 8, n);
+        p = put_le(p, 8, size);
+        p = put_le(p, 8, start);
+        p = put_le(p, 4, 0x07064b50);
+        p = put_le(p, 4, 0);
+        p = put_le(p, 8, end);
+        p = put_le(p, 4, 1);
+        n = 0xffff;
+        size = start = ZIP_32_MAX;
+    }
+    p = put_le(p, 4, 0x06054b50);
+    p = put_le(p, 4, 0);
+    p = put_le(p, 2, n);
+    p = put_le(p, 2, n);
+    p = put_le(p, 4, size);
+    p = put_le(p, 4, start);
+    p = put_le(p, 2, 0);
+    zip_put(z, record, (size_t)(p - record));
+}
+
+/* APPNOTE 4.4.6: Unix time 0 as the local clock showed it, which may be in 1969: the year then wraps as Go's does. */
+static void zip_init(struct zip *z)
+{
+    time_t zero = 0;
+    struct tm tm = { .tm_year = 70, .tm_mday = 1 };
+    tzset();
+    localtime_r(&zero, &tm);
+    z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
+    z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
+    z->len = 0;
+    sha3_256_init(&z->h, sha3_features());
+    crc32_init(z->crc_table);
+}
+
+static bool zip_tree(struct zip *z, struct tree *t, struct err *e)
+{
+    for (size_t i = 0; i < t->n; i++) {
+        const char *path = tree_path(t, t->entry[i].name);
+        if (!path)
+            return file_err(e, t->root, "out of memory");
+        if (!zip_file(z, path, &t->entry[i], e))
+            return false;
+    }
+    uint64_t start = z->len;
+    for (size_t i = 0; i < t->n; i++)
+        zip_central_header(z, &t->entry[i]);
+    zip_end(z, start, t->n);
+    return true;
+}
+
+static bool checksum_folder(struct checksum *c)
+{
+    struct tree t = { .root = c->path };
+    struct zip *z = malloc(sizeof *z);
+    if (!z)
+        return file_err(&c->e, c->path, "out of memory");
+    bool ok = tree_walk(&t, &c->e);
+    if (ok) {
+        tree_digest(&t, c->id.tree);
+        zip_init(z);
+        ok = zip_tree(z, &t, &c->e);
+    }
+    if (ok)
+        sha3_256_final(&z->h, c->hash);
+    tree_free(&t);
+    free(z);
+    return ok;
+}
+
+/* ---- Many paths at once ---- */
+
+/* A file on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
+struct lane {
+    struct checksum *c;
+    int fd;
+    size_t at, len;
+    struct sha3_256 h;
+    uint8_t data[CHECKSUM_READ];
+};
+
+/* Takes up a path.  A folder is hashed here and now, and a path that cannot be opened is done as well. */
+static void lane_start(struct lane *l, struct checksum *c, unsigned features)
+{
+    struct stat st;
+    l->fd = file_open(c->path, true, &st, &c->e);
+    if (l->fd < 0)
+        return;
+    c->id = file_id_of(&st);
+    if (S_ISDIR(st.st_mode)) {
+        close(l->fd);
+        c->ok = checksum_folder(c);
+        return;
+    }
+    l->c = c;
+    l->at = l->len = sizeof l->data;
+    sha3_256_init(&l->h, features);
+}
+
+/* Sees to it that a whole block waits.  If there is none left, the file is done and the lane free: returns false. */
+static bool lane_fill(struct lane *l)
+{
+    ssize_t n = 0;
+    while (l->len - l->at < SHA3_256_RATE) {
+        if (l->len == sizeof l->data && (n = file_read(l->fd, l->data, sizeof l->data)) >= 0) {
+            l->at = 0;
+            l->len = (size_t)n;
+            continue;
+        }
+        l->c->ok = n >= 0;
+        if (l->c->ok) {
+            sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
+            sha3_256_final(&l->h, l->c->hash);
+        } else {
+            file_err(&l->c->e, l->c->path, strerror(errno));
+        }
+        close(l->fd);
+        l->c = NULL;
+        return false;
+    }
+    return true;
+}
+
+/* Hashes n paths on `width` lanes: a lane whose file ends takes up the next path. */
+static void lanes_run(struct lane *lanes, unsigned width, unsigned features, struct checksum *c, size_t n)
+{
+    for (size_t next = 0;;) {
+        struct lane *busy[CHECKSUM_LANES];
+        struct sha3_256 *h[CHECKSUM_LANES];
+        const uint8_t *data[CHECKSUM_LANES];
+        size_t step = CHECKSUM_READ;
+        unsigned some = 0;
+        for (unsigned i = 0; i < width; i++) {
+            struct lane *l = &lanes[i];
+            while (!(l->c && lane_fill(l)) && next < n)
+                lane_start(l, &c[next++], features);
+            if (!l->c)
+                continue;
+            size_t whole = (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE;
+            step = whole < step ? whole : step;
+            busy[some] = l;
+            h[some] = &l->h;
+            data[some++] = l->data + l->at;
+        }
+        if (some == 0)
+            return;
+        sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
+        for (unsigned i = 0; i < some; i++)
+            busy[i]->at += step;
+    }
+}
+
+/* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
+static void checksum_files(struct checksum *c, size_t n)
+{
+    unsigned features = n > 1 ? sha3_features() : 0;
+    unsigned most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
+    struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
+    for (size_t i = 0; i < n; i++) {
+        c[i] = (struct checksum){ .path = c[i].path };
+        if (!lanes)
+            file_err(&c[i].e, c[i].path, "out of memory");
+    }
+    if (lanes)
+        lanes_run(lanes, width, features, c, n);
+    free(lanes);
+}
+
+/* Whether the path no longer is what had this identity, or can no longer be looked at.  One stat for a file, one walk
+ * for a folder; no content is read. */
+static bool checksum_changed(const char *path, const struct file_id *id)
+{
+    struct stat st;
+    struct err ignored;
+    if (stat(path, &st))
+        return true;
+    struct file_id now = file_id_of(&st);
+    bool ok = true;
+    if (S_ISDIR(st.st_mode)) {
+        struct tree t = { .root = path };
+        ok = tree_walk(&t, &ignored);
+        if (ok)
+            tree_digest(&t, now.tree);
+        tree_free(&t);
+    }
+    return !ok || memcmp(&now, id, sizeof now) != 0;
+}
+
+/* ---- cvms checksum ---- */
+
+/* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
+static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
+{
+    if (strpbrk(c->path, "\\\n"))
+        buf_putc(b, '\\');
+    if (base64) {
+        pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
+    } else {
+        char hex[2 * sizeof c->hash + 1];
+        hex_text(hex, c->hash, sizeof c->hash);
+        buf_puts(b, hex);
+    }
+    buf_puts(b, "  ");
+    for (const char *p = c->path; *p; p++)
+        if (*p == '\n')
+            buf_puts(b, "\\n");
+        else if (*p == '\\')
+            buf_puts(b, "\\\\");
+        else
+            buf_putc(b, *p);
+    buf_putc(b, '\n');
+}
+
+/* Prints the checksum of each path, in order, and says on stderr which failed.  Returns the exit status. */
+static int cmd_checksum(struct report *r, bool base64, const char *const *paths, size_t n)
+{
+    struct checksum *c = need(calloc(n, sizeof *c));
+    struct buf lines = { 0 };
+    for (size_t i = 0; i < n; i++)
+        c[i].path = paths[i];
+    checksum_files(c, n);
+    for (size_t i = 0; i < n; i++)
+        if (c[i].ok)
+            checksum_line(&lines, &c[i], base64);
+        else
+            tell(r, START, "checksum: %s", c[i].e.text);
+    if (!buf_write(&lines, STDOUT_FILENO))
+        tell(r, START, "checksum: stdout: %s", strerror(errno));
+    free(c);
+    return r->start;
+}
+
+/* ==== 14. Public keys ==============================================================================================
+ * Owns: the -public-key-path file, and what to do about one that is something else.
+ * Never: looks past the first PEM block of the file.
+ */
+
+/* What stands where a public key should, and the command that makes one of it: `before`, the path, `after`; no path
+ * when `after` is NULL. */
+struct key_mistake {
+    const char *sign; /* the end of the label, or the beginning of a file without any PEM block */
+    const char *what, *before, *after;
+};
+
+static const struct key_mistake label_mistakes[] = { /* the first that fits */
+    { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in ", " -pubout" },
+    { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM",
+      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
+    { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in ", " -pubout" },
+    { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in ", " -pubout" },
+    { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in ", " -pubkey -noout" },
+    { "CERTIFICATE", "a certificate", "openssl x509 -in ", " -pubkey -noout" },
+};
+
+static const struct key_mistake text_mistakes[] = {
+    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM",
+      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
+    { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
+    { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII ", "" },
+    { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 ", "" },
+};
+
+static const struct key_mistake der_mistakes[] = {
+    { "", "a public key in binary DER", "openssl pkey -pubin -inform DER -in ", "" },
+    { "", "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in ", " -pubout" },
+};
+
+/* The path as a shell word; cut short rather than overflowing. */
+static void shell_word(char *to, size_t cap, const char *path)
+{
+    if (*path == '-' && cap > 2) {    /* not to be taken for an option */
+        memcpy(to, "./", 2);
+        to += 2;
+        cap -= 2;
+    }
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
+    if (*path && path[strspn(path, plain)] == '\0') {
+        text_printf(to, cap, "%s", path);
+        return;
+    }
+    size_t n = 0;
+    to[n++] = '\'';
+    for (; *path && n + 6 < cap; path++)
+        if (*path == '\'') {
+            memcpy(to + n, "'\\''", 4);
+            n += 4;
+        } else {
+            to[n++] = *path;
+        }
+    memcpy(to + n, "'", 2);
+}
+
+static bool mistake_set(struct err *e, const char *path, const struct key_mistake *m)
+{
+    char word[1200] = "";
+    if (m->after)
+        shell_word(word, sizeof word, path);
+    return err_set(e, "%s: is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one with: %s%s%s", path, m->what,
+                   m->before, word, m->after ? m->after : "");
+}
+
+/* A PEM block of another label than PUBLIC KEY. */
+static bool label_mistake(const char *path, const char *label, struct err *e)
+{
+    size_t len = strlen(label);
+    for (size_t i = 0; i < sizeof label_mistakes / sizeof label_mistakes[0]; i++) {
+        const struct key_mistake *m = &label_mistakes[i];
+        size_t n = strlen(m->sign);
+        if (len >= n && strcmp(label + len - n, m->sign) == 0)
+            return mistake_set(e, path, m);
+    }
+    return err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
+                   "openssl pkey -in PRIVATE.pem -pubout", path, label);
+}
+
+/* A file without any PEM block. */
+static bool text_mistake(const char *path, struct bytes text, struct err *e)
+{
+    if (text.n == 0)
+        return err_set(e, "%s: is empty; make a public key with: openssl pkey -in PRIVATE.pem -pubout", path);
+    if (der_is_spki(text))
+        return mistake_set(e, path, &der_mistakes[0]);
+    if (der_is_pkcs1_public(text))
+        return mistake_set(e, path, &der_mistakes[1]);
+    for (size_t i = 0; i < sizeof text_mistakes / sizeof text_mistakes[0]; i++) {
+        const struct key_mistake *m = &text_mistakes[i];
+        if (bytes_start(text, m->sign))
+            return mistake_set(e, path, m);
+    }
+    return err_set(e, "%s: has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key with: "
+                   "openssl pkey -in PRIVATE.pem -pubout", path);
+}
+
+/* Judges a public key file's text; its DER is left in `der`. */
+MUST_USE static bool public_key_parse(const char *path, struct bytes text, struct buf *der, struct err *e)
+{
+    char label[PEM_LABEL];
+    struct bytes rest = text;
+    int got = pem_next(&rest, label, der);
+    if (got == 0)
+        return text_mistake(path, text, e);
+    if (der->failed)
+        return err_set(e, "%s: no memory for the key", path);
+    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain((struct bytes){ der->p, der->len }, "ssh-ed25519"))
+        return label_mistake(path, "OPENSSH ED25519", e);
+    if (strcmp(label, PEM_PUBLIC_KEY) != 0)
+        return label_mistake(path, label, e);
+    struct bytes key = { der->p, der->len };
+    if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
+        return err_set(e, "%s: its PEM block is damaged or cut off; make it again from the private key with: "
+                       "openssl pkey -in PRIVATE.pem -pubout", path);
+    if (!der_is_spki(key)) {
+        char word[1200];
+        shell_word(word, sizeof word, path);
+        return err_set(e, "%s: is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right with: "
+                       "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' %s | openssl rsa -RSAPublicKey_in -pubout", path, word);
+    }
+    return true;
+}
+
+/* Reads the DER inside the first PEM block of the file, which must be a SubjectPublicKeyInfo (anything else makes the
+ * agent answer with an error).  `der` is empty before; the caller frees it, on failure too. */
+MUST_USE static bool public_key_load(const char *path, struct buf *der, struct err *e)
+{
+    struct buf text = { 0 };
+    bool ok = file_load(path, PEM_FILE_MAX, &text, e) &&
+              public_key_parse(path, (struct bytes){ text.p, text.len }, der, e);
+    buf_free(&text);
+    return ok;
+}
+
+/* ==== 15. The manifest: from options to finished bytes =============================================================
+ * Owns: the ComputationRunReq, its inputs and their hashes, its chunks as gRPC messages, encoded once for all streams.
+ * Never: opens a port.
+ */
+enum {
+    CHUNK_LEN = 1 << 20,              /* bytes of the manifest in one RunReqChunks */
+    SHA3_256_LEN = 32,
+    MANIFEST_FILE_MAX = 512 << 20,
+};
+enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
+static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
+static const char *const algo_types[] = { "bin", "python", "wasm", "docker" };
+static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs://", "https://", "http://" };
+
+/* A manifest and what it was made of.  What req points to lasts as long as the options. */
+struct manifest {
+    struct manifest *next;            /* those of -manifest-for */
+    const char *job_id;               /* whom it is for; NULL: everybody else */
+    struct ComputationRunReq req;
+    struct bytes key;                 /* -public-key-path; empty: not given */
+    struct checksum *inputs;          /* of direct datasets in their order, then of the algorithm */
+    size_t input_count;
+    int64_t looked_ms;                /* when the inputs were last looked at, to see whether they have changed */
+    bool algo_input;                  /* the last input is the algorithm */
+    enum compat compat;
+    const struct faults *faults;      /* NULL: none */
+    struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
+    size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
+};
+
+/* Flags that are one text in the manifest as they stand. */
+static const struct {
+    size_t option;
+    bool config;                      /* a field of AgentConfig, not of the request */
+    size_t member;
+} text_fields[] = {
+    { AT(computation_id), false, offsetof(struct ComputationRunReq, id) },
+    { AT(name), false, offsetof(struct ComputationRunReq, name) },
+    { AT(description), false, offsetof(struct ComputationRunReq, description) },
+    { AT(agent_port), true, offsetof(struct AgentConfig, port) },
+    { AT(agent_log_level), true, offsetof(struct AgentConfig, log_level) },
+    { AT(agent_cert_file), true, offsetof(struct AgentConfig, cert_file) },
+    { AT(agent_key_file), true, offsetof(struct AgentConfig, key_file) },
+    { AT(agent_server_ca_file), true, offsetof(struct AgentConfig, server_ca_file) },
+    { AT(client_ca_file), true, offsetof(struct AgentConfig, client_ca_file) },
+};
+
+/* The lists that go by a dataset's position, split. */
+enum column {
+    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_TYPE, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_FILENAME, COL_KEY, COLUMNS
+};
+static const struct {
+    const char *flag;
+    size_t option;
+    bool may_be_short;
+} columns[COLUMNS] = {
+    [COL_URL] = { "dataset-source-urls", AT(dataset_source_urls), false },
+    [COL_KBS_PATH] = { "dataset-kbs-paths", AT(dataset_kbs_paths), false },
+    [COL_KBS_URL] = { "dataset-kbs-urls", AT(dataset_kbs_urls), false },
+    [COL_TYPE] = { "dataset-source-types", AT(dataset_source_types), false },
+    [COL_ENCRYPTED] = { "dataset-encrypted", AT(dataset_encrypted), false },
+    [COL_UNPACK] = { "dataset-decompress", AT(dataset_decompress), true },
+    [COL_HASH] = { "dataset-hashes", AT(dataset_hashes), false },
+    [COL_FILENAME] = { "dataset-filenames", AT(dataset_filenames), false },
+    [COL_KEY] = { "dataset-public-key-paths", AT(dataset_public_key_paths), false },
+};
+
+/* The elements of a list flag: given once it is split at its commas, given several times each is one element; "" is no
+ * element at all. */
+static struct values list_split(struct options *o, const struct values *given)
+{
+    struct values list = { 0 };
+    if (given->n > 1)
+        return *given;
+    const char *s = given->n ? given->v[0] : "";
+    while (*s) {
+        size_t n = strcspn(s, ",");
+        char *word = keep(o, n + 1);
+        memcpy(word, s, n);
+        values_add(o, &list, word);
+        s += n;
+        if (!*s)
+            break;
+        if (!*++s)
+            values_add(o, &list, "");
+    }
+    return list;
+}
+
+static const char *nth(const struct values *v, size_t i)
+{
+    return i < v->n ? v->v[i] : NULL;
+}
+
+static bool present(const char *s)
+{
+    return s && *s;
+}
+
+static bool in_list(const char *s, const char *const *list, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(s, list[i]) == 0)
+            return true;
+    return false;
+}
+
+/* 64 hex digits, kept; empty if they are not. */
+static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
+{
+    uint8_t *hash = keep(o, SHA3_256_LEN);
+    if (strlen(s) != 64 || strspn(s, "0123456789abcdefABCDEF") != 64) {
+        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
+                       "cvms checksum FILE prints one", flag, s, strlen(s));
+        return (struct bytes){ 0 };
+    }
+    for (size_t i = 0; i < SHA3_256_LEN; i++) {
+        char two[3] = { s[2 * i], s[2 * i + 1], 0 };
+        hash[i] = (uint8_t)strtoul(two, NULL, 16);
+    }
+    return (struct bytes){ hash, SHA3_256_LEN };
+}
+
+/* The hash of something remote: absent it is 32 zero bytes, with a warning. */
+static struct bytes remote_hash(struct options *o, struct report *r, const char *flag, const char *s)
+{
+    if (present(s))
+        return parse_hash(o, r, flag, s);
+    tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches", flag);
+    return (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+}
+
+/* A boolean that a mistake makes false. */
+static bool parse_flag(struct report *r, enum severity severity, const char *flag, const char *s)
+{
+    int value = parse_bool(s);
+    if (value < 0)
+        tell(r, severity, "-%s: \"%s\" is not a boolean%s", flag, s,
+             severity == WARNING ? " and counts as false" : "; use true or false");
+    return value > 0;
+}
+
+/* The DER of the key in a PEM file, kept; empty after a mistake. */
+static struct bytes load_key(struct options *o, struct report *r, const char *flag, const char *path)
+{
+    struct buf der = { 0 };
+    struct err e;
+    struct bytes key = { 0 };
+    if (public_key_load(path, &der, &e))
+        key = (struct bytes){ memcpy(keep(o, der.len), need(der.p), der.len), der.len };
+    else
+        tell(r, START, "-%s: %s", flag, e.text);
+    buf_free(&der);
+    return key;
+}
+
+static void check_url(struct report *r, const char *flag, const char *url)
+{
+    for (size_t i = 0; i < PB_COUNT(source_schemes); i++)
+        if (strncmp(url, source_schemes[i], strlen(source_schemes[i])) == 0)
+            return;
+    tell(r, WARNING, "-%s: \"%s\" has a scheme that no agent fetches; they know docker:// oci: s3:// gs:// https:// "
+                     "http://", flag, url);
+}
+
+/* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
+static bool check_remote(struct report *r, const char *what, bool url, bool path, bool plain)
+{
+    const char *urls = *what == 'a' ? "algo-source-url" : "dataset-source-urls";
+    const char *paths = *what == 'a' ? "algo-kbs-path" : "dataset-kbs-paths";
+    if (url && !path && !plain)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s-encrypted false if it is plain",
+             urls, paths, what);
+    if (path && !url)
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", paths, urls);
+    return url && (path || plain);
+}
+
+static void check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
+{
+    struct buf all = { 0 };
+    if (in_list(value, list, n))
+        return;
+    for (size_t i = 0; i < n; i++)
+        buf_printf(&all, "%s%s", i == 0 ? "" : i + 1 == n ? " or " : ", ", list[i]);
+    tell(r, USAGE, "-%s: \"%s\" is not known; use %.*s", flag, value, (int)all.len, (char *)all.p);
+    buf_free(&all);
+}
+
+static struct KBSConfig *new_kbs(struct options *o, const char *url)
+{
+    if (!present(url))
+        return NULL;
+    struct KBSConfig *kbs = keep(o, sizeof *kbs);
+    *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
+    return kbs;
+}
+
+/* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
+static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum compat compat, const char *own,
+                                      const char *what, const char *url)
+{
+    const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
+    if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", what, url,
+             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls", compat == COMPAT_HEAD ? "" : " or -kbs-url");
+    return new_kbs(o, kbs);
+}
+
+static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
+                                 const char *kbs_path)
+{
+    struct Source *s = keep(o, sizeof *s);
+    *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
+                          .kbs_resource_path = bytes_of(kbs_path ? kbs_path : ""), .encrypted = present(kbs_path) };
+    return s;
+}
+
+/* The last component of a path, as an agent's user will upload it. */
+static struct bytes base_name(const char *path)
+{
+    size_t n = strlen(path), from;
+    while (n > 1 && path[n - 1] == '/')
+        n--;
+    for (from = n; from > 0 && path[from - 1] != '/';)
+        from--;
+    return (struct bytes){ (const uint8_t *)path + from, n - from };
+}
+
+/* Dataset.filename of a direct dataset; empty, with a warning, if no manifest can hold the name. */
+static struct bytes upload_name(struct report *r, const char *path)
+{
+    struct bytes name = base_name(path);
+    if (pb_utf8_valid(name))
+        return name;
+    tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest agents "
+                     "refuse such a dataset", path);
+    return (struct bytes){ 0 };
+}
+
+static struct bytes new_input(struct manifest *m, const char *path)
+{
+    struct checksum *in = &m->inputs[m->input_count++];
+    *in = (struct checksum){ .path = path };
+    return (struct bytes){ in->hash, SHA3_256_LEN };
+}
+
+static void remote_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
+                           struct Dataset *d)
+{
+    const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
+    char *name = keep(o, 40);
+    text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
+    if (*url)
+        check_url(r, "dataset-source-urls", url);
+    else
+        tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
+    d->filename = bytes_of(name);
+    d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
+    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
+    if (!nth(&col[COL_HASH], i) && (i == 0 || present(o->dataset_hash)))
+        d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
+    else if (!nth(&col[COL_HASH], i))
+        d->hash = (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+}
+
+/* What the flags say of the i-th dataset, wherever it comes from. */
+static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col,
+                             size_t i, struct Dataset *d)
+{
+    const char *hash = nth(&col[COL_HASH], i), *name = nth(&col[COL_FILENAME], i), *key = nth(&col[COL_KEY], i);
+    const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
+    if (present(hash))
+        d->hash = parse_hash(o, r, "dataset-hashes", hash);
+    if (name)
+        d->filename = bytes_of(name);
+    if (m->key.n)
+        d->userKey = m->key;
+    if (present(key))
+        d->userKey = load_key(o, r, "dataset-public-key-paths", key);
+    if (unpack)
+        d->decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
+    if (present(encrypted) && d->source)
+        d->source->encrypted = parse_flag(r, USAGE, "dataset-encrypted", encrypted);
+}
+
+/* Whether every dataset is said to be plain. */
+static bool all_plain(const struct values *encrypted, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!nth(encrypted, i) || parse_bool(nth(encrypted, i)) != 0)
+            return false;
+    return n > 0;
+}
+
+static void set_datasets(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values col[COLUMNS], paths = list_split(o, &o->data_paths);
+    for (size_t c = 0; c < COLUMNS; c++)
+        col[c] = list_split(o, (const struct values *)(const void *)((const char *)o + columns[c].option));
+    size_t urls = col[COL_URL].n;
+    bool remote = check_remote(r, "dataset", urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
+    size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
+    struct Dataset *d = keep(o, (n + 1) * sizeof *d);
+    m->inputs = keep(o, (paths.n + 2) * sizeof *m->inputs);
+    if (remote && paths.n)
+        tell(r, WARNING, "-data-paths is not used: the datasets are remote");
+    if (remote && urls > 1 && present(o->dataset_hash))
+        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
+             urls);
+    for (size_t c = 0; c < COLUMNS; c++)
+        if (col[c].n && (columns[c].may_be_short ? col[c].n > n : col[c].n != n))
+            tell(r, columns[c].may_be_short ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for "
+                 "each", columns[c].flag, col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+    for (size_t i = 0; i < n; i++) {
+        if (remote) {
+            remote_dataset(m, o, r, col, i, &d[i]);
+        } else if (paths.n) {
+            if (!*paths.v[i])
+                tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
+            d[i].hash = new_input(m, paths.v[i]);
+            d[i].filename = m->compat == COMPAT_ALL ? upload_name(r, paths.v[i]) : (struct bytes){ 0 };
+        } else {
+            d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
+        }
+        override_dataset(m, o, r, col, i, &d[i]);
+    }
+    if (!remote && present(o->dataset_hash))
+        parse_hash(o, r, "dataset-hash", o->dataset_hash);
+    m->req.datasets = (struct pb_list){ .items = d, .n = n };
+}
+
+/* Where the algorithm comes from: its source, a file here, or the manifest that was read. */
+static void algorithm_source(struct manifest *m, struct options *o, struct report *r, struct Algorithm *a)
+{
+    bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
+    if (check_remote(r, "algo", present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
+        if (present(o->algo_path))
+            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
+        check_url(r, "algo-source-url", o->algo_source_url);
+        a->hash = remote_hash(o, r, "algo-hash", o->algo_hash);
+        a->source = new_source(o, m->compat, o->algo_source_type, o->algo_source_url, o->algo_kbs_path);
+        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, "algorithm", o->algo_source_url);
+    } else if (present(o->algo_path)) {
+        m->algo_input = true;
+        a->source = NULL;
+        a->kbs = NULL;
+        a->hash = new_input(m, o->algo_path);
+    } else if (!m->req.algorithm && !(o->manifest && r->start) && !present(o->algo_source_url) &&
+               !present(o->algo_kbs_path)) {
+        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
+    }
+    if (!m->algo_input && present(o->algo_hash))
+        a->hash = parse_hash(o, r, "algo-hash", o->algo_hash);
+    else if (present(o->algo_hash))
+        parse_hash(o, r, "algo-hash", o->algo_hash);
+    if (present(o->algo_encrypted)) {
+        bool encrypted = parse_flag(r, USAGE, "algo-encrypted", o->algo_encrypted);
+        if (a->source)
+            a->source->encrypted = encrypted;
+    }
+}
+
+static void set_algorithm(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values args = list_split(o, &o->algo_args);
+    struct Algorithm *a = keep(o, sizeof *a);
+    if (m->req.algorithm)
+        *a = *m->req.algorithm;
+    algorithm_source(m, o, r, a);
+    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, PB_COUNT(algo_types)))
+        tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
+    if (o->algo_type)
+        a->algo_type = bytes_of(o->algo_type);
+    if (m->key.n)
+        a->userKey = m->key;
+    if (present(o->algo_public_key_path))
+        a->userKey = load_key(o, r, "algo-public-key-path", o->algo_public_key_path);
+    if (o->algo_args.n) {
+        struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
+        for (size_t i = 0; i < args.n; i++)
+            arg[i] = bytes_of(args.v[i]);
+        a->algo_args = (struct pb_list){ .items = arg, .n = args.n };
+    }
+    m->req.algorithm = a;
+}
+
+/* Who may fetch the results: the keys of -result-consumer-keys, else that of -public-key-path. */
+static void set_consumers(struct manifest *m, struct options *o, struct report *r)
+{
+    struct values keys = list_split(o, &o->result_consumer_keys);
+    size_t n = keys.n ? keys.n : m->key.n ? 1 : 0;
+    if (n == 0)
+        return;
+    struct ResultConsumer *c = keep(o, n * sizeof *c);
+    for (size_t i = 0; i < n; i++)
+        c[i].userKey = keys.n ? load_key(o, r, "result-consumer-keys", keys.v[i]) : m->key;
+    m->req.result_consumers = (struct pb_list){ .items = c, .n = n };
+}
+
+/* Field 8, for the oldest agents: -kbs-url, and for `all` whatever broker the flags name. */
+static void set_computation_kbs(struct manifest *m, struct options *o, struct report *r)
+{
+    if (m->compat == COMPAT_SEED && (o->algo_kbs_url || o->dataset_kbs_urls.n))
+        tell(r, WARNING, "-compat seed has no key broker of a resource's own: -algo-kbs-url and -dataset-kbs-urls are "
+                         "not used");
+    if (m->compat == COMPAT_HEAD && present(o->kbs_url))
+        tell(r, WARNING, "-compat head has no key broker of the whole computation: -kbs-url is not used");
+    if (m->compat == COMPAT_HEAD)
+        return;
+    if (present(o->kbs_url))
+        m->req.kbs = new_kbs(o, o->kbs_url);
+    const struct Dataset *d = m->req.datasets.items;
+    if (m->compat == COMPAT_ALL && !m->req.kbs)
+        m->req.kbs = m->req.algorithm->kbs;
+    for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
+        m->req.kbs = d[i].kbs;
+}
+
+static void set_agent_config(struct manifest *m, struct options *o, struct report *r)
+{
+    struct AgentConfig *config = keep(o, sizeof *config);
+    if (m->req.agent_config)
+        *config = *m->req.agent_config;
+    m->req.agent_config = config;
+    for (size_t i = 0; i < PB_COUNT(text_fields); i++) {
+        const char *text = *(const char **)(void *)((char *)o + text_fields[i].option);
+        void *to = text_fields[i].config ? (void *)config : (void *)&m->req;
+        if (text)
+            *(struct bytes *)(void *)((char *)to + text_fields[i].member) = bytes_of(text);
+    }
+    int64_t port = present(o->agent_port) ? parse_decimal(bytes_of(o->agent_port)) : 1;
+    if (port < 1 || port > 65535)
+        tell(r, USAGE, "-agent-port: \"%s\" is not a port; use 1 to 65535", o->agent_port);
+    if (o->attested_tls)
+        config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
+    else if (!o->manifest)
+        tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
+}
+
+/* Hashes every file and folder; each gets its mistake or its line. */
+static void hash_inputs(struct manifest *m, struct report *r)
+{
+    checksum_files(m->inputs, m->input_count);
+    for (size_t i = 0; i < m->input_count; i++) {
+        const struct checksum *in = &m->inputs[i];
+        bool algo = m->algo_input && i + 1 == m->input_count;
+        char hex[2 * SHA3_256_LEN + 1];
+        hex_text(hex, in->hash, SHA3_256_LEN);
+        if (in->ok)
+            tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
+        else if (*in->path)
+            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", in->e.text);
+    }
+}
+
+/* Appends one message with its gRPC prefix to a blob with room for it; b->n is what stands there.  False without
+ * memory for the scratch buffer. */
+static bool blob_append(struct blob *b, struct buf *scratch, const struct ServerStreamMessage *msg)
+{
+    struct bytes wire = pb_encode(scratch, &ServerStreamMessage_message, msg);
+    if (scratch->failed)
+        return false;
+    grpc_put_prefix(b->p + b->n, wire.n);
+    if (wire.n)
+        memcpy(b->p + b->n + 5, wire.p, wire.n);
+    b->n += 5 + wire.n;
+    return true;
+}
+
+/* Cuts the encoded manifest into RunReqChunks of CHUNK_LEN and an empty last one (NULL without memory); faults may be
+ * NULL. */
+static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest,
+                                    const struct faults *faults)
+{
+    size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
+    size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
+    struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
+    struct buf scratch = { 0 };
+    bool ok = b != NULL;
+    bool plain = faults && faults->value[FAULT_PLAIN] >= 0;
+    int64_t leave_out = faults ? faults->value[FAULT_MISSING_CHUNK] : -1;
+    size_t end = faults && faults->value[FAULT_FREEZE] >= 0 ? (size_t)faults->value[FAULT_FREEZE]
+               : faults && faults->value[FAULT_NO_LAST] >= 0 ? pieces : pieces + 1;
+    if (ok)
+        b->n = 0;
+    for (; ok && times > 0; times--) {
+        struct ComputationRunReq copy = *req;
+        if (plain)
+            ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReq = &copy });
+        for (size_t i = 0; ok && !plain && i <= pieces && i < end; i++) {
+            struct RunReqChunks chunk = { .id = req->id, .is_last = i == pieces };
+            if (i < pieces)
+                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN,
+                                             min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
+            if ((int64_t)i != leave_out)
+                ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReqChunks = &chunk });
+        }
+    }
+    buf_free(&scratch);
+    if (ok)
+        return b;
+    blob_unref(b);
+    return NULL;
+}
+
+/* The faults that are in the manifest itself. */
+static void manifest_spoil(struct manifest *m, uint8_t spoilt[SHA3_256_LEN])
+{
+    struct Algorithm *a = m->req.algorithm;
+    if (m->faults->value[FAULT_WRONG_HASH] >= 0 && a->hash.n == SHA3_256_LEN) {
+        for (size_t i = 0; i < SHA3_256_LEN; i++)
+            spoilt[i] = (uint8_t)~a->hash.p[i];
+        a->hash.p = spoilt;
+    }
+    if (m->faults->value[FAULT_SHORT_HASH] >= 0 && a->hash.n)
+        a->hash.n--;
+}
+
+/* Encodes req anew, after inputs have changed.  False without memory: the old bytes stay. */
+static bool manifest_encode(struct manifest *m)
+{
+    struct buf b = { 0 };
+    uint8_t spoilt[SHA3_256_LEN];
+    struct bytes hash = m->req.algorithm ? m->req.algorithm->hash : (struct bytes){ 0 };
+    if (m->faults && m->req.algorithm)
+        manifest_spoil(m, spoilt);
+    struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
+    if (!b.failed && m->faults && m->faults->value[FAULT_FLIP] >= 0 && (uint64_t)m->faults->value[FAULT_FLIP] < wire.n)
+        b.p[(size_t)(wire.p - b.p) + (size_t)m->faults->value[FAULT_FLIP]] ^= 1;
+    struct blob *stream = b.failed ? NULL : manifest_chunks(&m->req, wire, m->faults);
+    if (m->req.algorithm)
+        m->req.algorithm->hash = hash;
+    buf_free(&b);
+    if (!stream)
+        return false;
+    blob_unref(m->stream);
+    m->stream = stream;
+    m->len = wire.n;
+    m->chunks = (wire.n + CHUNK_LEN - 1) / CHUNK_LEN + 1;
+    return true;
+}
+
+/* Reads a manifest in protobuf's JSON, as `cvms manifest` prints it. */
+static void manifest_read(struct manifest *m, struct options *o, struct report *r, const char *flag, const char *path)
+{
+    struct buf text = { 0 };
+    struct err e;
+    if (!file_load(path, MANIFEST_FILE_MAX, &text, &e)) {
+        tell(r, START, "-%s: %s", flag, e.text);
+        buf_free(&text);
+        return;
+    }
+    struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
+    buf_free(&text);
+    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text)) {
+        tell(r, START, "-%s: %s: %s", flag, path, e.text);
+        return;
+    }
+    const struct Dataset *d = m->req.datasets.items;
+    for (size_t i = 0; i < m->req.datasets.n; i++)
+        if (d[i].hash.n != SHA3_256_LEN)
+            tell(r, WARNING, "-%s: %s: dataset %zu has a hash of %zu bytes: an agent panics on it", flag, path, i,
+                 d[i].hash.n);
+    if (m->req.algorithm && m->req.algorithm->hash.n != SHA3_256_LEN)
+        tell(r, WARNING, "-%s: %s: the algorithm has a hash of %zu bytes: an agent panics on it", flag, path,
+             m->req.algorithm->hash.n);
+}
+
+/* The manifests of -manifest-for: each as its file has it. */
+static void manifests_by_job(struct manifest *m, struct options *o, struct report *r)
+{
+    for (size_t i = 0; i < o->manifest_for.n; i++) {
+        const char *given = o->manifest_for.v[i], *eq = strchr(given, '=');
+        if (!eq || eq == given || !eq[1]) {
+            tell(r, USAGE, "-manifest-for: \"%s\" is not JOBID=FILE", given);
+            continue;
+        }
+        struct manifest *of = keep(o, sizeof *of);
+        char *job = keep(o, (size_t)(eq - given) + 1);
+        of->job_id = memcpy(job, given, (size_t)(eq - given));
+        of->faults = m->faults;
+        of->next = m->next;
+        m->next = of;
+        manifest_read(of, o, r, "manifest-for", eq + 1);
+        if (!r->usage && !r->start && !manifest_encode(of))
+            tell(r, START, "out of memory for the manifest");
+    }
+}
+
+/* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
+static void manifest_build(struct manifest *m, struct options *o, struct report *r)
+{
+    check_choice(r, "compat", o->compat, compat_names, COMPATS);
+    for (m->compat = COMPAT_ALL; m->compat < COMPAT_HEAD && strcmp(o->compat, compat_names[m->compat]) != 0;)
+        m->compat++;
+    m->req.id = BYTES("1");
+    m->req.name = BYTES("sample computation");
+    m->req.description = BYTES("sample descrption");
+    struct AgentConfig config = { .port = BYTES("7002") };
+    m->req.agent_config = &config;
+    if (o->manifest) {
+        m->req = (struct ComputationRunReq){ 0 };
+        manifest_read(m, o, r, "manifest", o->manifest);
+    }
+    if (present(o->public_key_path))
+        m->key = load_key(o, r, "public-key-path", o->public_key_path);
+    else if (!o->manifest)
+        tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
+    set_datasets(m, o, r);
+    set_algorithm(m, o, r);
+    set_consumers(m, o, r);
+    set_computation_kbs(m, o, r);
+    set_agent_config(m, o, r);
+    hash_inputs(m, r);
+    if (!r->usage && !r->start && !manifest_encode(m))
+        tell(r, START, "out of memory for the manifest");
+    manifests_by_job(m, o, r);
+}
+
+/* The manifest of an agent with this job-id ("" for none). */
+static struct manifest *manifest_for(struct manifest *m, struct bytes job)
+{
+    for (struct manifest *of = m->next; of; of = of->next)
+        if (bytes_eq(job, bytes_of(of->job_id)))
+            return of;
+    return m;
+}
+
+/* What is not the options' own. */
+static void manifest_free(struct manifest *m)
+{
+    for (; m; m = m->next) {
+        blob_unref(m->stream);
+        m->stream = NULL;
+    }
+}
+
+/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams
+ * that open in the same millisecond look once. */
+static void manifest_refresh(struct manifest *m, struct core *core)
+{
+    bool changed = false;
+    if (m->looked_ms == core->now_ms)
+        return;
+    m->looked_ms = core->now_ms;
+    for (size_t i = 0; i < m->input_count; i++) {
+        struct checksum *in = &m->inputs[i];
+        if (!checksum_changed(in->path, &in->id))
+            continue;
+        struct checksum again = { .path = in->path };
+        struct buf path = { 0 };
+        put_text(&path, bytes_of(in->path), NULL);
+        checksum_files(&again, 1);
+        if (again.ok) {
+            char hex[2 * SHA3_256_LEN + 1];
+            hex_text(hex, again.hash, SHA3_256_LEN);
+            core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
+            changed |= memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
+            *in = again;
+        } else {
+            core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
+                      (int)path.len, (char *)path.p);
+            in->id = again.id;
+        }
+        buf_free(&path);
+    }
+    if (changed && !manifest_encode(m))
+        core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
+}
+
+/* ==== 16. The verdict: a smoke test's stages, failures and summary ==================================================
+ * Owns: what an agent's messages mean for the question "did it work?", the patterns of -reject, summary and report.
+ * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
+ */
+
+/* ---- Patterns: extended regular expressions (IEEE Std 1003.1, Base Definitions 9.4), found line by line ----
+ * Not by regexec: the lines are a peer's, and for "a.*b" glibc's takes the square of a line's length: hours for one
+ * message.  Here a pattern is code for a nondeterministic automaton; each set of places in it that a text leads to
+ * becomes a state of a deterministic one.  So time is linear in the text, whatever the pattern, and memory is fixed.
+ */
+enum {
+    PATTERN_CODE = 1024,              /* instructions and ranges; a pattern that needs more is refused */
+    PATTERN_STATES = 128,             /* that are kept; what a line meets beyond them is worked out anew */
+    PATTERN_DEPTH = 100,              /* groups in groups */
+    PATTERN_REPEATS = 255,            /* RE_DUP_MAX */
+    ASCII = 128,
+};
+
+enum pattern_op {
+    OP_FOUND,                         /* the end of the pattern */
+    OP_CHAR,                          /* one character of the `ranges` from `arg` on; negated: one of no such */
+    OP_SPLIT,                         /* here go on both at the next and at the one that is `arg` away */
+    OP_JUMP,                          /* go on at the one that is `arg` away */
+    OP_ASSERT,                        /* `arg` is ^ $ < > b or B, and holds here */
+};
+
+struct pattern_instr {
+    uint8_t op;
+    bool negated;
+    uint16_t ranges;
+    int32_t arg;
+};
+
+/* What stands before a place of a line, and behind it. */
+enum beside { BESIDE_END, BESIDE_WORD, BESIDE_OTHER };
+
+struct pattern_state {
+    uint64_t set[PATTERN_CODE / 64];  /* the instructions to go on at, beside the first of all */
+    uint8_t before;                   /* enum beside */
+    uint8_t next[ASCII + 2];          /* by character, then for the end: state + 1, STATE_FOUND, 0: not known */
+};
+
+#define STATE_FOUND 255
+#define LINE_END UINT32_MAX           /* as a character */
+
+struct pattern {
+    struct pattern_instr code[PATTERN_CODE];
+    struct {
+        uint32_t first, last;
+    } ranges[PATTERN_CODE];
+    unsigned n, range_count, state_count;
+    struct pattern_state states[PATTERN_STATES + 1];   /* the last is not kept */
+    uint8_t slots[2 * PATTERN_STATES];                 /* a hash table: state + 1, 0: free */
+};
+
+struct pattern_parser {
+    struct pattern *p;
+    const uint8_t *at, *end;
+    unsigned depth;
+    const char *why;                  /* the first error; then at == end */
+};
+
+/* Character classes; an escape of the same meaning. */
+static const struct {
+    char name[8], escape;
+    uint8_t pairs;
+    char ranges[8];
+} pattern_classes[] = {
+    { "alpha", 0, 2, "AZaz" }, { "digit", 'd', 1, "09" }, { "alnum", 0, 3, "09AZaz" }, { "upper", 0, 1, "AZ" },
+    { "lower", 0, 1, "az" }, { "space", 's', 2, "\t\r  " }, { "blank", 0, 2, "\t\t  " }, { "punct", 0, 4, "!/:@[`{~" },
+    { "print", 0, 1, " ~" }, { "graph", 0, 1, "!~" }, { "cntrl", 0, 2, "\0\x1f\x7f\x7f" }, { "xdigit", 0, 3, "09AFaf" },
+    { "word", 'w', 4, "09AZ__az" },
+};
+
+static void pattern_fail(struct pattern_parser *x, const char *why)
+{
+    if (!x->why)
+        x->why = why;
+    x->at = x->end;
+}
+
+static void pattern_insert(struct pattern_parser *x, unsigned at, struct pattern_instr instr)
+{
+    struct pattern *p = x->p;
+    if (p->n == PATTERN_CODE) {
+        pattern_fail(x, "it is too large");
+        return;
+    }
+    memmove(p->code + at + 1, p->code + at, (p->n++ - at) * sizeof *p->code);
+    p->code[at] = instr;
+}
+
+static void pattern_emit(struct pattern_parser *x, enum pattern_op op, int32_t arg)
+{
+    pattern_insert(x, x->p->n, (struct pattern_instr){ .op = (uint8_t)op, .arg = arg });
+}
+
+/* An OP_CHAR without ranges. */
+static void pattern_emit_char(struct pattern_parser *x, bool negated)
+{
+    struct pattern_instr instr = { .op = OP_CHAR, .negated = negated, .arg = (int32_t)x->p->range_count };
+    pattern_insert(x, x->p->n, instr);
+}
+
+/* One more range for the OP_CHAR that was emitted last. */
+static void pattern_range(struct pattern_parser *x, uint32_t first, uint32_t last)
+{
+    struct pattern *p = x->p;
+    if (p->range_count == PATTERN_CODE)
+        pattern_fail(x, "it is too large");
+    if (x->why)
+        return;
+    p->ranges[p->range_count].first = first;
+    p->ranges[p->range_count++].last = last;
+    p->code[p->n - 1].ranges++;
+}
+
+static void pattern_class(struct pattern_parser *x, size_t class)
+{
+    const char *ranges = pattern_classes[class].ranges;
+    for (unsigned i = 0; i < pattern_classes[class].pairs; i++)
+        pattern_range(x, (uint8_t)ranges[2 * i], (uint8_t)ranges[2 * i + 1]);
+}
+
+/* Whether the next octets are these; then they are taken. */
+static bool pattern_take(struct pattern_parser *x, const char *what)
+{
+    size_t n = strlen(what);
+    if ((size_t)(x->end - x->at) < n || memcmp(x->at, what, n) != 0)
+        return false;
+    x->at += n;
+    return true;
+}
+
+/* The next character; LINE_END at the end. */
+static uint32_t pattern_char(struct pattern_parser *x)
+{
+    uint32_t c;
+    size_t n = x->at < x->end ? pb_utf8_char(x->at, x->end, &c) : 0;
+    if (!n && x->at < x->end)
+        pattern_fail(x, "it is not UTF-8");
+    x->at += n;
+    return n ? c : LINE_END;
+}
+
+/* One end of a range in a bracket expression (9.3.5). */
+static uint32_t pattern_bracket_char(struct pattern_parser *x)
+{
+    const char *close = pattern_take(x, "[.") ? ".]" : pattern_take(x, "[=") ? "=]" : "";
+    bool class = pattern_take(x, "[:");
+    uint32_t c = pattern_char(x);
+    if (class)
+        pattern_fail(x, "a range can't end with a character class");
+    else if (c == LINE_END)
+        pattern_fail(x, "\"[\" without \"]\"");
+    else if (!pattern_take(x, close))
+        pattern_fail(x, "a collating element is one character");
+    return c;
+}
+
+static void pattern_bracket_class(struct pattern_parser *x)
+{
+    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
+        if (pattern_take(x, pattern_classes[i].name)) {
+            pattern_class(x, i);
+            if (!pattern_take(x, ":]"))
+                break;
+            return;
+        }
+    pattern_fail(x, "no such character class");
+}
+
+static void pattern_bracket(struct pattern_parser *x)
+{
+    const uint8_t *begin = x->at;
+    pattern_emit_char(x, pattern_take(x, "^"));
+    do {
+        if (pattern_take(x, "[:")) {
+            pattern_bracket_class(x);
+            continue;
+        }
+        uint32_t first = pattern_bracket_char(x), last = first;
+        if (x->end - x->at > 1 && x->at[0] == '-' && x->at[1] != ']') {
+            x->at++;
+            last = pattern_bracket_char(x);
+        }
+        if (last < first)
+            pattern_fail(x, "a range whose end comes before its start");
+        pattern_range(x, first, last);
+    } while (!x->why && !pattern_take(x, "]"));
+    if (!x->why && x->at - begin > 3 && *begin == ':' && x->at[-2] == ':')
+        pattern_fail(x, "a character class stands in a bracket expression: [[:alpha:]]");
+}
+
+static void pattern_escape(struct pattern_parser *x)
+{
+    uint32_t c = pattern_char(x), lower = c | 0x20;
+    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
+        if (lower == (uint8_t)pattern_classes[i].escape && c >= 'A') {
+            pattern_emit_char(x, c != lower);
+            pattern_class(x, i);
+            return;
+        }
+    if (c == 'b' || c == 'B' || c == '<' || c == '>') {
+        pattern_emit(x, OP_ASSERT, (int32_t)c);
+    } else if (c == LINE_END) {
+        pattern_fail(x, "a backslash at the end");
+    } else if (c >= '0' && c <= '9') {
+        pattern_fail(x, "back-references are not for extended expressions");
+    } else if (lower >= 'a' && lower <= 'z') {
+        pattern_fail(x, "no such escape");
+    } else {
+        pattern_emit_char(x, false);
+        pattern_range(x, c, c);
+    }
+}
+
+static void pattern_alternation(struct pattern_parser *x);
+
+/* Without what repeats it.  False: nothing can. */
+static bool pattern_atom(struct pattern_parser *x)
+{
+    unsigned start = x->p->n;
+    uint32_t c = pattern_char(x);
+    if (c == '(') {
+        if (++x->depth > PATTERN_DEPTH)
+            pattern_fail(x, "groups are nested too deeply");
+        pattern_alternation(x);
+        x->depth--;
+        if (!x->why && !pattern_take(x, ")"))
+            pattern_fail(x, "\"(\" without \")\"");
+        return true;
+    }
+    if (c == '[') {
+        pattern_bracket(x);
+    } else if (c == '\\') {
+        pattern_escape(x);
+    } else if (c == '^' || c == '$') {
+        pattern_emit(x, OP_ASSERT, (int32_t)c);
+    } else if (c < ASCII && c && strchr("*+?{", (int)c)) {
+        x->at--;                      /* pattern_branch tells */
+        return false;
+    } else {
+        pattern_emit_char(x, c == '.');
+        if (c != '.')
+            pattern_range(x, c, c);
+    }
+    return x->why || x->p->code[start].op != OP_ASSERT;
+}
+
+/* What has been emitted since start comes min to max times; max over PATTERN_REPEATS: without an end. */
+static void pattern_repeat(struct pattern_parser *x, unsigned start, unsigned min, unsigned max)
+{
+    bool endless = max > PATTERN_REPEATS;
+    int32_t n = (int32_t)(x->p->n - start);
+    if (max == 0)
+        x->p->n = start;
+    else if (min == 0)
+        pattern_insert(x, start++, (struct pattern_instr){ .op = OP_SPLIT, .arg = n + 1 + endless });
+    for (unsigned times = 1; times < (endless ? min : max); times++) {
+        if (times >= min)
+            pattern_emit(x, OP_SPLIT, n + 1);
+        for (int32_t i = 0; i < n && !x->why; i++)
+            pattern_insert(x, x->p->n, x->p->code[start + (unsigned)i]);
+    }
+    if (endless)
+        pattern_emit(x, min ? OP_SPLIT : OP_JUMP, min ? -n : -n - 1);
+}
+
+/* A number of a repetition; `none` if there is no digit. */
+static unsigned pattern_number(struct pattern_parser *x, unsigned none)
+{
+    unsigned n = 0;
+    const uint8_t *begin = x->at;
+    while (x->at < x->end && *x->at >= '0' && *x->at <= '9')
+        if ((n = n * 10 + *x->at++ - '0') > PATTERN_REPEATS)
+            pattern_fail(x, "it repeats over 255 times");
+    return x->at == begin ? none : n;
+}
+
+/* A piece and all that repeats it.  At the least one piece of a branch. */
+static void pattern_branch(struct pattern_parser *x)
+{
+    const uint8_t *begin = x->at;
+    while (x->at < x->end && *x->at != '|' && (*x->at != ')' || !x->depth)) {
+        unsigned start = x->p->n;
+        bool repeats = pattern_atom(x);
+        while (x->at < x->end && strchr("*+?{", *x->at) && *x->at) {
+            uint8_t c = *x->at;
+            unsigned min = c == '+', max = c == '?' ? 1 : PATTERN_REPEATS + 1;
+            if (!repeats)
+                pattern_fail(x, "nothing to repeat; a backslash before it makes it an ordinary character");
+            x->at += !x->why;
+            if (c == '{' && !x->why) {
+                min = pattern_number(x, 0);
+                max = pattern_take(x, ",") ? pattern_number(x, max) : min;
+                if (x->at[-1] == '{' || !pattern_take(x, "}"))
+                    pattern_fail(x, "a repetition is {2}, {2,} or {2,3}; a brace alone is \\{");
+                else if (max < min)
+                    pattern_fail(x, "a repetition whose end comes before its start");
+            }
+            if (!x->why)
+                pattern_repeat(x, start, min, max);
+        }
+    }
+    if (x->at == begin)
+        pattern_fail(x, "an empty alternative finds every line");
+}
+
+static void pattern_alternation(struct pattern_parser *x)
+{
+    struct pattern *p = x->p;
+    int32_t jump = -1;                /* the last one to the end; each has the one before it as its arg */
+    for (;;) {
+        unsigned start = p->n;
+        pattern_branch(x);
+        if (x->why || !pattern_take(x, "|"))
+            break;
+        pattern_insert(x, start, (struct pattern_instr){ .op = OP_SPLIT, .arg = (int32_t)(p->n - start) + 2 });
+        pattern_emit(x, OP_JUMP, jump);
+        jump = (int32_t)p->n - 1;
+    }
+    while (!x->why && jump >= 0) {
+        int32_t before = p->code[jump].arg;
+        p->code[jump].arg = (int32_t)p->n - jump;
+        jump = before;
+    }
+}
+
+static enum beside beside(uint32_t c)
+{
+    bool word = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_';
+    return c == LINE_END ? BESIDE_END : word ? BESIDE_WORD : BESIDE_OTHER;
+}
+
+static bool pattern_holds(int32_t assertion, enum beside before, enum beside after)
+{
+    bool word_before = before == BESIDE_WORD, word_after = after == BESIDE_WORD;
+    switch (assertion) {
+    case '^':
+        return before == BESIDE_END;
+    case '$':
+        return after == BESIDE_END;
+    case '<':
+        return !word_before && word_after;
+    case '>':
+        return word_before && !word_after;
+    default:
+        return (word_before != word_after) == (assertion == 'b');
+    }
+}
+
+static bool pattern_accepts(const struct pattern *p, const struct pattern_instr *instr, uint32_t c)
+{
+    bool in = false;
+    for (int32_t i = instr->arg; i < instr->arg + instr->ranges && !in; i++)
+        in = c >= p->ranges[i].first && c <= p->ranges[i].last;
+    return c != LINE_END && in != instr->negated;
+}
+
+/* The state for a set of instructions; a new one where there is none yet. */
+static unsigned pattern_state(struct pattern *p, const uint64_t *set, enum beside before)
+{
+    size_t words = (p->n + 63) / 64;
+    uint64_t hash = before;
+    for (size_t i = 0; i < words; i++)
+        hash = (hash ^ set[i]) * 0x9e3779b97f4a7c15 ^ hash >> 29;
+    size_t slot = (hash >> 32) % sizeof p->slots;
+    for (; p->slots[slot]; slot = (slot + 1) % sizeof p->slots) {
+        const struct pattern_state *s = &p->states[p->slots[slot] - 1];
+        if (s->before == before && memcmp(s->set, set, words * sizeof *set) == 0)
+            return p->slots[slot] - 1U;
+    }
+    unsigned k = p->state_count;
+    if (k < PATTERN_STATES)
+        p->slots[slot] = (uint8_t)++p->state_count;
+    memcpy(p->states[k].set, set, words * sizeof *set);
+    memset(p->states[k].next, 0, sizeof p->states[k].next);
+    p->states[k].before = (uint8_t)before;
+    return k;
+}
+
+/* The state at a line's start, or with something else before it. */
+static unsigned pattern_start(struct pattern *p, enum beside before)
+{
+    static const uint64_t none[PATTERN_CODE / 64];
+    return pattern_state(p, none, before);
+}
+
+/* The instructions that are still to be looked at for one step, each once. */
+struct pattern_places {
+    uint64_t seen[PATTERN_CODE / 64];
+    uint16_t list[PATTERN_CODE];
+    size_t n;
+};
+
+static void pattern_visit(struct pattern_places *places, unsigned at)
+{
+    uint64_t bit = (uint64_t)1 << at % 64;
+    if (!(places->seen[at / 64] & bit))
+        places->list[places->n++] = (uint16_t)at;
+    places->seen[at / 64] |= bit;
+}
+
+/* Where a character leads to: state + 1, or STATE_FOUND where the pattern has ended before it. */
+static uint8_t pattern_step(struct pattern *p, unsigned state, uint32_t c)
+{
+    struct pattern_places places = { .n = 0 };
+    uint64_t out[PATTERN_CODE / 64] = { 0 };
+    const uint64_t *set = p->states[state].set;
+    enum beside before = p->states[state].before, after = beside(c);
+    pattern_visit(&places, 0);
+    for (unsigned at = 0; at < p->n; at++)
+        if (set[at / 64] >> at % 64 == 0)
+            at |= 63;
+        else if (set[at / 64] >> at % 64 & 1)
+            pattern_visit(&places, at);
+    while (places.n) {
+        unsigned at = places.list[--places.n], next = at + 1;
+        const struct pattern_instr *instr = &p->code[at];
+        unsigned far = at + (unsigned)instr->arg;
+        if (instr->op == OP_FOUND)
+            return STATE_FOUND;
+        if (instr->op == OP_CHAR && pattern_accepts(p, instr, c))
+            out[next / 64] |= (uint64_t)1 << next % 64;
+        if (instr->op == OP_SPLIT || (instr->op == OP_ASSERT && pattern_holds(instr->arg, before, after)))
+            pattern_visit(&places, next);
+        if (instr->op == OP_SPLIT || instr->op == OP_JUMP)
+            pattern_visit(&places, far);
+    }
+    return (uint8_t)(pattern_state(p, out, after) + 1);
+}
+
+/* Whether the pattern finds something in this line, which is without its newline. */
+static bool pattern_in_line(struct pattern *p, const uint8_t *at, const uint8_t *end)
+{
+    if (p->state_count == PATTERN_STATES) {   /* room for those of this line */
+        p->state_count = 0;
+        memset(p->slots, 0, sizeof p->slots);
+    }
+    for (unsigned state = pattern_start(p, BESIDE_END);;) {
+        uint32_t c = LINE_END;
+        if (at < end) {
+            size_t n = *at < ASCII ? 1 : pb_utf8_char(at, end, &c);
+            c = *at < ASCII ? *at : n ? c : 0xfffd;
+            at += n ? n : 1;
+        }
+        unsigned column = c < ASCII ? c : c == LINE_END ? ASCII : ASCII + 1;   /* that one stays 0 */
+        uint8_t next = p->states[state].next[column];
+        if (!next) {
+            next = pattern_step(p, state, c);
+            if (next != PATTERN_STATES + 1 && column <= ASCII)
+                p->states[state].next[column] = next;
+        }
+        if (next == STATE_FOUND || c == LINE_END)
+            return next == STATE_FOUND;
+        state = next - 1U;
+    }
+}
+
+/* The first line of a text in which the pattern finds something, without its newline. */
+static bool pattern_find(struct pattern *p, struct bytes text, struct bytes *line)
+{
+    for (bool more = true; more;) {
+        const uint8_t *newline = text.n ? memchr(text.p, '\n', text.n) : NULL;
+        *line = (struct bytes){ text.p, newline ? (size_t)(newline - text.p) : text.n };
+        if (pattern_in_line(p, line->p, line->n ? line->p + line->n : line->p))
+            return true;
+        more = newline && line->n + 1 < text.n;
+        text = (struct bytes){ text.p + line->n + more, text.n - line->n - more };
+    }
+    return false;
+}
+
+/* Whether it finds the nothing between two characters, and so all lines that are not empty. */
+static bool pattern_finds_all(struct pattern *p)
+{
+    unsigned between = pattern_start(p, BESIDE_OTHER);
+    return pattern_step(p, between, '.') == STATE_FOUND && pattern_step(p, between, 'a') == STATE_FOUND;
+}
+
+/* Compiles a pattern into *p, which is zero.  NULL, or what is wrong with it. */
+static const char *pattern_compile(struct pattern *p, const char *text)
+{
+    struct bytes in = bytes_of(text);
+    struct pattern_parser x = { .p = p, .at = in.p, .end = in.p + in.n };
+    pattern_alternation(&x);
+    pattern_emit(&x, OP_FOUND, 0);
+    if (!x.why && pattern_finds_all(p))
+        x.why = "it finds every line";
+    return x.why;
+}
+
+/* ---- Stages and hosts ---- */
+
+enum stage { STAGE_NONE, STAGE_CONNECTED, STAGE_ACCEPTED, STAGE_RUNNING, STAGE_READY, STAGE_COMPLETE, STAGES };
+static const char *const stage_names[STAGES] = { "none", "connected", "accepted", "running", "ready", "complete" };
+
+enum {
+    VERDICT_REACHED = 0, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
+    CONTEXT_LINES = 8,                /* of a host's log, kept for the summary of a failure */
+    CONTEXT_BYTES = 300,
+    CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
+};
+
+/* What an event or a state says; status NULL: any.  Failures come before this table. */
+static const struct {
+    const char *type, *status;
+    enum stage stage;
+} event_stages[] = {
+    { "Running", "Completed", STAGE_READY },
+    { "ConsumingResults", "Ready", STAGE_READY },
+    { "Complete", "Completed", STAGE_COMPLETE },
+    { "Running", NULL, STAGE_RUNNING },
+}, state_stages[] = {
+    { "Running", NULL, STAGE_RUNNING },
+    { "ConsumingResults", NULL, STAGE_READY },
+    { "Complete", NULL, STAGE_COMPLETE },
+};
+
+/* Log lines of level WARN or ERROR that mean a failure which no event tells. */
+static const char *const silent_failures[] = {
+    "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
+};
+
+/* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
+struct host {
+    struct host *next;
+    bool failed;
+    char *name, *failure;             /* failure: why it has failed; NULL without memory */
+    enum stage stage;
+    int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
+    unsigned agents, forwarders;      /* streams that are open */
+    bool had_agent, had_forwarder;
+    size_t expected;                  /* of -expect, as many have been seen */
+    uint64_t messages, bytes;
+    char *context[CONTEXT_LINES];     /* a ring of the last lines */
+    size_t context_at;
+};
+
+struct verdict {
+    bool wanted, over, control;       /* control: hosts are remembered for those who ask for them by name */
+    enum stage until;
+    int status;
+    unsigned agents;                  /* as many must get there */
+    int64_t start_ms, timeout_ms, grace_ms, poll_ms, end_ms, next_poll_ms;   /* INT64_MAX: never */
+    struct values expect;             /* TYPE/STATUS, in this order */
+    struct values reject;             /* patterns, and each compiled */
+    struct pattern **patterns;
+    struct host *hosts;
+    size_t host_count;
+    struct buf why;                   /* one line: the reason of the end */
+};
+
+static void verdict_free(struct verdict *v)
+{
+    while (v->hosts) {
+        struct host *h = v->hosts;
+        v->hosts = h->next;
+        for (size_t i = 0; i < CONTEXT_LINES; i++)
+            free(h->context[i]);
+        free(h->name);
+        free(h->failure);
+        free(h);
+    }
+    for (size_t i = 0; i < v->reject.n; i++)
+        free(v->patterns[i]);
+    buf_free(&v->why);
+}
+
+/* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict wanted, or too many. */
+static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
+{
+    const char *port = strrchr(peer, ':');
+    struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
+    if (!v || !(v->wanted || v->control))
+        return NULL;
+    struct host **at = &v->hosts;
+    for (; *at; at = &(*at)->next)
+        if (bytes_eq(bytes_of((*at)->name), name))
+            return *at;
+    struct host *h = v->host_count < MAX_HOSTS ? calloc(1, sizeof *h) : NULL;
+    if (!h || !(h->name = text_copy(name, SIZE_MAX))) {
+        free(h);
+        return NULL;
+    }
+    h->lost_ms = INT64_MAX;
+    v->host_count++;
+    return *at = h;
+}
+
+static bool host_is_done(const struct verdict *v, const struct host *h)
+{
+    return !h->failed && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+}
+
+/* Stages are counted until the host is where it should be. */
+static void host_reach(const struct verdict *v, struct host *h, enum stage stage, int64_t now_ms)
+{
+    if (host_is_done(v, h))
+        return;
+    for (; h->stage < stage; h->stage++)
+        h->reached_ms[h->stage + 1] = now_ms - v->start_ms;
+}
+
+PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
+{
+    char text[CONTEXT_BYTES];
+    va_list ap;
+    if (h->failed)
+        return;
+    h->failed = true;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    struct buf safe = { 0 };
+    put_text(&safe, bytes_of(text), NULL);
+    h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
+    buf_free(&safe);
+}
+
+static const char *host_failure(const struct host *h)
+{
+    return h->failure ? h->failure : "out of memory for the reason";
+}
+
+/* Keeps a line of the host's log, made safe. */
+static void host_context(struct host *h, const char *head, struct bytes text)
+{
+    struct buf line = { 0 };
+    put_text(&line, bytes_of(head), NULL);
+    buf_putc(&line, ' ');
+    put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
+    char **slot = &h->context[h->context_at++ % CONTEXT_LINES];
+    free(*slot);
+    *slot = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
+    buf_free(&line);
+}
+
+/* -reject: a line that one of the patterns finds is a failure; ^ and $ are the ends of each line of a log. */
+static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
+{
+    for (size_t i = 0; i < v->reject.n && !h->failed; i++) {
+        struct bytes line;
+        if (!pattern_find(v->patterns[i], text, &line))
+            continue;
+        char *told = text_copy(line, CONTEXT_BYTES);
+        host_fail(h, "-reject %s: %s", v->reject.v[i], told ? told : "out of memory for the line");
+        free(told);
+    }
+}
+
+static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
+{
+    char level[16];
+    text_printf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
+                log->level.n ? (const char *)log->level.p : "");
+    host_context(h, level, log->message);
+    bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
+    for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
+        if (bytes_contain(log->message, silent_failures[i]))
+            host_fail(h, "log: %.*s", (int)min_size(log->message.n, 200), (const char *)log->message.p);
+    verdict_reject(v, h, log->message);
+}
+
+static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
+{
+    char name[128];
+    text_printf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
+                event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
+                event->status.n ? (const char *)event->status.p : "");
+    host_context(h, "event", bytes_of(name));
+    if (h->expected < v->expect.n && strcmp(v->expect.v[h->expected], name) == 0)
+        h->expected++;
+    if (bytes_eq(event->status, BYTES("Failed")))
+        host_fail(h, "event %s", name);
+    for (size_t i = 0; !h->failed && i < PB_COUNT(event_stages); i++)
+        if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
+            (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
+            host_reach(v, h, event_stages[i].stage, now_ms);
+    verdict_reject(v, h, bytes_of(name));
+    if (event->details.n)
+        verdict_reject(v, h, event->details);
+}
+
+static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
+{
+    if (bytes_eq(state, BYTES("Failed")))
+        host_fail(h, "state Failed");
+    for (size_t i = 0; i < PB_COUNT(state_stages); i++)
+        if (bytes_eq(state, bytes_of(state_stages[i].type)))
+            host_reach(v, h, state_stages[i].stage, now_ms);
+}
+
+/* A message of the host has come. */
+static void verdict_message(struct verdict *v, struct host *h, const struct ClientStreamMessage *msg, size_t n,
+                            int64_t now_ms)
+{
+    h->messages++;
+    h->bytes += n;
+    if (msg->agent_log)
+        verdict_log(v, h, msg->agent_log);
+    else if (msg->agent_event)
+        verdict_event(v, h, msg->agent_event, now_ms);
+    else if (msg->agentStateRes)
+        verdict_state(v, h, msg->agentStateRes->state, now_ms);
+    else if (msg->run_res && msg->run_res->error.n)
+        host_fail(h, "run_res: %.*s", (int)min_size(msg->run_res->error.n, 200), (const char *)msg->run_res->error.p);
+    else if (msg->run_res)
+        host_reach(v, h, STAGE_ACCEPTED, now_ms);
+}
+
+/* A stream of the host has shown its kind (by = 1), or has ended (by = -1). */
+static void verdict_stream(struct verdict *v, struct host *h, bool agent, int by, int64_t now_ms)
+{
+    if (agent) {
+        h->agents += (unsigned)by;
+        h->had_agent = true;
+        h->lost_ms = h->agents ? INT64_MAX : now_ms;
+        host_reach(v, h, STAGE_CONNECTED, now_ms);
+    } else {
+        h->forwarders += (unsigned)by;
+        h->had_forwarder = true;
+    }
+}
+
+static void verdict_end(struct verdict *v, int status)
+{
+    v->over = true;
+    v->status = status;
+}
+
+/* What a host has not sent when it has not reached a stage. */
+static const char *const stage_signs[STAGES] = {
+    [STAGE_ACCEPTED] = "it has not answered the manifest (no run_res)",
+    [STAGE_RUNNING] = "no event or state Running has come",
+    [STAGE_READY] = "no event ConsumingResults/Ready has come",
+    [STAGE_COMPLETE] = "its results have not been fetched (no event Complete/Completed)",
+};
+
+/* What a time-out was waiting for, for one host. */
+static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
+{
+    buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
+    if (!h->had_agent)
+        buf_puts(out, "; only its log-forwarder connected, no agent");
+    else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
+        buf_printf(out, "; no events, because no log-forwarder connected%s",
+                   v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
+    else if (h->expected < v->expect.n)
+        buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
+    else if (h->stage < v->until)
+        buf_printf(out, "; %s", stage_signs[h->stage + 1]);
+}
+
+static void verdict_timeout(struct verdict *v, unsigned done)
+{
+    unsigned reached = 0;
+    for (const struct host *h = v->hosts; h; h = h->next)
+        reached += h->stage >= v->until;
+    bool stage = v->until && reached < v->agents;
+    buf_printf(&v->why, "%s%s after " SECONDS " s", stage ? stage_names[v->until] : "not all expected events seen",
+               stage ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
+    if (!v->hosts)
+        buf_puts(&v->why, ": no agent connected");
+    else if (v->agents > 1)
+        buf_printf(&v->why, ": %u of %u agents got there", done, v->agents);
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (!host_is_done(v, h)) {
+            buf_puts(&v->why, ": ");
+            put_missing(&v->why, v, h);
+        }
+    verdict_end(v, VERDICT_TIMEOUT);
+}
+
+/* Looks at where everybody stands.  Called after every turn of the loop. */
+static void verdict_tick(struct verdict *v, int64_t now_ms)
+{
+    unsigned done = 0;
+    if (!v->wanted || v->over)
+        return;
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        done += host_is_done(v, h);
+        if (h->failed && v->end_ms == INT64_MAX) {
+            v->end_ms = now_ms + CONTEXT_MS;
+            buf_printf(&v->why, "the agent %s failed: %s", h->name, host_failure(h));
+        }
+    }
+    if (v->end_ms != INT64_MAX) {
+        if (now_ms >= v->end_ms)
+            verdict_end(v, VERDICT_FAILED);
+        return;
+    }
+    if (done && done >= v->agents) {
+        buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "all expected events",
+                   v->until ? " reached" : " seen", SECONDS_OF(now_ms - v->start_ms));
+        verdict_end(v, VERDICT_REACHED);
+        return;
+    }
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (h->lost_ms != INT64_MAX && now_ms - h->lost_ms >= v->grace_ms && !host_is_done(v, h) && !v->over) {
+            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within "
+                       SECONDS " s", h->name, stage_names[h->stage], SECONDS_OF(v->grace_ms));
+            verdict_end(v, VERDICT_LOST);
+        }
+    if (!v->over && now_ms >= v->timeout_ms)
+        verdict_timeout(v, done);
+}
+
+/* When verdict_tick has something to do of itself. */
+static int64_t verdict_deadline(const struct verdict *v)
+{
+    if (!v->wanted || v->over)
+        return INT64_MAX;
+    int64_t at = v->end_ms < v->timeout_ms ? v->end_ms : v->timeout_ms;
+    if (v->next_poll_ms < at)
+        at = v->next_poll_ms;
+    for (const struct host *h = v->hosts; h; h = h->next)
+        if (h->lost_ms != INT64_MAX && !host_is_done(v, h) && h->lost_ms + v->grace_ms < at)
+            at = h->lost_ms + v->grace_ms;
+    return at;
+}
+
+static const char *verdict_word(int status)
+{
+    return status == VERDICT_REACHED ? "PASSED" : status == VERDICT_FAILED ? "FAILED"
+         : status == VERDICT_TIMEOUT ? "TIMED OUT" : status == VERDICT_LOST ? "LOST" : "INTERRUPTED";
+}
+
+/* The summary for people. */
+static void verdict_summary(const struct verdict *v, struct buf *out)
+{
+    buf_printf(out, "cvms: %s: %.*s (exit status %d)\n", verdict_word(v->status), (int)v->why.len,
+               v->why.len ? (char *)v->why.p : "", v->status);
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        buf_printf(out, "cvms:   %s:", h->name);
+        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
+            buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
+        buf_printf(out, " %llu message%s, %llu bytes", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+                   (unsigned long long)h->bytes);
+        buf_printf(out, h->failed ? "; failed: %s\n" : "\n", host_failure(h));
+        if (h->failed && h->context_at)
+            buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
+        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
+            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
+            if (line)
+                buf_printf(out, "cvms:     | %s\n", line);
+        }
+    }
+}
+
+/* XML text: the five characters, and nothing that XML 1.0 forbids (put_text has escaped control characters). */
+static void put_xml(struct buf *out, struct bytes t)
+{
+    static const char special[] = "<>&\"'";
+    static const char *const names[] = { "&lt;", "&gt;", "&amp;", "&quot;", "&apos;" };
+    for (size_t i = 0; i < t.n; i++) {
+        const char *at = t.p[i] ? strchr(special, t.p[i]) : NULL;
+        if (at)
+            buf_puts(out, names[at - special]);
+        else
+            buf_putc(out, t.p[i]);
+    }
+}
+
+/* JUnit XML: the verdict is one test case, the summary its output. */
+static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
+{
+    struct buf summary = { 0 };
+    verdict_summary(v, &summary);
+    buf_printf(out, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"cvms\" tests=\"1\" failures=\"%d\" "
+               "errors=\"0\" time=\"" SECONDS "\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"" SECONDS "\">\n",
+               v->status != 0, SECONDS_OF(ms), v->until ? stage_names[v->until] : "expect", SECONDS_OF(ms));
+    if (v->status) {
+        buf_puts(out, "    <failure message=\"");
+        put_xml(out, (struct bytes){ v->why.p, v->why.len });
+        buf_printf(out, "\" type=\"%s\"/>\n", verdict_word(v->status));
+    }
+    buf_puts(out, "    <system-out>");
+    put_xml(out, (struct bytes){ summary.p, summary.len });
+    buf_puts(out, "</system-out>\n  </testcase>\n</testsuite>\n");
+    out->failed |= summary.failed;
+    buf_free(&summary);
+}
+
+static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
+{
+    buf_printf(out, "{\"verdict\":\"%s\",\"status\":%d,\"seconds\":" SECONDS ",\"why\":", verdict_word(v->status),
+               v->status, SECONDS_OF(ms));
+    pb_json_string(out, (struct bytes){ v->why.p, v->why.len });
+    buf_puts(out, ",\"agents\":[");
+    for (const struct host *h = v->hosts; h; h = h->next) {
+        buf_puts(out, "{\"name\":");
+        pb_json_string(out, bytes_of(h->name));
+        buf_printf(out, ",\"stage\":\"%s\",\"stages\":{", stage_names[h->stage]);
+        for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
+            buf_printf(out, "%s\"%s\":" SECONDS, i > STAGE_CONNECTED ? "," : "", stage_names[i],
+                       SECONDS_OF(h->reached_ms[i]));
+        buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
+                   (unsigned long long)h->bytes);
+        if (h->failed)
+            pb_json_string(out, bytes_of(host_failure(h)));
+        else
+            buf_puts(out, "null");
+        buf_puts(out, ",\"lines\":[");
+        bool first = true;
+        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
+            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
+            if (!line)
+                continue;
+            buf_puts(out, first ? "" : ",");
+            first = false;
+            pb_json_string(out, bytes_of(line));
+        }
+        buf_puts(out, h->next ? "]}," : "]}");
+    }
+    buf_puts(out, "]}\n");
+}
+
+/* The flags that ask for a verdict. */
+static void verdict_setup(struct verdict *v, struct options *o, struct report *r)
+{
+    *v = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
+                           .grace_ms = o->grace_ms, .poll_ms = o->poll_ms > 0 ? o->poll_ms : INT64_MAX,
+                           .agents = (unsigned)o->agents };
+    if (o->until) {
+        check_choice(r, "until", o->until, stage_names + STAGE_CONNECTED, STAGES - STAGE_CONNECTED);
+        for (int i = STAGE_CONNECTED; i < STAGES; i++)
+            if (strcmp(o->until, stage_names[i]) == 0)
+                v->until = (enum stage)i;
+    }
+    v->expect = list_split(o, &o->expect);
+    for (size_t i = 0; i < v->expect.n; i++)
+        if (!strchr(v->expect.v[i], '/'))
+            tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
+    v->patterns = o->reject.n ? keep(o, o->reject.n * sizeof *v->patterns) : NULL;
+    v->reject = o->reject;
+    for (size_t i = 0; i < v->reject.n; i++) {
+        v->patterns[i] = need(calloc(1, sizeof **v->patterns));
+        const char *why = pattern_compile(v->patterns[i], v->reject.v[i]);
+        if (why)
+            tell(r, USAGE, "-reject: \"%s\": %s", v->reject.v[i], why);
+    }
+    v->wanted = o->until || v->expect.n || o->reject.n;
+    need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
+    static const char *const of_verdict[] = { "report", "grace", "poll" };
+    for (size_t i = 0; i < PB_COUNT(of_verdict); i++)
+        if (option_given(o, of_verdict[i]) && !v->wanted)
+            tell(r, USAGE, "-%s: there is no verdict; add -until STAGE", of_verdict[i]);
+    if ((o->timeout_ms || o->agents > 1) && !o->until && !v->expect.n)
+        tell(r, USAGE, "-%s: there is nothing to wait for; add -until STAGE or -expect TYPE/STATUS",
+             o->timeout_ms ? "timeout" : "agents");
+}
+
+/* The clock of the verdict starts when the port is open. */
+static void verdict_start(struct verdict *v, const struct options *o, int64_t now_ms)
+{
+    v->start_ms = now_ms;
+    if (o->timeout_ms)
+        v->timeout_ms = now_ms + o->timeout_ms;
+    if (v->wanted && o->poll_ms)
+        v->next_poll_ms = now_ms + o->poll_ms;
+}
+
+/* ==== 17. Services: Process, Health, Reflection; how messages are shown ============================================
+ * Owns: what each method answers, and the lines on stdout that an agent's messages become.
+ * Never: touches frames; it sends messages and a status.
+ */
+enum stream_kind { KIND_UNKNOWN, KIND_AGENT, KIND_FORWARDER };
+static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
+
+/* One Process stream.  It is named when its kind is known: by metadata, or by its first message. */
+struct session {
+    struct session *prev, *next;
+    struct stream *stream;
+    struct manifest *manifest;
+    struct host *host;                /* NULL: no verdict is wanted */
+    enum stream_kind kind;
+    uint64_t messages, bytes;
+    int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
+    bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
+    char *job_id;                     /* safe to print; NULL: none was sent */
+};
+
+/* How one kind of message is headed in text: LEVEL or WORD, up to two fields joined by a slash, then the text. */
+static const struct shown {
+    enum stream_kind kind;            /* the stream that sends it */
+    const char *word;
+    uint32_t head, head2, text;       /* field numbers; 0: none */
+} shown[] = {
+    [1] = { KIND_FORWARDER, "",            3, 0, 1 },
+    [2] = { KIND_FORWARDER, "EVENT",       1, 6, 0 },
+    [3] = { KIND_AGENT,     "RUN_RES",     0, 0, 2 },
+    [4] = { KIND_AGENT,     "STOP_RES",    0, 0, 2 },
+    [5] = { KIND_AGENT,     "STATE",       2, 0, 0 },
+    [6] = { KIND_AGENT,     "ATTESTATION", 0, 0, 0 },
+    [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 0 },
+};
+
+enum { TEXT_BYTES = 48 };             /* of a bytes field, as many are shown in text */
+#define COLOR_DIM "\x1b[2m"
+#define COLOR_OFF "\x1b[0m"
+static const struct {
+    const char *word, *color;
+} colors[] = {
+    { "ERROR", "\x1b[31m" }, { "Failed", "\x1b[31m" }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
+    { "Completed", "\x1b[32m" }, { "Ready", "\x1b[32m" },
+};
+
+static bool bytes_printable(struct bytes b)
+{
+    for (size_t i = 0; i < b.n; i++)
+        if (b.p[i] < ' ' || b.p[i] > '~')
+            return false;
+    return true;
+}
+
+/* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
+static void put_bytes_field(struct buf *out, struct bytes b)
+{
+    if (bytes_printable(b)) {
+        buf_put(out, b.p, b.n);
+        return;
+    }
+    buf_printf(out, "%zu bytes ", b.n);
+    for (size_t i = 0; i < b.n && i < TEXT_BYTES; i++)
+        buf_printf(out, "%02x", b.p[i]);
+    if (b.n > TEXT_BYTES)
+        buf_puts(out, "...");
+}
+
+/* name=value of a field that is set and not in the head. */
+static void put_field_text(struct buf *out, const struct pb_field *f, const void *msg, bool *first)
+{
+    const void *at = (const char *)msg + f->offset;
+    if (!pb_is_set(f, at))
+        return;
+    buf_puts(out, *first ? "  (" : " ");
+    *first = false;
+    buf_puts(out, f->name);
+    buf_putc(out, '=');
+    if (f->kind == PB_STRING) {
+        put_text(out, *(const struct bytes *)at, NULL);
+    } else if (f->kind == PB_BYTES) {
+        put_bytes_field(out, *(const struct bytes *)at);
+    } else {
+        const struct Timestamp *t = pb_pointer(at);
+        if (!pb_timestamp(out, t->seconds, t->nanos))
+            buf_printf(out, "%lld s, %d ns", (long long)t->seconds, t->nanos);
+    }
+}
+
+static const struct pb_field *field_by_number(const struct pb_message *m, uint32_t number)
+{
+    for (size_t i = 0; i < m->n; i++)
+        if (m->fields[i].number == number)
+            return &m->fields[i];
+    return NULL;
+}
+
+static struct bytes string_field(const struct pb_message *m, const void *msg, uint32_t number)
+{
+    const struct pb_field *f = field_by_number(m, number);
+    return f ? *(const struct bytes *)(const void *)((const char *)msg + f->offset) : (struct bytes){ 0 };
+}
+
+static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
+{
+    struct buf *out = arg;
+    buf_printf(out, "  (unknown field %s: ", path);
+    if (wire == PB_LEN || wire == PB_SGROUP)
+        put_bytes_field(out, value);
+    else
+        buf_printf(out, "%llu", (unsigned long long)number);
+    buf_putc(out, ')');
+}
+
+/* The word in front of an entry, padded; coloured by what it says. */
+static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
+{
+    struct buf *out = &core->out;
+    const char *color = NULL;
+    struct bytes telling = head2.n ? head2 : head;
+    for (size_t i = 0; core->color && i < PB_COUNT(colors); i++)
+        if (bytes_eq(telling, bytes_of(colors[i].word)))
+            color = colors[i].color;
+    buf_puts(out, color ? color : "");
+    size_t start = out->len;
+    buf_puts(out, how->word);
+    if (head.n && *how->word)
+        buf_putc(out, ' ');
+    put_text(out, head, NULL);
+    if (how->head2)
+        buf_putc(out, '/'), put_text(out, head2, NULL);
+    for (size_t n = out->len - start; n < 5; n++)
+        buf_putc(out, ' ');
+    buf_puts(out, color ? COLOR_OFF : "");
+}
+
+static void put_origin(struct core *core, const struct stream *s)
+{
+    const struct session *session = s->user;
+    struct buf *out = &core->out;
+    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_putc(out, ' ');
+    buf_puts(out, s->conn->peer);
+    buf_putc(out, ' ');
+    buf_puts(out, kind_names[session->kind]);
+    if (session->job_id)
+        buf_putc(out, '['), buf_puts(out, session->job_id), buf_putc(out, ']');
+    buf_putc(out, ' ');
+}
+
+/* One entry a message: time, peer, kind of stream, head, text; every other field that is set follows in brackets. */
+static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    struct buf *out = &core->out;
+    const struct pb_message *m = member->sub;
+    const struct shown *how = &shown[member->number];
+    bool first = true;
+    put_origin(core, s);
+    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
+    struct bytes text = string_field(m, msg, how->text);
+    if (member->number == 3)
+        buf_puts(out, text.n ? " error: " : " accepted");
+    else if (how->text)
+        buf_putc(out, ' ');
+    put_text(out, text, "    ");
+    buf_puts(out, core->color ? COLOR_DIM : "");
+    for (size_t i = 0; i < m->n; i++) {
+        uint32_t number = m->fields[i].number;
+        if (number != how->head && number != how->head2 && number != how->text)
+            put_field_text(out, &m->fields[i], msg, &first);
+    }
+    buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
+    if (unknown)
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
+    buf_puts(out, core->color ? COLOR_OFF "\n" : "\n");
+}
+
+static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
+{
+    struct buf *out = arg;
+    buf_puts(out, out->len && out->p[out->len - 1] == '[' ? "" : ",");
+    buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
+    if (wire == PB_LEN || wire == PB_SGROUP) {
+        buf_putc(out, '"');
+        pb_base64(out, value);
+        buf_puts(out, "\"}");
+    } else {
+        buf_printf(out, "\"%llu\"}", (unsigned long long)number);
+    }
+}
+
+/* One JSON object a line; `message` is the canonical JSON of the ClientStreamMessage. */
+static void show_json(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    const struct session *session = s->user;
+    struct buf *out = &core->out;
+    buf_puts(out, "{\"time\":\"");
+    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
+    if (session->job_id) {
+        buf_puts(out, ",\"job_id\":");
+        pb_json_string(out, bytes_of(session->job_id));
+    }
+    if (s->conn->subject) {
+        buf_puts(out, ",\"subject\":");
+        pb_json_string(out, bytes_of(s->conn->subject));
+    }
+    buf_puts(out, ",\"message\":");
+    pb_json(out, &ClientStreamMessage_message, msg, 0);
+    if (unknown) {
+        buf_puts(out, ",\"unknown\":[");
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown_json, out);
+        buf_putc(out, ']');
+    }
+    buf_puts(out, "}\n");
+}
+
+/* The oneof member that is set; NULL for an empty message, or one whose only field we don't know. */
+static const struct pb_field *message_member(const struct ClientStreamMessage *msg)
+{
+    for (size_t i = 0; i < PB_COUNT(ClientStreamMessage_fields); i++)
+        if (pb_is_set(&ClientStreamMessage_fields[i], (const char *)msg + ClientStreamMessage_fields[i].offset))
+            return &ClientStreamMessage_fields[i];
+    return NULL;
+}
+
+static void show_message(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+{
+    struct core *core = s->conn->core;
+    const struct pb_field *member = message_member(msg);
+    if (core->json) {
+        show_json(s, msg, wire, unknown);
+    } else if (member) {
+        show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
+    } else {
+        put_origin(core, s);
+        buf_puts(&core->out, "an empty message");
+        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &core->out);
+        buf_putc(&core->out, '\n');
+    }
+}
+
+/* ---- cvms.Service/Process ---- */
+
+/* Names the stream on a log line: kind and job-id. */
+static void process_note(struct stream *s, const char *text)
+{
+    const struct session *session = s->user;
+    const char *job = session->job_id;
+    core_note(s->conn->core, s->conn->peer, "%s%s%s%s: %s", session->kind ? kind_names[session->kind] : "stream",
+              job ? "[" : "", job ? job : "", job ? "]" : "", text);
+}
+
+/* A line of -record. */
+static void record_line(struct stream *s, struct Record r, struct bytes raw)
+{
+    struct core *core = s->conn->core;
+    const struct session *session = s->user;
+    struct Timestamp t = { .seconds = core->wall_ms / 1000, .nanos = (int32_t)(core->wall_ms % 1000 * 1000000) };
+    r.time = &t;
+    r.peer = bytes_of(s->conn->peer);
+    r.stream = (int32_t)s->id;
+    r.kind = bytes_of(kind_names[session->kind]);
+    r.job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
+    r.raw = raw;
+    size_t before = core->record.len;
+    pb_json(&core->record, &Record_message, &r, 0);
+    buf_putc(&core->record, '\n');
+    if (core->record.failed)          /* not half a line; with this the record ends */
+        core->record.len = before;
+}
+
+/* Records what a blob of prefixed messages sends. */
+static void record_sent(struct stream *s, const struct blob *b)
+{
+    struct core *core = s->conn->core;
+    for (size_t at = 0, n; core->recording && at < b->n; at += 5 + n) {
+        struct ServerStreamMessage msg = { 0 };
+        bool unknown;
+        n = get_be32(b->p + at + 1);
+        pb_arena_reset(&core->arena);
+        struct bytes wire = { b->p + at + 5, n };
+        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+        if (err == PB_OK)
+            record_line(s, (struct Record){ .sent = &msg }, wire);
+        core->record.failed |= err == PB_LIMIT;
+    }
+}
+
+/* Sends the session one message outside its connection's own turn. */
+static void session_send(struct session *session, const struct ServerStreamMessage *msg)
+{
+    struct blob *b = grpc_encode(&ServerStreamMessage_message, msg);
+    if (b)
+        record_sent(session->stream, b);
+    grpc_send_blob(session->stream, b);
+    session->stream->conn->core->touched = true;
+}
+
+static void session_send_manifest(struct session *session)
+{
+    struct stream *s = session->stream;
+    session->send_ms = INT64_MAX;
+    record_sent(s, session->manifest->stream);
+    grpc_send_blob(s, blob_ref(session->manifest->stream));
+    if (session->ended)
+        grpc_finish(s, GRPC_OK, "");
+}
+
+/* The stream has shown what it is. */
+static void session_kind(struct session *session, enum stream_kind kind)
+{
+    struct core *core = session->stream->conn->core;
+    session->kind = kind;
+    session->host = verdict_host(core->verdict, session->job_id, session->stream->conn->peer);
+    if (session->host)
+        verdict_stream(core->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    else if (core->verdict && core->verdict->host_count == MAX_HOSTS)
+        core_cap(core, session->stream->conn->peer, CAP_HOSTS);
+}
+
+static void process_open(struct stream *s, const struct fields *f)
+{
+    struct core *core = s->conn->core;
+    struct bytes job_id = f->value[F_JOB_ID];
+    struct buf name = { 0 };
+    if (job_id.n) {
+        put_text(&name, (struct bytes){ job_id.p, min_size(job_id.n, 200) }, NULL);
+        buf_putc(&name, 0);
+    }
+    struct session *session = name.failed ? NULL : calloc(1, sizeof *session);
+    if (!session) {
+        buf_free(&name);
+        core_note(core, s->conn->peer, "out of memory: stream %lu is ended", (unsigned long)s->id);
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        return;
+    }
+    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX,
+                                 .manifest = manifest_for(core->manifest, job_id), .job_id = (char *)name.p };
+    if (core->sessions)
+        core->sessions->prev = session;
+    core->sessions = session;
+    s->user = session;
+    enum stream_kind kind = session->job_id ? KIND_AGENT : KIND_UNKNOWN;
+    if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
+        kind = KIND_FORWARDER;
+    if (kind)
+        session_kind(session, kind);
+    const char *job = session->job_id, *subject = s->conn->subject;
+    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
+              job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
+    manifest_refresh(session->manifest, core);
+    if (kind == KIND_FORWARDER && core->skip_forwarder)
+        grpc_send_headers(s);
+    else if (core->faults && core->faults->value[FAULT_DELAY] > 0)
+        session->send_ms = core->now_ms + core->faults->value[FAULT_DELAY];
+    else
+        session_send_manifest(session);
+}
+
+static void process_message(struct stream *s, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    struct session *session = s->user;
+    struct ClientStreamMessage msg = { 0 };
+    bool unknown = false;
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(&ClientStreamMessage_message, &msg, wire, &core->arena, &unknown);
+    if (err != PB_OK) {
+        char text[160];
+        text_printf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
+                    (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
+        process_note(s, text);
+        grpc_abort(s, GRPC_INTERNAL, text);
+        return;
+    }
+    const struct pb_field *member = message_member(&msg);
+    if (session->kind == KIND_UNKNOWN && member)
+        session_kind(session, shown[member->number].kind);
+    session->messages++;
+    session->bytes += wire.n;
+    size_t shown_before = core->out.len;
+    show_message(s, &msg, wire, unknown);
+    if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
+        core->out.len = shown_before;
+        core->out.failed = false;
+        process_note(s, "out of memory: a message was not taken");
+        grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        return;
+    }
+    if (session->host)
+        verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
+    if (core->recording)
+        record_line(s, (struct Record){ .received = &msg }, wire);
+}
+
+static void process_drained(struct stream *s)
+{
+    const struct faults *faults = s->conn->core->faults;
+    struct session *session = s->user;
+    if (!session || s->finishing || session->announced)
+        return;
+    session->announced = true;
+    process_note(s, "computation run request sent successfully");
+    if (faults && faults->value[FAULT_RST] >= 0)
+        stream_reset(s, INTERNAL_ERROR);
+    if (faults && faults->value[FAULT_GOAWAY] >= 0)
+        conn_shutdown(s->conn, GRPC_UNAVAILABLE, "fault injected: goaway");
+}
+
+static void process_end(struct stream *s)
+{
+    struct session *session = s->user;
+    session->ended = true;
+    if (session->send_ms == INT64_MAX)
+        grpc_finish(s, GRPC_OK, "");
+}
+
+static void reflection_end(struct stream *s)
+{
+    grpc_finish(s, GRPC_OK, "");
+}
+
+static void process_closed(struct stream *s)
+{
+    struct session *session = s->user;
+    if (!session)
+        return;
+    char text[100];
+    text_printf(text, sizeof text, "stream ended after %llu message%s, %llu bytes",
+                (unsigned long long)session->messages,
+                session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
+    process_note(s, text);
+    if (session->host)
+        verdict_stream(s->conn->core->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
+    *(session->prev ? &session->prev->next : &s->conn->core->sessions) = session->next;
+    if (session->next)
+        session->next->prev = session->prev;
+    free(session->job_id);
+    free(session);
+    s->user = NULL;
+}
+
+/* ---- grpc.health.v1.Health ---- */
+static const char *const healthy_services[] = { "", "cvms_test_server" };
+
+static bool health_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
+{
+    struct core *core = s->conn->core;
+    bool unknown;
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(type, msg, wire, &core->arena, &unknown);
+    if (err != PB_OK)
+        grpc_abort(s, GRPC_INTERNAL, pb_error_text(err));
+    return err == PB_OK;
+}
+
+static int32_t health_status(struct bytes service)
+{
+    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
+        if (bytes_eq(service, bytes_of(healthy_services[i])))
+            return HEALTH_SERVING;
+    return HEALTH_SERVICE_UNKNOWN;
+}
+
+/* A unary call takes one message; its answer waits for the client's END_STREAM. */
+static bool unary_first(struct stream *s)
+{
+    if (s->answered)
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
+    bool first = !s->answered;
+    s->answered = true;
+    return first;
+}
+
+static void unary_end(struct stream *s)
+{
+    if (s->answered)
+        grpc_finish(s, GRPC_OK, "");
+    else
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call without a message");
+}
+
+static void ignore_open(struct stream *s, const struct fields *f)
+{
+    (void)s, (void)f;
+}
+
+static void health_check(struct stream *s, struct bytes wire)
+{
+    struct HealthCheckRequest req = { 0 };
+    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+        return;
+    struct HealthCheckResponse res = { .status = health_status(req.service) };
+    if (res.status == HEALTH_SERVING)
+        grpc_send(s, &HealthCheckResponse_message, &res);
+    else
+        grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
+}
+
+static void health_watch(struct stream *s, struct bytes wire)
+{
+    struct HealthCheckRequest req = { 0 };
+    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+        return;
+    struct HealthCheckResponse res = { .status = health_status(req.service) };
+    grpc_send(s, &HealthCheckResponse_message, &res);
+}
+
+static void health_watch_end(struct stream *s)
+{
+    if (!s->answered)
+        unary_end(s);                 /* else the stream stays open: the status may change */
+}
+
+static void health_list(struct stream *s, struct bytes wire)
+{
+    struct HealthListRequest req = { 0 };
+    struct HealthCheckResponse ok = { .status = HEALTH_SERVING };
+    struct StatusesEntry entry[PB_COUNT(healthy_services)];
+    if (!unary_first(s) || !health_decode(s, &HealthListRequest_message, &req, wire))
+        return;
+    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
+        entry[i] = (struct StatusesEntry){ .key = bytes_of(healthy_services[i]), .value = &ok };
+    struct HealthListResponse res = { .statuses = { .items = entry, .n = PB_COUNT(healthy_services) } };
+    grpc_send(s, &HealthListResponse_message, &res);
+}
+
+/* ---- grpc.reflection ---- */
+
+/* Takes "name" off the front of a dotted symbol; false if it begins with something else. */
+static bool symbol_take(struct bytes *symbol, const char *name)
+{
+    size_t n = strlen(name);
+    if (symbol->n < n || memcmp(symbol->p, name, n) != 0 || (symbol->n > n && symbol->p[n] != '.'))
+        return false;
+    n += symbol->n > n;
+    *symbol = (struct bytes){ symbol->p + n, symbol->n - n };
+    return true;
+}
+
+static bool message_has(const struct pb_message *m, struct bytes symbol)
+{
+    bool found = symbol.n == 0 || (m->oneof && bytes_eq(symbol, bytes_of(m->oneof)));
+    for (size_t i = 0; i < m->n && !found; i++) {
+        const struct pb_field *f = &m->fields[i];
+        const struct pb_message *entry = f->kind == PB_MESSAGE ? f->sub : NULL;
+        const struct pb_enum *values = f->kind == PB_ENUM ? f->sub : NULL;
+        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name))) ||
+                (entry && entry->form == PB_MAP_ENTRY && bytes_eq(symbol, bytes_of(entry->name)));
+    }
+    return found;
+}
+
+/* Whether the file defines the symbol: a message, service, or what is named inside one. */
+static bool file_has(const struct pb_file *f, struct bytes symbol)
+{
+    if (!symbol_take(&symbol, f->package) || symbol.n == 0)
+        return false;
+    for (size_t i = 0; i < f->n_messages; i++) {
+        struct bytes rest = symbol;
+        if (symbol_take(&rest, f->messages[i]->name) && message_has(f->messages[i], rest))
+            return true;
+    }
+    for (size_t i = 0; i < f->n_services; i++) {
+        struct bytes rest = symbol;
+        bool found = symbol_take(&rest, f->services[i].name) && rest.n == 0;
+        for (size_t j = 0; j < f->services[i].n && rest.n < symbol.n; j++)
+            found |= bytes_eq(rest, bytes_of(f->services[i].methods[j].name));
+        if (found)
+            return true;
+    }
+    return false;
+}
+
+/* The file that a request asks for, or NULL. */
+static const struct pb_file *reflection_file(const struct ServerReflectionRequest *req)
+{
+    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
+        const struct pb_file *f = all_files[i];
+        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
+                                    : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
+            return f;
+    }
+    return NULL;
+}
+
+/* Answers with the file and what it imports. */
+static void reflection_send_file(struct stream *s, struct ServerReflectionResponse res, const struct pb_file *file)
+{
+    struct buf made[PB_COUNT(all_files)] = { { 0 } };
+    struct bytes wire[PB_COUNT(all_files)] = { pb_file_descriptor(&made[0], file) };
+    size_t n = 1;
+    for (size_t i = 0; i < file->n_deps && n < PB_COUNT(all_files); i++, n++)
+        wire[n] = pb_file_descriptor(&made[n], file->deps[i]);
+    struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
+    res.file_descriptor_response = &files;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
+    for (size_t i = 0; i < n; i++)
+        buf_free(&made[i]);
+}
+
+static void reflection_send_services(struct stream *s, struct ServerReflectionResponse res)
+{
+    struct ServiceResponse list[PB_COUNT(all_files)];
+    char names[PB_COUNT(all_files)][64];
+    size_t n = 0;
+    for (size_t i = 0; i < PB_COUNT(all_files); i++)
+        for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
+            text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
+            list[n].name = bytes_of(names[n]);
+        }
+    struct ListServiceResponse services = { .service = { .items = list, .n = n } };
+    res.list_services_response = &services;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
+}
+
+static void reflection_message(struct stream *s, struct bytes wire)
+{
+    struct ServerReflectionRequest req = { 0 };
+    if (!health_decode(s, &ServerReflectionRequest_message, &req, wire))
+        return;
+    struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
+    const struct pb_file *file = reflection_file(&req);
+    struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
+    struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
+    if (file) {
+        reflection_send_file(s, res, file);
+        return;
+    }
+    if (req.list_services.p) {
+        reflection_send_services(s, res);
+        return;
+    }
+    bool known = false;
+    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
+        known |= file_has(all_files[i], req.all_extension_numbers_of_type);
+    if (known)
+        res.all_extension_numbers_response = &numbers;
+    else
+        res.error_response = &error;
+    grpc_send(s, &ServerReflectionResponse_message, &res);
+}
+
+static const struct grpc_method server_methods[] = {
+    { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
+      .drained = process_drained, .closed = process_closed },
+    { .path = "/grpc.health.v1.Health/Check", .open = ignore_open, .message = health_check, .end = unary_end },
+    { .path = "/grpc.health.v1.Health/List", .open = ignore_open, .message = health_list, .end = unary_end },
+    { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
+    { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
+      .message = reflection_message, .end = reflection_end },
+    { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
+      .message = reflection_message, .end = reflection_end },
+};
+
+/* ==== 18. Control: commands on stdin ===============================================================================
+ * Owns: what a line on stdin may ask of agents and of the server.
+ * Never: waits for a line.
+ */
+enum { COMMAND_LINE = 1024 };
+
+struct server {
+    struct loop *loop;
+    const struct options *o;
+    struct manifest manifest;
+    struct verdict verdict;
+    struct faults faults;
+    struct watch input;               /* stdin, when its lines are commands */
+    struct tls_config *tls;           /* on its way to the loop */
+    char line[COMMAND_LINE];
+    size_t line_len;
+};
+
+static void ask_state(struct session *s)
+{
+    struct AgentStateReq req = { .id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .agentStateReq = &req });
+}
+
+static void ask_stop(struct session *s)
+{
+    struct StopComputation stop = { .computation_id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .stopComputation = &stop });
+}
+
+static void ask_disconnect(struct session *s)
+{
+    struct DisconnectReq req = { .id = s->manifest->req.id };
+    session_send(s, &(struct ServerStreamMessage){ .disconnectReq = &req });
+}
+
+static void ask_run(struct session *s)
+{
+    manifest_refresh(s->manifest, s->stream->conn->core);
+    session_send_manifest(s);
+    s->stream->conn->core->touched = true;
+}
+
+static void control_help(struct server *v);
+
+static void control_quit(struct server *v)
+{
+    if (v->verdict.wanted && !v->verdict.over) {
+        buf_puts(&v->verdict.why, "ended by the command quit");
+        verdict_end(&v->verdict, VERDICT_TIMEOUT);
+        v->loop->exit_status = VERDICT_TIMEOUT;
+    }
+    loop_stop(v->loop, "the server was told to quit");
+}
+
+static void control_agents(struct server *v)
+{
+    struct core *core = &v->loop->core;
+    size_t n = 0;
+    for (const struct session *s = core->sessions; s; s = s->next, n++)
+        core_note(core, s->stream->conn->peer, "%s%s%s: %llu messages", kind_names[s->kind], s->job_id ? " " : "",
+                  s->job_id ? s->job_id : "", (unsigned long long)s->messages);
+    if (n == 0)
+        core_note(core, NULL, "no agent is connected");
+}
+
+/* What a line on stdin may be: a question to the agents, each or the one that is named, or something for the server. */
+static const struct {
+    const char *name, *help;
+    void (*ask)(struct session *);
+    void (*run)(struct server *);
+} controls[] = {
+    { "state", "[AGENT]       ask for the state", ask_state, NULL },
+    { "stop", "[AGENT]        stop the computation", ask_stop, NULL },
+    { "disconnect", "[AGENT]  make the agent leave; it comes back by itself", ask_disconnect, NULL },
+    { "run", "[AGENT]         send the manifest again", ask_run, NULL },
+    { "agents", "             list the open streams", NULL, control_agents },
+    { "quit", "               end the server", NULL, control_quit },
+    { "help", "               this list; AGENT is a job-id or an address", NULL, control_help },
+};
+
+static void control_help(struct server *v)
+{
+    for (size_t i = 0; i < PB_COUNT(controls); i++)
+        core_note(&v->loop->core, NULL, "%s %s", controls[i].name, controls[i].help);
+}
+
+/* Whether the session is meant by this name: its job-id, its address with or without the port, or "" for all. */
+static bool session_is(const struct session *s, const char *name)
+{
+    const char *peer = s->stream->conn->peer;
+    size_t n = strlen(name);
+    return n == 0 || (s->job_id && strcmp(s->job_id, name) == 0) || strcmp(peer, name) == 0 ||
+           (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
+}
+
+/* A line about a word that was typed, which may hold anything. */
+static void control_note(struct server *v, const char *before, const char *word, const char *after)
+{
+    struct buf safe = { 0 };
+    put_text(&safe, (struct bytes){ (const uint8_t *)word, min_size(strlen(word), 200) }, NULL);
+    core_note(&v->loop->core, NULL, "%s%.*s%s", before, (int)safe.len, safe.len ? (char *)safe.p : "", after);
+    buf_free(&safe);
+}
+
+/* Asks every agent's stream that is meant. */
+static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
+{
+    struct core *core = &v->loop->core;
+    size_t n = 0;
+    bool gone = false;
+    for (struct session *s = core->sessions; s; s = s->next)
+        if (s->kind != KIND_FORWARDER && !s->ended && session_is(s, name)) {
+            ask(s);
+            n++;
+        }
+    for (const struct host *h = v->verdict.hosts; h; h = h->next)
+        gone |= *name && strcmp(h->name, name) == 0;
+    if (n == 0 && *name)
+        control_note(v, "the agent ", name, gone ? " has gone" : " is not connected");
+    else if (n == 0)
+        core_note(core, NULL, "no agent is connected");
+}
+
+static void control_line(struct server *v, char *line)
+{
+    static const char blank[] = " \t\r";
+    char *save, *name = strtok_r(line, blank, &save), *agent = name ? save + strspn(save, blank) : line;
+    for (size_t n = strlen(agent); n && strchr(blank, agent[n - 1]);)
+        agent[--n] = 0;
+    for (size_t i = 0; name && i < PB_COUNT(controls); i++)
+        if (strcmp(name, controls[i].name) == 0) {
+            if (controls[i].ask)
+                control_ask(v, controls[i].ask, agent);
+            else
+                controls[i].run(v);
+            return;
+        }
+    if (name)
+        control_note(v, "there is no command ", name, "; help lists them");
+}
+
+/* Bytes of commands: whole lines are done, the rest is kept; a line that is too long is dropped. */
+static void control_bytes(struct server *v, const char *p, size_t n)
+{
+    for (; n; p++, n--) {
+        if (*p == '\n') {
+            v->line[v->line_len < COMMAND_LINE ? v->line_len : 0] = 0;
+            v->line_len = 0;
+            control_line(v, v->line);
+        } else if (v->line_len < COMMAND_LINE) {
+            v->line[v->line_len++] = *p;
+        }
+    }
+}
+
+/* stdin has something, or has ended; a background job that may not read its terminal has no commands. */
+static void control_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    struct server *v = l->core.app;
+    char p[512];
+    (void)events;
+    ssize_t n = read(w->fd, p, sizeof p);
+    if (n > 0) {
+        control_bytes(v, p, (size_t)n);
+    } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
+        control_bytes(v, "\n", 1);
+        poller_set(l, w, 0);
+    }
+}
+
+static void control_start(struct server *v)
+{
+    v->verdict.control = true;
+    v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
+    signal(SIGTTIN, SIG_IGN);
+    if (poller_set(v->loop, &v->input, WATCH_IN))
+        return;
+    if (errno != EPERM) {
+        core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));
+        return;
+    }
+    char p[512];                      /* a file can't be waited for: all its lines are there */
+    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0 || (n < 0 && errno == EINTR);)
+        control_bytes(v, p, n > 0 ? (size_t)n : 0);
+    control_bytes(v, "\n", 1);
+}
+
+/* ==== 19. The client commands: a stand-in agent, and health ========================================================
  * Owns: what a real agent host sends, in its order and on its two streams; the check of the manifest that it gets.
  * Never: runs a computation.
  */
@@ -10044,7 +10291,7 @@ static int cmd_health(struct options *o, struct report *r)
     return status;
 }
 
-/* ==== 19. The server command, and main =========================================================================== */
+/* ==== 20. The server command, and main =========================================================================== */
 
 /* HOST:PORT, with brackets around an IPv6 address. */
 static void host_port(char *out, size_t cap, const char *host, unsigned port)
@@ -10110,17 +10357,6 @@ static void check_output(struct report *r, const char *flag, const char *path)
         tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
 }
 
-/* Makes a file of these bytes. */
-static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
-{
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && fd_write(fd, p, n);
-    int error = errno;
-    if (fd >= 0 && close(fd) != 0 && ok)
-        error = errno, ok = false;
-    return ok || err_set(e, "%s: %s", path, strerror(error));
-}
-
 /* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
 static void check_environment(struct report *r)
 {
@@ -10182,191 +10418,6 @@ static int cmd_manifest(struct options *o, struct report *r)
     }
     manifest_free(&m);
     return r->start;
-}
-
-/* ---- The server: verdict, control, faults ---- */
-enum { COMMAND_LINE = 1024 };
-
-struct server {
-    struct loop *loop;
-    const struct options *o;
-    struct manifest manifest;
-    struct verdict verdict;
-    struct faults faults;
-    struct watch input;               /* stdin, when its lines are commands */
-    struct tls_config *tls;           /* on its way to the loop */
-    char line[COMMAND_LINE];
-    size_t line_len;
-};
-
-static void ask_state(struct session *s)
-{
-    struct AgentStateReq req = { .id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .agentStateReq = &req });
-}
-
-static void ask_stop(struct session *s)
-{
-    struct StopComputation stop = { .computation_id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .stopComputation = &stop });
-}
-
-static void ask_disconnect(struct session *s)
-{
-    struct DisconnectReq req = { .id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .disconnectReq = &req });
-}
-
-static void ask_run(struct session *s)
-{
-    manifest_refresh(s->manifest, s->stream->conn->core);
-    session_send_manifest(s);
-    s->stream->conn->core->touched = true;
-}
-
-static void control_help(struct server *v);
-
-static void control_quit(struct server *v)
-{
-    if (v->verdict.wanted && !v->verdict.over) {
-        buf_puts(&v->verdict.why, "ended by the command quit");
-        verdict_end(&v->verdict, VERDICT_TIMEOUT);
-        v->loop->exit_status = VERDICT_TIMEOUT;
-    }
-    loop_stop(v->loop, "the server was told to quit");
-}
-
-static void control_agents(struct server *v)
-{
-    struct core *core = &v->loop->core;
-    size_t n = 0;
-    for (const struct session *s = core->sessions; s; s = s->next, n++)
-        core_note(core, s->stream->conn->peer, "%s%s%s: %llu messages", kind_names[s->kind], s->job_id ? " " : "",
-                  s->job_id ? s->job_id : "", (unsigned long long)s->messages);
-    if (n == 0)
-        core_note(core, NULL, "no agent is connected");
-}
-
-/* What a line on stdin may be: a question to the agents, each or the one that is named, or something for the server. */
-static const struct {
-    const char *name, *help;
-    void (*ask)(struct session *);
-    void (*run)(struct server *);
-} controls[] = {
-    { "state", "[AGENT]       ask for the state", ask_state, NULL },
-    { "stop", "[AGENT]        stop the computation", ask_stop, NULL },
-    { "disconnect", "[AGENT]  make the agent leave; it comes back by itself", ask_disconnect, NULL },
-    { "run", "[AGENT]         send the manifest again", ask_run, NULL },
-    { "agents", "             list the open streams", NULL, control_agents },
-    { "quit", "               end the server", NULL, control_quit },
-    { "help", "               this list; AGENT is a job-id or an address", NULL, control_help },
-};
-
-static void control_help(struct server *v)
-{
-    for (size_t i = 0; i < PB_COUNT(controls); i++)
-        core_note(&v->loop->core, NULL, "%s %s", controls[i].name, controls[i].help);
-}
-
-/* Whether the session is meant by this name: its job-id, its address with or without the port, or "" for all. */
-static bool session_is(const struct session *s, const char *name)
-{
-    const char *peer = s->stream->conn->peer;
-    size_t n = strlen(name);
-    return n == 0 || (s->job_id && strcmp(s->job_id, name) == 0) || strcmp(peer, name) == 0 ||
-           (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
-}
-
-/* A line about a word that was typed, which may hold anything. */
-static void control_note(struct server *v, const char *before, const char *word, const char *after)
-{
-    struct buf safe = { 0 };
-    put_text(&safe, (struct bytes){ (const uint8_t *)word, min_size(strlen(word), 200) }, NULL);
-    core_note(&v->loop->core, NULL, "%s%.*s%s", before, (int)safe.len, safe.len ? (char *)safe.p : "", after);
-    buf_free(&safe);
-}
-
-/* Asks every agent's stream that is meant. */
-static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
-{
-    struct core *core = &v->loop->core;
-    size_t n = 0;
-    bool gone = false;
-    for (struct session *s = core->sessions; s; s = s->next)
-        if (s->kind != KIND_FORWARDER && !s->ended && session_is(s, name)) {
-            ask(s);
-            n++;
-        }
-    for (const struct host *h = v->verdict.hosts; h; h = h->next)
-        gone |= *name && strcmp(h->name, name) == 0;
-    if (n == 0 && *name)
-        control_note(v, "the agent ", name, gone ? " has gone" : " is not connected");
-    else if (n == 0)
-        core_note(core, NULL, "no agent is connected");
-}
-
-static void control_line(struct server *v, char *line)
-{
-    static const char blank[] = " \t\r";
-    char *save, *name = strtok_r(line, blank, &save), *agent = name ? save + strspn(save, blank) : line;
-    for (size_t n = strlen(agent); n && strchr(blank, agent[n - 1]);)
-        agent[--n] = 0;
-    for (size_t i = 0; name && i < PB_COUNT(controls); i++)
-        if (strcmp(name, controls[i].name) == 0) {
-            if (controls[i].ask)
-                control_ask(v, controls[i].ask, agent);
-            else
-                controls[i].run(v);
-            return;
-        }
-    if (name)
-        control_note(v, "there is no command ", name, "; help lists them");
-}
-
-/* Bytes of commands: whole lines are done, the rest is kept; a line that is too long is dropped. */
-static void control_bytes(struct server *v, const char *p, size_t n)
-{
-    for (; n; p++, n--) {
-        if (*p == '\n') {
-            v->line[v->line_len < COMMAND_LINE ? v->line_len : 0] = 0;
-            v->line_len = 0;
-            control_line(v, v->line);
-        } else if (v->line_len < COMMAND_LINE) {
-            v->line[v->line_len++] = *p;
-        }
-    }
-}
-
-/* stdin has something, or has ended; a background job that may not read its terminal has no commands. */
-static void control_ready(struct loop *l, struct watch *w, unsigned events)
-{
-    struct server *v = l->core.app;
-    char p[512];
-    (void)events;
-    ssize_t n = read(w->fd, p, sizeof p);
-    if (n > 0) {
-        control_bytes(v, p, (size_t)n);
-    } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
-        control_bytes(v, "\n", 1);
-        poller_set(l, w, 0);
-    }
-}
-
-static void control_start(struct server *v)
-{
-    v->verdict.control = true;
-    v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
-    signal(SIGTTIN, SIG_IGN);
-    if (poller_set(v->loop, &v->input, WATCH_IN))
-        return;
-    if (errno != EPERM) {
-        core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));
-        return;
-    }
-    char p[512];                      /* a file can't be waited for: all its lines are there */
-    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0 || (n < 0 && errno == EINTR);)
-        control_bytes(v, p, n > 0 ? (size_t)n : 0);
-    control_bytes(v, "\n", 1);
 }
 
 /* The server's TLS as flags and variables ask for it, made anew; *config stays as it is for plaintext. */
@@ -10437,51 +10488,6 @@ static void server_turn(struct loop *l)
     l->timer_ms = verdict_deadline(&v->verdict);
     if (next < l->timer_ms)
         l->timer_ms = next;
-}
-
-/* The flags that ask for a verdict. */
-static void verdict_setup(struct verdict *v, struct options *o, struct report *r)
-{
-    *v = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
-                           .grace_ms = o->grace_ms, .poll_ms = o->poll_ms > 0 ? o->poll_ms : INT64_MAX,
-                           .agents = (unsigned)o->agents };
-    if (o->until) {
-        check_choice(r, "until", o->until, stage_names + STAGE_CONNECTED, STAGES - STAGE_CONNECTED);
-        for (int i = STAGE_CONNECTED; i < STAGES; i++)
-            if (strcmp(o->until, stage_names[i]) == 0)
-                v->until = (enum stage)i;
-    }
-    v->expect = list_split(o, &o->expect);
-    for (size_t i = 0; i < v->expect.n; i++)
-        if (!strchr(v->expect.v[i], '/'))
-            tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
-    v->patterns = o->reject.n ? keep(o, o->reject.n * sizeof *v->patterns) : NULL;
-    v->reject = o->reject;
-    for (size_t i = 0; i < v->reject.n; i++) {
-        v->patterns[i] = need(calloc(1, sizeof **v->patterns));
-        const char *why = pattern_compile(v->patterns[i], v->reject.v[i]);
-        if (why)
-            tell(r, USAGE, "-reject: \"%s\": %s", v->reject.v[i], why);
-    }
-    v->wanted = o->until || v->expect.n || o->reject.n;
-    need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
-    static const char *const of_verdict[] = { "report", "grace", "poll" };
-    for (size_t i = 0; i < PB_COUNT(of_verdict); i++)
-        if (option_given(o, of_verdict[i]) && !v->wanted)
-            tell(r, USAGE, "-%s: there is no verdict; add -until STAGE", of_verdict[i]);
-    if ((o->timeout_ms || o->agents > 1) && !o->until && !v->expect.n)
-        tell(r, USAGE, "-%s: there is nothing to wait for; add -until STAGE or -expect TYPE/STATUS",
-             o->timeout_ms ? "timeout" : "agents");
-}
-
-/* The clock of the verdict starts when the port is open. */
-static void verdict_start(struct verdict *v, const struct options *o, int64_t now_ms)
-{
-    v->start_ms = now_ms;
-    if (o->timeout_ms)
-        v->timeout_ms = now_ms + o->timeout_ms;
-    if (v->wanted && o->poll_ms)
-        v->next_poll_ms = now_ms + o->poll_ms;
 }
 
 /* The end of a smoke test: the summary on stderr, the report in its file.  Returns the exit status. */
