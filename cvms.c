@@ -1039,22 +1039,16 @@ struct core {
     int64_t now_ms;                   /* monotonic; set by the loop before it calls anything here */
     int64_t wall_ms;                  /* Unix time, for what is shown */
     bool held;                        /* stdout is behind: no flow-control credit is given back */
-    bool color, json;                 /* how messages are shown on stdout */
     struct buf out, err;              /* lines on their way to stdout and stderr */
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
     const struct grpc_method *methods;
     size_t method_count, max_message;
-    struct manifest *manifest;        /* what Process serves */
-    struct verdict *verdict;          /* the server's; what it makes of the messages */
-    struct session *sessions;         /* open Process streams */
-    const struct faults *faults;      /* made on purpose */
-    bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
     bool recording;
     struct buf record;                /* lines on their way to -record's file */
     bool touched;                     /* something was sent outside a connection's own turn */
-    void *app;                        /* the client commands' own state */
+    void *app;                        /* what the command knows: struct server, agent, replay or health */
     int64_t stamp_ms;                 /* what stamp says */
     char stamp[STAMP_LEN + 1];
     int64_t cap_told_ms[CAPS];        /* when the log last told of each cap; 0: never */
@@ -8679,6 +8673,29 @@ static void verdict_start(struct verdict *v, const struct options *o, int64_t no
  * Owns: what each method answers, and the lines on stdout that an agent's messages become.
  * Never: touches frames; it sends messages and a status.
  */
+enum { COMMAND_LINE = 1024 };
+
+/* All that the server command knows. */
+struct server {
+    struct loop *loop;
+    const struct options *o;
+    struct manifest manifest;         /* what Process serves */
+    struct verdict verdict;
+    struct faults faults;
+    struct session *sessions;         /* open Process streams */
+    bool color, json;                 /* how messages are shown on stdout */
+    bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
+    struct watch input;               /* stdin, when its lines are commands */
+    struct tls_config *tls;           /* on its way to the loop */
+    char line[COMMAND_LINE];
+    size_t line_len;
+};
+
+static struct server *server_of(const struct stream *s)
+{
+    return s->conn->core->app;
+}
+
 enum stream_kind { KIND_UNKNOWN, KIND_AGENT, KIND_FORWARDER };
 static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
 
@@ -8789,12 +8806,12 @@ static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t num
 }
 
 /* The word in front of an entry, padded; coloured by what it says. */
-static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
+static void put_head(struct core *core, bool colored, const struct shown *how, struct bytes head, struct bytes head2)
 {
     struct buf *out = &core->out;
     const char *color = NULL;
     struct bytes telling = head2.n ? head2 : head;
-    for (size_t i = 0; core->color && i < PB_COUNT(colors); i++)
+    for (size_t i = 0; colored && i < PB_COUNT(colors); i++)
         if (bytes_eq(telling, bytes_of(colors[i].word)))
             color = colors[i].color;
     buf_puts(out, color ? color : "");
@@ -8828,19 +8845,20 @@ static void put_origin(struct core *core, const struct stream *s)
 static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
 {
     struct core *core = s->conn->core;
+    struct server *server = core->app;
     struct buf *out = &core->out;
     const struct pb_message *m = member->sub;
     const struct shown *how = &shown[member->number];
     bool first = true;
     put_origin(core, s);
-    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
+    put_head(core, server->color, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
     struct bytes text = string_field(m, msg, how->text);
     if (member->number == 3)
         buf_puts(out, text.n ? " error: " : " accepted");
     else if (how->text)
         buf_putc(out, ' ');
     put_text(out, text, "    ");
-    buf_puts(out, core->color ? COLOR_DIM : "");
+    buf_puts(out, server->color ? COLOR_DIM : "");
     for (size_t i = 0; i < m->n; i++) {
         uint32_t number = m->fields[i].number;
         if (number != how->head && number != how->head2 && number != how->text)
@@ -8849,7 +8867,7 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
     if (unknown)
         pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
-    buf_puts(out, core->color ? COLOR_OFF "\n" : "\n");
+    buf_puts(out, server->color ? COLOR_OFF "\n" : "\n");
 }
 
 static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
@@ -8906,7 +8924,7 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
 {
     struct core *core = s->conn->core;
     const struct pb_field *member = message_member(msg);
-    if (core->json) {
+    if (server_of(s)->json) {
         show_json(s, msg, wire, unknown);
     } else if (member) {
         show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
@@ -8989,17 +9007,19 @@ static void session_send_manifest(struct session *session)
 static void session_kind(struct session *session, enum stream_kind kind)
 {
     struct core *core = session->stream->conn->core;
+    struct server *server = core->app;
     session->kind = kind;
-    session->host = verdict_host(core->verdict, session->job_id, session->stream->conn->peer);
+    session->host = verdict_host(&server->verdict, session->job_id, session->stream->conn->peer);
     if (session->host)
-        verdict_stream(core->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
-    else if (core->verdict && core->verdict->host_count == MAX_HOSTS)
+        verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    else if (server->verdict.host_count == MAX_HOSTS)
         core_cap(core, session->stream->conn->peer, CAP_HOSTS);
 }
 
 static void process_open(struct stream *s, const struct fields *f)
 {
     struct core *core = s->conn->core;
+    struct server *server = core->app;
     struct bytes job_id = f->value[F_JOB_ID];
     struct buf name = { 0 };
     if (job_id.n) {
@@ -9013,11 +9033,11 @@ static void process_open(struct stream *s, const struct fields *f)
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
-    *session = (struct session){ .stream = s, .next = core->sessions, .send_ms = INT64_MAX,
-                                 .manifest = manifest_for(core->manifest, job_id), .job_id = (char *)name.p };
-    if (core->sessions)
-        core->sessions->prev = session;
-    core->sessions = session;
+    *session = (struct session){ .stream = s, .next = server->sessions, .send_ms = INT64_MAX,
+                                 .manifest = manifest_for(&server->manifest, job_id), .job_id = (char *)name.p };
+    if (server->sessions)
+        server->sessions->prev = session;
+    server->sessions = session;
     s->user = session;
     enum stream_kind kind = session->job_id ? KIND_AGENT : KIND_UNKNOWN;
     if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
@@ -9028,10 +9048,10 @@ static void process_open(struct stream *s, const struct fields *f)
     core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
               job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
     manifest_refresh(session->manifest, core);
-    if (kind == KIND_FORWARDER && core->skip_forwarder)
+    if (kind == KIND_FORWARDER && server->skip_forwarder)
         grpc_send_headers(s);
-    else if (core->faults && core->faults->value[FAULT_DELAY] > 0)
-        session->send_ms = core->now_ms + core->faults->value[FAULT_DELAY];
+    else if (server->manifest.faults && server->faults.value[FAULT_DELAY] > 0)
+        session->send_ms = core->now_ms + server->faults.value[FAULT_DELAY];
     else
         session_send_manifest(session);
 }
@@ -9067,14 +9087,14 @@ static void process_message(struct stream *s, struct bytes wire)
         return;
     }
     if (session->host)
-        verdict_message(core->verdict, session->host, &msg, wire.n, core->now_ms);
+        verdict_message(&server_of(s)->verdict, session->host, &msg, wire.n, core->now_ms);
     if (core->recording)
         record_line(s, (struct Record){ .received = &msg }, wire);
 }
 
 static void process_drained(struct stream *s)
 {
-    const struct faults *faults = s->conn->core->faults;
+    const struct faults *faults = server_of(s)->manifest.faults;
     struct session *session = s->user;
     if (!session || s->finishing || session->announced)
         return;
@@ -9110,8 +9130,8 @@ static void process_closed(struct stream *s)
                 session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
     process_note(s, text);
     if (session->host)
-        verdict_stream(s->conn->core->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
-    *(session->prev ? &session->prev->next : &s->conn->core->sessions) = session->next;
+        verdict_stream(&server_of(s)->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
+    *(session->prev ? &session->prev->next : &server_of(s)->sessions) = session->next;
     if (session->next)
         session->next->prev = session->prev;
     free(session->job_id);
@@ -9336,20 +9356,6 @@ static const struct grpc_method server_methods[] = {
  * Owns: what a line on stdin may ask of agents and of the server.
  * Never: waits for a line.
  */
-enum { COMMAND_LINE = 1024 };
-
-struct server {
-    struct loop *loop;
-    const struct options *o;
-    struct manifest manifest;
-    struct verdict verdict;
-    struct faults faults;
-    struct watch input;               /* stdin, when its lines are commands */
-    struct tls_config *tls;           /* on its way to the loop */
-    char line[COMMAND_LINE];
-    size_t line_len;
-};
-
 static void ask_state(struct session *s)
 {
     struct AgentStateReq req = { .id = s->manifest->req.id };
@@ -9391,7 +9397,7 @@ static void control_agents(struct server *v)
 {
     struct core *core = &v->loop->core;
     size_t n = 0;
-    for (const struct session *s = core->sessions; s; s = s->next, n++)
+    for (const struct session *s = v->sessions; s; s = s->next, n++)
         core_note(core, s->stream->conn->peer, "%s%s%s: %llu messages", kind_names[s->kind], s->job_id ? " " : "",
                   s->job_id ? s->job_id : "", (unsigned long long)s->messages);
     if (n == 0)
@@ -9443,7 +9449,7 @@ static void control_ask(struct server *v, void (*ask)(struct session *), const c
     struct core *core = &v->loop->core;
     size_t n = 0;
     bool gone = false;
-    for (struct session *s = core->sessions; s; s = s->next)
+    for (struct session *s = v->sessions; s; s = s->next)
         if (s->kind != KIND_FORWARDER && !s->ended && session_is(s, name)) {
             ask(s);
             n++;
@@ -10467,7 +10473,7 @@ static void server_turn(struct loop *l)
     int64_t now = l->core.now_ms, next = INT64_MAX;
     if (l->reload)
         server_reload(v);
-    for (struct session *s = l->core.sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
+    for (struct session *s = v->sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
         if (s->send_ms <= now) {
             session_send_manifest(s);
             l->core.touched = true;
@@ -10475,7 +10481,7 @@ static void server_turn(struct loop *l)
             next = s->send_ms;
     }
     if (now >= v->verdict.next_poll_ms) {
-        for (struct session *s = l->core.sessions; s; s = s->next)
+        for (struct session *s = v->sessions; s; s = s->next)
             if (s->kind == KIND_AGENT && !s->ended)
                 ask_state(s);
         v->verdict.next_poll_ms = now + v->verdict.poll_ms;
@@ -10606,12 +10612,9 @@ static int cmd_serve(struct options *o, struct report *r)
     l->core.method_count = PB_COUNT(server_methods);
     l->core.max_message = (size_t)o->max_message;
     l->max_links = (size_t)o->max_connections;
-    l->core.manifest = &v.manifest;
-    l->core.verdict = &v.verdict;
-    l->core.faults = v.manifest.faults;
-    l->core.skip_forwarder = o->skip_forwarder;
-    l->core.json = strcmp(o->output, "json") == 0;
-    l->core.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR"));
+    v.skip_forwarder = o->skip_forwarder;
+    v.json = strcmp(o->output, "json") == 0;
+    v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR"));
     l->core.app = &v;
     l->turn = server_turn;
     l->refuse = v.faults.value[FAULT_REFUSE];

@@ -985,12 +985,9 @@ static void server_begin(unsigned how, unsigned fault, unsigned more)
     loop.core.methods = server_methods;
     loop.core.method_count = PB_COUNT(server_methods);
     loop.core.max_message = how & 0x20 ? 100 : 4 << 20;
-    loop.core.manifest = &v->manifest;
-    loop.core.verdict = &v->verdict;
-    loop.core.faults = v->manifest.faults;
-    loop.core.skip_forwarder = how & 0x10;
-    loop.core.json = how & 1;
-    loop.core.color = how & 2;
+    v->skip_forwarder = how & 0x10;
+    v->json = how & 1;
+    v->color = how & 2;
     loop.core.recording = how & 4;
     loop.core.app = v;
     loop.turn = server_turn;
@@ -1056,7 +1053,7 @@ static void server_silence(void)
         loop_deadlines(&loop);
     }
     turn_around();
-    MUST(!loop.links && !loop.core.sessions);
+    MUST(!loop.links && !st.server.sessions);
 }
 
 static void loop_end(void)
@@ -1117,10 +1114,10 @@ static void link_target(struct input *in, bool client, bool secure)
         check_text_safe(whole(&filed), false);
     }
     check_text_safe(whole(&noted), false);
-    if (!client && loop.core.json && !ran_out)
+    if (!client && st.server.json && !ran_out)
         check_json_lines(whole(&printed), &ShownLine_message);
     else if (!client)
-        check_text_safe(whole(&printed), loop.core.color);
+        check_text_safe(whole(&printed), st.server.color);
     if (!client && !ran_out)
         check_json_lines(whole(&recorded), &Record_message);
     loop_end();

@@ -99,7 +99,7 @@ static void stop(const char *file, int line, const char *why, const char *at)
 enum { NOW = 1000000 };
 static const int64_t wall = 1700000000123; /* 2023-11-14T22:13:20.123Z */
 static struct core core;
-static struct manifest manifest;
+static struct server server;
 
 static void core_reset(void)
 {
@@ -111,14 +111,14 @@ static void core_reset(void)
     ready = true;
     core.now_ms = NOW;
     core.wall_ms = wall;
-    core.held = core.color = core.json = false;
+    core.held = server.color = server.json = false;
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
     memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);
     core.methods = server_methods;
     core.method_count = PB_COUNT(server_methods);
     core.max_message = 4 << 20;
-    core.manifest = &manifest;
+    core.app = &server;
     pb_arena_reset(&core.arena);
 }
 
@@ -128,14 +128,14 @@ static void core_drop(void)
     buf_free(&core.err);
     buf_free(&core.spare);
     pb_arena_free(&core.arena);
-    blob_unref(manifest.stream);
-    manifest.stream = NULL;
+    blob_unref(server.manifest.stream);
+    server.manifest.stream = NULL;
 }
 
 static inline void set_manifest(struct bytes b)
 {
-    blob_unref(manifest.stream);
-    manifest.stream = blob_copy(b);
+    blob_unref(server.manifest.stream);
+    server.manifest.stream = blob_copy(b);
 }
 
 /* ---- Payloads from text: hex, "text", zero*N, [ message ], z[ compressed message ], N:"x" N:=5 N:{ } N:hex ---- */

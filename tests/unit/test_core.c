@@ -608,10 +608,10 @@ static void run_op(struct run *r, const struct op *op)
         core.max_message = (size_t)op->n;
         break;
     case OP_JSON:
-        core.json = true;
+        server.json = true;
         break;
     case OP_COLOR:
-        core.color = true;
+        server.color = true;
         break;
     case OP_LOG: case OP_OUT: case OP_STREAMS: case OP_ENDED: case OP_GOES_ON:
         run_check_op(r, op);

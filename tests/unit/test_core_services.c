@@ -46,7 +46,7 @@ static void side_count(struct side *a, const struct frame *f, const uint8_t *p)
 {
     uint64_t *n = &a->data[f->stream_id / 2 % 8];
     if (f->stream_id == 1)
-        a->same &= *n + f->len <= manifest.stream->n && memcmp(manifest.stream->p + *n, p, f->len) == 0;
+        a->same &= *n + f->len <= server.manifest.stream->n && memcmp(server.manifest.stream->p + *n, p, f->len) == 0;
     *n += f->len;
     a->largest = f->len > a->largest ? f->len : a->largest;
 }
@@ -127,10 +127,10 @@ static void put_preface(struct side *a)
 /* Data of which every octet tells where it stands. */
 static void manifest_of(size_t n)
 {
-    blob_unref(manifest.stream);
-    manifest.stream = blob_new(n);
-    for (size_t i = 0; manifest.stream && i < n; i++)
-        manifest.stream->p[i] = (uint8_t)(i * 2654435761u >> 13);
+    blob_unref(server.manifest.stream);
+    server.manifest.stream = blob_new(n);
+    for (size_t i = 0; server.manifest.stream && i < n; i++)
+        server.manifest.stream->p[i] = (uint8_t)(i * 2654435761u >> 13);
 }
 
 static const char *const process = "/cvms.Service/Process";
@@ -176,7 +176,7 @@ static void test_long_manifest(void)
     SIDE_LINES(&a, "S SETTINGS ACK\nS SETTINGS ACK\nS SETTINGS ACK\nS SETTINGS ACK\n"
                    "S HEADERS stream=1 END_STREAM grpc-status=0\n");
     CHECK(a.conn.stream_count, 0);
-    CHECK(manifest.stream->refs, 1);
+    CHECK(server.manifest.stream->refs, 1);
     side_close(&a);
 }
 
@@ -199,9 +199,9 @@ static void test_shared_window(void)
     CHECK(a.data[1], 16384 * 20);
     CHECK(a.data[2], 16384 * 20);
     CHECK(a.largest, MAX_FRAME_SIZE);
-    CHECK(manifest.stream->refs, 4);
+    CHECK(server.manifest.stream->refs, 4);
     side_close(&a);
-    CHECK(manifest.stream->refs, 1);
+    CHECK(server.manifest.stream->refs, 1);
 }
 
 /* A socket that takes little: never more output is made than a few large writes, and the rest is not lost. */
@@ -915,34 +915,33 @@ static void test_notes_full(void)
 /* Agent hosts that a verdict tells apart: up to the cap; those that are known stay so, another one is told. */
 static void test_hosts(void)
 {
-    static struct verdict v;
+    struct verdict *v = &server.verdict;
     struct side a;
     char name[20];
     core_reset();
-    v = (struct verdict){ .wanted = true, .agents = 1 };
+    *v = (struct verdict){ .wanted = true, .agents = 1 };
     for (int i = 0; i < MAX_HOSTS - 1; i++) {
         snprintf(name, sizeof name, "host-%d", i);
-        CHECK(verdict_host(&v, name, "peer:1") != NULL, true);
+        CHECK(verdict_host(v, name, "peer:1") != NULL, true);
     }
     manifest_of(10);
-    core.verdict = &v;
     side_open(&a);
     put_preface(&a);
     put_call(&a, 1, process, 0, "the last");
     side_exchange(&a);
-    CHECK(v.host_count, MAX_HOSTS);
+    CHECK(v->host_count, MAX_HOSTS);
     CHECK(bytes_contain(whole(&core.err), "over the cap"), false);
     put_call(&a, 3, process, 0, "one more");
     put_call(&a, 5, process, 0, "host-7");
     side_exchange(&a);
-    CHECK(v.host_count, MAX_HOSTS);
+    CHECK(v->host_count, MAX_HOSTS);
     CHECK(bytes_contain(whole(&core.err), "peer over the cap on agent hosts that are told apart (1000): "
                                           "the verdict passes over the new one"), true);
-    CHECK(verdict_host(&v, "host-7", "peer:1")->agents, 1);
+    CHECK(verdict_host(v, "host-7", "peer:1")->agents, 1);
     CHECK(a.conn.stream_count, 3);
     side_close(&a);
-    core.verdict = NULL;
-    verdict_free(&v);
+    verdict_free(v);
+    *v = (struct verdict){ 0 };
 }
 
 /* Output that waits for stdout: above one cap no more credit is given, above the other nothing is read. */
@@ -1146,7 +1145,7 @@ static void test_allocations(bool json)
         core_reset();
         core_drop();
         core_reset();
-        core.json = json;
+        server.json = json;
         core.stamp[0] = 0;
         manifest_of(20000);
         side_open(&a);
