@@ -5,7 +5,6 @@ Each function named test_... is one subject; NAMEs pick those that contain one o
 the openssl command only; loopback only; every port is the system's choice.  The last line is `N passed, M failed`.
 """
 import base64
-import concurrent.futures
 import hashlib
 import json
 import os
@@ -18,212 +17,14 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-VECTORS = os.path.join(os.path.dirname(HERE), "vectors")
-VERBOSE = "-v" in sys.argv
-LIMIT = 20                                  # seconds that any one command may take; all should take far less
-SANITIZER = re.compile(r"(ERROR: \w+Sanitizer.*|.*runtime error:.*|SUMMARY: \w+Sanitizer.*)")
-LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
-totals = {"passed": 0, "failed": 0, "skipped": 0}
-lock = threading.Lock()
-
-
-# ---- Telling results ----
-
-def check(name, good, got="", wanted=""):
-    with lock:
-        totals["passed" if good else "failed"] += 1
-        if not good:
-            print(f"FAIL {name}: got {shorten(got)}, wanted {shorten(wanted)}", flush=True)
-        elif VERBOSE:
-            print(f"ok {name}", flush=True)
-    return good
-
-
-def same(name, got, wanted):
-    return check(name, got == wanted, repr(got), repr(wanted))
-
-
-def has(name, text, *patterns):
-    """One line of the text matches all the patterns."""
-    good = any(all(re.search(p, line) for p in patterns) for line in text.splitlines())
-    return check(name, good, repr(text), "a line with " + " and ".join(patterns))
-
-
-def hasnot(name, text, pattern):
-    return check(name, not re.search(pattern, text, re.M), repr(text), f"nothing like {pattern}")
-
-
-def skip(name, why):
-    with lock:
-        totals["skipped"] += 1
-        print(f"skip {name}: {why}")
-
-
-def shorten(text, limit=700):
-    text = str(text)
-    return text if len(text) <= limit else text[:limit // 2] + " ... " + text[-limit // 2:]
-
-
-def sanitizers(name, err):
-    found = SANITIZER.findall(err)
-    if found:
-        frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err)
-        check(f"{name}: sanitizer", False, f"{found[0]} ({' < '.join(frames[:6])})", "no report")
-
-
-# ---- Running commands ----
-
-def environment(more=None):
-    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS")
-    env = {k: v for k, v in os.environ.items() if k not in own}
-    env.update(TZ="UTC", LC_ALL="C.UTF-8")
-    env.update(more or {})
-    return env
-
-
-class Result:
-    def __init__(self, name, status, out, err, seconds):
-        self.status, self.raw_out, self.seconds = status, out, seconds
-        self.out, self.err = out.decode(errors="replace"), err.decode(errors="replace")
-        sanitizers(name, self.err)
-
-
-def run(name, args, env=None, limit=LIMIT, command=None, **kw):
-    """Runs `cvms ARGS` to its end.  One that does not end is killed and has status None."""
-    began = time.monotonic()
-    kw.setdefault("stdout", subprocess.PIPE)
-    kw.setdefault("stdin", subprocess.DEVNULL)
-    kw.setdefault("cwd", W.dir)
-    p = subprocess.Popen(command or [W.cvms, *args], env=environment(env), stderr=subprocess.PIPE, **kw)
-    try:
-        out, err = p.communicate(timeout=limit)
-        status = p.returncode
-    except subprocess.TimeoutExpired:
-        p.kill()
-        out, err = p.communicate()
-        status = None
-    return Result(name, status, out or b"", err, time.monotonic() - began)
-
-
-class Collector:
-    """Reads a pipe to its end in a thread; until() waits for what is awaited to appear."""
-    def __init__(self, fd):
-        self.fd, self.data, self.ended, self.cond = fd, b"", False, threading.Condition()
-        self.thread = threading.Thread(target=self.read, daemon=True)
-        self.thread.start()
-
-    def read(self):
-        while not self.ended:
-            select.select([self.fd], [], [])
-            with self.cond:
-                self.take()
-
-    def take(self):
-        """With the lock held: all that waits in the pipe."""
-        while not self.ended and select.select([self.fd], [], [], 0)[0]:
-            try:
-                piece = os.read(self.fd, 65536)
-            except OSError:                 # a pty whose other end has closed
-                piece = b""
-            self.data += piece
-            self.ended = not piece
-            self.cond.notify_all()
-
-    def bytes(self):
-        """All that has been written so far."""
-        with self.cond:
-            self.take()
-            return self.data
-
-    def text(self):
-        return self.bytes().decode(errors="replace")
-
-    def until(self, pattern, seconds=LIMIT, times=1):
-        """The text once the pattern is there so many times; None if that does not come about."""
-        end = time.monotonic() + seconds
-        with self.cond:
-            while True:
-                text = self.data.decode(errors="replace")
-                if len(re.findall(pattern, text, re.M)) >= times:
-                    return text
-                if self.ended or not self.cond.wait(max(0, end - time.monotonic())) and time.monotonic() >= end:
-                    return None
-
-
-class Server:
-    """`cvms FLAGS` in the background.  .address is where it listens, once it says so."""
-    def __init__(self, name, args=None, env=None, stdout=None, command=None, wait=True, cwd=None):
-        self.name = name
-        self.p = subprocess.Popen(command or [W.cvms, *(W.base if args is None else args)], cwd=cwd or W.dir,
-                                  env=environment({**LOCAL, **(env or {})}), stdin=subprocess.DEVNULL,
-                                  stdout=stdout or subprocess.PIPE, stderr=subprocess.PIPE)
-        self.out = Collector(self.p.stdout.fileno()) if stdout is None else None
-        self.err = Collector(self.p.stderr.fileno())
-        self.address = self.line = None
-        if wait:
-            text = self.err.until(r"listening at \S+ with(out TLS| TLS).*\n")
-            if check(f"{name}: ready line", text is not None, self.err.text(), "the ready line"):
-                self.line = re.search(r"^.*listening at.*$", text, re.M).group(0)
-                self.address = re.search(r"listening at (\S+)", self.line).group(1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def signal(self, number):
-        if self.p.poll() is None:
-            self.p.send_signal(number)
-
-    def wait(self, seconds=LIMIT):
-        """The exit status; None, and the end of it, if it does not end by itself."""
-        try:
-            status = self.p.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.p.kill()
-            self.p.wait()
-            status = None
-        self.err.thread.join(LIMIT)
-        if self.out:
-            self.out.thread.join(LIMIT)
-        return status
-
-    def stop(self):
-        if self.p.poll() is None:
-            self.p.send_signal(signal.SIGTERM)
-            same(f"{self.name}: status at the end", self.wait(), 0)
-        else:
-            self.wait()
-        for pipe in (self.p.stdout, self.p.stderr):
-            if pipe:
-                pipe.close()
-        sanitizers(self.name, self.err.text())
-
-    def agent(self, *args, name=None, **kw):
-        return run(name or f"{self.name}: agent", ["agent", *args, self.address], **kw)
-
-
-def temp(prefix="t"):
-    return tempfile.mkdtemp(prefix=prefix + "-", dir=W.dir)
-
-
-def write(path, data=b"data\n", mode=0o644):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as f:
-        f.write(data)
-    os.chmod(path, mode)
-    return path
-
-
-def read(path):
-    with open(path, "rb") as f:
-        return f.read()
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import (  # noqa: E402
+    LIMIT, Collector, Server, Stream, W, check, end, environment, field, fields, first, frame, has, hasnot, log, named, read, run, same,
+    sanitizers, sha3, shorten, skip, temp, write)
 
 
 def read_fifo(path, seconds=5):
@@ -235,48 +36,10 @@ def read_fifo(path, seconds=5):
         os.close(fd)
 
 
-def end(p, seconds=8):
-    """The exit status of a process that should end by itself; None if it had to be killed."""
-    try:
-        return p.wait(seconds)
-    except subprocess.TimeoutExpired:
-        p.kill()
-        p.wait()
-        return None
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def sha3(data):
-    return hashlib.sha3_256(data).hexdigest()
-
-
-class World:
-    """What every test may use: a folder, keys, inputs, the program, the flags that are always needed."""
-    def __init__(self, cvms):
-        self.dir = tempfile.mkdtemp(prefix="cvms-cli-")
-        os.chmod(self.dir, 0o755)           # another user is let in, see unreadable()
-        self.cvms = shutil.copy(cvms, os.path.join(self.dir, "cvms"))
-        os.chmod(self.cvms, 0o755)
-        self.vectors = shutil.copytree(VECTORS, os.path.join(self.dir, "vectors"))
-        for folder, _, files in os.walk(self.vectors):
-            os.chmod(folder, 0o755)
-            for f in files:
-                os.chmod(os.path.join(folder, f), 0o644)
-        self.algo = os.path.join(self.vectors, "inputs", "algo.py")
-        self.data = os.path.join(self.vectors, "inputs", "data.csv")
-        self.key = os.path.join(self.vectors, "keys", "ed25519.pem")
-        self.rsa = os.path.join(self.vectors, "keys", "rsa4096.pem")
-        self.ecc = os.path.join(self.vectors, "keys", "p256.pem")
-        self.required = ["-public-key-path", self.key, "-attested-tls-bool", "false"]
-        self.base = ["-algo-path", self.algo, *self.required]
-        self.remote = [*self.required, "-algo-source-url", "https://h/a", "-algo-kbs-path", "r/k/a",
-                       "-algo-hash", "ab" * 32, "-kbs-url", "http://kbs:8080"]
-        self.remote_data = ["-dataset-source-urls", "s3://b/x,oci:d:t", "-dataset-kbs-paths", "r/k/x,r/k/y"]
 
 
 def but(args, flag, value):
@@ -317,101 +80,8 @@ def b64(data):
     return base64.b64encode(data).decode()
 
 
-# ---- Protobuf, by hand ----
-
-def varint(n):
-    out = b""
-    while n > 127:
-        out += bytes([n & 127 | 128])
-        n >>= 7
-    return out + bytes([n])
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def take_varint(b, at):
-    shift = n = 0
-    while True:
-        n |= (b[at] & 127) << shift
-        shift += 7
-        at += 1
-        if b[at - 1] < 128:
-            return n, at
-
-
-def fields(b):
-    """[(number, value)] of one message; varints as int, the rest as bytes."""
-    at, out = 0, []
-    while at < len(b):
-        tag, at = take_varint(b, at)
-        if tag & 7 == 0:
-            value, at = take_varint(b, at)
-        elif tag & 7 == 2:
-            n, at = take_varint(b, at)
-            value, at = b[at:at + n], at + n
-            if len(value) != n:
-                raise ValueError("cut off")
-        else:
-            raise ValueError(f"wire type {tag & 7}")
-        out.append((tag >> 3, value))
-    return out
-
-
 def join(parts):
     return b"".join(field(n, v) for n, v in parts)
-
-
-def first(b, number):
-    return dict(reversed(fields(b))).get(number) if b is not None else None
-
-
-# ---- HTTP/2, as much as it takes to send a Process stream ----
-
-class Stream:
-    """A Process call on a connection of its own.  Nothing is read unless it is asked for."""
-    def __init__(self, address, metadata=()):
-        host, port = address.rsplit(":", 1)
-        self.s = socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), LIMIT)
-        text = lambda b: varint(len(b)) + b
-        head = [(":method", "POST"), (":scheme", "http"), (":path", "/cvms.Service/Process"), (":authority", address),
-                ("content-type", "application/grpc"), ("te", "trailers"), *metadata]
-        block = b"".join(b"\x00" + text(k.encode()) + text(v.encode()) for k, v in head)
-        self.s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self.frame(4, 0, 0, b"") + self.frame(1, 4, 1, block))
-
-    @staticmethod
-    def frame(kind, flags, stream, payload):
-        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-    def send(self, *messages, end=False):
-        data = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
-        for at in range(0, len(data), 16384):
-            self.s.sendall(self.frame(0, 1 if end and at + 16384 >= len(data) else 0, 1, data[at:at + 16384]))
-
-    def frames(self):
-        """Reads to the end: [(type, flags, stream, payload)]."""
-        data, out = b"", []
-        try:
-            while piece := self.s.recv(65536):
-                data += piece
-        except OSError:
-            pass
-        while len(data) >= 9:
-            n = int.from_bytes(data[:3], "big")
-            out.append((data[3], data[4], int.from_bytes(data[5:9], "big"), data[9:9 + n]))
-            data = data[9 + n:]
-        return out
-
-    def close(self):
-        self.s.close()
-
-
-def log(text, level="INFO", computation="1"):
-    return field(1, field(1, text) + field(2, computation) + field(3, level))
 
 
 # ---- Flags ----
@@ -564,11 +234,11 @@ def test_positional():
     for name, args, words in (("too few", a[:2], ["-help"]), ("bad boolean", [*a[:2], "perhaps"], ["perhaps"]),
                               ("algorithm that is not there", ["nope", *a[1:]], ["-algo-path", "nope"]),
                               ("data that is not there", [*a, "nope.csv"], ["-data-paths", "nope.csv"])):
-        r = run(f"positional {name}", args, LOCAL)
+        r = run(f"positional {name}", args)
         check(f"positional {name}: status", r.status in (1, 2), r.status, "1 or 2")
         has(f"positional {name}", r.err, *words)
-    with Server("positional server", [*a, W.data]) as s:
-        same("positional server: agent", s.agent().status, 0)
+    with Server("positional server", base=[*a, W.data]) as s:
+        same("positional server: agent", s.stand_in().status, 0)
 
 
 def test_removed_flags():
@@ -587,22 +257,22 @@ def test_unknown_flag():
             ("-compat-all", "-compat"), ("-pubilc-key-path", "-public-key-path"), ("-dataset-source-url",
              "-dataset-source-urls"), ("-hepl", "-help"), ("-outptu", "-output")]
     for word, near in rows:
-        r = run(f"unknown {word}", [*W.base, word, "x"] if "=" not in word else [*W.base, word], LOCAL)
+        r = run(f"unknown {word}", [*W.base, word, "x"] if "=" not in word else [*W.base, word])
         same(f"unknown {word}: status", r.status, 2)
         has(f"unknown {word}: suggests {near}", r.err, re.escape(word.lstrip("-").split("=")[0]), f"{near}\\b")
     for word in ("-xyzzy", "-x", "-=x", "-é", "-" + "a" * 5000):
-        r = run(f"unknown {word}", [*W.base, word], LOCAL)
+        r = run(f"unknown {word}", [*W.base, word])
         same(f"unknown {word[:20]}: status", r.status, 2)
         has(f"unknown {word[:20]}", r.err, "flag", "-help")
-    same("unknown ---algo-path: status", run("unknown ---algo-path", [*W.base, "---algo-path", W.algo], LOCAL).status, 2)
+    same("unknown ---algo-path: status", run("unknown ---algo-path", [*W.base, "---algo-path", W.algo]).status, 2)
     for word, args in (("-wait", ["manifest", *W.base, "-wait", "1s"]), ("-o", [*W.base, "-o", "x"]),
                        ("-output", ["manifest", *W.base, "-output", "json"]), ("-fail", ["health", "-fail", "x"]),
                        ("-algo-path", ["agent", "-algo-path", "x"])):
-        r = run(f"{word} elsewhere", args, LOCAL)
+        r = run(f"{word} elsewhere", args)
         same(f"{word} of another command: status", r.status, 2)
         has(f"{word} of another command", r.err, f"{word}\\b", "flag")
     for flag in ("-algo-path", "-data-paths", "-public-key-path", "-compat", "-ready-file", "-max-message", "-ca-url"):
-        r = run(f"{flag} without value", [*W.base, flag], LOCAL)
+        r = run(f"{flag} without value", [*W.base, flag])
         same(f"{flag} without value: status", r.status, 2)
         has(f"{flag} without value", r.err, f"{flag}\\b", "value")
 
@@ -649,7 +319,7 @@ def test_help():
 def refused(name, args, status, rows, env=None, **kw):
     """The server form of a command line that must not start.  rows: patterns that one line of stderr must match."""
     ready = os.path.join(temp("refused"), "ready")
-    r = run(name, [*args, "-ready-file", ready] if "-ready-file" not in args else args, {**LOCAL, **(env or {})}, **kw)
+    r = run(name, [*args, "-ready-file", ready] if "-ready-file" not in args else args, env, **kw)
     same(f"{name}: status", r.status, status)
     for patterns in rows if rows and isinstance(rows[0], tuple) else [tuple(rows)]:
         has(name, r.err, *patterns)
@@ -724,7 +394,7 @@ def test_mistakes_usage():
     r = refused("usage: half a remote algorithm", [*W.required, "-algo-source-url", "s3://x"], 2, ["-algo-kbs-path"])
     hasnot("usage: half a remote algorithm: told once", r.err, "no algorithm")
     for words in (["help"], ["agnet"], ["agnet", "localhost:7001"], [W.algo, W.key]):
-        r = run(f"no command {words}", words, LOCAL)
+        r = run(f"no command {words}", words)
         same(f"no command {words}: status", r.status, 2)
         same(f"no command {words}: one line", len(r.err.splitlines()), 1)
         has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), "agent, manifest, checksum, health", "-help")
@@ -776,7 +446,7 @@ def unreadable(name, args, patterns):
     """As a user who may not read: nobody, when the tests run as root."""
     who = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     ready = os.path.join(temp("unreadable"), "ready")
-    r = run(name, [*([] if "-ready-file" in args else ["-ready-file", ready]), *args], LOCAL, **who)
+    r = run(name, [*([] if "-ready-file" in args else ["-ready-file", ready]), *args], **who)
     check(f"{name}: no ready file", not os.path.exists(ready), "one", "none")
     same(f"{name}: status", r.status, 1)
     has(name, r.err, *patterns)
@@ -965,7 +635,7 @@ def test_keys():
     for name, file, content, says, command in key_mistakes():
         write(f"{d}/{file}", content, 0o600)
         shown = re.escape(file[:100])
-        r = run(f"key: {name}", [*W.base, "-public-key-path", file], LOCAL, cwd=d)
+        r = run(f"key: {name}", [*W.base, "-public-key-path", file], cwd=d)
         same(f"key: {name}: status", r.status, 1)
         has(f"key: {name}", r.err, "-public-key-path", shown, says)
         if not command:
@@ -990,7 +660,7 @@ def test_keys_openssh():
                        stdout=subprocess.DEVNULL)
         for file in (kind, kind + ".pub"):
             name = f"key: OpenSSH {file}"
-            r = run(name, [*W.base, "-public-key-path", file], LOCAL, cwd=d)
+            r = run(name, [*W.base, "-public-key-path", file], cwd=d)
             same(f"{name}: status", r.status, 1)
             has(name, r.err, "-public-key-path", re.escape(file), "OpenSSH")
             told = re.search(r"with: (.+)$", r.err, re.M)
@@ -1058,9 +728,9 @@ def test_warnings():
         same(f"warning: {name}: status", r.status, 0)
         has(f"warning: {name}", r.err, "warning", *patterns)
         check(f"warning: {name}: manifest", os.path.exists(out) and first(read(out), 1) == b"1", "none", "a manifest")
-    with Server("warning: server", [*nokbs, "-algo-type", "binary"]) as s:
+    with Server("warning: server", base=[*nokbs, "-algo-type", "binary"]) as s:
         has("warning: server warns", s.err.text(), "warning", "binary")
-        same("warning: server serves", s.agent().status, 0)
+        same("warning: server serves", s.stand_in().status, 0)
     for name, args in (("direct", [*W.base, "-data-paths", W.data, "-algo-type", "python"]), ("remote", remote),
                        ("one dataset", [*remote, "-dataset-source-urls", "s3://a", "-dataset-kbs-paths", "k", "-dataset-hash",
                         "11" * 32]), ("head", [*nokbs, "-algo-kbs-url", "http://x", "-compat", "head"]),
@@ -1305,7 +975,7 @@ def test_listening():
         has("PORT unset: 7001", text or s.err.text(), r"\b7001\b")
     ready = os.path.join(temp("ready"), "ready")
     os.mkfifo(ready)
-    with Server("ready file as a FIFO", [*W.base, "-ready-file", ready], wait=False) as s:
+    with Server("ready file as a FIFO", "-ready-file", ready, wait=False) as s:
         where = read_fifo(ready).decode().strip()
         same("ready file as a FIFO: open when it is written", run("FIFO", ["health", where]).status, 0)
 
@@ -1317,7 +987,7 @@ def test_ready_file_of_old():
     refused("old ready file", ["-algo-path", "nope", *W.required, "-ready-file", ready], 1, ["nope"])
     check("old ready file: gone", not os.path.exists(ready), "there", "gone")
     write(ready, b"127.0.0.1:1\n" * 100)
-    with Server("old ready file", [*W.base, "-ready-file", ready]) as s:
+    with Server("old ready file", "-ready-file", ready) as s:
         same("old ready file: the new one's", read(ready).decode(), s.address + "\n")
 
 
@@ -1326,7 +996,7 @@ def test_ready_fifo_unread():
     ready = os.path.join(temp("ready"), "ready")
     os.mkfifo(ready)
     for number in (signal.SIGTERM, signal.SIGINT):
-        with Server(f"ready file unread, signal {number}", [*W.base, "-ready-file", ready], wait=False) as s:
+        with Server(f"ready file unread, signal {number}", "-ready-file", ready, wait=False) as s:
             s.err.until("local algorithm checksum")
             began, caught = time.monotonic(), 0
             while not caught >> (number - 1) & 1 and time.monotonic() - began < 2 and s.p.poll() is None:
@@ -1350,7 +1020,7 @@ def test_descriptor_limit():
     """The soft limit is no limit: it is raised to the hard one."""
     command = ["sh", "-c", 'ulimit -Sn 40 && exec "$@"', "sh", W.cvms, *W.base]
     with Server("descriptor limit", command=command) as s:
-        streams = [Stream(s.address) for _ in range(100)]
+        streams = [Stream(s.address, deaf=True) for _ in range(100)]
         text = s.err.until(r"(?s)(?>.*?sent successfully){100}")
         check("descriptor limit: 100 streams at once", text is not None, s.err.text()[-300:], "100 manifests")
         for stream in streams:
@@ -1361,7 +1031,7 @@ def test_signals():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGABRT):
         name = f"{signal.Signals(number).name}"
         with Server(name) as s:
-            stream = Stream(s.address)
+            stream = Stream(s.address, deaf=True)
             s.err.until("sent successfully")
             began = time.monotonic()
             s.signal(number)
@@ -1378,7 +1048,7 @@ def test_signals():
     with Server("SIGHUP without TLS") as s:
         s.signal(signal.SIGHUP)
         check("SIGHUP without TLS: told", s.err.until("SIGHUP: there is no TLS"), s.err.text(), "a line")
-        same("SIGHUP without TLS: goes on", s.agent().status, 0)
+        same("SIGHUP without TLS: goes on", s.stand_in().status, 0)
     with Server("idle") as s:
         began = time.monotonic()
         s.signal(signal.SIGTERM)
@@ -1390,10 +1060,10 @@ def big_server(name):
     """A server whose manifest does not fit into any socket buffer, and a client that reads nothing of it."""
     d = temp("big")
     write(f"{d}/d")
-    server = Server(name, [*W.base, "-data-paths", ",".join("d" * 40000), "-public-key-path", W.rsa], cwd=d)
-    stream = Stream(server.address)
-    stream.s.sendall(Stream.frame(4, 0, 0, struct.pack(">HI", 4, 0x7fffffff)) +        # windows of 2 GiB
-                     Stream.frame(8, 0, 0, struct.pack(">I", 0x7fff0000)))
+    server = Server(name, "-data-paths", ",".join("d" * 40000), "-public-key-path", W.rsa, cwd=d)
+    stream = Stream(server.address, deaf=True)
+    stream.s.sendall(frame(4, 0, 0, struct.pack(">HI", 4, 0x7fffffff)) +        # windows of 2 GiB
+                     frame(8, 0, 0, struct.pack(">I", 0x7fff0000)))
     stream.send(log("here I am"))
     server.out.until("here I am")
     return server, stream
@@ -1404,7 +1074,7 @@ def stuck_server(name):
     r, w = os.pipe()
     server = Server(name, stdout=w)
     os.close(w)
-    stream = Stream(server.address)
+    stream = Stream(server.address, deaf=True)
     stream.send(log("\x01" * 60000))           # four characters each, once it is shown
     select.select([r], [], [], LIMIT)
     return server, stream, r
@@ -1452,7 +1122,7 @@ def test_stdout_lost():
         """Messages until the server ends.  One may get by: a child of another test's that is just being started has the
         pipe's reading end until its exec."""
         for _ in range(5):
-            s.agent("-once", "-wait", "0s")
+            s.stand_in("-once", "-wait", "0s")
             try:
                 s.p.wait(2)
                 return
@@ -1478,7 +1148,7 @@ def test_stdout_lost():
     r, w = os.pipe()
     with Server("stdout lost on the way", stdout=w) as s:
         os.close(w)
-        first_agent = s.agent("-once")
+        first_agent = s.stand_in("-once")
         same("stdout lost on the way: before", first_agent.status, 0)
         check("stdout lost on the way: shown", select.select([r], [], [], LIMIT)[0] and b"ATTESTATION" in os.read(r, 65536), "",
               "a message")
@@ -1497,7 +1167,7 @@ def fifo_server(name, redirect):
     os.mkfifo(f"{d}/ready")
     out = open(f"{d}/out", "wb")
     p = subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", W.cvms, *W.base, "-ready-file", f"{d}/ready"], cwd=d,
-                         env=environment(LOCAL), stdout=out)
+                         env=environment(), stdout=out)
     out.close()
     return p, read_fifo(f"{d}/ready").decode().strip(), f"{d}/out"
 
@@ -1522,7 +1192,7 @@ def test_stderr_lost():
     run("no stdout and no stderr", ["agent", "-wait", "0s", where])
     same("no stdout and no stderr: status", end(p), 1)
     r, w = os.pipe()
-    p = subprocess.Popen([W.cvms, *W.base, "-ready-file", os.path.join(temp("e"), "r")], env=environment(LOCAL),
+    p = subprocess.Popen([W.cvms, *W.base, "-ready-file", os.path.join(temp("e"), "r")], env=environment(),
                          stdout=subprocess.PIPE, stderr=w, stdin=subprocess.DEVNULL)
     os.close(w)
     text = b""
@@ -1549,48 +1219,48 @@ def test_files_change():
     write(f"{tree}/a", b"1")
     hash_of = lambda path: run("checksum", ["checksum", path]).out.split()[0]
     b64_of = lambda digest: b64(bytes.fromhex(digest))
-    with Server("change", ["-algo-path", algo, "-data-paths", f"{data},{tree}", *W.required]) as s:
+    with Server("change", base=["-algo-path", algo, "-data-paths", f"{data},{tree}", *W.required]) as s:
         before = hash_of(tree)
         for path, digest in ((algo, sha3(b"one")), (data, sha3(b"alpha")), (tree, before)):
             has(f"change: {os.path.basename(path)}: line at the start", s.err.text(), re.escape(path), digest)
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: as it began", [dig(got, f"datasets.{i}.hash") for i in (0, 1)], [b64_of(sha3(b"alpha")), b64_of(before)])
         hasnot("change: no note without a change", s.err.text(), "again")
         write(algo, b"two")
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: algorithm", dig(got, "algorithm.hash"), b64_of(sha3(b"two")))
         has("change: algorithm: note", s.err.text(), "algo.py", sha3(b"two"))
         write(f"{d}/new", b"omega")
         os.rename(f"{d}/new", data)
         write(f"{tree}/b", b"2")
         after = hash_of(tree)
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: dataset renamed into place", dig(got, "datasets.0.hash"), b64_of(sha3(b"omega")))
         same("change: a file more in a folder", dig(got, "datasets.1.hash"), b64_of(after))
         has("change: folder: note", s.err.text(), "tree", after)
         notes = len(s.err.text().splitlines())
-        s.agent("-once")
+        s.stand_in("-once")
         fresh = "\n".join(s.err.text().splitlines()[notes:])
         hasnot("change: told once", fresh, "hashed again|has changed")
         write(f"{tree}/b", b"3")
         third = hash_of(tree)
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: in a folder's file, same size", dig(got, "datasets.1.hash"), b64_of(third))
         os.unlink(data)
         shutil.rmtree(tree)
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: deleted: old hash", [dig(got, f"datasets.{i}.hash") for i in (0, 1)], [b64_of(sha3(b"omega")), b64_of(third)])
         has("change: deleted: note", s.err.text(), "data.csv", "old hash|keeps")
         has("change: deleted folder: note", s.err.text(), "tree", "old hash|keeps")
         write(data, b"back")
-        got = agent_manifest(s.agent("-once"))
+        got = agent_manifest(s.stand_in("-once"))
         same("change: back again", dig(got, "datasets.0.hash"), b64_of(sha3(b"back")))
         has("change: back again: note", s.err.text(), "data.csv", sha3(b"back"))
     os.makedirs(f"{d}/{'l' * 200}/{'m' * 200}/{'n' * 200}/{'o' * 200}/{'p' * 200}")
     deep = write(f"{d}/{'l' * 200}/{'m' * 200}/{'n' * 200}/{'o' * 200}/{'p' * 200}/deep.csv", b"1")
-    with Server("change, long path", [*W.base, "-data-paths", deep]) as s:
+    with Server("change, long path", "-data-paths", deep) as s:
         write(deep, b"2")
-        s.agent("-once")
+        s.stand_in("-once")
         has("change: long path: note", s.err.text(), "again", sha3(b"2"))
 
 
@@ -1608,8 +1278,8 @@ EVENTS = ["ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Running/
 def test_agent():
     args = [*W.base, "-data-paths", W.data, "-algo-type", "python"]
     wanted, _ = manifest("agent's manifest", args)
-    with Server("agent: server", args) as s:
-        r = s.agent()
+    with Server("agent: server", base=args) as s:
+        r = s.stand_in()
         same("agent: status", r.status, 0)
         same("agent: prints the manifest", agent_manifest(r), wanted)
         s.err.until("stream ended", times=2)
@@ -1624,17 +1294,17 @@ def test_agent():
                       ["agent", "2 messages"]):
             has(f"agent: server's line {words}", s.err.text(), *words)
     with Server("agent without data: server") as s:
-        same("agent without data: status", s.agent().status, 0)
+        same("agent without data: status", s.stand_in().status, 0)
         s.err.until("stream ended", times=2)
         same("agent without data: events", re.findall(r"EVENT (\S+)", s.out.text()), [e for e in EVENTS if "Data" not in e])
     with Server("agent -once: server") as s:
-        r = s.agent("-once")
+        r = s.stand_in("-once")
         same("agent -once: status", r.status, 0)
         check("agent -once: manifest", agent_manifest(r) is not None, r.out, "the manifest")
         s.err.until("stream ended")
         same("agent -once: only the report", [h[1] for h in heads(s.out.text())], ["ATTESTATION (empty)"])
     with Server("agent -repeat: server") as s:
-        r = s.agent("-repeat", "3")
+        r = s.stand_in("-repeat", "3")
         same("agent -repeat 3: status", r.status, 0)
         s.err.until("stream ended", times=6)
         same("agent -repeat 3: runs", s.out.text().count("Complete/Completed"), 3)
@@ -1642,7 +1312,7 @@ def test_agent():
         same("agent -repeat 3: manifests", r.out.count('"sample computation"'), 3)
         has("agent -repeat 3: told", r.err, "3 of 3")
     with Server("agent -repeat -once: server") as s:
-        same("agent -repeat 4 -once: status", s.agent("-repeat", "4", "-once").status, 0)
+        same("agent -repeat 4 -once: status", s.stand_in("-repeat", "4", "-once").status, 0)
         s.err.until("stream ended", times=4)
         same("agent -repeat 4 -once: reports", s.out.text().count("ATTESTATION"), 4)
 
@@ -1651,8 +1321,8 @@ def test_agent_big():
     """A manifest of several chunks."""
     d = temp("big")
     write(f"{d}/d")
-    with Server("agent, big manifest: server", [*W.base, "-data-paths", ",".join("d" * 20000), "-public-key-path", W.rsa], cwd=d) as s:
-        r = s.agent()
+    with Server("agent, big manifest: server", "-data-paths", ",".join("d" * 20000), "-public-key-path", W.rsa, cwd=d) as s:
+        r = s.stand_in()
         same("agent, big manifest: status", r.status, 0)
         same("agent, big manifest: datasets", len(dig(agent_manifest(r), "datasets") or []), 20000)
         has("agent, big manifest: told", r.err, r"(1\d) chunks", "20000 datasets")
@@ -1665,13 +1335,13 @@ def test_agent_fails():
             ("Running", "Running/Failed", ["ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Running/Starting",
                                            "Running/InProgress", "Running/Failed", "Failed/Failed"])]
     for state, shown, events in rows:
-        with Server(f"agent -fail {state}: server", [*W.base, "-data-paths", W.data]) as s:
-            same(f"agent -fail {state}: status", s.agent("-fail", state).status, 0)
+        with Server(f"agent -fail {state}: server", "-data-paths", W.data) as s:
+            same(f"agent -fail {state}: status", s.stand_in("-fail", state).status, 0)
             s.err.until("stream ended", times=2)
             has(f"agent -fail {state}: shown", s.out.text(), shown)
             same(f"agent -fail {state}: events", re.findall(r"EVENT (\S+)", s.out.text()), events)
     with Server("agent -fail ReceivingData without data: server") as s:
-        same("agent -fail ReceivingData without data: status", s.agent("-fail", "ReceivingData").status, 0)
+        same("agent -fail ReceivingData without data: status", s.stand_in("-fail", "ReceivingData").status, 0)
         s.err.until("stream ended", times=2)
         has("agent -fail ReceivingData without data: fails all the same", s.out.text(), "Failed/Failed")
         hasnot("agent -fail ReceivingData without data: is no success", s.out.text(), "Running/Completed|Complete/Completed")
@@ -1755,7 +1425,7 @@ def test_waiting_is_told():
 def test_one_file():
     """stdout and stderr in one file, as on a terminal: the lines stand in their order."""
     r, w = os.pipe()
-    p = subprocess.Popen([W.cvms, *W.base], cwd=W.dir, env=environment(LOCAL), stdin=subprocess.DEVNULL, stdout=w, stderr=w)
+    p = subprocess.Popen([W.cvms, *W.base], cwd=W.dir, env=environment(), stdin=subprocess.DEVNULL, stdout=w, stderr=w)
     os.close(w)
     both = Collector(r)
     address = re.search(r"listening at (\S+)", both.until(r"listening at .*\n") or "").group(1)
@@ -1823,14 +1493,14 @@ def test_late_server():
 
 def test_job_id():
     with Server("job-id: server") as s:
-        same("job-id: status", s.agent("-job-id", "cvm-42").status, 0)
+        same("job-id: status", s.stand_in("-job-id", "cvm-42").status, 0)
         s.err.until("stream ended", times=2)
         kinds = {h[0] for h in heads(s.out.text())}
         same("job-id: on every entry", kinds, {"agent[cvm-42]", "log-forwarder[cvm-42]"})
         has("job-id: on the server's lines", s.err.text(), r"agent\[cvm-42\]")
         has("job-id: on the server's lines for the log-forwarder", s.err.text(), r"log-forwarder\[cvm-42\]")
-    with Server("job-id, json: server", [*W.base, "-output", "json"]) as s:
-        s.agent("-job-id", "cvm-42")
+    with Server("job-id, json: server", "-output", "json") as s:
+        s.stand_in("-job-id", "cvm-42")
         s.err.until("stream ended", times=2)
         lines = [json.loads(x) for x in s.out.text().splitlines()]
         same("job-id, json", {x.get("job_id") for x in lines}, {"cvm-42"})
@@ -1899,8 +1569,8 @@ def test_nasty_text():
     nasty_fields = field(1, field(1, "text\x1b") + field(2, "id\x1b[2J\n") + field(3, "LEV\x1b\nEL"))
     event = field(2, field(1, "type\x1b\n") + field(4, b"\x1b{\n}\x00\xff") + field(5, "orig\x07") + field(6, "stat\r\n"))
     for form in ("text", "json"):
-        with Server(f"nasty, {form}", [*W.base, "-output", form]) as s:
-            stream = Stream(s.address)
+        with Server(f"nasty, {form}", "-output", form) as s:
+            stream = Stream(s.address, deaf=True)
             stream.send(*(log(t) for t in NASTY), nasty_fields, event, log("the last one"))
             s.out.until("the last one")
             stream.close()
@@ -1931,8 +1601,8 @@ def test_bad_utf8():
     """A proto3 string that is not UTF-8: shown escaped, or its stream refused with a line that says why; never raw."""
     for bad in (b"bad \xff\xfe utf-8", b"\xed\xa0\x80", b"cut \xe2\x82", b"\xc0\x80"):
         for form in ("text", "json"):
-            with Server(f"bad UTF-8, {form}", [*W.base, "-output", form]) as s:
-                stream = Stream(s.address)
+            with Server(f"bad UTF-8, {form}", "-output", form) as s:
+                stream = Stream(s.address, deaf=True)
                 stream.send(log("before"), log(bad), end=True)
                 s.err.until("stream ended")
                 stream.close()
@@ -1946,8 +1616,8 @@ def test_unknown_fields():
     """Every field is shown, unknown ones by number; so are messages that are hardly any."""
     messages = [field(15, "future"), field(1, field(1, "known") + field(77, "extra")), b"", field(16, 12345), log("the last one")]
     for form in ("text", "json"):
-        with Server(f"unknown fields, {form}", [*W.base, "-output", form]) as s:
-            stream = Stream(s.address)
+        with Server(f"unknown fields, {form}", "-output", form) as s:
+            stream = Stream(s.address, deaf=True)
             stream.send(*messages)
             s.out.until("the last one")
             stream.close()
@@ -1957,8 +1627,8 @@ def test_unknown_fields():
                 has(f"unknown fields, {form}: {number}", out[line] if line < len(out) else "", rf"\b{number}\b")
             if form == "json":
                 same("unknown fields, json: message stays the known part", json.loads(out[1])["message"], {"agentLog": {"message": "known"}})
-    with Server("every field", [*W.base, "-output", "text"]) as s:
-        stream = Stream(s.address, [("job-id", "jobX"), ("user-agent", "test")])
+    with Server("every field", "-output", "text") as s:
+        stream = Stream(s.address, [("job-id", "jobX"), ("user-agent", "test")], deaf=True)
         stream.send(field(6, field(1, b"\x01\x02") + field(2, "serial9")), field(3, field(1, "comp7") + field(2, "went wrong")),
                     field(4, field(1, "comp8") + field(2, "stopped it")), field(5, field(1, "id9") + field(2, "Running")),
                     field(7, field(1, b"tok") + field(2, "serial10")),
@@ -1977,12 +1647,12 @@ def test_unknown_fields():
 def test_output_forms():
     """The same run in both forms."""
     args = [*W.base, "-data-paths", W.data]
-    with Server("form text", args) as s:
-        s.agent()
+    with Server("form text", base=args) as s:
+        s.stand_in()
         s.err.until("stream ended", times=2)
         text = s.out.text()
-    with Server("form json", [*args, "-output", "json"]) as s:
-        s.agent()
+    with Server("form json", "-output", "json", base=args) as s:
+        s.stand_in()
         s.err.until("stream ended", times=2)
         lines = [json.loads(x) for x in s.out.text().splitlines()]
         hasnot("json: nothing raw", s.out.text(), "[\x00-\x09\x0b-\x1f\x7f]")
@@ -2012,7 +1682,7 @@ def on_terminal(name, env):
     with Server(name, stdout=slave, env=env) as s:
         os.close(slave)
         shown = Collector(master)
-        s.agent("-fail", "Running")
+        s.stand_in("-fail", "Running")
         shown.until("Failed/Failed.*\n")
         s.err.until("stream ended", times=2)
     shown.thread.join(LIMIT)
@@ -2027,44 +1697,13 @@ def test_colour():
     hasnot("terminal: nothing but colours", re.sub("\x1b\\[[0-9;]*m", "", text).replace("\r\n", "\n"), "[\x00-\x09\x0b-\x1f\x7f]")
     hasnot("terminal, NO_COLOR: none", on_terminal("NO_COLOR", {"TERM": "xterm", "NO_COLOR": "1"}), "\x1b")
     with Server("pipe, with TERM", env={"TERM": "xterm-256color"}) as s:
-        s.agent()
+        s.stand_in()
         s.err.until("stream ended", times=2)
         hasnot("pipe: no colour", s.out.text(), "\x1b")
 
 
-# ---- All of them ----
-
-def one(function):
-    began = time.monotonic()
-    try:
-        function()
-    except Exception as e:                     # a test that breaks is a failure, and the others go on
-        where = e.__traceback__
-        while where.tb_next and where.tb_next.tb_frame.f_code.co_filename == __file__:
-            where = where.tb_next
-        check(f"{function.__name__}, line {where.tb_lineno}", False, repr(e), "no exception")
-    if VERBOSE:
-        with lock:
-            print(f"     {function.__name__}: {time.monotonic() - began:.1f} s", flush=True)
-
-
-def main():
-    global W
-    words = [a for a in sys.argv[1:] if a != "-v"]
-    if not words:
-        sys.exit(__doc__)
-    W = World(os.path.abspath(words[0]))
-    tests = [f for n, f in globals().items() if n.startswith("test_") and (not words[1:] or any(w in n for w in words[1:]))]
-    tests.sort(key=lambda f: f.__name__ != "test_signal_stuck")    # the one that waits 5 s begins first
-    try:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(one, tests))
-    finally:
-        shutil.rmtree(W.dir, ignore_errors=True)
-    print(f"{totals['passed']} passed, {totals['failed']} failed" + (f", {totals['skipped']} skipped" if totals["skipped"] else ""))
-    return 1 if totals["failed"] or not totals["passed"] else 0
-
-
-W = None
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    W.make(sys.argv[1])
+    sys.exit(harness.main(named(globals(), ["test_signal_stuck"]), 4))      # the one that waits 5 s begins first

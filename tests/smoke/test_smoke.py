@@ -6,294 +6,27 @@ subject; NAMEs pick those that contain one of them.  Python's standard library o
 system's choice; what is awaited is an event, or a PING's answer.  The last line is `N passed, M failed`.
 """
 import base64
-import concurrent.futures
-import contextlib
 import datetime
 import hashlib
 import json
 import os
 import re
-import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import xml.etree.ElementTree as xml
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-VECTORS = os.path.join(os.path.dirname(HERE), "vectors")
-VERBOSE = "-v" in sys.argv
-LIMIT = 20                                  # seconds that anything awaited may take; all should take far less
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import (  # noqa: E402
+    ACCEPTED, LIMIT, RST, Server, W, check, environment, event, field, fields, first, frame, has, hasnot, log, named, read, run, same,
+    sanitizers, temp, write)
+
 MIB = 1 << 20                               # bytes of the manifest in a chunk
-SANITIZER = re.compile(r"(ERROR: \w+Sanitizer.*|.*runtime error:.*|SUMMARY: \w+Sanitizer.*)")
-totals = {"passed": 0, "failed": 0}
-lock = threading.Lock()
-
-
-# ---- Telling results ----
-
-def check(name, good, got="", wanted=""):
-    with lock:
-        totals["passed" if good else "failed"] += 1
-        if not good:
-            print(f"FAIL {name}: got {shorten(got)}, wanted {shorten(wanted)}", flush=True)
-        elif VERBOSE:
-            print(f"ok {name}", flush=True)
-    return good
-
-
-def same(name, got, wanted):
-    return check(name, got == wanted, repr(got), repr(wanted))
-
-
-def has(name, text, *patterns):
-    """One line of the text matches all the patterns."""
-    good = any(all(re.search(p, line) for p in patterns) for line in text.splitlines())
-    return check(name, good, repr(text), "a line with " + " and ".join(patterns))
-
-
-def hasnot(name, text, pattern):
-    return check(name, not re.search(pattern, text, re.M), repr(text), f"nothing like {pattern}")
-
-
-def shorten(text, limit=900):
-    text = str(text)
-    return text if len(text) <= limit else text[:limit // 3] + " ... " + text[-limit * 2 // 3:]
-
-
-def sanitizers(name, err):
-    found = SANITIZER.findall(err)
-    if found:
-        frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err)
-        check(f"{name}: sanitizer", False, f"{found[0]} ({' < '.join(frames[:6])})", "no report")
-
-
-# ---- Running commands ----
-
-def environment():
-    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS")
-    env = {k: v for k, v in os.environ.items() if k not in own}
-    return {**env, "TZ": "UTC", "LC_ALL": "C.UTF-8", "HOST": "127.0.0.1", "PORT": "0"}
-
-
-def run(name, args, limit=LIMIT, env=None):
-    """Runs `cvms ARGS` to its end: (status, stdout, stderr, seconds).  One that does not end is killed: status None."""
-    began = time.monotonic()
-    p = subprocess.Popen([W.cvms, *args], env={**environment(), **(env or {})}, stdin=subprocess.DEVNULL, cwd=W.dir,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        out, err = p.communicate(timeout=limit)
-        status = p.returncode
-    except subprocess.TimeoutExpired:
-        p.kill()
-        out, err = p.communicate()
-        status = None
-    err = err.decode(errors="replace")
-    sanitizers(name, err)
-    return status, out.decode(errors="replace"), err, time.monotonic() - began
-
-
-class Collector:
-    """Reads a pipe to its end in a thread; until() waits for what is awaited to appear."""
-    def __init__(self, pipe):
-        self.pipe, self.data, self.ended, self.cond = pipe, b"", False, threading.Condition()
-        self.thread = threading.Thread(target=self.read, daemon=True)
-        self.thread.start()
-
-    def read(self):
-        while True:
-            piece = os.read(self.pipe.fileno(), 65536)
-            with self.cond:
-                self.data += piece
-                self.ended = not piece
-                self.cond.notify_all()
-            if not piece:
-                return
-
-    def raw(self):
-        with self.cond:
-            return self.data
-
-    def text(self):
-        return self.raw().decode(errors="replace")
-
-    def until(self, pattern, times=1, seconds=LIMIT):
-        """The text once the pattern is there so many times; None if that does not come about."""
-        end = time.monotonic() + seconds
-        with self.cond:
-            while True:
-                text = self.data.decode(errors="replace")
-                if len(re.findall(pattern, text, re.M)) >= times:
-                    return text
-                if self.ended or not self.cond.wait(max(0, end - time.monotonic())) and time.monotonic() >= end:
-                    return None
-
-
-class Server:
-    """`cvms FLAGS` in the background.  .address is what its -ready-file says.  At the end, what it is left with ends."""
-    def __init__(self, name, *args, base=None, stdin=subprocess.DEVNULL):
-        self.name, self.streams = name, []
-        ready = os.path.join(temp(), "ready")
-        self.p = subprocess.Popen([W.cvms, *(W.base if base is None else base), "-ready-file", ready, *args], cwd=W.dir,
-                                  env=environment(), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.out, self.err = Collector(self.p.stdout), Collector(self.p.stderr)
-        text = self.err.until(r"listening at \S+ with")
-        if not check(f"{name}: ready line", text is not None, self.err.text(), "the ready line"):
-            raise RuntimeError("no server")
-        self.address = read(ready).decode().strip()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for s in self.streams:
-            s.close()
-        if self.p.poll() is None:
-            self.p.send_signal(signal.SIGTERM)
-        self.wait()
-        for pipe in (self.p.stdin, self.p.stdout, self.p.stderr):
-            with contextlib.suppress(OSError, AttributeError):
-                pipe.close()
-        sanitizers(self.name, self.err.text())
-
-    def wait(self, seconds=LIMIT):
-        """The exit status; None, and the end of it, if it does not end by itself."""
-        try:
-            status = self.p.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.p.kill()
-            self.p.wait()
-            status = None
-        self.err.thread.join(LIMIT)
-        self.out.thread.join(LIMIT)
-        return status
-
-    def stop(self, number=signal.SIGTERM):
-        self.p.send_signal(number)
-        return self.wait()
-
-    def open(self, metadata=(), first=b"", **kw):
-        """A new stream, with its first message sent and taken by the server."""
-        s = Stream(self.address, metadata, **kw)
-        self.streams.append(s)
-        if first:
-            s.send(first)
-        s.sync()
-        return s
-
-    def agent(self, job=None, **kw):
-        return self.open([("job-id", job)] if job else (), ATTESTATION, **kw)
-
-    def forwarder(self, job=None, first=None, **kw):
-        meta = [("job-id", job), ("connection-type", "log-forwarder")] if job else ()
-        return self.open(meta, log("started") if first is None else first, **kw)
-
-    def both(self, job=None, forwarder_first=False):
-        """(agent, log-forwarder), opened in this order or the other."""
-        if forwarder_first:
-            f = self.forwarder(job)
-            return self.agent(job), f
-        a = self.agent(job)
-        return a, self.forwarder(job)
-
-    def command(self, text):
-        self.p.stdin.write(text.encode())
-        self.p.stdin.flush()
-
-    def ended(self, status, *patterns, word=None):
-        """It ends by itself with this status, and one line of the summary matches all the patterns."""
-        same(f"{self.name}: exit status", self.wait(), status)
-        err = self.summary()
-        word = word or {0: "PASSED", 3: "FAILED", 4: "TIMED OUT", 5: "LOST"}.get(status, "INTERRUPTED")
-        has(f"{self.name}: verdict line", err, f"^cvms: {word}: ", *patterns)
-        return err
-
-    def summary(self):
-        text = self.err.text()
-        return text[text.find("\ncvms: ") + 1:] if "\ncvms: " in text else text
-
-
-def temp():
-    return tempfile.mkdtemp(prefix="t-", dir=W.dir)
-
-
-def read(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def write(name, text):
-    path = os.path.join(temp(), name)
-    with open(path, "w") as f:
-        f.write(text)
-    return path
-
-
-class World:
-    """What every test may use: a folder, the program, the flags that are always needed."""
-    def __init__(self, cvms):
-        self.dir = tempfile.mkdtemp(prefix="cvms-smoke-")
-        self.cvms = os.path.abspath(cvms)
-        self.key = os.path.join(VECTORS, "keys", "ed25519.pem")
-        self.algo = os.path.join(VECTORS, "inputs", "algo.py")
-        self.need = ["-public-key-path", self.key, "-attested-tls-bool", "false"]
-        self.base = [*self.need, "-algo-path", self.algo]
-        self.data = [*self.base, "-data-paths", os.path.join(VECTORS, "inputs", "data.csv")]
-        self.big = [*self.base, "-description", "d" * 100000]      # grows in big()
-
-
-# ---- Protobuf, by hand ----
-
-def varint(n):
-    out = b""
-    while n > 127:
-        out += bytes([n & 127 | 128])
-        n >>= 7
-    return out + bytes([n])
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def take_varint(b, at):
-    shift = n = 0
-    while True:
-        n |= (b[at] & 127) << shift
-        shift += 7
-        at += 1
-        if b[at - 1] < 128:
-            return n, at
-
-
-def fields(b):
-    """[(number, value)] of one message; varints as int, the rest as bytes."""
-    at, out = 0, []
-    while at < len(b):
-        tag, at = take_varint(b, at)
-        if tag & 7 == 0:
-            value, at = take_varint(b, at)
-        elif tag & 7 == 2:
-            n, at = take_varint(b, at)
-            value, at = b[at:at + n], at + n
-            if len(value) != n:
-                raise ValueError("cut off")
-        else:
-            raise ValueError(f"wire type {tag & 7}")
-        out.append((tag >> 3, value))
-    return out
-
-
-def first(b, number, default=b""):
-    return dict(reversed(fields(b))).get(number, default)
+BIG = ["-description", "d" * 100000]        # grows in big()
 
 
 # The messages that are recorded, and how canonical JSON names their fields: number -> (name, kind).
@@ -339,21 +72,7 @@ def plain_times(value):
     return value
 
 
-# ---- The messages of an agent host ----
-
-ATTESTATION = field(6, field(1, b"report"))
-ACCEPTED = field(3, field(1, "1"))
-
-
-def log(text, level="INFO"):
-    return field(1, field(1, text) + field(2, "1") + field(3, level) + field(4, field(1, 1700000000) + field(2, 500000000)))
-
-
-def event(name, details=b"", originator="agent"):
-    kind, status = name.split("/")
-    return field(2, field(1, kind) + field(2, field(1, 1700000000)) + field(3, "1") + (field(4, details) if details else b"") +
-                 field(5, originator) + field(6, status))
-
+# ---- What an agent host says ----
 
 def refused(text):
     return field(3, field(1, "1") + field(2, text))
@@ -367,152 +86,6 @@ START = ["ReceivingAlgorithm/InProgress"]
 RUNNING = ["Running/Starting", "Running/InProgress"]
 DONE = ["Running/Completed", "ConsumingResults/Ready"]
 RUN = [*START, *RUNNING, *DONE, "Complete/Completed"]
-
-
-# ---- HTTP/2, as much as a Process stream takes ----
-
-DATA, HEADERS, RST, SETTINGS, PING, GOAWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
-
-
-class Stream:
-    """A Process call on a connection of its own.  A thread reads what the server sends, unless deaf.
-
-    .messages are the server's messages; .goaway, .reset (their error codes) and .trailers tell how it ended."""
-    def __init__(self, address, metadata=(), deaf=False):
-        host, port = address.rsplit(":", 1)
-        self.cond = threading.Condition()
-        self.messages, self.times, self.pings, self.partial, self.sent = [], [], 0, b"", []
-        self.goaway = self.reset = None
-        self.trailers = self.eof = False
-        self.deaf = deaf
-        self.began = time.monotonic()
-        self.s = socket.create_connection((host, int(port)), LIMIT)
-        self.s.settimeout(None)
-        self.peer = "%s:%d" % self.s.getsockname()
-        text = lambda b: varint_hpack(len(b)) + b
-        head = [(":method", "POST"), (":scheme", "http"), (":path", "/cvms.Service/Process"), (":authority", address),
-                ("content-type", "application/grpc"), ("te", "trailers"), *metadata]
-        block = b"".join(b"\x00" + text(k.encode()) + text(v.encode()) for k, v in head)
-        self.put(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self.frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 1 << 24)) +
-                 self.frame(WINDOW, 0, 0, struct.pack(">I", 1 << 24)) + self.frame(HEADERS, 4, 1, block))
-        if not deaf:
-            self.thread = threading.Thread(target=self.read, daemon=True)
-            self.thread.start()
-
-    @staticmethod
-    def frame(kind, flags, stream, payload):
-        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-    def put(self, data):
-        with contextlib.suppress(OSError):             # what has become of the connection, the reader sees
-            self.s.sendall(data)
-
-    def send(self, *messages, end=False):
-        """All in one piece, so that the server meets them together."""
-        self.sent += messages
-        data = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
-        pieces = [data[i:i + 16384] for i in range(0, len(data), 16384)]
-        self.put(b"".join(self.frame(DATA, 0, 1, p) for p in pieces) + (self.frame(DATA, 1, 1, b"") if end else b""))
-
-    def events(self, *names):
-        self.send(*map(event, names))
-        return self
-
-    def read(self):
-        data = b""
-        while True:
-            try:
-                piece = self.s.recv(1 << 18)
-            except OSError:
-                piece = b""
-            data += piece
-            while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
-                n = int.from_bytes(data[:3], "big")
-                with self.cond:
-                    self.take(data[3], data[4], data[9:9 + n])
-                    self.cond.notify_all()
-                data = data[9 + n:]
-            if not piece:
-                with self.cond:
-                    self.eof = True
-                    self.cond.notify_all()
-                self.s.close()
-                return
-            if self.trailers and self.goaway is not None:      # as gRPC clients do: nothing more can come
-                with contextlib.suppress(OSError):
-                    self.s.shutdown(socket.SHUT_RDWR)
-
-    def take(self, kind, flags, payload):
-        if kind == SETTINGS and not flags & 1:
-            self.put(self.frame(SETTINGS, 1, 0, b""))
-        elif kind == PING and flags & 1:
-            self.pings += 1
-        elif kind == PING:
-            self.put(self.frame(PING, 1, 0, payload))
-        elif kind == GOAWAY:
-            self.goaway = int.from_bytes(payload[4:8], "big")
-        elif kind == RST:
-            self.reset = int.from_bytes(payload, "big")
-        elif kind == DATA:
-            self.partial += payload
-            while len(self.partial) >= 5 and len(self.partial) >= 5 + int.from_bytes(self.partial[1:5], "big"):
-                n = int.from_bytes(self.partial[1:5], "big")
-                self.messages.append(self.partial[5:5 + n])
-                self.times.append(time.monotonic() - self.began)
-                self.partial = self.partial[5 + n:]
-        if kind in (DATA, HEADERS) and flags & 1:
-            self.trailers = True
-
-    def until(self, good, seconds=LIMIT):
-        """Waits until good() holds or the connection is over; whether it holds."""
-        end = time.monotonic() + seconds
-        with self.cond:
-            while not good() and not self.eof and self.cond.wait(max(0, end - time.monotonic())):
-                pass
-            return bool(good())
-
-    def ping(self):
-        with self.cond:
-            wanted = self.pings + 1
-        self.put(self.frame(PING, 0, 0, b"smoke..."))
-        return self.until(lambda: self.pings >= wanted)
-
-    def sync(self):
-        """The server has taken all that was sent, and acted on it: the second PING comes in a later turn of its loop."""
-        return self.deaf or self.ping() and self.ping()
-
-    def alive(self):
-        return self.sync() and self.goaway is None and self.reset is None and not self.trailers
-
-    def asked(self, number, times=1, seconds=LIMIT):
-        """Waits for so many messages of this kind; the last one of them, or None."""
-        of = lambda: [m for m in self.messages if fields(m) and fields(m)[0][0] == number]
-        return first(of()[times - 1], number) if self.until(lambda: len(of()) >= times, seconds) else None
-
-    def chunks(self):
-        """[(data, id, is_last)] so far."""
-        with self.cond:
-            all_of = [first(m, 1) for m in self.messages if fields(m)[0][0] == 1]
-        return [(first(c, 1), first(c, 2).decode(), bool(first(c, 3, 0))) for c in all_of]
-
-    def manifest(self):
-        """The whole manifest, once it is there; None if it does not come."""
-        if not self.until(lambda: any(first(first(m, 1), 3, 0) for m in self.messages if fields(m)[0][0] == 1)):
-            return None
-        return b"".join(c[0] for c in self.chunks())
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.s.shutdown(socket.SHUT_RDWR)
-        if self.deaf:
-            self.s.close()
-        elif self.thread is not threading.current_thread():
-            self.thread.join(LIMIT)
-
-
-def varint_hpack(n):
-    """An HPACK integer with a prefix of 7 bits."""
-    return bytes([n]) if n < 127 else b"\x7f" + varint(n - 127)
 
 
 # ---- Status 0: every stage ----
@@ -535,7 +108,7 @@ def stage_row(stage, job, data, forwarder_first):
     script += [(None, "f", event("ReceivingData/InProgress"))] if data else []
     script += [("running", "f", event(RUNNING[0])), (None, "f", event(RUNNING[1])), ("ready", "f", event(DONE[0])),
                (None, "f", event(DONE[1])), ("complete", "f", event(RUN[-1]))]
-    with Server(name, "-until", stage, "-timeout", "20s", base=W.data if data else W.base) as s:
+    with Server(name, "-until", stage, "-timeout", "20s", base=W.with_data if data else W.base) as s:
         if stage == "connected":
             if forwarder_first:
                 f = s.forwarder(job)
@@ -615,7 +188,7 @@ def test_agent_command():
                                 (["-fail", "ReceivingData"], 3, ("Failed",)), (["-fail", "Running"], 3, ("Failed",)),
                                 (["-once"], 5, ("lost",))):
         name = "cvms agent " + " ".join(args)
-        with Server(name, "-until", "complete", "-timeout", "15s", "-grace", "300ms", base=W.data) as s:
+        with Server(name, "-until", "complete", "-timeout", "15s", "-grace", "300ms", base=W.with_data) as s:
             run(name, ["agent", *args, s.address])
             s.ended(status, *words)
 
@@ -672,7 +245,7 @@ def test_summary_is_safe():
         f.send(event("Running\x1b]0;x\x07/Failed"))
         f.send(log("%s%n%d hash does not match manifest", "ERROR"))
         err = s.ended(3)
-        raw = s.err.raw()
+        raw = s.err.bytes()
         check("hostile text: stderr is plain", not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", raw), repr(err), "no control characters")
         try:
             raw.decode()
@@ -770,7 +343,7 @@ def test_lost():
                 elif how == "end":
                     a.send(end=True)
                 else:
-                    a.put(a.frame(RST, 0, 1, struct.pack(">I", 8)))
+                    a.put(frame(RST, 0, 1, struct.pack(">I", 8)))
                 s.ended(5, "vm-3", stage)
     with Server("forwarder goes, agent stays", "-until", "ready", "-timeout", "1200ms", "-grace", "100ms") as s:
         a, f = s.both("vm")
@@ -1072,7 +645,7 @@ def records(path):
 
 def test_record():
     path = os.path.join(temp(), "record.jsonl")
-    with Server("record", "-record", path, "-control", base=big(W.data), stdin=subprocess.PIPE) as s:
+    with Server("record", "-record", path, "-control", base=big(W.with_data), stdin=subprocess.PIPE) as s:
         a, f = s.both("vm \x01")
         b = s.agent()
         a.send(ACCEPTED, refused("é\x01\n"), state("Running"), field(4, field(1, "1") + field(2, "bye")), field(7, field(1, b"\xff\0")))
@@ -1447,7 +1020,7 @@ def test_stand_in_refuses():
             has(name, err, "FAILED: ", told)
     with Server("stand-in, twice", "-fault", "twice", base=large) as s:
         same("stand-in, twice: the second is not looked at", run("stand-in, twice", ["agent", s.address])[0], 0)
-    manifest = json.loads(run("manifest", ["manifest", *W.data])[1])
+    manifest = json.loads(run("manifest", ["manifest", *W.with_data])[1])
     rows = [("no algorithm", {"algorithm": None}, None, "the manifest has no algorithm"),
             ("an algorithm's hash", {"algorithm": {**manifest["algorithm"], "hash": "AAAA"}}, "algorithm has a hash of 3 bytes",
              "algorithm 0: its hash has 3 bytes"),
@@ -1537,38 +1110,8 @@ def test_replay_mistakes():
     has("replay to no server", err, "FAILED: can't connect")
 
 
-# ---- All of them ----
-
-def one(function):
-    began = time.monotonic()
-    try:
-        function()
-    except Exception as e:                     # a test that breaks is a failure, and the others go on
-        where = e.__traceback__
-        while where.tb_next and where.tb_next.tb_frame.f_code.co_filename == __file__:
-            where = where.tb_next
-        check(f"{function.__name__}, line {where.tb_lineno}", False, repr(e), "no exception")
-    if VERBOSE:
-        with lock:
-            print(f"     {function.__name__}: {time.monotonic() - began:.1f} s", flush=True)
-
-
-def main():
-    global W
-    words = [a for a in sys.argv[1:] if a != "-v"]
-    if not words:
-        sys.exit(__doc__)
-    W = World(words[0])
-    tests = [f for n, f in globals().items() if n.startswith("test_") and (not words[1:] or any(w in n for w in words[1:]))]
-    try:
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            list(pool.map(one, tests))
-    finally:
-        shutil.rmtree(W.dir, ignore_errors=True)
-    print(f"{totals['passed']} passed, {totals['failed']} failed")
-    return 1 if totals["failed"] or not totals["passed"] else 0
-
-
-W = None
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    W.make(sys.argv[1])
+    sys.exit(harness.main(named(globals()), 6))
