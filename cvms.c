@@ -131,13 +131,38 @@ PRINTF_LIKE(2, 3) static bool err_set(struct err *e, const char *fmt, ...)
     return false;
 }
 
+/* What stands behind the first place of `what`; p is NULL where there is none.  Nothing is found at the start. */
+static struct bytes bytes_behind(struct bytes in, struct bytes what)
+{
+    if (what.n == 0)
+        return in.p ? in : BYTES("");
+    while (in.n >= what.n) {
+        const uint8_t *at = memchr(in.p, what.p[0], in.n - what.n + 1);
+        if (!at)
+            break;
+        in.n -= (size_t)(at + 1 - in.p);
+        in.p = at + 1;
+        if (memcmp(at, what.p, what.n) == 0)
+            return (struct bytes){ at + what.n, in.n - (what.n - 1) };
+    }
+    return (struct bytes){ 0 };
+}
+
 static bool bytes_contain(struct bytes in, const char *what)
 {
-    size_t n = strlen(what);
-    for (size_t i = 0; i + n <= in.n; i++)
-        if (memcmp(in.p + i, what, n) == 0)
-            return true;
-    return false;
+    return bytes_behind(in, bytes_of(what)).p != NULL;
+}
+
+/* The same with * for any run of bytes. */
+static bool bytes_match(struct bytes in, const char *what)
+{
+    for (bool more = true; more; what++) {
+        size_t n = strcspn(what, "*");
+        in = bytes_behind(in, (struct bytes){ (const uint8_t *)what, n });
+        what += n;
+        more = *what && in.p;
+    }
+    return in.p != NULL;
 }
 
 /* Milliseconds as seconds, for a printf-like function. */
@@ -5827,8 +5852,8 @@ static const struct option option_table[] = {
       "with a verdict wanted: ask agents for their state so often (0: never)" },
     { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect),
       "events that must come, in this order; others may stand between" },
-    { "reject", "PATTERN", NULL, OPT_LIST, CMD_SERVE, AT(reject),
-      "a log line or event that this extended regular expression finds is a failure; may be repeated" },
+    { "reject", "TEXT", NULL, OPT_LIST, CMD_SERVE, AT(reject),
+      "a log line or event in which this text stands is a failure, * for any run; may be repeated" },
     { "agents", "N", "1", OPT_COUNT, CMD_SERVE, AT(agents),
       "so many agents must get there, told apart by job-id or address" },
     { "report", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(report),
@@ -5943,7 +5968,8 @@ static int parse_bool(const char *s)
     return -1;
 }
 
-/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds; -1 if it is none, or over ten years. */
+/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds, at least 1 of what is not 0; -1 if it is
+ * none, or over ten years. */
 static int64_t parse_duration(const char *s)
 {
     static const struct {
@@ -5971,7 +5997,7 @@ static int64_t parse_duration(const char *s)
         total += v * units[i].ms;
         s += unit;
     }
-    return total > 10 * 365.25 * 86400e3 ? -1 : (int64_t)total;
+    return total > 10 * 365.25 * 86400e3 ? -1 : total > 0 && total < 1 ? 1 : (int64_t)total;
 }
 
 /* Letters to change, add or drop to make one word of the other (Levenshtein), for words under 40 letters. */
@@ -7706,505 +7732,15 @@ static void manifest_refresh(struct manifest *m, struct core *core)
 }
 
 /* ==== 16. The verdict: a smoke test's stages, failures and summary ==================================================
- * Owns: what an agent's messages mean for the question "did it work?", the patterns of -reject, summary and report.
+ * Owns: what an agent's messages mean for the question "did it work?", the texts of -reject, summary and report.
  * Never: sends, reads a clock, or fails a run for what is normal in a healthy one.
  */
-
-/* ---- Patterns: extended regular expressions (IEEE Std 1003.1, Base Definitions 9.4), found line by line ----
- * Not by regexec: the lines are a peer's, and for "a.*b" glibc's takes the square of a line's length: hours for one
- * message.  Here a pattern is code for a nondeterministic automaton; each set of places in it that a text leads to
- * becomes a state of a deterministic one.  So time is linear in the text, whatever the pattern, and memory is fixed.
- */
-enum {
-    PATTERN_CODE = 1024,              /* instructions and ranges; a pattern that needs more is refused */
-    PATTERN_STATES = 128,             /* that are kept; what a line meets beyond them is worked out anew */
-    PATTERN_DEPTH = 100,              /* groups in groups */
-    PATTERN_REPEATS = 255,            /* RE_DUP_MAX */
-    ASCII = 128,
-};
-
-enum pattern_op {
-    OP_FOUND,                         /* the end of the pattern */
-    OP_CHAR,                          /* one character of the `ranges` from `arg` on; negated: one of no such */
-    OP_SPLIT,                         /* here go on both at the next and at the one that is `arg` away */
-    OP_JUMP,                          /* go on at the one that is `arg` away */
-    OP_ASSERT,                        /* `arg` is ^ $ < > b or B, and holds here */
-};
-
-struct pattern_instr {
-    uint8_t op;
-    bool negated;
-    uint16_t ranges;
-    int32_t arg;
-};
-
-/* What stands before a place of a line, and behind it. */
-enum beside { BESIDE_END, BESIDE_WORD, BESIDE_OTHER };
-
-struct pattern_state {
-    uint64_t set[PATTERN_CODE / 64];  /* the instructions to go on at, beside the first of all */
-    uint8_t before;                   /* enum beside */
-    uint8_t next[ASCII + 2];          /* by character, then for the end: state + 1, STATE_FOUND, 0: not known */
-};
-
-#define STATE_FOUND 255
-#define LINE_END UINT32_MAX           /* as a character */
-
-struct pattern {
-    struct pattern_instr code[PATTERN_CODE];
-    struct {
-        uint32_t first, last;
-    } ranges[PATTERN_CODE];
-    unsigned n, range_count, state_count;
-    struct pattern_state states[PATTERN_STATES + 1];   /* the last is not kept */
-    uint8_t slots[2 * PATTERN_STATES];                 /* a hash table: state + 1, 0: free */
-};
-
-struct pattern_parser {
-    struct pattern *p;
-    const uint8_t *at, *end;
-    unsigned depth;
-    const char *why;                  /* the first error; then at == end */
-};
-
-/* Character classes; an escape of the same meaning. */
-static const struct {
-    char name[8], escape;
-    uint8_t pairs;
-    char ranges[8];
-} pattern_classes[] = {
-    { "alpha", 0, 2, "AZaz" }, { "digit", 'd', 1, "09" }, { "alnum", 0, 3, "09AZaz" }, { "upper", 0, 1, "AZ" },
-    { "lower", 0, 1, "az" }, { "space", 's', 2, "\t\r  " }, { "blank", 0, 2, "\t\t  " }, { "punct", 0, 4, "!/:@[`{~" },
-    { "print", 0, 1, " ~" }, { "graph", 0, 1, "!~" }, { "cntrl", 0, 2, "\0\x1f\x7f\x7f" }, { "xdigit", 0, 3, "09AFaf" },
-    { "word", 'w', 4, "09AZ__az" },
-};
-
-static void pattern_fail(struct pattern_parser *x, const char *why)
-{
-    if (!x->why)
-        x->why = why;
-    x->at = x->end;
-}
-
-static void pattern_insert(struct pattern_parser *x, unsigned at, struct pattern_instr instr)
-{
-    struct pattern *p = x->p;
-    if (p->n == PATTERN_CODE) {
-        pattern_fail(x, "it is too large");
-        return;
-    }
-    memmove(p->code + at + 1, p->code + at, (p->n++ - at) * sizeof *p->code);
-    p->code[at] = instr;
-}
-
-static void pattern_emit(struct pattern_parser *x, enum pattern_op op, int32_t arg)
-{
-    pattern_insert(x, x->p->n, (struct pattern_instr){ .op = (uint8_t)op, .arg = arg });
-}
-
-/* An OP_CHAR without ranges. */
-static void pattern_emit_char(struct pattern_parser *x, bool negated)
-{
-    struct pattern_instr instr = { .op = OP_CHAR, .negated = negated, .arg = (int32_t)x->p->range_count };
-    pattern_insert(x, x->p->n, instr);
-}
-
-/* One more range for the OP_CHAR that was emitted last. */
-static void pattern_range(struct pattern_parser *x, uint32_t first, uint32_t last)
-{
-    struct pattern *p = x->p;
-    if (p->range_count == PATTERN_CODE)
-        pattern_fail(x, "it is too large");
-    if (x->why)
-        return;
-    p->ranges[p->range_count].first = first;
-    p->ranges[p->range_count++].last = last;
-    p->code[p->n - 1].ranges++;
-}
-
-static void pattern_class(struct pattern_parser *x, size_t class)
-{
-    const char *ranges = pattern_classes[class].ranges;
-    for (unsigned i = 0; i < pattern_classes[class].pairs; i++)
-        pattern_range(x, (uint8_t)ranges[2 * i], (uint8_t)ranges[2 * i + 1]);
-}
-
-/* Whether the next octets are these; then they are taken. */
-static bool pattern_take(struct pattern_parser *x, const char *what)
-{
-    size_t n = strlen(what);
-    if ((size_t)(x->end - x->at) < n || memcmp(x->at, what, n) != 0)
-        return false;
-    x->at += n;
-    return true;
-}
-
-/* The next character; LINE_END at the end. */
-static uint32_t pattern_char(struct pattern_parser *x)
-{
-    uint32_t c;
-    size_t n = x->at < x->end ? pb_utf8_char(x->at, x->end, &c) : 0;
-    if (!n && x->at < x->end)
-        pattern_fail(x, "it is not UTF-8");
-    x->at += n;
-    return n ? c : LINE_END;
-}
-
-/* One end of a range in a bracket expression (9.3.5). */
-static uint32_t pattern_bracket_char(struct pattern_parser *x)
-{
-    const char *close = pattern_take(x, "[.") ? ".]" : pattern_take(x, "[=") ? "=]" : "";
-    bool class = pattern_take(x, "[:");
-    uint32_t c = pattern_char(x);
-    if (class)
-        pattern_fail(x, "a range can't end with a character class");
-    else if (c == LINE_END)
-        pattern_fail(x, "\"[\" without \"]\"");
-    else if (!pattern_take(x, close))
-        pattern_fail(x, "a collating element is one character");
-    return c;
-}
-
-static void pattern_bracket_class(struct pattern_parser *x)
-{
-    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
-        if (pattern_take(x, pattern_classes[i].name)) {
-            pattern_class(x, i);
-            if (!pattern_take(x, ":]"))
-                break;
-            return;
-        }
-    pattern_fail(x, "no such character class");
-}
-
-static void pattern_bracket(struct pattern_parser *x)
-{
-    const uint8_t *begin = x->at;
-    pattern_emit_char(x, pattern_take(x, "^"));
-    do {
-        if (pattern_take(x, "[:")) {
-            pattern_bracket_class(x);
-            continue;
-        }
-        uint32_t first = pattern_bracket_char(x), last = first;
-        if (x->end - x->at > 1 && x->at[0] == '-' && x->at[1] != ']') {
-            x->at++;
-            last = pattern_bracket_char(x);
-        }
-        if (last < first)
-            pattern_fail(x, "a range whose end comes before its start");
-        pattern_range(x, first, last);
-    } while (!x->why && !pattern_take(x, "]"));
-    if (!x->why && x->at - begin > 3 && *begin == ':' && x->at[-2] == ':')
-        pattern_fail(x, "a character class stands in a bracket expression: [[:alpha:]]");
-}
-
-static void pattern_escape(struct pattern_parser *x)
-{
-    uint32_t c = pattern_char(x), lower = c | 0x20;
-    for (size_t i = 0; i < PB_COUNT(pattern_classes); i++)
-        if (lower == (uint8_t)pattern_classes[i].escape && c >= 'A') {
-            pattern_emit_char(x, c != lower);
-            pattern_class(x, i);
-            return;
-        }
-    if (c == 'b' || c == 'B' || c == '<' || c == '>') {
-        pattern_emit(x, OP_ASSERT, (int32_t)c);
-    } else if (c == LINE_END) {
-        pattern_fail(x, "a backslash at the end");
-    } else if (c >= '0' && c <= '9') {
-        pattern_fail(x, "back-references are not for extended expressions");
-    } else if (lower >= 'a' && lower <= 'z') {
-        pattern_fail(x, "no such escape");
-    } else {
-        pattern_emit_char(x, false);
-        pattern_range(x, c, c);
-    }
-}
-
-static void pattern_alternation(struct pattern_parser *x);
-
-/* Without what repeats it.  False: nothing can. */
-static bool pattern_atom(struct pattern_parser *x)
-{
-    unsigned start = x->p->n;
-    uint32_t c = pattern_char(x);
-    if (c == '(') {
-        if (++x->depth > PATTERN_DEPTH)
-            pattern_fail(x, "groups are nested too deeply");
-        pattern_alternation(x);
-        x->depth--;
-        if (!x->why && !pattern_take(x, ")"))
-            pattern_fail(x, "\"(\" without \")\"");
-        return true;
-    }
-    if (c == '[') {
-        pattern_bracket(x);
-    } else if (c == '\\') {
-        pattern_escape(x);
-    } else if (c == '^' || c == '$') {
-        pattern_emit(x, OP_ASSERT, (int32_t)c);
-    } else if (c < ASCII && c && strchr("*+?{", (int)c)) {
-        x->at--;                      /* pattern_branch tells */
-        return false;
-    } else {
-        pattern_emit_char(x, c == '.');
-        if (c != '.')
-            pattern_range(x, c, c);
-    }
-    return x->why || x->p->code[start].op != OP_ASSERT;
-}
-
-/* What has been emitted since start comes min to max times; max over PATTERN_REPEATS: without an end. */
-static void pattern_repeat(struct pattern_parser *x, unsigned start, unsigned min, unsigned max)
-{
-    bool endless = max > PATTERN_REPEATS;
-    int32_t n = (int32_t)(x->p->n - start);
-    if (max == 0)
-        x->p->n = start;
-    else if (min == 0)
-        pattern_insert(x, start++, (struct pattern_instr){ .op = OP_SPLIT, .arg = n + 1 + endless });
-    for (unsigned times = 1; times < (endless ? min : max); times++) {
-        if (times >= min)
-            pattern_emit(x, OP_SPLIT, n + 1);
-        for (int32_t i = 0; i < n && !x->why; i++)
-            pattern_insert(x, x->p->n, x->p->code[start + (unsigned)i]);
-    }
-    if (endless)
-        pattern_emit(x, min ? OP_SPLIT : OP_JUMP, min ? -n : -n - 1);
-}
-
-/* A number of a repetition; `none` if there is no digit. */
-static unsigned pattern_number(struct pattern_parser *x, unsigned none)
-{
-    unsigned n = 0;
-    const uint8_t *begin = x->at;
-    while (x->at < x->end && *x->at >= '0' && *x->at <= '9')
-        if ((n = n * 10 + *x->at++ - '0') > PATTERN_REPEATS)
-            pattern_fail(x, "it repeats over 255 times");
-    return x->at == begin ? none : n;
-}
-
-/* A piece and all that repeats it.  At the least one piece of a branch. */
-static void pattern_branch(struct pattern_parser *x)
-{
-    const uint8_t *begin = x->at;
-    while (x->at < x->end && *x->at != '|' && (*x->at != ')' || !x->depth)) {
-        unsigned start = x->p->n;
-        bool repeats = pattern_atom(x);
-        while (x->at < x->end && strchr("*+?{", *x->at) && *x->at) {
-            uint8_t c = *x->at;
-            unsigned min = c == '+', max = c == '?' ? 1 : PATTERN_REPEATS + 1;
-            if (!repeats)
-                pattern_fail(x, "nothing to repeat; a backslash before it makes it an ordinary character");
-            x->at += !x->why;
-            if (c == '{' && !x->why) {
-                min = pattern_number(x, 0);
-                max = pattern_take(x, ",") ? pattern_number(x, max) : min;
-                if (x->at[-1] == '{' || !pattern_take(x, "}"))
-                    pattern_fail(x, "a repetition is {2}, {2,} or {2,3}; a brace alone is \\{");
-                else if (max < min)
-                    pattern_fail(x, "a repetition whose end comes before its start");
-            }
-            if (!x->why)
-                pattern_repeat(x, start, min, max);
-        }
-    }
-    if (x->at == begin)
-        pattern_fail(x, "an empty alternative finds every line");
-}
-
-static void pattern_alternation(struct pattern_parser *x)
-{
-    struct pattern *p = x->p;
-    int32_t jump = -1;                /* the last one to the end; each has the one before it as its arg */
-    for (;;) {
-        unsigned start = p->n;
-        pattern_branch(x);
-        if (x->why || !pattern_take(x, "|"))
-            break;
-        pattern_insert(x, start, (struct pattern_instr){ .op = OP_SPLIT, .arg = (int32_t)(p->n - start) + 2 });
-        pattern_emit(x, OP_JUMP, jump);
-        jump = (int32_t)p->n - 1;
-    }
-    while (!x->why && jump >= 0) {
-        int32_t before = p->code[jump].arg;
-        p->code[jump].arg = (int32_t)p->n - jump;
-        jump = before;
-    }
-}
-
-static enum beside beside(uint32_t c)
-{
-    bool word = (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_';
-    return c == LINE_END ? BESIDE_END : word ? BESIDE_WORD : BESIDE_OTHER;
-}
-
-static bool pattern_holds(int32_t assertion, enum beside before, enum beside after)
-{
-    bool word_before = before == BESIDE_WORD, word_after = after == BESIDE_WORD;
-    switch (assertion) {
-    case '^':
-        return before == BESIDE_END;
-    case '$':
-        return after == BESIDE_END;
-    case '<':
-        return !word_before && word_after;
-    case '>':
-        return word_before && !word_after;
-    default:
-        return (word_before != word_after) == (assertion == 'b');
-    }
-}
-
-static bool pattern_accepts(const struct pattern *p, const struct pattern_instr *instr, uint32_t c)
-{
-    bool in = false;
-    for (int32_t i = instr->arg; i < instr->arg + instr->ranges && !in; i++)
-        in = c >= p->ranges[i].first && c <= p->ranges[i].last;
-    return c != LINE_END && in != instr->negated;
-}
-
-/* The state for a set of instructions; a new one where there is none yet. */
-static unsigned pattern_state(struct pattern *p, const uint64_t *set, enum beside before)
-{
-    size_t words = (p->n + 63) / 64;
-    uint64_t hash = before;
-    for (size_t i = 0; i < words; i++)
-        hash = (hash ^ set[i]) * 0x9e3779b97f4a7c15 ^ hash >> 29;
-    size_t slot = (hash >> 32) % sizeof p->slots;
-    for (; p->slots[slot]; slot = (slot + 1) % sizeof p->slots) {
-        const struct pattern_state *s = &p->states[p->slots[slot] - 1];
-        if (s->before == before && memcmp(s->set, set, words * sizeof *set) == 0)
-            return p->slots[slot] - 1U;
-    }
-    unsigned k = p->state_count;
-    if (k < PATTERN_STATES)
-        p->slots[slot] = (uint8_t)++p->state_count;
-    memcpy(p->states[k].set, set, words * sizeof *set);
-    memset(p->states[k].next, 0, sizeof p->states[k].next);
-    p->states[k].before = (uint8_t)before;
-    return k;
-}
-
-/* The state at a line's start, or with something else before it. */
-static unsigned pattern_start(struct pattern *p, enum beside before)
-{
-    static const uint64_t none[PATTERN_CODE / 64];
-    return pattern_state(p, none, before);
-}
-
-/* The instructions that are still to be looked at for one step, each once. */
-struct pattern_places {
-    uint64_t seen[PATTERN_CODE / 64];
-    uint16_t list[PATTERN_CODE];
-    size_t n;
-};
-
-static void pattern_visit(struct pattern_places *places, unsigned at)
-{
-    uint64_t bit = (uint64_t)1 << at % 64;
-    if (!(places->seen[at / 64] & bit))
-        places->list[places->n++] = (uint16_t)at;
-    places->seen[at / 64] |= bit;
-}
-
-/* Where a character leads to: state + 1, or STATE_FOUND where the pattern has ended before it. */
-static uint8_t pattern_step(struct pattern *p, unsigned state, uint32_t c)
-{
-    struct pattern_places places = { .n = 0 };
-    uint64_t out[PATTERN_CODE / 64] = { 0 };
-    const uint64_t *set = p->states[state].set;
-    enum beside before = p->states[state].before, after = beside(c);
-    pattern_visit(&places, 0);
-    for (unsigned at = 0; at < p->n; at++)
-        if (set[at / 64] >> at % 64 == 0)
-            at |= 63;
-        else if (set[at / 64] >> at % 64 & 1)
-            pattern_visit(&places, at);
-    while (places.n) {
-        unsigned at = places.list[--places.n], next = at + 1;
-        const struct pattern_instr *instr = &p->code[at];
-        unsigned far = at + (unsigned)instr->arg;
-        if (instr->op == OP_FOUND)
-            return STATE_FOUND;
-        if (instr->op == OP_CHAR && pattern_accepts(p, instr, c))
-            out[next / 64] |= (uint64_t)1 << next % 64;
-        if (instr->op == OP_SPLIT || (instr->op == OP_ASSERT && pattern_holds(instr->arg, before, after)))
-            pattern_visit(&places, next);
-        if (instr->op == OP_SPLIT || instr->op == OP_JUMP)
-            pattern_visit(&places, far);
-    }
-    return (uint8_t)(pattern_state(p, out, after) + 1);
-}
-
-/* Whether the pattern finds something in this line, which is without its newline. */
-static bool pattern_in_line(struct pattern *p, const uint8_t *at, const uint8_t *end)
-{
-    if (p->state_count == PATTERN_STATES) {   /* room for those of this line */
-        p->state_count = 0;
-        memset(p->slots, 0, sizeof p->slots);
-    }
-    for (unsigned state = pattern_start(p, BESIDE_END);;) {
-        uint32_t c = LINE_END;
-        if (at < end) {
-            size_t n = *at < ASCII ? 1 : pb_utf8_char(at, end, &c);
-            c = *at < ASCII ? *at : n ? c : 0xfffd;
-            at += n ? n : 1;
-        }
-        unsigned column = c < ASCII ? c : c == LINE_END ? ASCII : ASCII + 1;   /* that one stays 0 */
-        uint8_t next = p->states[state].next[column];
-        if (!next) {
-            next = pattern_step(p, state, c);
-            if (next != PATTERN_STATES + 1 && column <= ASCII)
-                p->states[state].next[column] = next;
-        }
-        if (next == STATE_FOUND || c == LINE_END)
-            return next == STATE_FOUND;
-        state = next - 1U;
-    }
-}
-
-/* The first line of a text in which the pattern finds something, without its newline. */
-static bool pattern_find(struct pattern *p, struct bytes text, struct bytes *line)
-{
-    for (bool more = true; more;) {
-        const uint8_t *newline = text.n ? memchr(text.p, '\n', text.n) : NULL;
-        *line = (struct bytes){ text.p, newline ? (size_t)(newline - text.p) : text.n };
-        if (pattern_in_line(p, line->p, line->n ? line->p + line->n : line->p))
-            return true;
-        more = newline && line->n + 1 < text.n;
-        text = (struct bytes){ text.p + line->n + more, text.n - line->n - more };
-    }
-    return false;
-}
-
-/* Whether it finds the nothing between two characters, and so all lines that are not empty. */
-static bool pattern_finds_all(struct pattern *p)
-{
-    unsigned between = pattern_start(p, BESIDE_OTHER);
-    return pattern_step(p, between, '.') == STATE_FOUND && pattern_step(p, between, 'a') == STATE_FOUND;
-}
-
-/* Compiles a pattern into *p, which is zero.  NULL, or what is wrong with it. */
-static const char *pattern_compile(struct pattern *p, const char *text)
-{
-    struct bytes in = bytes_of(text);
-    struct pattern_parser x = { .p = p, .at = in.p, .end = in.p + in.n };
-    pattern_alternation(&x);
-    pattern_emit(&x, OP_FOUND, 0);
-    if (!x.why && pattern_finds_all(p))
-        x.why = "it finds every line";
-    return x.why;
-}
-
-/* ---- Stages and hosts ---- */
 
 enum stage { STAGE_NONE, STAGE_CONNECTED, STAGE_ACCEPTED, STAGE_RUNNING, STAGE_READY, STAGE_COMPLETE, STAGES };
 static const char *const stage_names[STAGES] = { "none", "connected", "accepted", "running", "ready", "complete" };
 
 enum {
-    VERDICT_REACHED = 0, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
+    VERDICT_REACHED = 0, VERDICT_BROKEN = 1, VERDICT_FAILED = 3, VERDICT_TIMEOUT = 4, VERDICT_LOST = 5,
     CONTEXT_LINES = 8,                /* of a host's log, kept for the summary of a failure */
     CONTEXT_BYTES = 300,
     CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
@@ -8252,8 +7788,7 @@ struct verdict {
     unsigned agents;                  /* as many must get there */
     int64_t start_ms, timeout_ms, grace_ms, poll_ms, end_ms, next_poll_ms;   /* INT64_MAX: never */
     struct values expect;             /* TYPE/STATUS, in this order */
-    struct values reject;             /* patterns, and each compiled */
-    struct pattern **patterns;
+    struct values reject;             /* texts, * for any run of bytes */
     struct host *hosts;
     size_t host_count;
     struct buf why;                   /* one line: the reason of the end */
@@ -8270,8 +7805,6 @@ static void verdict_free(struct verdict *v)
         free(h->failure);
         free(h);
     }
-    for (size_t i = 0; i < v->reject.n; i++)
-        free(v->patterns[i]);
     buf_free(&v->why);
 }
 
@@ -8344,16 +7877,17 @@ static void host_context(struct host *h, const char *head, struct bytes text)
     buf_free(&line);
 }
 
-/* -reject: a line that one of the patterns finds is a failure; ^ and $ are the ends of each line of a log. */
+/* -reject: a line in which one of the texts stands is a failure. */
 static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
 {
-    for (size_t i = 0; i < v->reject.n && !h->failed; i++) {
-        struct bytes line;
-        if (!pattern_find(v->patterns[i], text, &line))
-            continue;
-        char *told = text_copy(line, CONTEXT_BYTES);
-        host_fail(h, "-reject %s: %s", v->reject.v[i], told ? told : "out of memory for the line");
-        free(told);
+    while (text.n && v->reject.n && !h->failed) {
+        const uint8_t *newline = memchr(text.p, '\n', text.n);
+        struct bytes line = { text.p, newline ? (size_t)(newline - text.p) : text.n };
+        for (size_t i = 0; i < v->reject.n; i++)
+            if (bytes_match(line, v->reject.v[i]))
+                host_fail(h, "-reject %s: %.*s", v->reject.v[i], (int)min_size(line.n, CONTEXT_BYTES),
+                          (const char *)line.p);
+        text = (struct bytes){ text.p + line.n + (newline != NULL), text.n - line.n - (newline != NULL) };
     }
 }
 
@@ -8372,22 +7906,23 @@ static void verdict_log(const struct verdict *v, struct host *h, const struct Ag
 
 static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
 {
-    char name[128];
-    text_printf(name, sizeof name, "%.*s/%.*s", (int)min_size(event->event_type.n, 60),
-                event->event_type.n ? (const char *)event->event_type.p : "", (int)min_size(event->status.n, 60),
-                event->status.n ? (const char *)event->status.p : "");
-    host_context(h, "event", bytes_of(name));
-    if (h->expected < v->expect.n && strcmp(v->expect.v[h->expected], name) == 0)
+    struct buf name = { 0 };
+    buf_put(&name, event->event_type.p, event->event_type.n);
+    buf_putc(&name, '/');
+    buf_put(&name, event->status.p, event->status.n);
+    struct bytes told = { name.p, name.len };
+    host_context(h, "event", told);
+    if (h->expected < v->expect.n && bytes_eq(told, bytes_of(v->expect.v[h->expected])))
         h->expected++;
-    if (bytes_eq(event->status, BYTES("Failed")))
-        host_fail(h, "event %s", name);
+    if (bytes_eq(event->status, BYTES("Failed")) || name.failed)
+        host_fail(h, "event %.*s", name.failed ? 0 : (int)min_size(told.n, 200), name.failed ? "" : (const char *)told.p);
     for (size_t i = 0; !h->failed && i < PB_COUNT(event_stages); i++)
         if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
             (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
             host_reach(v, h, event_stages[i].stage, now_ms);
-    verdict_reject(v, h, bytes_of(name));
-    if (event->details.n)
-        verdict_reject(v, h, event->details);
+    verdict_reject(v, h, told);
+    verdict_reject(v, h, event->details);
+    buf_free(&name);
 }
 
 static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
@@ -8455,7 +7990,8 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
     else if (h->expected < v->expect.n)
-        buf_printf(out, "; event %s was not seen", v->expect.v[h->expected]);
+        buf_puts(out, "; event "), put_text(out, bytes_of(v->expect.v[h->expected]), NULL),
+            buf_puts(out, " was not seen");
     else if (h->stage < v->until)
         buf_printf(out, "; %s", stage_signs[h->stage + 1]);
 }
@@ -8531,7 +8067,8 @@ static int64_t verdict_deadline(const struct verdict *v)
 static const char *verdict_word(int status)
 {
     return status == VERDICT_REACHED ? "PASSED" : status == VERDICT_FAILED ? "FAILED"
-         : status == VERDICT_TIMEOUT ? "TIMED OUT" : status == VERDICT_LOST ? "LOST" : "INTERRUPTED";
+         : status == VERDICT_TIMEOUT ? "TIMED OUT" : status == VERDICT_LOST ? "LOST"
+         : status == VERDICT_BROKEN ? "FAILED" : "INTERRUPTED";
 }
 
 /* The summary for people. */
@@ -8640,14 +8177,13 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     for (size_t i = 0; i < v->expect.n; i++)
         if (!strchr(v->expect.v[i], '/'))
             tell(r, USAGE, "-expect: \"%s\" is not TYPE/STATUS", v->expect.v[i]);
-    v->patterns = o->reject.n ? keep(o, o->reject.n * sizeof *v->patterns) : NULL;
     v->reject = o->reject;
-    for (size_t i = 0; i < v->reject.n; i++) {
-        v->patterns[i] = need(calloc(1, sizeof **v->patterns));
-        const char *why = pattern_compile(v->patterns[i], v->reject.v[i]);
-        if (why)
-            tell(r, USAGE, "-reject: \"%s\": %s", v->reject.v[i], why);
-    }
+    for (size_t i = 0; i < v->reject.n; i++)
+        if (!v->reject.v[i][strspn(v->reject.v[i], "*")])
+            tell(r, USAGE, "-reject: \"%s\" stands in every line; give a part of the lines that are failures",
+                 v->reject.v[i]);
+    if (o->agents > MAX_HOSTS)
+        tell(r, USAGE, "-agents: a verdict tells at most %d agents apart", MAX_HOSTS);
     v->wanted = o->until || v->expect.n || o->reject.n;
     need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
     static const char *const of_verdict[] = { "report", "grace", "poll" };
@@ -10496,35 +10032,45 @@ static void server_turn(struct loop *l)
         l->timer_ms = next;
 }
 
-/* The end of a smoke test: the summary on stderr, the report in its file.  Returns the exit status. */
-static int verdict_finish(struct server *v, int status)
+/* Writes -report.  False: told. */
+static bool verdict_report(const struct server *v, int64_t ms)
 {
     struct buf text = { 0 };
     struct err e;
-    int64_t end_ms = v->loop->core.now_ms;
-    if (!v->verdict.over) {
-        buf_printf(&v->verdict.why, v->loop->signal_number ? "signal %d" : "the server ended before",
-                   v->loop->signal_number);
-        v->verdict.status = v->loop->signal_number ? 128 + v->loop->signal_number : status ? status : 1;
-    }
-    verdict_summary(&v->verdict, &text);
-    if (text.failed)
-        tell_no_memory();
-    else
-        fd_write(STDERR_FILENO, text.p, text.len);
-    text.len = 0;
-    text.failed = false;
-    if (v->o->report) {
-        size_t n = strlen(v->o->report);
-        bool json = n > 5 && strcmp(v->o->report + n - 5, ".json") == 0;
-        (json ? verdict_json : verdict_junit)(&v->verdict, &text, end_ms - v->verdict.start_ms);
-        if (text.failed || !write_file(v->o->report, text.p, text.len, &e)) {
-            tell_note("-report: %s", text.failed ? strerror(ENOMEM) : e.text);
-            v->verdict.status = v->verdict.status ? v->verdict.status : 1;
-        }
-    }
+    size_t n = strlen(v->o->report);
+    bool json = n > 5 && strcmp(v->o->report + n - 5, ".json") == 0;
+    (json ? verdict_json : verdict_junit)(&v->verdict, &text, ms);
+    bool ok = !text.failed && write_file(v->o->report, text.p, text.len, &e);
+    if (!ok)
+        tell_note("-report: %s", text.failed ? strerror(ENOMEM) : e.text);
     buf_free(&text);
-    return v->verdict.status ? v->verdict.status : status;
+    return ok;
+}
+
+/* What was good is so no longer: not all could be written. */
+static void verdict_broken(struct verdict *v, const char *what)
+{
+    if (v->status == VERDICT_REACHED)
+        buf_printf(&v->why, ", but %s could not be written", what), v->status = VERDICT_BROKEN;
+}
+
+/* The end of a smoke test: the report in its file, the summary on stderr.  Returns the exit status, which both name. */
+static int verdict_finish(struct server *v, int status)
+{
+    struct buf text = { 0 };
+    int number = v->loop->signal_number;
+    if (!v->verdict.over) {
+        buf_printf(&v->verdict.why, number ? "signal %d" : "the server ended before", number);
+        v->verdict.status = number ? 128 + number : status ? status : VERDICT_BROKEN;
+    }
+    if (status)
+        verdict_broken(&v->verdict, "all output");
+    if (v->o->report && !verdict_report(v, v->loop->core.now_ms - v->verdict.start_ms))
+        verdict_broken(&v->verdict, "the report");
+    verdict_summary(&v->verdict, &text);
+    if (!buf_write(&text, STDERR_FILENO) && errno == ENOMEM)
+        tell_no_memory();
+    return v->verdict.status;
 }
 
 /* A fault that the manifest is too small for would do nothing. */

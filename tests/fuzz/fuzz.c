@@ -1561,28 +1561,6 @@ static void fuzz_cli(struct input *in)
         (free)(kept[i]);
 }
 
-/* A pattern, a NUL, a text: what is found is a line of it, and the same with states from an earlier search. */
-static void fuzz_pattern(struct input *in)
-{
-    char *text = text_of((struct bytes){ in->p, in->n });
-    size_t n = min_size(strlen(text) + 1, in->n);
-    struct bytes behind = { in->p + n, in->n - n }, line[2];
-    struct pattern *p = (calloc)(2, sizeof *p);
-    MUST(p != NULL);
-    if (pattern_compile(&p[0], text)) {
-        MUST(pattern_compile(&p[1], text) != NULL);
-    } else {
-        pattern_find(&p[0], (struct bytes){ in->p, in->n }, &line[0]);
-        MUST(!pattern_compile(&p[1], text));
-        bool found = pattern_find(&p[0], behind, &line[0]);
-        MUST(found == pattern_find(&p[1], behind, &line[1]));
-        MUST(!found || (line[0].p == line[1].p && line[0].n == line[1].n));
-        MUST(!line[0].n || !memchr(line[0].p, '\n', line[0].n));
-    }
-    (free)(p);
-    (free)(text);
-}
-
 /* JSON as `-manifest` gets it, then as `cvms agent -replay` does. */
 static void fuzz_manifest(struct input *in)
 {
@@ -1612,7 +1590,6 @@ static const struct target {
     { "tls-client", fuzz_tls_client, true }, { "hpack", fuzz_hpack, false }, { "protobuf", fuzz_protobuf, false },
     { "json", fuzz_json, false }, { "reflection", fuzz_reflection, false }, { "pem", fuzz_pem, false },
     { "der", fuzz_der, false }, { "cli", fuzz_cli, false }, { "manifest", fuzz_manifest, false },
-    { "pattern", fuzz_pattern, false },
 };
 
 static const struct target *target;

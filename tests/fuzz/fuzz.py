@@ -27,7 +27,7 @@ CORPUS = os.path.join(HERE, "corpus")
 BUILD = os.path.join(TOP, "build", "fuzz")
 FOUND = os.path.join(BUILD, "found")
 TARGETS = ["server", "client", "tls-server", "tls-client", "hpack", "protobuf", "json", "reflection", "pem", "der", "cli",
-           "manifest", "pattern"]
+           "manifest"]
 SANITIZE = "-O1 -g -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
 MAX_LEN = 8192
 passed = failed = skipped = 0

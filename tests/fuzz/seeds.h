@@ -352,18 +352,6 @@ static void seed_texts(void)
         snprintf(name, sizeof name, "label-%zu", i);
         seed_write("pem", name, whole(&b));
     }
-    static const char *const searches[][2] = {
-        { "a.*b.*c", "aab\nxabc" }, { "^(ab|c){2,3}$", "cabc" }, { "[^[:space:]a-c\xc3\xa9]+\\b", "a d \xc3\xa9" },
-        { "\\<(x+x+)+y{0,9}\\>", "xxxxxxx y" }, { "[]a-][[.x.]-z]?\\.$", "-.\na." }, { "\\w\\W|\\d\\D|\\s\\S|\\Bq", "aq" },
-        { "a[ab]{9}c", "abaabbbaabababaababbabaaaabc" }, { "(a{3,}){2}|)", "a)" }, { "[[:alpha:]", "" }, { "[[=a=]-[=c=]]b", "ab" },
-    };
-    for (size_t i = 0; i < PB_COUNT(searches); i++) {
-        b.len = 0;
-        buf_put(&b, searches[i][0], strlen(searches[i][0]) + 1);
-        buf_puts(&b, searches[i][1]);
-        snprintf(name, sizeof name, "search-%zu", i);
-        seed_write("pattern", name, whole(&b));
-    }
     buf_free(&b);
     buf_free(&der);
 }
