@@ -1787,17 +1787,17 @@ static void check_seen(void)
 {
     static const enum h2_error not_ours[] = { SETTINGS_TIMEOUT, CONNECT_ERROR, INADEQUATE_SECURITY, HTTP_1_1_REQUIRED };
     for (int i = 0; i < FRAME_TYPES; i++)
-        if (!check_number(__FILE__, __LINE__, seen.frame[i], true))
+        if (!CHECK(seen.frame[i], true))
             printf("no input with a frame of type %s\n", frame_rules[i].name);
     for (int i = 0; i < H2_ERRORS; i++) {
         bool ours = true;
         for (size_t k = 0; k < PB_COUNT(not_ours); k++)
             ours &= (int)not_ours[k] != i;
-        if (!check_number(__FILE__, __LINE__, seen.goaway[i] || seen.reset[i], ours))
+        if (!CHECK(seen.goaway[i] || seen.reset[i], ours))
             printf("%s is seen by: %d\n", h2_error_names[i], seen.goaway[i] || seen.reset[i]);
     }
     for (int i = 0; i <= PB_LIMIT; i++)
-        if (!check_number(__FILE__, __LINE__, seen.protobuf[i], true))
+        if (!CHECK(seen.protobuf[i], true))
             printf("no message that is: %s\n", pb_error_text((enum pb_error)i));
     CHECK(seen.hpack[HPACK_OK] && seen.hpack[HPACK_COMPRESSION_ERROR] && seen.hpack[HPACK_TOO_MANY], true);
 }
@@ -1855,7 +1855,6 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < 4; i++)
         tls_config_free(configs[i]);
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0 || passed == 0;
+    return closing();
 }
 #endif

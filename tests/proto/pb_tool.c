@@ -4,11 +4,7 @@
  *     again TYPE HEX         ->  decode and encode: hex, or "error: ..."
  *     file  NAME             ->  hex of the FileDescriptorProto
  * `pb_tool bench` measures instead. */
-#define main cvms_main
-#include <stdio.h>
-#include "../../cvms.c"
-#undef main
-#include <time.h>
+#include "../harness.h"
 
 static const struct pb_message *find_message(const char *full)
 {
@@ -22,26 +18,6 @@ static const struct pb_message *find_message(const char *full)
     }
     fprintf(stderr, "no message %s\n", full);
     exit(2);
-}
-
-static struct bytes unhex(const char *s)
-{
-    size_t n = strlen(s) / 2;
-    uint8_t *p = malloc(n ? n : 1);
-    for (size_t i = 0; i < n; i++) {
-        unsigned v = 0;
-        if (sscanf(s + 2 * i, "%2x", &v) != 1)
-            exit(2);
-        p[i] = (uint8_t)v;
-    }
-    return (struct bytes){ p, n };
-}
-
-static void print_hex(struct bytes s)
-{
-    for (size_t i = 0; i < s.n; i++)
-        printf("%02x", s.p[i]);
-    puts("");
 }
 
 static void command(const char *verb, const char *name, int indent, struct bytes in)
@@ -66,7 +42,7 @@ static void command(const char *verb, const char *name, int indent, struct bytes
         printf("error: %s\n", *err ? err : pb_error_text(e));
     else if (strcmp(verb, "json") == 0) {
         pb_json(&out, m, msg, indent);
-        print_hex((struct bytes){ out.p, out.len });
+        print_hex(whole(&out));
     } else
         print_hex(pb_encode(&out, m, msg));
     buf_free(&out);
@@ -159,9 +135,10 @@ int main(int argc, char **argv)
             sscanf(line + at, "%d%n", &indent, &more);
             at += more;
         }
-        struct bytes in = unhex(line + at + (line[at] == ' '));
-        command(verb, name, indent, in);
-        free((void *)in.p);
+        struct buf in = { 0 };
+        put_hex(&in, line + at);
+        command(verb, name, indent, whole(&in));
+        buf_free(&in);
         fflush(stdout);
     }
     return 0;

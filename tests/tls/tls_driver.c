@@ -1,19 +1,9 @@
-/* Throwaway driver for 11_tls.c: check | server | client | split | random.  Echoes application data. */
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#define main cvms_main
-#include <stdio.h>
-#include "../../cvms.c"
-#undef main
+/* Driver for test_tls.py: check | ccheck | server | client | split | walk.  Echoes application data. */
+#include "../harness.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/socket.h>
-#include <time.h>
-#if CVMS_TLS
 
 static struct tls_options o = { .cert = { "SERVER_CERT", 0 }, .key = { "SERVER_KEY", 0 },
                                 .server_ca = { "SERVER_CA_CERTS", 0 }, .client_ca = { "CLIENT_CA_CERTS", 0 } };
@@ -25,6 +15,13 @@ static volatile sig_atomic_t hup, term;
 static void on_hup(int s) { if (s == SIGHUP) hup = 1; else term = 1; }
 
 struct echo_conn { int fd; struct tls *t; bool eof, open; };
+
+/* What a connection has given back to the pool is no longer its own. */
+static void poison(struct tls_pool *pool, int with)
+{
+    for (struct tls_buffers *b = CVMS_TLS_POOL ? pool->idle : NULL; b; b = b->next)
+        memset(b->in, with, sizeof b->in + sizeof b->out);
+}
 
 /* moves app data in -> out; true if anything moved */
 static bool echo(struct tls *t)
@@ -126,7 +123,7 @@ static int server(void)
             cs[nc] = (struct echo_conn){ .fd = fd, .t = tls_new(cfg, &pool, wall) };
             nc++;
         }
-        if (CVMS_TLS_POOL) for (struct tls_buffers *b = pool.idle; b; b = b->next) memset(b->in, 0xA5, sizeof b->in + sizeof b->out);
+        poison(&pool, 0xA5);
     }
     for (int i = 0; i < nc; i++) { printf("held %d\n", cs[i].t->buffers != NULL); close(cs[i].fd); tls_free(cs[i].t); }
     printf("bytes per idle connection %zu, pool %u\n", sizeof(struct tls), pool.count);
@@ -181,7 +178,7 @@ static int client(const char *port)
             struct pollfd pf = { fd, (short)(POLLIN | (tls_send_buf(t, &n) ? POLLOUT : 0)), 0 };
             if (poll(&pf, 1, 20000) <= 0) break;
         }
-        if (CVMS_TLS_POOL) for (struct tls_buffers *b = pool.idle; b; b = b->next) memset(b->in, 0x5A, sizeof b->in + sizeof b->out);
+        poison(&pool, 0x5A);
     }
     rc = bad || got != total;
     printf("state %d sent %zu got %zu bad %d peer %s why %s\n", tls_state(t), sent, got, bad, tls_peer_subject(t), tls_why(t));
@@ -208,7 +205,7 @@ static bool carry(struct tls *from, struct tls *to, size_t *at, size_t cut, stru
     tls_send_ack(from, n);
     *at += n;
     tls_recv_buf(to, &m), tls_recv_ack(to, 0);      /* an empty read, as at EAGAIN */
-    if (CVMS_TLS_POOL) for (struct tls_buffers *b = pool->idle; b; b = b->next) memset(b->in, 0xC3, sizeof b->in + sizeof b->out);
+    poison(pool, 0xC3);
     return true;
 }
 
@@ -293,7 +290,6 @@ static int walk(const char *path)
 
 int main(int argc, char **argv)
 {
-    (void)hex_text, (void)get_be32, (void)put_be32, (void)public_key_load;
     wall = time(NULL);
     const char *mode = argc > 1 ? argv[1] : "", *arg = argc > 2 ? argv[2] : "";
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -324,18 +320,3 @@ int main(int argc, char **argv)
     return !strcmp(mode, "server") ? server() : !strcmp(mode, "client") ? client(arg) : !strcmp(mode, "split") ? split() :
            !strcmp(mode, "walk") ? walk(arg) : 2;
 }
-#else
-int main(void)
-{
-    struct err e = { "" };
-    struct tls_options o = { 0 };
-    struct tls *t = NULL;
-    struct tls_config *c = tls_server_config(&o, 0, &e);
-    size_t n;
-    (void)hex_text, (void)get_be32, (void)put_be32, (void)public_key_load, (void)buf_printf, (void)bytes_of;
-    puts(e.text);
-    if (tls_recv_buf(t, &n) || looks_like_tls(NULL, 0) || c) return 1;
-    tls_flush(t); tls_close(t); tls_recv_ack(t, 0); tls_free(t); tls_config_free(c); tls_client_config(&o, 0, &e);
-    return tls_state(t) != TLS_FAILED || *tls_why(t) || *tls_peer_subject(t);
-}
-#endif

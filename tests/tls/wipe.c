@@ -1,9 +1,6 @@
 /* The program, and at its exit a look through all of its memory for what WIPE_SECRETS lists: a file, a secret a line, as
  * `NAME HEX`.  Each that is still there is named on stderr.  Linux only: the memory is what /proc/self/maps says. */
-#define main cvms_main
-#include <stdio.h>
-#include "../../cvms.c"
-#undef main
+#include "../harness.h"
 
 static struct {
     char name[40];

@@ -1,9 +1,6 @@
 /* Tests of checksum_changed, and of checksum_files against checksum_path: each change to a file or tree is noticed,
  * and nothing else is.  Works in a new folder under $TMPDIR or /tmp. */
-#define main cvms_main
-#include <stdio.h>
-#include "../../cvms.c"
-#undef main
+#include "../harness.h"
 
 static bool checksum_path(const char *path, uint8_t hash[32], struct file_id *id, struct err *e)
 {
@@ -15,39 +12,17 @@ static bool checksum_path(const char *path, uint8_t hash[32], struct file_id *id
     return c.ok;
 }
 
-static unsigned passed, failed;
-
-#define CHECK(got, wanted) check(__FILE__, __LINE__, got, wanted)
-
-static void check(const char *file, int line, const char *got, const char *wanted)
-{
-    if (strcmp(got, wanted) == 0) {
-        passed++;
-        return;
-    }
-    failed++;
-    printf("%s:%d: %s, %s\n", file, line, got, wanted);
-}
-
-static void must(bool ok, const char *what)
-{
-    if (ok)
-        return;
-    perror(what);
-    exit(2);
-}
-
 static void put_file(const char *name, const char *text)
 {
     FILE *f = fopen(name, "w");
-    must(f && fputs(text, f) >= 0 && fclose(f) == 0, name);
+    NEED(f && fputs(text, f) >= 0 && fclose(f) == 0);
 }
 
 /* Sets the modification time, in ns; a change within the clock's tick would otherwise go unseen. */
 static void set_time(const char *name, long ns)
 {
     struct timespec t[2] = { { 1000, 0 }, { 1000, ns } };
-    must(utimensat(AT_FDCWD, name, t, 0) == 0, name);
+    NEED(utimensat(AT_FDCWD, name, t, 0) == 0);
 }
 
 static struct file_id id_of(const char *path)
@@ -56,7 +31,7 @@ static struct file_id id_of(const char *path)
     struct file_id id = { .st = { 0 } };
     struct err e = { "" };
     if (!checksum_path(path, hash, &id, &e))
-        CHECK(e.text, "no error");
+        CHECK_STR(e.text, "no error");
     return id;
 }
 
@@ -70,51 +45,51 @@ static void test_file(void)
     put_file("f", "one");
     set_time("f", 1);
     struct file_id id = id_of("f");
-    CHECK(changed("f", &id), "same");
+    CHECK_STR(changed("f", &id), "same");
     set_time("f", 2);
-    CHECK(changed("f", &id), "changed");
+    CHECK_STR(changed("f", &id), "changed");
     id = id_of("f");
     put_file("f", "longer");
-    CHECK(changed("f", &id), "changed");
+    CHECK_STR(changed("f", &id), "changed");
     id = id_of("f");
     put_file("g", "longer");
-    must(rename("g", "f") == 0, "rename");
-    CHECK(changed("f", &id), "changed");
+    NEED(rename("g", "f") == 0);
+    CHECK_STR(changed("f", &id), "changed");
     id = id_of("f");
-    must(unlink("f") == 0, "unlink");
-    CHECK(changed("f", &id), "changed");
-    must(mkdir("f", 0777) == 0, "mkdir");
-    CHECK(changed("f", &id), "changed");
-    must(rmdir("f") == 0, "rmdir");
+    NEED(unlink("f") == 0);
+    CHECK_STR(changed("f", &id), "changed");
+    NEED(mkdir("f", 0777) == 0);
+    CHECK_STR(changed("f", &id), "changed");
+    NEED(rmdir("f") == 0);
 }
 
 static void test_folder(void)
 {
-    must(mkdir("d", 0777) == 0 && mkdir("d/sub", 0777) == 0, "mkdir");
+    NEED(mkdir("d", 0777) == 0 && mkdir("d/sub", 0777) == 0);
     put_file("d/a", "a");
     put_file("d/sub/b", "b");
     set_time("d/sub/b", 1);
     struct file_id id = id_of("d");
-    CHECK(changed("d", &id), "same");
-    CHECK(changed("d/", &id), "same");
-    must(mkdir("d/empty", 0777) == 0, "mkdir");
-    CHECK(changed("d", &id), "same"); /* an empty folder is not in the zip */
+    CHECK_STR(changed("d", &id), "same");
+    CHECK_STR(changed("d/", &id), "same");
+    NEED(mkdir("d/empty", 0777) == 0);
+    CHECK_STR(changed("d", &id), "same"); /* an empty folder is not in the zip */
     put_file("d/c", "c");
-    CHECK(changed("d", &id), "changed");
-    must(unlink("d/c") == 0, "unlink");
-    CHECK(changed("d", &id), "same");
+    CHECK_STR(changed("d", &id), "changed");
+    NEED(unlink("d/c") == 0);
+    CHECK_STR(changed("d", &id), "same");
     set_time("d/sub/b", 2);
-    CHECK(changed("d", &id), "changed");
+    CHECK_STR(changed("d", &id), "changed");
     id = id_of("d");
-    must(rename("d/sub/b", "d/sub/c") == 0, "rename");
-    CHECK(changed("d", &id), "changed");
+    NEED(rename("d/sub/b", "d/sub/c") == 0);
+    CHECK_STR(changed("d", &id), "changed");
     id = id_of("d");
-    must(unlink("d/a") == 0, "unlink");
-    CHECK(changed("d", &id), "changed");
+    NEED(unlink("d/a") == 0);
+    CHECK_STR(changed("d", &id), "changed");
     id = id_of("d");
-    must(symlink("..", "d/link") == 0, "symlink");
-    CHECK(changed("d", &id), "changed"); /* no longer a tree with a checksum */
-    must(!unlink("d/link") && !unlink("d/sub/c") && !rmdir("d/sub") && !rmdir("d/empty") && !rmdir("d"), "clean");
+    NEED(symlink("..", "d/link") == 0);
+    CHECK_STR(changed("d", &id), "changed"); /* no longer a tree with a checksum */
+    NEED(!unlink("d/link") && !unlink("d/sub/c") && !rmdir("d/sub") && !rmdir("d/empty") && !rmdir("d"));
 }
 
 /* Every number of paths up to 20, of lengths that differ: the same hash and identity as one by one. */
@@ -125,10 +100,10 @@ static void test_files(void)
     for (size_t i = 0; i < 20; i++) {
         snprintf(names[i], sizeof names[i], "n%zu", i);
         FILE *f = fopen(names[i], "w");
-        must(f != NULL, names[i]);
+        NEED(f != NULL);
         for (size_t k = 0; k < i * i * i * 71; k++)
             putc((int)(k * 7 + i), f);
-        must(fclose(f) == 0, names[i]);
+        NEED(fclose(f) == 0);
     }
     for (size_t n = 0; n <= 20; n++) {
         for (size_t i = 0; i < n; i++)
@@ -139,13 +114,13 @@ static void test_files(void)
             struct file_id id;
             struct err e;
             bool ok = checksum_path(c[i].path, hash, &id, &e);
-            CHECK(c[i].ok ? "ok" : c[i].e.text, ok ? "ok" : e.text);
-            CHECK(memcmp(hash, c[i].hash, 32) ? "other hash" : "same", "same");
-            CHECK(memcmp(&id, &c[i].id, sizeof id) ? "other identity" : "same", "same");
+            CHECK_STR(c[i].ok ? "ok" : c[i].e.text, ok ? "ok" : e.text);
+            CHECK_STR(memcmp(hash, c[i].hash, 32) ? "other hash" : "same", "same");
+            CHECK_STR(memcmp(&id, &c[i].id, sizeof id) ? "other identity" : "same", "same");
         }
     }
     for (size_t i = 0; i < 20; i++)
-        must(unlink(names[i]) == 0, names[i]);
+        NEED(unlink(names[i]) == 0);
 }
 
 int main(void)
@@ -153,12 +128,10 @@ int main(void)
     char folder[300];
     const char *tmp = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%.200s/cvms-test-XXXXXX", tmp ? tmp : "/tmp");
-    must(mkdtemp(folder) && chdir(folder) == 0, folder);
+    NEED(mkdtemp(folder) && chdir(folder) == 0);
     test_file();
     test_folder();
     test_files();
-    must(chdir("/") == 0 && rmdir(folder) == 0, folder);
-    (void)get_be32, (void)buf_printf, (void)put_be32, (void)bytes_eq, (void)bytes_of, (void)cmd_checksum;
-    printf("%u passed, %u failed\n", passed, failed);
-    return failed != 0;
+    NEED(chdir("/") == 0 && rmdir(folder) == 0);
+    return closing();
 }

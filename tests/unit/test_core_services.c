@@ -1249,6 +1249,5 @@ int main(void)
     test_allocations(false);
     test_allocations(true);
     core_drop();
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0 || passed == 0;
+    return closing();
 }

@@ -3,66 +3,8 @@
  * Vectors: RFC 7541 appendices B and C; hpack_cases.txt holds field blocks of another implementation (see
  * gen_hpack_cases.py).  Every field block that is decoded ends at an unreadable page, and so does the scratch area.
  */
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-static long fail_realloc; /* 1: the next realloc fails, 2: the one after it, ...; 0: none does */
-static void *test_realloc(void *p, size_t n)
-{
-    if (fail_realloc > 0 && --fail_realloc == 0)
-        return NULL;
-    return realloc(p, n);
-}
-#define realloc test_realloc
-
-#define main cvms_main
-#include <stdio.h>
-#include "../../cvms.c"
-#undef main
-
-static long passed, failed;
-
-#define CHECK(got, wanted) check_number(__FILE__, __LINE__, (long long)(got), (long long)(wanted))
-#define CHECK_TEXT(got, wanted) check_text(__FILE__, __LINE__, got, wanted)
-
-static void check_number(const char *file, int line, long long got, long long wanted)
-{
-    if (got == wanted) {
-        passed++;
-        return;
-    }
-    failed++;
-    printf("%s:%d: got %lld, wanted %lld\n", file, line, got, wanted);
-}
-
-static void check_text(const char *file, int line, struct bytes got, struct bytes wanted)
-{
-    if (bytes_eq(got, wanted)) {
-        passed++;
-        return;
-    }
-    failed++;
-    printf("%s:%d: got [%.*s], wanted [%.*s]\n", file, line, (int)got.n, (const char *)got.p, (int)wanted.n,
-           (const char *)wanted.p);
-}
-
-static struct bytes whole(const struct buf *b)
-{
-    return (struct bytes){ b->p, b->len };
-}
-
-/* Appends the octets of a hex text; blanks and bars are for the reader. */
-static void put_hex(struct buf *b, const char *hex)
-{
-    for (; *hex; hex++) {
-        if (*hex == ' ' || *hex == '|')
-            continue;
-        char pair[3] = { hex[0], hex[1], 0 };
-        buf_putc(b, (int)strtol(pair, NULL, 16));
-        hex++;
-    }
-}
+#define HARNESS_ALLOC
+#include "../harness.h"
 
 static void put_repeated(struct buf *b, int c, size_t n)
 {
@@ -71,19 +13,6 @@ static void put_repeated(struct buf *b, int c, size_t n)
 }
 
 /* ---- Decoding at the edge of readable memory ---- */
-
-enum { AREA = 1 << 17 }; /* a multiple of any page size */
-
-/* Returns the end of a readable and writable area; what follows it is neither. */
-static uint8_t *guarded_end(void)
-{
-    uint8_t *p = mmap(NULL, 2 * AREA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED || mprotect(p + AREA, AREA, PROT_NONE) != 0) {
-        perror("mmap");
-        exit(2);
-    }
-    return p + AREA;
-}
 
 struct tester {
     struct huffman huffman;
@@ -224,7 +153,7 @@ static void test_integers(void)
         }
         if (i < 3) {
             hpack_put_int(&back, 0, rows[i].prefix, (size_t)rows[i].value);
-            CHECK_TEXT(whole(&back), whole(&b));
+            CHECK_BYTES(whole(&back), whole(&b));
         }
         buf_free(&b);
         buf_free(&back);
@@ -299,10 +228,10 @@ static void test_examples(struct tester *t)
             t->hpack.max = (uint32_t)e->max;
         }
         CHECK(decode_hex(t, e->hex), HPACK_OK);
-        CHECK_TEXT(whole(&t->fields), bytes_of(e->fields));
+        CHECK_BYTES(whole(&t->fields), bytes_of(e->fields));
         CHECK(t->reader.too_large, false);
         CHECK(table_text(&t->hpack, &table), e->size);
-        CHECK_TEXT(whole(&table), bytes_of(e->table));
+        CHECK_BYTES(whole(&table), bytes_of(e->table));
         CHECK(table_sound(&t->hpack), true);
     }
     buf_free(&table);
@@ -552,7 +481,7 @@ static void test_damage(struct tester *t)
     }
     CHECK(fresh(t, "4001610162 4001630164"), HPACK_OK); /* a size update takes effect at once, oldest first */
     CHECK(decode_hex(t, "3f03 be"), HPACK_OK);
-    CHECK_TEXT(whole(&t->fields), bytes_of("c: d\n"));
+    CHECK_BYTES(whole(&t->fields), bytes_of("c: d\n"));
     CHECK(t->hpack.max, 34);
     CHECK(decode_hex(t, "bf"), HPACK_COMPRESSION_ERROR);
     CHECK(decode_hex(t, "3f02 be"), HPACK_COMPRESSION_ERROR);
@@ -582,9 +511,9 @@ static void test_limit(struct tester *t)
             if (over < 0) /* all but the last */
                 for (all.n--; all.n > 0 && all.p[all.n - 1] != '\n'; all.n--)
                     ;
-            CHECK_TEXT(whole(&t->fields), all);
+            CHECK_BYTES(whole(&t->fields), all);
             CHECK(table_text(&t->hpack, &table), examples[i].size);
-            CHECK_TEXT(whole(&table), bytes_of(examples[i].table));
+            CHECK_BYTES(whole(&table), bytes_of(examples[i].table));
         }
     }
     lead_up(t, 10); /* nothing is delivered after the first that is too much, even if it would fit */
@@ -595,7 +524,7 @@ static void test_limit(struct tester *t)
     CHECK(t->reader.too_large, true);
     CHECK(decode_limit(t, (struct bytes){ (const uint8_t *)"\xbe", 1 }, 34), HPACK_OK); /* told per block */
     CHECK(t->reader.too_large, false);
-    CHECK_TEXT(whole(&t->fields), bytes_of("b: b\n"));
+    CHECK_BYTES(whole(&t->fields), bytes_of("b: b\n"));
     CHECK(decode_limit(t, (struct bytes){ (const uint8_t *)"\xbe", 1 }, 0), HPACK_OK);
     CHECK(t->delivered, 0);
     CHECK(decode_limit(t, (struct bytes){ NULL, 0 }, 0), HPACK_OK);
@@ -742,7 +671,7 @@ static void test_long_coded(struct tester *t)
         CHECK(t->hpack.count, name + value + 32 > 4096 ? 0 : name + value + 32 + 34 > 4096 ? 1 : 2);
         CHECK(table_sound(&t->hpack), true);
         CHECK(decode_hex(t, "4001610162 be"), HPACK_OK);
-        CHECK_TEXT(whole(&t->fields), bytes_of("a: b\na: b\n"));
+        CHECK_BYTES(whole(&t->fields), bytes_of("a: b\na: b\n"));
     }
     for (size_t value = 3000; value < 3100; value++) { /* a borrowed name of 1,000 and a coded value around the edge */
         renew(t);
@@ -774,19 +703,19 @@ static void test_no_memory(struct tester *t)
         t->fields.len = 0;
         t->reader = (struct hpack_reader){ .huffman = &t->huffman, .scratch = t->scratch_end - HPACK_TABLE_SIZE,
                                            .list_limit = 0, .field = collect, .arg = t };
-        fail_realloc = ++n;
+        alloc_fail = alloc_count + ++n;
         error = hpack_decode(&t->hpack, (struct bytes){ p, b.len }, &t->reader);
-        bool hit = fail_realloc == 0;
-        fail_realloc = 0;
+        bool hit = alloc_count >= alloc_fail;
+        alloc_fail = 0;
         CHECK(error, hit ? HPACK_NO_MEMORY : HPACK_OK);
         CHECK(table_sound(&t->hpack), true);
         CHECK(t->hpack.count, hit ? n - 1 : 12);
     } while (error == HPACK_NO_MEMORY);
     CHECK(n, 13); /* each of these entries takes 256 octets, one step of growth */
     buf_free(&b);
-    fail_realloc = 1;
+    alloc_fail = alloc_count + 1;
     hpack_encode_field(&b, BYTES("a"), BYTES("b"));
-    CHECK(fail_realloc, 0);
+    CHECK(alloc_count, alloc_fail);
     CHECK(b.failed, true);
     buf_free(&b);
 }
@@ -826,7 +755,7 @@ static void test_encoder(struct tester *t)
     }
     renew(t);
     CHECK(decode(t, whole(&b)), HPACK_OK);
-    CHECK_TEXT(whole(&t->fields), whole(&text));
+    CHECK_BYTES(whole(&t->fields), whole(&text));
     CHECK(t->hpack.table == NULL, true);
     for (unsigned i = 1; i <= HPACK_STATIC; i++) { /* each row is found, and by its own index */
         struct bytes name, value;
@@ -843,7 +772,7 @@ static void test_encoder(struct tester *t)
         b.len = wanted.len = 0;
         put_hex(&wanted, updates[i].hex);
         hpack_encode_size_update(&b, updates[i].max);
-        CHECK_TEXT(whole(&b), whole(&wanted));
+        CHECK_BYTES(whole(&b), whole(&wanted));
     }
     b.len = 0; /* lengths around each step of the integer, name without a pointer */
     for (size_t n = 0; n < 17000; n += n < 300 ? 1 : 1601) {
@@ -901,7 +830,7 @@ static void test_cases(struct tester *t, const char *path)
             put_escaped(&wanted, line + tab + 1, n - tab - 1);
             buf_putc(&wanted, '\n');
         } else if (sscanf(line, "T %lu %lu", &count, &size) == 2) {
-            CHECK_TEXT(whole(&t->fields), whole(&wanted));
+            CHECK_BYTES(whole(&t->fields), whole(&wanted));
             CHECK(t->hpack.count, count);
             CHECK(table_text(&t->hpack, &text), size);
             CHECK(table_sound(&t->hpack), true);
@@ -969,6 +898,5 @@ int main(int argc, char **argv)
     test_noise(&t);
     hpack_free(&t.hpack);
     buf_free(&t.fields);
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0;
+    return closing();
 }

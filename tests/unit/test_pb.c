@@ -1,77 +1,7 @@
 /* Unit tests of proto_wire.h with the message tables.  Expected wire bytes were worked out by hand from the encoding
  * rules; test_pb.py compares with the reference implementation. */
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
-
-static long fail_at = -1;           /* the allocation that fails, counted from 0; -1: none */
-static long allocations;
-
-static void *test_malloc(size_t n)
-{
-    return allocations++ == fail_at ? NULL : malloc(n);
-}
-
-static void *test_realloc(void *p, size_t n)
-{
-    return allocations++ == fail_at ? NULL : realloc(p, n);
-}
-
-#define malloc test_malloc
-#define realloc test_realloc
-#define main cvms_main
-#include "../../cvms.c"
-#undef main
-
-static int passed, failed;
-
-#define CHECK(got, wanted) check_int(__FILE__, __LINE__, #got, (long long)(got), (long long)(wanted))
-#define CHECK_TEXT(got, wanted) check_text(__FILE__, __LINE__, got, wanted)
-
-static void check_int(const char *file, int line, const char *what, long long got, long long wanted)
-{
-    if (got == wanted)
-        passed++;
-    else {
-        failed++;
-        printf("%s:%d: %s: got %lld, wanted %lld\n", file, line, what, got, wanted);
-    }
-}
-
-static void check_text(const char *file, int line, struct bytes got, const char *wanted)
-{
-    if (bytes_eq(got, bytes_of(wanted)))
-        passed++;
-    else {
-        failed++;
-        printf("%s:%d: got \"%.*s\", wanted \"%s\"\n", file, line, (int)got.n, (const char *)got.p, wanted);
-    }
-}
-
-static struct bytes written(const struct buf *b)
-{
-    return (struct bytes){ b->p, b->len };
-}
-
-/* Copies the bytes so that they end where an unreadable page begins. */
-static struct bytes at_edge(struct bytes s)
-{
-    static uint8_t *edge;
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = 4;
-    if (!edge) {
-        uint8_t *p = mmap(NULL, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED || mprotect(p + pages * page, page, PROT_NONE) != 0 || s.n > pages * page)
-            abort();
-        edge = p + pages * page;
-    }
-    if (s.n)
-        memcpy(edge - s.n, s.p, s.n);
-    return (struct bytes){ edge - s.n, s.n };
-}
+#define HARNESS_ALLOC
+#include "../harness.h"
 
 /* ---- a message of every kind that the real tables lack, and recursive ---- */
 struct Node {
@@ -109,7 +39,7 @@ static struct bytes json_of(struct buf *b, const struct pb_message *m, const voi
 {
     b->len = 0;
     pb_json(b, m, msg, indent);
-    return written(b);
+    return whole(b);
 }
 
 static const char *json_error(const struct pb_message *m, const char *json)
@@ -224,7 +154,7 @@ static void test_unknown(void)
     CHECK(m.agent_log->timestamp == NULL, 1);
     pb_unknown(&ClientStreamMessage_message, BYTES("\x0a\x0d\x0a\x01m\x4a\x02hi\x08\x05\x20\x07\x12\x00"
                "\x7d\x01\x00\x00\x01\x41\xff\x00\x00\x00\x00\x00\x00\x80\x3b\x08\x01\x3c"), note, &b);
-    CHECK_TEXT(written(&b), "agent_log.9/2=0:6869;agent_log.1/0=5:;agent_log.4/0=7:;15/5=16777217:;"
+    CHECK_TEXT(whole(&b), "agent_log.9/2=0:6869;agent_log.1/0=5:;agent_log.4/0=7:;15/5=16777217:;"
                "8/1=9223372036854776063:;7/3=0:08013c;");
     CHECK(DECODE(Node, &n, "\x4b\x53\x54\x4d\x01\x02\x03\x04\x49\x01\x02\x03\x04\x05\x06\x07\x08\x4c\x10\x05"), PB_OK);
     CHECK(n.nums.n, 1);
@@ -441,7 +371,7 @@ static void test_damaged(void)
         struct buf json = out, wire = { 0 }, wire2 = { 0 };
         struct ServerStreamMessage back = { 0 };
         char err[300] = "";
-        CHECK(pb_json_parse(&ServerStreamMessage_message, &back, written(&json), &arena, err, sizeof err), 1);
+        CHECK(pb_json_parse(&ServerStreamMessage_message, &back, whole(&json), &arena, err, sizeof err), 1);
         struct bytes w1 = pb_encode(&wire, &ServerStreamMessage_message, &m);
         struct bytes w2 = pb_encode(&wire2, &ServerStreamMessage_message, &back);
         CHECK(bytes_eq(w1, w2), 1);
@@ -473,7 +403,7 @@ static void test_timestamps(void)
     for (size_t i = 0; i < PB_COUNT(v); i++) {
         b.len = 0;
         CHECK(pb_timestamp(&b, v[i].s, v[i].n), true);
-        CHECK_TEXT(written(&b), v[i].text);
+        CHECK_TEXT(whole(&b), v[i].text);
     }
     for (int64_t s = PB_FIRST_SECOND; s <= PB_LAST_SECOND; s += 86400 * 31 + 12345) {      /* against the C library */
         char text[80];
@@ -488,8 +418,8 @@ static void test_timestamps(void)
         pb_timestamp(&b, s, 0);
         int64_t back;
         int32_t nanos;
-        if (!bytes_eq(written(&b), bytes_of(text)) || !pb_timestamp_read(written(&b), &back, &nanos) || back != s) {
-            CHECK_TEXT(written(&b), text);
+        if (!bytes_eq(whole(&b), bytes_of(text)) || !pb_timestamp_read(whole(&b), &back, &nanos) || back != s) {
+            CHECK_TEXT(whole(&b), text);
             break;
         }
     }
@@ -537,7 +467,7 @@ static void test_json_escapes(void)
     for (size_t i = 0; i < PB_COUNT(v); i++) {
         b.len = 0;
         pb_json_string(&b, at_edge(bytes_of(v[i].in)));
-        CHECK_TEXT(written(&b), v[i].out);
+        CHECK_TEXT(whole(&b), v[i].out);
     }
     for (int c = 0; c < 256; c++)                           /* each byte at each place of a run */
         for (size_t at = 0; at < 20; at++) {
@@ -554,13 +484,13 @@ static void test_json_escapes(void)
         }
     b.len = 0;
     pb_json_string(&b, (struct bytes){ (const uint8_t *)"a\0b", 3 });
-    CHECK_TEXT(written(&b), "\"a\\u0000b\"");
+    CHECK_TEXT(whole(&b), "\"a\\u0000b\"");
     static const char *const base64[][2] = { { "", "" }, { "f", "Zg==" }, { "fo", "Zm8=" }, { "foo", "Zm9v" },
                                              { "foob", "Zm9vYg==" }, { "\xfb\xff\xbf", "+/+/" } };     /* RFC 4648 10 */
     for (size_t i = 0; i < PB_COUNT(base64); i++) {
         b.len = 0;
         pb_base64(&b, bytes_of(base64[i][0]));
-        CHECK_TEXT(written(&b), base64[i][1]);
+        CHECK_TEXT(whole(&b), base64[i][1]);
     }
     buf_free(&b);
 }
@@ -720,10 +650,10 @@ static void test_arena(void)
     p = pb_arena_alloc(&a, 8);
     memset(p, 1, 8);
     pb_arena_reset(&a);
-    allocations = 0;
+    alloc_count = 0;
     CHECK(pb_arena_alloc(&a, 8) == p, 1);                                   /* an ordinary one is */
     CHECK(p[0], 0);
-    CHECK(allocations, 0);
+    CHECK(alloc_count, 0);
     pb_arena_free(&a);
     CHECK(a.held, 0);
     struct buf b = { 0 };
@@ -740,7 +670,7 @@ static void test_arena(void)
         buf_put(&many, "\x22\x00", 2);
     struct ComputationRunReq req = { 0 };
     pb_arena_init(&a, NULL, 0, 1 << 20);
-    CHECK(pb_decode(&ComputationRunReq_message, &req, written(&many), &a, &unknown), PB_LIMIT);
+    CHECK(pb_decode(&ComputationRunReq_message, &req, whole(&many), &a, &unknown), PB_LIMIT);
     CHECK(a.held <= 1 << 20, 1);
     pb_arena_free(&a);
     buf_free(&many);
@@ -752,37 +682,37 @@ static void test_failing_memory(void)
     struct buf b = { 0 };
     struct bytes s = full_message(&b);
     struct buf text = { 0 };
-    struct ServerStreamMessage whole;
-    CHECK(decode(&ServerStreamMessage_message, &whole, s), PB_OK);
-    json_of(&text, &ServerStreamMessage_message, &whole, 4);
+    struct ServerStreamMessage full;
+    CHECK(decode(&ServerStreamMessage_message, &full, s), PB_OK);
+    json_of(&text, &ServerStreamMessage_message, &full, 4);
     for (int job = 0; job < 5; job++) {
         bool ok = false;
-        for (fail_at = 0; !ok && fail_at < 1000; fail_at++) {
+        for (alloc_fail = 1; !ok && alloc_fail <= 1000; alloc_fail++) {
             struct pb_arena a;
             struct buf out = { 0 };
             struct ServerStreamMessage m = { 0 };
             char err[100] = "";
             uint64_t lent[10];
             pb_arena_init(&a, lent, sizeof lent, 1 << 20);
-            allocations = 0;
+            alloc_count = 0;
             if (job == 0)
                 ok = pb_decode(&ServerStreamMessage_message, &m, s, &a, &unknown) == PB_OK;
             else if (job == 1)
-                ok = pb_json_parse(&ServerStreamMessage_message, &m, written(&text), &a, err, sizeof err);
+                ok = pb_json_parse(&ServerStreamMessage_message, &m, whole(&text), &a, err, sizeof err);
             else if (job == 2)
-                ok = bytes_eq(pb_encode(&out, &ServerStreamMessage_message, &whole), s);
+                ok = bytes_eq(pb_encode(&out, &ServerStreamMessage_message, &full), s);
             else if (job == 3)
-                ok = bytes_eq(json_of(&out, &ServerStreamMessage_message, &whole, 4), written(&text));
+                ok = bytes_eq(json_of(&out, &ServerStreamMessage_message, &full, 4), whole(&text));
             else
                 ok = pb_file_descriptor(&out, &cvms_file).n > 1000;
-            CHECK(ok, allocations <= fail_at);
+            CHECK(ok, alloc_count < alloc_fail);
             CHECK(job >= 2 && out.failed == ok, 0);
             buf_free(&out);
             pb_arena_free(&a);
         }
-        CHECK(ok && fail_at > 1, 1);
+        CHECK(ok && alloc_fail > 2, 1);
     }
-    fail_at = -1;
+    alloc_fail = 0;
     buf_free(&b);
     buf_free(&text);
 }
@@ -841,6 +771,5 @@ int main(void)
     test_arena();
     test_failing_memory();
     pb_arena_free(&arena);
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return closing();
 }

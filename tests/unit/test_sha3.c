@@ -1,11 +1,7 @@
 /* Tests of sha3.h: known answers, every split point, every implementation, input that ends at an unreadable page.
  * Build: cc -std=c11 -D_DEFAULT_SOURCE test_sha3.c && ./a.out */
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
+#define HARNESS_ALONE
+#include "../harness.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 /* A processor that lacks what is hidden: bits of leaf 7's EBX, of leaf 1's ECX; or leaf 7 as a whole. */
@@ -31,21 +27,7 @@ static unsigned test_cpuid_1(void)
 #endif
 #include "../../sha3.h"
 
-static unsigned passed, failed;
 static unsigned features;            /* of the processor that the states are to be absorbed by; 0: unasked */
-
-/* Compares two strings that are fit to print. */
-#define CHECK(got, wanted) check(__FILE__, __LINE__, got, wanted)
-
-static void check(const char *file, int line, const char *got, const char *wanted)
-{
-    if (strcmp(got, wanted) == 0) {
-        passed++;
-        return;
-    }
-    failed++;
-    printf("%s:%d: %s, %s\n", file, line, got, wanted);
-}
 
 static const char *hex(const uint8_t *p, size_t n, char *text)
 {
@@ -80,13 +62,13 @@ static void test_standard(void)
     if (!a)
         abort();
     memset(a, 0xa3, 200);
-    CHECK(hash_by("", 0, 1), "a7ffc6f8bf1ed76651c14756a061d662f580ff4de43b49fa82d80a4b80f8434a");
-    CHECK(hash_by("\xe9", 1, 1), "f0d04dd1e6cfc29a4460d521796852f25d9ef8d28b44ee91ff5b759d72c1e6d6");
-    CHECK(hash_by("abc", 3, 3), "3a985da74fe225b2045c172d6bd390bd855f086e3e9d525b46bfe24511431532");
-    CHECK(hash_by(a, 200, 200), "79f38adec5c20307a98ef76e8324afbfd46cfd81b22e3973c65fa1bd9de31787");
+    CHECK_STR(hash_by("", 0, 1), "a7ffc6f8bf1ed76651c14756a061d662f580ff4de43b49fa82d80a4b80f8434a");
+    CHECK_STR(hash_by("\xe9", 1, 1), "f0d04dd1e6cfc29a4460d521796852f25d9ef8d28b44ee91ff5b759d72c1e6d6");
+    CHECK_STR(hash_by("abc", 3, 3), "3a985da74fe225b2045c172d6bd390bd855f086e3e9d525b46bfe24511431532");
+    CHECK_STR(hash_by(a, 200, 200), "79f38adec5c20307a98ef76e8324afbfd46cfd81b22e3973c65fa1bd9de31787");
     memset(a, 'a', 1000000);
-    CHECK(hash_by(a, 1000000, 1000000), "5c8875ae474a3634ba4fd55ec85bffd661f32aca75c6d699d0cdcb6c115891c1");
-    CHECK(hash_by(a, 1000000, 999), "5c8875ae474a3634ba4fd55ec85bffd661f32aca75c6d699d0cdcb6c115891c1");
+    CHECK_STR(hash_by(a, 1000000, 1000000), "5c8875ae474a3634ba4fd55ec85bffd661f32aca75c6d699d0cdcb6c115891c1");
+    CHECK_STR(hash_by(a, 1000000, 999), "5c8875ae474a3634ba4fd55ec85bffd661f32aca75c6d699d0cdcb6c115891c1");
     free(a);
 }
 
@@ -110,7 +92,7 @@ static void test_lengths(void)
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
         for (size_t off = 0; off < 2; off++) { /* aligned and not */
             pattern(p + off, lengths[i].n);
-            CHECK(hash_by(p + off, lengths[i].n, lengths[i].n), lengths[i].hash);
+            CHECK_STR(hash_by(p + off, lengths[i].n, lengths[i].n), lengths[i].hash);
         }
     free(p);
 }
@@ -123,7 +105,7 @@ static void test_splits(void)
     pattern(p, sizeof p);
     strcpy(whole, hash_by(p, sizeof p, sizeof p));
     for (size_t step = 1; step < sizeof p; step++)
-        CHECK(hash_by(p, sizeof p, step), whole);
+        CHECK_STR(hash_by(p, sizeof p, step), whole);
     for (size_t cut = 0; cut <= sizeof p; cut++) {
         struct sha3_256 h;
         uint8_t out[32];
@@ -135,7 +117,7 @@ static void test_splits(void)
         sha3_256_update(&h, p + cut, second);
         sha3_256_update(&h, p + cut + second, sizeof p - cut - second);
         sha3_256_final(&h, out);
-        CHECK(hex(out, 32, text), whole);
+        CHECK_STR(hex(out, 32, text), whole);
     }
 }
 
@@ -170,7 +152,7 @@ static void check_lanes(absorb_n *absorb, unsigned n, size_t blocks)
     }
     absorb(ctx, data, blocks, n);
     for (unsigned i = 0; i < n; i++)
-        CHECK(state_hex(got[i].a, a), state_hex(wanted[i].a, b));
+        CHECK_STR(state_hex(got[i].a, a), state_hex(wanted[i].a, b));
 }
 
 static void test_lanes(void)
@@ -217,11 +199,8 @@ static void test_lesser_processors(void)
               { SHA3_AVX512 | SHA3_AVX2 | SHA3_BMI2, 1 } };
     unsigned all = features, most = sha3_256_lanes(features);
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
-        char got[12], wanted[12];
         features = all & ~v[i].hidden;
-        snprintf(got, sizeof got, "%u", sha3_256_lanes(features));
-        snprintf(wanted, sizeof wanted, "%u", v[i].lanes < most ? v[i].lanes : most);
-        CHECK(got, wanted);
+        CHECK(sha3_256_lanes(features), v[i].lanes < most ? v[i].lanes : most);
         for (size_t blocks = 0; blocks <= 2; blocks++) {
             check_lanes(absorb_best, 1, blocks);
             for (unsigned n = 0; n <= 17; n++)
@@ -241,20 +220,15 @@ static void test_cpuid(void)
         { bit_AVX512F, 0, SHA3_AVX512 }, { bit_AVX512VL, 0, SHA3_AVX512 },
         { 0, bit_OSXSAVE, SHA3_AVX2 | SHA3_AVX512 },
     };
-    char got[16], wanted[16];
     unsigned all = sha3_features();
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
         hidden_7_b = v[i].hidden_7_b;
         hidden_1_c = v[i].hidden_1_c;
-        snprintf(got, sizeof got, "%x", sha3_features());
-        snprintf(wanted, sizeof wanted, "%x", all & ~v[i].gone);
-        CHECK(got, wanted);
+        CHECK(sha3_features(), all & ~v[i].gone);
     }
     hidden_7_b = hidden_1_c = 0;
     no_leaf_7 = true;
-    snprintf(got, sizeof got, "%x", sha3_features());
-    snprintf(wanted, sizeof wanted, "%x", (unsigned)SHA3_ASKED);
-    CHECK(got, wanted);
+    CHECK(sha3_features(), SHA3_ASKED);
     no_leaf_7 = false;
 }
 
@@ -274,7 +248,7 @@ static void test_features(void)
              (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") ? SHA3_BMI2 : 0u) |
              (__builtin_cpu_supports("avx2") ? SHA3_AVX2 : 0u) |
              (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") ? SHA3_AVX512 : 0u));
-    CHECK(got, wanted);
+    CHECK_STR(got, wanted);
 }
 #endif
 
@@ -292,19 +266,13 @@ static void test_single(void)
 /* A byte read past the input is a fault here. */
 static void test_last_page(void)
 {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    uint8_t *map = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED || mprotect(map + page, page, PROT_NONE)) {
-        CHECK("no memory to map", "two pages");
-        return;
-    }
-    uint8_t copy[600];
+    uint8_t *end = guarded_end(), copy[600];
     char wanted[65];
     for (size_t n = 0; n <= sizeof copy; n++) {
         pattern(copy, n);
-        pattern(map + page - n, n);
+        pattern(end - n, n);
         strcpy(wanted, hash_by(copy, n, 1));
-        CHECK(hash_by(map + page - n, n, 600), wanted);
+        CHECK_STR(hash_by(end - n, n, 600), wanted);
     }
     struct sha3_256 h[8], *ctx[8];
     const uint8_t *data[8];
@@ -312,12 +280,11 @@ static void test_last_page(void)
         for (unsigned i = 0; i < n; i++) {
             sha3_256_init(&h[i], features);
             ctx[i] = &h[i];
-            data[i] = map + page - 2 * SHA3_256_RATE;
+            data[i] = end - 2 * SHA3_256_RATE;
         }
         sha3_256_absorb_lanes(ctx, data, 2, n);
-        CHECK(memcmp(h[0].a, h[n - 1].a, sizeof h[0].a) ? "differ" : "same", "same");
+        CHECK_STR(memcmp(h[0].a, h[n - 1].a, sizeof h[0].a) ? "differ" : "same", "same");
     }
-    munmap(map, 2 * page);
 }
 
 int main(void)
@@ -339,6 +306,5 @@ int main(void)
     if (sha3_256_lanes(features) < 8)
         printf("skipped: no AVX-512 here%s\n", sha3_256_lanes(features) < 4 ? ", nor AVX2" : "");
 #endif
-    printf("%u passed, %u failed\n", passed, failed);
-    return failed != 0;
+    return closing();
 }
