@@ -5196,7 +5196,7 @@ static struct loop *loop_new(void)
     struct loop *l = need(calloc(1, sizeof *l));
     l->stop_ms = l->timer_ms = INT64_MAX;
     huffman_init(&l->core.huffman);
-    pb_arena_init(&l->core.arena, NULL, 0, 64 << 20);
+    l->core.arena.limit = 64 << 20;
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);
     sink_init(&l->err, STDERR_FILENO, &l->core.err);
     sink_init(&l->record, -1, &l->core.record);
@@ -5376,10 +5376,6 @@ static void loop_free(struct loop *l)
  */
 
 /* ---- google.protobuf ---- */
-struct Timestamp {
-    int64_t seconds;
-    int32_t nanos;
-};
 PB_DEFINE(Timestamp, PB_TIMESTAMP, NULL,
     PB_ROW(Timestamp, 1, INT64, 0, seconds, NULL),
     PB_ROW(Timestamp, 2, INT32, 0, nanos,   NULL));
@@ -5581,20 +5577,6 @@ PB_DEFINE(HealthCheckRequest, PB_PLAIN, NULL, PB_ROW(HealthCheckRequest, 1, STRI
 struct HealthCheckResponse { int32_t status; };
 PB_DEFINE(HealthCheckResponse, PB_PLAIN, NULL, PB_ROW(HealthCheckResponse, 1, ENUM, 0, status, &ServingStatus_enum));
 
-struct HealthListRequest { char empty; };
-static const struct pb_message HealthListRequest_message = {
-    "HealthListRequest", NULL, 0, sizeof(struct HealthListRequest), PB_PLAIN, NULL
-};
-
-struct StatusesEntry { struct bytes key; struct HealthCheckResponse *value; };
-PB_DEFINE(StatusesEntry, PB_MAP_ENTRY, NULL,
-    PB_ROW(StatusesEntry, 1, STRING,  0, key,   NULL),
-    PB_ROW(StatusesEntry, 2, MESSAGE, 0, value, &HealthCheckResponse_message));
-
-struct HealthListResponse { struct pb_list statuses; };         /* struct StatusesEntry */
-PB_DEFINE(HealthListResponse, PB_PLAIN, NULL,
-    PB_ROW(HealthListResponse, 1, MESSAGE, PB_REPEATED, statuses, &StatusesEntry_message));
-
 /* ---- grpc.reflection, v1 and v1alpha: two packages, the same messages ---- */
 struct ExtensionRequest { struct bytes containing_type; int32_t extension_number; };
 PB_DEFINE(ExtensionRequest, PB_PLAIN, NULL,
@@ -5618,10 +5600,8 @@ struct FileDescriptorResponse { struct pb_list file_descriptor_proto; };       /
 PB_DEFINE(FileDescriptorResponse, PB_PLAIN, NULL,
     PB_ROW(FileDescriptorResponse, 1, BYTES, PB_REPEATED, file_descriptor_proto, NULL));
 
-struct ExtensionNumberResponse { struct bytes base_type_name; struct pb_list extension_number; };      /* int32_t */
-PB_DEFINE(ExtensionNumberResponse, PB_PLAIN, NULL,
-    PB_ROW(ExtensionNumberResponse, 1, STRING, 0,           base_type_name,   NULL),
-    PB_ROW(ExtensionNumberResponse, 2, INT32,  PB_REPEATED, extension_number, NULL));
+struct ExtensionNumberResponse { struct bytes base_type_name; };       /* 2, the numbers: there are no extensions */
+PB_DEFINE(ExtensionNumberResponse, PB_PLAIN, NULL, PB_ROW(ExtensionNumberResponse, 1, STRING, 0, base_type_name, NULL));
 
 struct ServiceResponse { struct bytes name; };
 PB_DEFINE(ServiceResponse, PB_PLAIN, NULL, PB_ROW(ServiceResponse, 1, STRING, 0, name, NULL));
@@ -5679,11 +5659,10 @@ static const struct pb_file cvms_file = {
 };
 
 static const struct pb_message *const health_messages[] = {
-    &HealthCheckRequest_message, &HealthCheckResponse_message, &HealthListRequest_message, &HealthListResponse_message,
+    &HealthCheckRequest_message, &HealthCheckResponse_message,
 };
 static const struct pb_method health_methods[] = {
     { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
-    { "List",  &HealthListRequest_message,  &HealthListResponse_message,  false, false },
     { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true },
 };
 static const struct pb_service health_services[] = { { "Health", health_methods, PB_COUNT(health_methods) } };
@@ -6543,26 +6522,15 @@ static uint8_t *put_le(uint8_t *p, int n, uint64_t v)
     return p;
 }
 
-/* The length of the UTF-8 sequence at p (RFC 3629 4), or 0 if there is none.  Stops at a NUL. */
-static size_t utf8_sequence(const uint8_t *p)
-{
-    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
-    uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
-    uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
-    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xbf)
-        if (p[i] < low || p[i] > high)
-            return 0;
-    return n;
-}
-
 /* General purpose bits (APPNOTE 4.4.4): 3, a data descriptor follows; 11, the name is UTF-8, set as Go does: if it is
  * valid and has a character that a reader could take for another one in some code page. */
 static uint16_t zip_flags(const char *name)
 {
     uint16_t flags = 1 << 3;
+    uint32_t c;
     size_t n;
-    for (const uint8_t *p = (const uint8_t *)name; *p; p += n) {
-        n = utf8_sequence(p);
+    for (const uint8_t *p = (const uint8_t *)name, *end = p + strlen(name); p < end; p += n) {
+        n = pb_utf8_char(p, end, &c);
         if (n == 0)
             return 1 << 3;
         if (*p < 0x20 || *p > 0x7d || *p == '\\')
@@ -8747,19 +8715,6 @@ static void health_watch_end(struct stream *s)
         unary_end(s);                 /* else the stream stays open: the status may change */
 }
 
-static void health_list(struct stream *s, struct bytes wire)
-{
-    struct HealthListRequest req = { 0 };
-    struct HealthCheckResponse ok = { .status = HEALTH_SERVING };
-    struct StatusesEntry entry[PB_COUNT(healthy_services)];
-    if (!unary_first(s) || !health_decode(s, &HealthListRequest_message, &req, wire))
-        return;
-    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
-        entry[i] = (struct StatusesEntry){ .key = bytes_of(healthy_services[i]), .value = &ok };
-    struct HealthListResponse res = { .statuses = { .items = entry, .n = PB_COUNT(healthy_services) } };
-    grpc_send(s, &HealthListResponse_message, &res);
-}
-
 /* ---- grpc.reflection ---- */
 
 /* Takes "name" off the front of a dotted symbol; false if it begins with something else. */
@@ -8778,10 +8733,8 @@ static bool message_has(const struct pb_message *m, struct bytes symbol)
     bool found = symbol.n == 0 || (m->oneof && bytes_eq(symbol, bytes_of(m->oneof)));
     for (size_t i = 0; i < m->n && !found; i++) {
         const struct pb_field *f = &m->fields[i];
-        const struct pb_message *entry = f->kind == PB_MESSAGE ? f->sub : NULL;
         const struct pb_enum *values = f->kind == PB_ENUM ? f->sub : NULL;
-        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name))) ||
-                (entry && entry->form == PB_MAP_ENTRY && bytes_eq(symbol, bytes_of(entry->name)));
+        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name)));
     }
     return found;
 }
@@ -8880,7 +8833,6 @@ static const struct grpc_method server_methods[] = {
     { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
       .drained = process_drained, .closed = process_closed },
     { .path = "/grpc.health.v1.Health/Check", .open = ignore_open, .message = health_check, .end = unary_end },
-    { .path = "/grpc.health.v1.Health/List", .open = ignore_open, .message = health_list, .end = unary_end },
     { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
     { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
       .message = reflection_message, .end = reflection_end },
@@ -9194,11 +9146,10 @@ static void check_key(struct agent *a, const char *what, size_t i, struct bytes 
 /* The joined chunks: shown, and held to what a real agent needs of them. */
 static size_t agent_check_manifest(struct agent *a)
 {
-    struct pb_arena arena;
+    size_t len = a->manifest.len, datasets = 0;
+    struct pb_arena arena = { .limit = (64 << 20) + 8 * (len < SIZE_MAX / 16 ? len : SIZE_MAX / 16) };
     struct ComputationRunReq req = { 0 };
     bool unknown;
-    size_t datasets = 0;
-    pb_arena_init(&arena, NULL, 0, (64 << 20) + 8 * a->manifest.len);   /* in memory a real one takes twice its size */
     enum pb_error err = pb_decode(&ComputationRunReq_message, &req, (struct bytes){ a->manifest.p, a->manifest.len },
                                   &arena, &unknown);
     if (err != PB_OK) {
@@ -9606,7 +9557,7 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
             tell(report, START, "-replay: %s: record %zu: %s", o->replay, number, e.text);
             return false;
         }
-        if (record.time && !pb_timestamp_valid(record.time->seconds, record.time->nanos)) {
+        if (record.time && !pb_timestamp_valid(record.time)) {
             tell(report, START, "-replay: %s: record %zu: its time is not in the years 1 to 9999", o->replay, number);
             return false;
         }
@@ -10206,11 +10157,10 @@ static int run(struct options *o, struct report *r)
 
 int main(int argc, char **argv)
 {
-    struct options o = { .command = CMD_SERVE };
+    struct options o = { .command = CMD_SERVE, .arena.limit = SIZE_MAX / 2 };
     for (int fd = 0; fd < 3; fd++)    /* no socket may come to stand where stdout was: a folder can't be written */
         if (fcntl(fd, F_GETFD) < 0 && open("/", O_RDONLY) < 0)
             return 1;
-    pb_arena_init(&o.arena, NULL, 0, SIZE_MAX / 2);
     struct report r = { 0 };
     int at = 1;
     for (size_t i = 0; argc > 1 && i < COMMANDS; i++)

@@ -12,16 +12,15 @@
  * unknown fields, and the descriptor that server reflection hands out.
  *
  * In memory    bool, int32 and enum (int32_t), int64; string and bytes are struct bytes; a sub-message is a pointer,
- *              NULL when absent; a repeated field is a struct pb_list; a map is a list of its entry messages.
+ *              NULL when absent; a repeated field, of strings, bytes or messages, is a struct pb_list.
  * Presence     proto3's implicit presence: zero is absent.  A oneof (one in a message, of messages, strings and
  *              bytes) is set where the pointer, or the p of the bytes, is not NULL.
  * Ownership    decoded bytes point into the input, all else lies in the arena: keep both while the message is used.
- * Left out     proto2, float, fixed and zigzag fields, extensions: the services of this program have none.
+ * Left out     proto2, float, fixed and zigzag fields, maps, repeated scalars, extensions: no table here has them.
  */
 #ifndef PROTO_WIRE_H
 #define PROTO_WIRE_H
 
-/* The top of proto_wire.h: byte strings and growable buffers, shared by every section of cvms.c. */
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -36,7 +35,7 @@ struct bytes {
 };
 
 /* A growable buffer.  All zero is empty.  A failed allocation sets `failed`, which sticks: later appends do
- * nothing, so a caller may append many times and test once.  A fixed one lies in the caller's array, and is cut. */
+ * nothing, so a caller may append many times and test once.  A fixed one lies in the caller's array (buf_fixed). */
 struct buf {
     uint8_t *p;
     size_t len, cap;
@@ -67,6 +66,12 @@ static inline void buf_free(struct buf *b)
     *b = (struct buf){ 0 };
 }
 
+/* A buffer in an array of cap bytes, at whose end it is cut. */
+static inline struct buf buf_fixed(void *p, size_t cap)
+{
+    return (struct buf){ .p = p, .cap = cap, .fixed = true };
+}
+
 /* Makes room for n more bytes and returns where they start, or NULL (and `failed`) when there is no memory.
  * The caller adds what it wrote to b->len. */
 static inline uint8_t *buf_room(struct buf *b, size_t n)
@@ -77,7 +82,7 @@ static inline uint8_t *buf_room(struct buf *b, size_t n)
         size_t cap = b->cap ? b->cap : 256;
         while (cap - b->len < n && cap <= SIZE_MAX / 2)
             cap *= 2;
-        uint8_t *p = cap - b->len < n ? NULL : realloc(b->p, cap);
+        uint8_t *p = b->fixed || cap - b->len < n ? NULL : realloc(b->p, cap);
         if (!p) {
             b->failed = true;
             return NULL;
@@ -140,7 +145,7 @@ PRINTF_LIKE(2, 0) static inline void buf_vprintf(struct buf *b, const char *fmt,
         fmt += size == 3 ? 1 : size;
         if (*fmt == 's') {
             text = end = va_arg(ap, char *);
-            if (most)                 /* of nothing at all there may be no pointer */
+            if (most)                 /* with a precision of 0 the pointer may be NULL */
                 end += strnlen(text, most);
         } else if (*fmt == 'c') {
             *--text = (char)va_arg(ap, int);
@@ -174,10 +179,10 @@ PRINTF_LIKE(2, 3) static inline void buf_printf(struct buf *b, const char *fmt, 
     va_end(ap);
 }
 
-/* Formats into an array of cap bytes, cut at its end, always terminated.  Returns the length. */
+/* Formats into an array of cap > 0 bytes, cut at its end, always terminated.  Returns the length. */
 PRINTF_LIKE(3, 0) static inline size_t text_vprintf(char *to, size_t cap, const char *fmt, va_list ap)
 {
-    struct buf b = { .p = (uint8_t *)to, .cap = cap - 1, .fixed = true };
+    struct buf b = buf_fixed(to, cap - 1);
     buf_vprintf(&b, fmt, ap);
     to[b.len] = 0;
     return b.len;
@@ -202,22 +207,12 @@ struct pb_block {
     size_t cap;                 /* bytes after this header */
 };
 
+/* Empty when all but `limit` is zero. */
 struct pb_arena {
-    struct pb_block *newest, *lent;
+    struct pb_block *newest;
     size_t used;                /* bytes taken of the newest block */
     size_t held, limit;
 };
-
-/* mem: an oldest block of n bytes that the caller lends, aligned to 8; NULL for none.  A lent block does not
- * count against the limit. */
-static inline void pb_arena_init(struct pb_arena *a, void *mem, size_t n, size_t limit)
-{
-    *a = (struct pb_arena){ .limit = limit };
-    if (n > sizeof *a->lent) {
-        a->newest = a->lent = mem;
-        *a->lent = (struct pb_block){ NULL, n - sizeof *a->lent };
-    }
-}
 
 /* Returns n zeroed bytes, aligned to 8, or NULL: over the limit, or no memory. */
 static inline void *pb_arena_alloc(struct pb_arena *a, size_t n)
@@ -252,22 +247,21 @@ static void pb_arena_pop(struct pb_arena *a)
 /* Ends the life of all that was allocated. */
 static inline void pb_arena_reset(struct pb_arena *a)
 {
-    while (a->newest && a->newest != a->lent && (a->newest->next || a->newest->cap > PB_BLOCK))
+    while (a->newest && (a->newest->next || a->newest->cap > PB_BLOCK))
         pb_arena_pop(a);
     a->used = 0;
 }
 
 static inline void pb_arena_free(struct pb_arena *a)
 {
-    pb_arena_reset(a);
-    if (a->newest && a->newest != a->lent)
+    while (a->newest)
         pb_arena_pop(a);
 }
 
 /* ---- Tables ------------------------------------------------------------------------------------------------------ */
 enum pb_kind { PB_BOOL, PB_INT32, PB_INT64, PB_ENUM, PB_STRING, PB_BYTES, PB_MESSAGE };
 enum pb_flag { PB_ONEOF = 1, PB_REPEATED = 2 };
-enum pb_form { PB_PLAIN, PB_MAP_ENTRY, PB_TIMESTAMP };
+enum pb_form { PB_PLAIN, PB_TIMESTAMP };
 enum pb_wire { PB_VARINT, PB_FIXED64, PB_LEN, PB_SGROUP, PB_EGROUP, PB_FIXED32 };
 enum { PB_MAX_DEPTH = 100, PB_MAX_NUMBER = (1 << 29) - 1, PB_NAME_MAX = 64 };
 
@@ -283,7 +277,7 @@ struct pb_message {
     const char *name;
     const struct pb_field *fields;
     size_t n, size;             /* rows (at most 64), bytes of the struct */
-    enum pb_form form;          /* a map entry has rows 1 key (string) and 2 value; a Timestamp 1 seconds, 2 nanos */
+    enum pb_form form;          /* PB_TIMESTAMP: the struct is struct Timestamp */
     const char *oneof;
 };
 
@@ -293,7 +287,7 @@ struct pb_enum {
     size_t n;
 };
 
-/* Items stand side by side: struct bytes, structs of the sub-message, or plain values.  cap is the decoder's. */
+/* Items stand side by side: struct bytes, or structs of the sub-message.  cap is the decoder's. */
 struct pb_list {
     void *items;
     size_t n, cap;
@@ -320,19 +314,10 @@ static bool pb_is_scalar(const struct pb_field *f)
     return f->kind < PB_STRING;
 }
 
-static bool pb_is_map(const struct pb_field *f)
-{
-    return f->kind == PB_MESSAGE && ((const struct pb_message *)f->sub)->form == PB_MAP_ENTRY;
-}
-
 /* Bytes of one item of a repeated field. */
 static size_t pb_item_size(const struct pb_field *f)
 {
-    static const uint8_t size[] = {
-        [PB_BOOL] = sizeof(bool),      [PB_INT32] = sizeof(int32_t),       [PB_INT64] = sizeof(int64_t),
-        [PB_ENUM] = sizeof(int32_t),   [PB_STRING] = sizeof(struct bytes), [PB_BYTES] = sizeof(struct bytes),
-    };
-    return f->kind == PB_MESSAGE ? ((const struct pb_message *)f->sub)->size : size[f->kind];
+    return f->kind == PB_MESSAGE ? ((const struct pb_message *)f->sub)->size : sizeof(struct bytes);
 }
 
 static void pb_store(const struct pb_field *f, void *at, uint64_t v)
@@ -365,11 +350,11 @@ static bool pb_is_set(const struct pb_field *f, const void *at)
 {
     if (f->flags & PB_REPEATED)
         return ((const struct pb_list *)at)->n != 0;
-    if (f->kind == PB_MESSAGE)
-        return pb_pointer(at) != NULL;
     if (pb_is_scalar(f))
         return pb_load(f, at) != 0;
-    return f->flags & PB_ONEOF ? ((const struct bytes *)at)->p != NULL : ((const struct bytes *)at)->n != 0;
+    if (f->kind == PB_MESSAGE || f->flags & PB_ONEOF)           /* or the p of struct bytes */
+        return pb_pointer(at) != NULL;
+    return ((const struct bytes *)at)->n != 0;
 }
 
 /* Appends a zeroed item of `size` bytes and returns it; NULL when the arena is used up. */
@@ -400,7 +385,6 @@ static void *pb_make(struct pb_arena *a, const struct pb_field *f, void *at)
 }
 
 /* ---- UTF-8 (RFC 3629) -------------------------------------------------------------------------------------------- */
-
 /* Length of the character at p, 1 to 4, with its code point in *c; 0 if it is not well formed.  p < end. */
 static size_t pb_utf8_char(const uint8_t *p, const uint8_t *end, uint32_t *c)
 {
@@ -510,77 +494,55 @@ static inline struct pb_num pb_length(struct pb_decoder *d, const uint8_t *p, co
 /* Returns the end of the field whose tag was just read, at p.  A group is skipped with all it holds. */
 static const uint8_t *pb_skip(struct pb_decoder *d, uint64_t tag, const uint8_t *p, const uint8_t *end, unsigned depth)
 {
-    struct pb_num n = { p, (tag & 7) == PB_FIXED64 ? 8 : 4 };
+    unsigned wire = tag & 7;
+    ptrdiff_t size = wire == PB_FIXED64 ? 8 : 4;
+    struct pb_num n = { p, 0 };
     if (tag >> 3 == 0 || tag >> 3 > PB_MAX_NUMBER)
         return pb_fail(d, PB_MALFORMED);
-    switch (tag & 7) {
-    case PB_VARINT:
+    if (wire == PB_VARINT)
         return pb_varint(d, p, end).p;
-    case PB_LEN:
+    if (wire == PB_LEN) {
         n = pb_length(d, p, end);
         return n.p ? n.p + n.v : NULL;
-    case PB_FIXED32:
-    case PB_FIXED64:
-        return (uint64_t)(end - p) < n.v ? pb_fail(d, PB_TRUNCATED) : p + n.v;
-    case PB_SGROUP:
-        if (depth >= PB_MAX_DEPTH)
-            return pb_fail(d, PB_DEPTH);
-        while (n.p) {
-            n = pb_varint(d, n.p, end);
-            if (n.p && n.v == tag + 1)          /* PB_EGROUP of the same number */
-                return n.p;
-            if (n.p)
-                n.p = pb_skip(d, n.v, n.p, end, depth + 1);
-        }
-        return NULL;
-    default:                                    /* an end-group that ends nothing, or a wire type that is none */
-        return pb_fail(d, PB_MALFORMED);
     }
+    if (wire == PB_FIXED32 || wire == PB_FIXED64)
+        return end - p < size ? pb_fail(d, PB_TRUNCATED) : p + size;
+    if (wire != PB_SGROUP)                      /* an end-group that ends nothing, or a wire type that is none */
+        return pb_fail(d, PB_MALFORMED);
+    if (depth >= PB_MAX_DEPTH)
+        return pb_fail(d, PB_DEPTH);
+    while (n.p && (n = pb_varint(d, n.p, end)).p && n.v != tag + 1)     /* PB_EGROUP of the same number */
+        n.p = pb_skip(d, n.v, n.p, end, depth + 1);
+    return n.p;
 }
 
-/* Whether the field may come with this wire type; repeated scalars come one by one or packed. */
+/* Whether the field may come with this wire type. */
 static inline bool pb_accepts(const struct pb_field *f, uint64_t wire)
 {
-    if (wire == PB_LEN)
-        return !pb_is_scalar(f) || f->flags & PB_REPEATED;
-    return wire == PB_VARINT && pb_is_scalar(f);
+    return wire == (pb_is_scalar(f) ? PB_VARINT : PB_LEN);
 }
 
 static void pb_clear_oneof(const struct pb_message *m, const struct pb_field *but, void *msg)
 {
     for (const struct pb_field *f = m->fields; f < m->fields + m->n; f++)
-        if (f != but && f->flags & PB_ONEOF && f->kind == PB_MESSAGE)
-            memset((uint8_t *)msg + f->offset, 0, sizeof(void *));
-        else if (f != but && f->flags & PB_ONEOF)
-            memset((uint8_t *)msg + f->offset, 0, sizeof(struct bytes));
-}
-
-static const uint8_t *pb_decode_packed(struct pb_decoder *d, const struct pb_field *f, struct pb_list *list,
-                                       struct pb_num n)
-{
-    for (const uint8_t *end = n.p + n.v; n.p && n.p < end;) {
-        n = pb_varint(d, n.p, end);
-        void *at = n.p ? pb_list_add(d->arena, list, pb_item_size(f)) : NULL;
-        if (n.p && !at)
-            return pb_fail(d, PB_LIMIT);
-        if (at)
-            pb_store(f, at, n.v);
-    }
-    return n.p;
+        if (f != but && f->flags & PB_ONEOF)
+            memset((uint8_t *)msg + f->offset, 0, f->kind == PB_MESSAGE ? sizeof(void *) : sizeof(struct bytes));
 }
 
 static const uint8_t *pb_decode_message(struct pb_decoder *d, const struct pb_message *m, void *msg,
                                         const uint8_t *p, const uint8_t *end, unsigned depth);
 
 /* Decodes one value into the member at `at`; p is behind the tag.  Returns where the field ends, or NULL. */
-static const uint8_t *pb_decode_field(struct pb_decoder *d, const struct pb_field *f, void *at, uint64_t wire,
+static const uint8_t *pb_decode_field(struct pb_decoder *d, const struct pb_field *f, void *at,
                                       const uint8_t *p, const uint8_t *end, unsigned depth)
 {
-    struct pb_num n = wire == PB_LEN ? pb_length(d, p, end) : pb_varint(d, p, end);
+    struct pb_num n = pb_is_scalar(f) ? pb_varint(d, p, end) : pb_length(d, p, end);
     if (!n.p)
         return NULL;
-    if (wire == PB_LEN && pb_is_scalar(f))
-        return pb_decode_packed(d, f, at, n);
+    if (pb_is_scalar(f)) {
+        pb_store(f, at, n.v);
+        return n.p;
+    }
     bool repeated = f->flags & PB_REPEATED;
     if (repeated && !(at = pb_list_add(d->arena, at, pb_item_size(f))))
         return pb_fail(d, PB_LIMIT);
@@ -589,10 +551,6 @@ static const uint8_t *pb_decode_field(struct pb_decoder *d, const struct pb_fiel
             return pb_fail(d, PB_DEPTH);
         void *sub = repeated ? at : pb_make(d->arena, f, at);
         return sub ? pb_decode_message(d, f->sub, sub, n.p, n.p + n.v, depth + 1) : pb_fail(d, PB_LIMIT);
-    }
-    if (wire == PB_VARINT) {
-        pb_store(f, at, n.v);
-        return n.p;
     }
     struct bytes s = { n.p, (size_t)n.v };
     if (f->kind == PB_STRING && !pb_utf8_valid(s))
@@ -615,7 +573,7 @@ static const uint8_t *pb_decode_message(struct pb_decoder *d, const struct pb_me
             const struct pb_field *f = &m->fields[row];
             if (f->flags & PB_ONEOF)
                 pb_clear_oneof(m, f, msg);
-            p = pb_decode_field(d, f, (uint8_t *)msg + f->offset, tag.v & 7, tag.p, end, depth);
+            p = pb_decode_field(d, f, (uint8_t *)msg + f->offset, tag.p, end, depth);
             row += !(f->flags & PB_REPEATED);
         } else {
             d->unknown = true;
@@ -638,7 +596,6 @@ static inline enum pb_error pb_decode(const struct pb_message *m, void *msg, str
 }
 
 /* ---- Unknown fields ---------------------------------------------------------------------------------------------- */
-
 /* path: the way to the field, "agent_log.9".  A varint or fixed number is in value; in `bytes` is what a length counts,
  * or a group's fields and its end tag.  They point into the input. */
 typedef void pb_unknown_fn(void *arg, const char *path, unsigned wire_type, uint64_t value, struct bytes bytes);
@@ -652,18 +609,17 @@ struct pb_walk {
 
 static void pb_report(struct pb_walk *w, uint64_t tag, const uint8_t *p, const uint8_t *end)
 {
-    uint64_t value = 0;
+    unsigned wire = tag & 7;
+    struct pb_num n = wire == PB_VARINT ? pb_varint(&w->d, p, end) : (struct pb_num){ p, 0 };
     struct bytes bytes = { NULL, 0 };
-    if ((tag & 7) == PB_VARINT)
-        value = pb_varint(&w->d, p, end).v;
-    else if ((tag & 7) == PB_FIXED32 || (tag & 7) == PB_FIXED64)
+    if (wire == PB_FIXED32 || wire == PB_FIXED64)
         for (const uint8_t *q = end; q > p;)
-            value = value << 8 | *--q;
-    else {
-        struct pb_num n = (tag & 7) == PB_LEN ? pb_length(&w->d, p, end) : (struct pb_num){ p, 0 };
-        bytes = (struct bytes){ n.p, (size_t)(end - n.p) };
+            n.v = n.v << 8 | *--q;
+    else if (wire != PB_VARINT) {
+        const uint8_t *from = wire == PB_LEN ? pb_length(&w->d, p, end).p : p;
+        bytes = (struct bytes){ from, (size_t)(end - from) };
     }
-    w->fn(w->arg, w->path, tag & 7, value, bytes);
+    w->fn(w->arg, w->path, wire, n.v, bytes);
 }
 
 /* len: of the path so far. */
@@ -700,7 +656,6 @@ static inline void pb_unknown(const struct pb_message *m, struct bytes in, pb_un
 /* ---- Encoding ----------------------------------------------------------------------------------------------------
  * From the last field to the first, into the end of the buffer: when the length of a sub-message is needed, it stands
  * there already, and one pass is enough.  Meanwhile buf.len counts from the end. */
-
 static inline size_t pb_varint_size(uint64_t v)
 {
     size_t n = 1;
@@ -716,12 +671,6 @@ static inline uint8_t *pb_varint_put(uint8_t *to, uint64_t v)
         *to++ = (uint8_t)(v | 0x80);
     *to++ = (uint8_t)v;
     return to;
-}
-
-/* Writes at most 5 bytes and returns where they end. */
-static inline uint8_t *pb_tag_put(uint8_t *to, uint32_t number, enum pb_wire wire)
-{
-    return pb_varint_put(to, (uint64_t)number << 3 | wire);
 }
 
 /* Room for n > 0 bytes in front of what has been written; NULL when there is no memory. */
@@ -770,39 +719,26 @@ static void pb_encode_bytes(struct buf *b, uint32_t number, struct bytes s)
     pb_close(b, number, mark);
 }
 
-static void pb_encode_packed(struct buf *b, const struct pb_field *f, const struct pb_list *list)
-{
-    size_t mark = b->len;
-    for (size_t i = list->n; i-- > 0;)
-        pb_before_varint(b, pb_load(f, (const uint8_t *)list->items + i * pb_item_size(f)));
-    pb_close(b, f->number, mark);
-}
-
-/* Recurses as deep as msg, which the tables, or pb_decode and pb_json_parse, have bounded. */
+/* Recurses as deep as msg, which the tables or what made it (pb_decode, pb_json_parse, pb_set_path) have bounded. */
 static void pb_encode_message(struct buf *b, const struct pb_message *m, const void *msg)
 {
     for (size_t row = m->n; row-- > 0;) {
         const struct pb_field *f = &m->fields[row];
         const uint8_t *at = (const uint8_t *)msg + f->offset;
-        if (!pb_is_set(f, at) && m->form != PB_MAP_ENTRY)       /* an entry always has its key and value */
+        if (!pb_is_set(f, at))
             continue;
         const struct pb_list *list = f->flags & PB_REPEATED ? (const void *)at : NULL;
-        if (list && pb_is_scalar(f)) {
-            pb_encode_packed(b, f, list);
-            continue;
-        }
         for (size_t i = list ? list->n : 1; i-- > 0;) {
             const void *item = list ? (const uint8_t *)list->items + i * pb_item_size(f) : at;
-            const void *sub = f->kind != PB_MESSAGE ? NULL : list ? item : pb_pointer(at);
             size_t mark = b->len;
-            if (sub)
-                pb_encode_message(b, f->sub, sub);
+            if (f->kind == PB_MESSAGE)
+                pb_encode_message(b, f->sub, list ? item : pb_pointer(at));
+            else if (!pb_is_scalar(f))
+                pb_before_bytes(b, *(const struct bytes *)item);
             if (pb_is_scalar(f))
                 pb_encode_number(b, f->number, pb_load(f, item));
-            else if (f->kind == PB_MESSAGE)
-                pb_close(b, f->number, mark);
             else
-                pb_encode_bytes(b, f->number, *(const struct bytes *)item);
+                pb_close(b, f->number, mark);
         }
     }
 }
@@ -830,30 +766,30 @@ static inline struct bytes pb_encode(struct buf *b, const struct pb_message *m, 
 #define PB_FIRST_SECOND (-62135596800)          /* 0001-01-01T00:00:00Z */
 #define PB_LAST_SECOND  253402300799            /* 9999-12-31T23:59:59Z */
 
-/* n decimal digits, two at a time. */
+/* google.protobuf.Timestamp, the one message that JSON writes as text. */
+struct Timestamp {
+    int64_t seconds;
+    int32_t nanos;
+};
+
+/* n decimal digits of v. */
 static uint8_t *pb_digits(uint8_t *to, unsigned n, uint32_t v)
 {
-    static const char pairs[] = "00010203040506070809101112131415161718192021222324252627282930313233343536373839404142"
-                                "43444546474849505152535455565758596061626364656667686970717273747576777879808182838485"
-                                "8687888990919293949596979899";
-    unsigned i = n;
-    for (; i > 1; i -= 2, v /= 100)
-        memcpy(to + i - 2, pairs + v % 100 * 2, 2);
-    if (i)
-        *to = (uint8_t)('0' + v % 10);
+    for (unsigned i = n; i-- > 0; v /= 10)
+        to[i] = (uint8_t)('0' + v % 10);
     return to + n;
 }
 
-static bool pb_timestamp_valid(int64_t seconds, int32_t nanos)
+static bool pb_timestamp_valid(const struct Timestamp *t)
 {
-    return seconds >= PB_FIRST_SECOND && seconds <= PB_LAST_SECOND && nanos >= 0 && nanos <= 999999999;
+    return t->seconds >= PB_FIRST_SECOND && t->seconds <= PB_LAST_SECOND && t->nanos >= 0 && t->nanos <= 999999999;
 }
 
 /* Appends an RFC 3339 time in UTC with 0, 3, 6 or 9 digits of fraction; outside the years 1 to 9999 returns false and
  * appends nothing. */
 static inline bool pb_timestamp(struct buf *out, int64_t seconds, int32_t nanos)
 {
-    uint8_t *to = pb_timestamp_valid(seconds, nanos) ? buf_room(out, 32) : NULL;
+    uint8_t *to = pb_timestamp_valid(&(struct Timestamp){ seconds, nanos }) ? buf_room(out, 32) : NULL;
     if (!to)
         return false;
     /* Years from March, so that a leap day comes last; days from 0000-03-01, 306 before 0001-01-01. */
@@ -899,16 +835,13 @@ static inline void pb_base64(struct buf *out, struct bytes s)
     for (size_t i = 0; i < s.n; i += 3) {
         size_t left = s.n - i;
         uint32_t v = (uint32_t)s.p[i] << 16 | (left > 1 ? (uint32_t)s.p[i + 1] << 8 : 0) | (left > 2 ? s.p[i + 2] : 0);
-        *to++ = (uint8_t)pb_base64_digits[v >> 18];
-        *to++ = (uint8_t)pb_base64_digits[v >> 12 & 63];
-        *to++ = left > 1 ? (uint8_t)pb_base64_digits[v >> 6 & 63] : '=';
-        *to++ = left > 2 ? (uint8_t)pb_base64_digits[v & 63] : '=';
+        for (unsigned k = 0; k < 4; k++)
+            *to++ = (uint8_t)(k <= left ? pb_base64_digits[v >> (18 - 6 * k) & 63] : '=');
     }
     out->len = (size_t)(to - out->p);
 }
 
 /* ---- JSON out (the canonical mapping of proto3) ------------------------------------------------------------------ */
-
 /* lowerCamelCase by protobuf's rule: underscores go, and a small letter after one becomes a capital. */
 static size_t pb_json_name(char to[PB_NAME_MAX], const char *name)
 {
@@ -996,81 +929,56 @@ static void pb_json_line(struct buf *out, int indent, int level)
     }
 }
 
-static void pb_json_scalar(struct buf *out, const struct pb_field *f, const void *at)
-{
-    const struct pb_enum *e = f->sub;
-    uint64_t v = pb_load(f, at);
-    if (f->kind == PB_BOOL)
-        buf_puts(out, v ? "true" : "false");
-    else if (f->kind == PB_ENUM && v < e->n)
-        pb_json_string(out, bytes_of(e->values[v]));
-    else
-        buf_printf(out, f->kind == PB_INT64 ? "\"%lld\"" : "%lld", (long long)v);
-}
-
 static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level);
 
 /* item: the member, or the item of a list. */
 static void pb_json_value(struct buf *out, const struct pb_field *f, const void *item, int indent, int level)
 {
-    if (pb_is_scalar(f))
-        pb_json_scalar(out, f, item);
-    else if (f->kind == PB_STRING)
-        pb_json_string(out, *(const struct bytes *)item);
+    const struct pb_enum *e = f->sub;
+    uint64_t v = pb_is_scalar(f) ? pb_load(f, item) : 0;
+    if (f->kind == PB_MESSAGE)
+        pb_json_message(out, f->sub, f->flags & PB_REPEATED ? item : pb_pointer(item), indent, level);
+    else if (f->kind == PB_STRING || (f->kind == PB_ENUM && v < e->n))
+        pb_json_string(out, f->kind == PB_ENUM ? bytes_of(e->values[v]) : *(const struct bytes *)item);
     else if (f->kind == PB_BYTES) {
         buf_putc(out, '"');
         pb_base64(out, *(const struct bytes *)item);
         buf_putc(out, '"');
-    } else
-        pb_json_message(out, f->sub, f->flags & PB_REPEATED ? item : pb_pointer(item), indent, level);
+    } else if (f->kind == PB_BOOL)
+        buf_puts(out, v ? "true" : "false");
+    else
+        buf_printf(out, f->kind == PB_INT64 ? "\"%lld\"" : "%lld", (long long)v);
 }
 
 static void pb_json_list(struct buf *out, const struct pb_field *f, const struct pb_list *list, int indent, int level)
 {
-    const struct pb_field *row = pb_is_map(f) ? ((const struct pb_message *)f->sub)->fields : NULL;
     for (size_t i = 0; i < list->n; i++) {
-        const uint8_t *item = (const uint8_t *)list->items + i * pb_item_size(f);
-        buf_putc(out, i ? ',' : row ? '{' : '[');
+        buf_putc(out, i ? ',' : '[');
         pb_json_line(out, indent, level + 1);
-        if (row) {
-            pb_json_string(out, *(const struct bytes *)(const void *)(item + row[0].offset));
-            buf_puts(out, indent ? ": " : ":");
-        }
-        pb_json_value(out, row ? &row[1] : f, row ? item + row[1].offset : item, indent, level + 1);
+        pb_json_value(out, f, (const uint8_t *)list->items + i * pb_item_size(f), indent, level + 1);
     }
     pb_json_line(out, indent, level);
-    buf_putc(out, row ? '}' : ']');
+    buf_putc(out, ']');
 }
 
-/* A quoted time; false where the Timestamp has no canonical form. */
-static bool pb_json_timestamp(struct buf *out, const struct pb_message *m, const void *msg)
-{
-    int64_t seconds = *(const int64_t *)(const void *)((const uint8_t *)msg + m->fields[0].offset);
-    int32_t nanos = *(const int32_t *)(const void *)((const uint8_t *)msg + m->fields[1].offset);
-    if (!pb_timestamp_valid(seconds, nanos))
-        return false;
-    buf_putc(out, '"');
-    pb_timestamp(out, seconds, nanos);
-    buf_putc(out, '"');
-    return true;
-}
-
-/* msg may be NULL: empty, as the value of a map entry may be. */
 static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level)
 {
-    if (msg && m->form == PB_TIMESTAMP && pb_json_timestamp(out, m, msg))
+    const struct Timestamp *t = m->form == PB_TIMESTAMP ? msg : NULL;
+    if (t && pb_timestamp_valid(t)) {
+        buf_putc(out, '"');
+        pb_timestamp(out, t->seconds, t->nanos);
+        buf_putc(out, '"');
         return;
+    }
     bool any = false;
-    buf_putc(out, '{');
-    for (size_t row = 0; msg && row < m->n; row++) {
+    for (size_t row = 0; row < m->n; row++) {
         const struct pb_field *f = &m->fields[row];
         const uint8_t *at = (const uint8_t *)msg + f->offset;
         if (!pb_is_set(f, at))
             continue;
         char name[PB_NAME_MAX];
         size_t n = pb_json_name(name, f->name);
-        if (any)
-            buf_putc(out, ',');
+        buf_putc(out, any ? ',' : '{');
         any = true;
         pb_json_line(out, indent, level + 1);
         buf_putc(out, '"');
@@ -1083,6 +991,8 @@ static void pb_json_message(struct buf *out, const struct pb_message *m, const v
     }
     if (any)
         pb_json_line(out, indent, level);
+    else
+        buf_putc(out, '{');
     buf_putc(out, '}');
 }
 
@@ -1095,34 +1005,65 @@ static inline void pb_json(struct buf *out, const struct pb_message *m, const vo
 /* ---- JSON in ----------------------------------------------------------------------------------------------------- */
 struct pb_reader {
     const uint8_t *start, *p, *end;
+    bool alone;                 /* one value, not JSON: there are no lines */
     struct pb_arena *arena;
     char *err;
     size_t errlen;
-    char path[200];             /* of the field being read, "datasets[1].source"; a longer one is cut */
+    struct buf path;            /* to the field being read, "datasets[1].source"; fixed */
 };
 
-/* Sets the error text, with line and path, and returns false. */
-static bool pb_json_fail(struct pb_reader *r, const char *why)
+/* Sets the error text, with line, path and nothing unprintable in it, and returns false. */
+PRINTF_LIKE(2, 3) static bool pb_json_fail(struct pb_reader *r, const char *fmt, ...)
 {
+    struct buf b = buf_fixed(r->err, r->errlen - 1);
     size_t line = 1;
     for (const uint8_t *p = r->start; p < r->p; p++)
         line += *p == '\n';
-    text_printf(r->err, r->errlen, "line %zu: %s%s%s", line, r->path, *r->path ? ": " : "", why);
+    if (!r->alone)
+        buf_printf(&b, "line %zu: ", line);
+    buf_printf(&b, "%.*s%s", (int)r->path.len, (const char *)r->path.p, r->path.len ? ": " : "");
+    va_list ap;
+    va_start(ap, fmt);
+    buf_vprintf(&b, fmt, ap);
+    va_end(ap);
+    for (size_t i = 0; i < b.len; i++)
+        b.p[i] = b.p[i] >= ' ' && b.p[i] < 0x7f ? b.p[i] : '?';
+    r->err[b.len] = 0;
     return false;
 }
 
-/* Appends to the path and returns its length before, at which the caller cuts it off again. */
-static size_t pb_path_push(struct pb_reader *r, struct bytes name, size_t index)
+/* Fails, and says which fields the message has. */
+static bool pb_fields_fail(struct pb_reader *r, const struct pb_message *m, const char *why)
 {
-    size_t len = strlen(r->path), room = sizeof r->path - len;
-    if (name.p) {
-        text_printf(r->path + len, room, "%s%.*s", len ? "." : "", name.n < 64 ? (int)name.n : 64,
-                    (const char *)name.p);
-        for (char *c = r->path + len; *c; c++)
-            *c = *c >= ' ' && *c < 0x7f ? *c : '?';
-    } else
-        text_printf(r->path + len, room, "[%zu]", index);
-    return len;
+    char names[400];
+    size_t n = 0;
+    for (size_t i = 0; i < m->n; i++)
+        n += text_printf(names + n, sizeof names - n, "%s%s", i ? ", " : "", m->fields[i].name);
+    return pb_json_fail(r, "%s; %s has %s", why, m->name, n ? names : "none");
+}
+
+/* The field of this name, in JSON's spelling or the .proto's, which is added to the path; NULL: there is none. */
+static const struct pb_field *pb_field_named(struct pb_reader *r, const struct pb_message *m, struct bytes name)
+{
+    buf_printf(&r->path, "%s%.*s", r->path.len ? "." : "", name.n < 64 ? (int)name.n : 64, (const char *)name.p);
+    for (const struct pb_field *f = m->fields; f < m->fields + m->n; f++) {
+        char json_name[PB_NAME_MAX];
+        size_t n = pb_json_name(json_name, f->name);
+        if (bytes_eq(name, (struct bytes){ (uint8_t *)json_name, n }) || bytes_eq(name, bytes_of(f->name)))
+            return f;
+    }
+    pb_fields_fail(r, m, "unknown field");
+    return NULL;
+}
+
+/* A new item of the list; NULL, and a failure, when the arena is used up. */
+static void *pb_item_add(struct pb_reader *r, const struct pb_field *f, struct pb_list *list)
+{
+    buf_printf(&r->path, "[%zu]", list->n);
+    void *item = pb_list_add(r->arena, list, pb_item_size(f));
+    if (!item)
+        pb_json_fail(r, "not enough memory");
+    return item;
 }
 
 /* The next byte that is not white space, not taken; 0 at the end. */
@@ -1143,155 +1084,103 @@ static bool pb_take(struct pb_reader *r, const char *word)
     return true;
 }
 
-/* Reads the 4 hexadecimal digits at p; UINT32_MAX if they are not all there. */
-static uint32_t pb_hex4(const uint8_t *p, const uint8_t *end)
+/* Takes "uXXXX", 4 hexadecimal digits, off *p; false if it is not there. */
+static bool pb_hex4(const uint8_t **p, const uint8_t *end, uint32_t *v)
 {
     static const char digits[] = "0123456789abcdef0123456789ABCDEF";
-    uint32_t v = 0;
-    for (unsigned i = 0; i < 4; i++) {
-        const char *d = p + i < end && p[i] ? strchr(digits, p[i]) : NULL;
+    *v = 0;
+    for (unsigned i = 1; i < 5; i++) {
+        const char *d = end - *p > 4 && **p == 'u' && (*p)[i] ? strchr(digits, (*p)[i]) : NULL;
         if (!d)
-            return UINT32_MAX;
-        v = v << 4 | (uint32_t)((d - digits) & 15);
+            return false;
+        *v = *v << 4 | (uint32_t)((d - digits) & 15);
     }
-    return v;
+    *p += 5;
+    return true;
 }
 
 static uint8_t *pb_utf8_put(uint8_t *to, uint32_t c)
 {
     unsigned more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-    static const uint8_t lead[] = { 0, 0xc0, 0xe0, 0xf0 };
-    *to++ = (uint8_t)(lead[more] | c >> (6 * more));
+    *to++ = (uint8_t)((more ? 0xff80u >> more : 0) | c >> (6 * more));
     while (more--)
         *to++ = (uint8_t)(0x80 | (c >> (6 * more) & 0x3f));
     return to;
 }
 
-/* Undoes the escape sequence whose letter is at *from; false if it is none.  Never writes more than it reads. */
-static bool pb_unescape(uint8_t **to, const uint8_t **from, const uint8_t *end)
+/* Undoes the escape sequence whose letter is at *p; false if it is none.  Never writes more than it reads. */
+static bool pb_unescape(uint8_t **to, const uint8_t **p, const uint8_t *end)
 {
     static const char letter[] = "\"\\/bfnrt", means[] = "\"\\/\b\f\n\r\t";
-    const uint8_t *p = *from;
-    const char *found = strchr(letter, *p);
-    uint32_t c = *p == 'u' ? pb_hex4(p + 1, end) : *p && found ? (uint8_t)means[found - letter] : UINT32_MAX;
-    if (c > 0x10ffff)
+    const char *found = **p ? strchr(letter, **p) : NULL;
+    uint32_t c = found ? (uint8_t)means[found - letter] : 0, low;
+    if (found)
+        ++*p;
+    else if (!pb_hex4(p, end, &c))
         return false;
-    p += *p == 'u' ? 5 : 1;
     if (c >> 10 == 0xd800 >> 10) {                      /* the first half of a pair */
-        uint32_t low = end - p > 2 && p[0] == '\\' && p[1] == 'u' ? pb_hex4(p + 2, end) : 0;
-        if (low >> 10 != 0xdc00 >> 10)
+        if (end == *p || *(*p)++ != '\\' || !pb_hex4(p, end, &low) || low >> 10 != 0xdc00 >> 10)
             return false;
         c = 0x10000 + ((c & 0x3ff) << 10) + (low & 0x3ff);
-        p += 6;
     }
     *to = pb_utf8_put(*to, c);
-    *from = p;
     return true;
 }
 
-/* Reads a string; without escapes it stays where it is in the input. */
+/* Reads a string; without escapes it stays where it is in the input.  A value that stands alone has no quotes. */
 static bool pb_parse_string(struct pb_reader *r, struct bytes *s)
 {
+    if (r->alone) {
+        *s = (struct bytes){ r->p, (size_t)(r->end - r->p) };
+        r->p = r->end;
+        return pb_utf8_valid(*s) || pb_json_fail(r, "invalid UTF-8");
+    }
     if (!pb_take(r, "\""))
         return pb_json_fail(r, "a string was expected");
     const uint8_t *p = r->p, *end = p;
-    bool escaped = false;
-    for (; end < r->end && *end != '"'; end++) {
-        if (*end < 0x20)
-            return pb_json_fail(r, "control character in a string");
-        if (*end == '\\' && ++end < r->end)
-            escaped = true;
-    }
-    if (end >= r->end)
+    while (end < r->end && *end >= 0x20 && *end != '"')
+        end += *end == '\\' && r->end - end > 1 ? 2 : 1;
+    if (end == r->end)
         return pb_json_fail(r, "the string does not end");
+    if (*end != '"')
+        return pb_json_fail(r, "control character in a string");
     *s = (struct bytes){ p, (size_t)(end - p) };
-    if (escaped) {
+    if (s->n && memchr(p, '\\', s->n)) {
         uint8_t *out = pb_arena_alloc(r->arena, s->n), *to = out;
         if (!out)
             return pb_json_fail(r, "not enough memory");
-        for (s->p = out; p < end;) {
+        while (p < end)
             if (*p != '\\')
                 *to++ = *p++;
             else if (p++, !pb_unescape(&to, &p, end))
                 return pb_json_fail(r, "bad escape sequence in a string");
-        }
-        s->n = (size_t)(to - out);
+        *s = (struct bytes){ out, (size_t)(to - out) };
     }
     r->p = end + 1;
     return pb_utf8_valid(*s) || pb_json_fail(r, "invalid UTF-8 in a string");
 }
 
-/* Takes decimal digits: *v goes on with them.  Returns how many there were; *fits turns false when v has no room. */
-static size_t pb_digits_take(struct bytes *s, uint64_t *v, bool *fits)
+/* Takes decimal digits and returns how many there were.  Their value is exact below UINT64_MAX / 10 * 10. */
+static size_t pb_digits_take(struct bytes *s, uint64_t *v)
 {
     size_t n = 0;
-    for (; n < s->n && s->p[n] >= '0' && s->p[n] <= '9'; n++) {
-        *fits = *fits && *v < UINT64_MAX / 10;
-        *v = *v * 10 + (s->p[n] - '0');
-    }
+    for (*v = 0; n < s->n && s->p[n] >= '0' && s->p[n] <= '9'; n++)
+        *v = *v < UINT64_MAX / 10 ? *v * 10 + (s->p[n] - '0') : UINT64_MAX;
     *s = (struct bytes){ s->p + n, s->n - n };
     return n;
 }
 
-static bool pb_byte_take(struct bytes *s, const char *any)
+static bool pb_byte_take(struct bytes *s, int c)
 {
-    if (!s->n || !*s->p || !strchr(any, *s->p))
+    if (!s->n || *s->p != c)
         return false;
     *s = (struct bytes){ s->p + 1, s->n - 1 };
     return true;
 }
 
-/* The integer that a JSON number (RFC 8259 6) stands for, perhaps written as 1.0 or 1e3.  False: it is none. */
-static bool pb_integer(struct bytes s, int64_t *v, bool *fits)
+/* Undoes base64, of either alphabet, with or without padding. */
+static bool pb_base64_read(struct pb_reader *r, struct bytes s, struct bytes *out)
 {
-    uint64_t m = 0, e = 0;
-    int64_t scale = 0;
-    bool minus = pb_byte_take(&s, "-"), zero = s.n && *s.p == '0', small = true;
-    *fits = true;
-    size_t n = pb_digits_take(&s, &m, fits);
-    if (n == 0 || (zero && n > 1))
-        return false;
-    if (pb_byte_take(&s, ".") && (scale = -(int64_t)pb_digits_take(&s, &m, fits)) == 0)
-        return false;
-    if (pb_byte_take(&s, "eE")) {
-        bool down = s.n && *s.p == '-';
-        pb_byte_take(&s, "+-");
-        if (!pb_digits_take(&s, &e, &small))
-            return false;
-        e = small && e < 1000 ? e : 1000;
-        scale += down ? -(int64_t)e : (int64_t)e;
-    }
-    for (; scale < 0 && m % 10 == 0 && m; scale++)
-        m /= 10;
-    for (; scale > 0 && m && *fits; scale--, m *= 10)
-        *fits = m < UINT64_MAX / 10;
-    *fits = *fits && m <= (uint64_t)INT64_MAX + minus;
-    *v = minus ? (int64_t)(0 - m) : (int64_t)m;
-    return s.n == 0 && (scale >= 0 || m == 0);
-}
-
-/* Reads an integer between the bounds, written as a number or a string. */
-static bool pb_parse_number(struct pb_reader *r, int64_t least, int64_t most, int64_t *v)
-{
-    struct bytes s = { NULL, 0 };
-    if (pb_peek(r) == '"') {
-        if (!pb_parse_string(r, &s))
-            return false;
-    } else
-        for (s.p = r->p; r->p < r->end && *r->p && strchr("+-.0123456789Ee", *r->p); s.n++)
-            r->p++;
-    bool fits;
-    if (!pb_integer(s, v, &fits))
-        return pb_json_fail(r, "an integer was expected");
-    return (fits && *v >= least && *v <= most) || pb_json_fail(r, "number out of range");
-}
-
-/* Reads base64, of either alphabet, with or without padding. */
-static bool pb_parse_bytes(struct pb_reader *r, struct bytes *out)
-{
-    struct bytes s;
-    if (!pb_parse_string(r, &s))
-        return false;
     size_t n = s.n;
     while (s.n % 4 == 0 && n && s.n - n < 2 && s.p[n - 1] == '=')
         n--;
@@ -1311,177 +1200,189 @@ static bool pb_parse_bytes(struct pb_reader *r, struct bytes *out)
     return true;
 }
 
-/* Reads n digits at *p into *v and the byte `then` behind them, if it is not 0. */
-static bool pb_read_digits(const char **p, unsigned n, char then, int64_t *v)
+/* Reads an RFC 3339 time in UTC, as pb_timestamp writes it: a date that does not exist would be written as another. */
+static bool pb_timestamp_read(struct bytes s, struct Timestamp *t)
 {
-    for (*v = 0; n > 0 && **p >= '0' && **p <= '9'; n--)
-        *v = *v * 10 + *(*p)++ - '0';
-    return n == 0 && (!then || *(*p)++ == then);
+    struct bytes rest = s;
+    uint64_t part[6], fraction = 0;
+    for (unsigned i = 0; i < 6; i++)
+        if (pb_digits_take(&rest, &part[i]) != (i ? 2 : 4) || (i < 5 && !pb_byte_take(&rest, "--T::"[i])))
+            return false;
+    size_t n = pb_byte_take(&rest, '.') ? pb_digits_take(&rest, &fraction) : 9;
+    if (n < 1 || n > 9 || !pb_byte_take(&rest, 'Z') || rest.n)
+        return false;
+    for (; n < 9; n++)
+        fraction *= 10;
+    int64_t early = part[1] < 3, y = (int64_t)part[0] - early, month = (int64_t)part[1] + 12 * early; /* from March */
+    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * (month - 3) + 2) / 5 + (int64_t)part[2] - 307;
+    t->seconds = PB_FIRST_SECOND + days * 86400 + (int64_t)(part[3] * 3600 + part[4] * 60 + part[5]);
+    t->nanos = (int32_t)fraction;
+    uint8_t again[32];
+    struct buf b = buf_fixed(again, sizeof again);
+    return pb_timestamp(&b, t->seconds, t->nanos) && memcmp(again, s.p, 19) == 0;
 }
 
-/* Reads an RFC 3339 time with any offset. */
-static bool pb_timestamp_read(struct bytes s, int64_t *seconds, int32_t *nanos)
+/* Reads an integer that fits the field, written as a number or a string, without a fraction or an exponent. */
+static bool pb_parse_integer(struct pb_reader *r, const struct pb_field *f, void *at)
 {
-    static const char length[] = { 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31 };
-    char text[40] = { 0 };
-    memcpy(text, s.p, s.n < sizeof text ? s.n : 0);
-    const char *p = text;
-    int64_t y, mo, d, h, mi, sec, fraction = 0, oh = 0, om = 0;
-    if (!pb_read_digits(&p, 4, '-', &y) || !pb_read_digits(&p, 2, '-', &mo) || !pb_read_digits(&p, 2, 'T', &d) ||
-        !pb_read_digits(&p, 2, ':', &h) || !pb_read_digits(&p, 2, ':', &mi) || !pb_read_digits(&p, 2, 0, &sec))
-        return false;
-    if (*p == '.') {
-        size_t n = strspn(++p, "0123456789");
-        if (n < 1 || n > 9)
+    struct bytes s = { NULL, 0 };
+    if (pb_peek(r) == '"') {
+        if (!pb_parse_string(r, &s))
             return false;
-        pb_read_digits(&p, (unsigned)n, 0, &fraction);
-        for (; n < 9; n++)
-            fraction *= 10;
-    }
-    char sign = *p++;
-    if (sign != 'Z' && ((sign != '+' && sign != '-') || !pb_read_digits(&p, 2, ':', &oh) ||
-                        !pb_read_digits(&p, 2, 0, &om)))
-        return false;
-    bool leap = y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
-    if (*p || p != text + s.n || mo < 1 || mo > 12 || d < 1 || d > length[mo - 1] + (mo == 2 && leap) || h > 23 ||
-        mi > 59 || sec > 59 || oh > 23 || om > 59)
-        return false;
-    if (mo < 3)
-        y--, mo += 12;                                  /* years from March, as in pb_timestamp */
-    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * (mo - 3) + 2) / 5 + d - 1 - 306;
-    int64_t offset = (oh * 60 + om) * (sign == '-' ? -60 : 60);
-    *seconds = PB_FIRST_SECOND + days * 86400 + h * 3600 + mi * 60 + sec - offset;
-    *nanos = (int32_t)fraction;
-    return pb_timestamp_valid(*seconds, *nanos);
-}
-
-static bool pb_parse_scalar(struct pb_reader *r, const struct pb_field *f, void *at)
-{
-    const struct pb_enum *e = f->sub;
-    int64_t v = 0;
-    if (f->kind == PB_BOOL) {
-        v = pb_take(r, "true");
-        if (!v && !pb_take(r, "false"))
-            return pb_json_fail(r, "true or false was expected");
-    } else if (f->kind == PB_ENUM && pb_peek(r) == '"') {
-        struct bytes name;
-        if (!pb_parse_string(r, &name))
-            return false;
-        while ((size_t)v < e->n && !bytes_eq(name, bytes_of(e->values[v])))
-            v++;
-        if ((size_t)v == e->n)
-            return pb_json_fail(r, "unknown enum value");
-    } else if (!pb_parse_number(r, f->kind == PB_INT64 ? INT64_MIN : INT32_MIN,
-                                f->kind == PB_INT64 ? INT64_MAX : INT32_MAX, &v))
-        return false;
-    pb_store(f, at, (uint64_t)v);
+    } else
+        for (s.p = r->p; r->p < r->end && *r->p && strchr("+-.0123456789Ee", *r->p); s.n++)
+            r->p++;
+    uint64_t v, most = f->kind == PB_INT64 ? INT64_MAX : INT32_MAX;
+    bool minus = pb_byte_take(&s, '-'), zero = s.n && *s.p == '0';
+    size_t n = pb_digits_take(&s, &v);
+    if (s.n || n == 0 || (zero && n > 1))
+        return pb_json_fail(r, "an integer was expected");
+    if (v > most + minus)
+        return pb_json_fail(r, "number out of range");
+    pb_store(f, at, minus ? 0 - v : v);
     return true;
 }
 
-static bool pb_parse_message(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth);
+static bool pb_parse_items(struct pb_reader *r, const struct pb_message *m, const struct pb_field *f, void *at,
+                           unsigned depth);
+
+static bool pb_parse_message(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth)
+{
+    if (depth > PB_MAX_DEPTH)
+        return pb_json_fail(r, "nested too deep");
+    if (m->form != PB_TIMESTAMP || pb_peek(r) != '"')
+        return pb_parse_items(r, m, NULL, msg, depth);
+    struct bytes s;
+    return pb_parse_string(r, &s) &&
+           (pb_timestamp_read(s, msg) || pb_json_fail(r, "a time as in 2006-01-02T15:04:05Z was expected"));
+}
 
 static bool pb_parse_value(struct pb_reader *r, const struct pb_field *f, void *at, unsigned depth)
 {
+    if (f->kind == PB_BOOL) {
+        bool yes = *(bool *)at = pb_take(r, "true");
+        return yes || pb_take(r, "false") || pb_json_fail(r, "true or false was expected");
+    }
     if (pb_is_scalar(f))
-        return pb_parse_scalar(r, f, at);
-    if (f->kind == PB_STRING)
-        return pb_parse_string(r, at);
-    if (f->kind == PB_BYTES)
-        return pb_parse_bytes(r, at);
+        return pb_parse_integer(r, f, at);
+    if (f->kind != PB_MESSAGE)
+        return pb_parse_string(r, at) && (f->kind == PB_STRING || pb_base64_read(r, *(struct bytes *)at, at));
     void *sub = f->flags & PB_REPEATED ? at : pb_make(r->arena, f, at);
     return sub ? pb_parse_message(r, f->sub, sub, depth + 1) : pb_json_fail(r, "not enough memory");
-}
-
-/* Reads an array, or the object that stands for a map. */
-static bool pb_parse_list(struct pb_reader *r, const struct pb_field *f, struct pb_list *list, unsigned depth)
-{
-    const struct pb_field *row = pb_is_map(f) ? ((const struct pb_message *)f->sub)->fields : NULL;
-    if (!pb_take(r, row ? "{" : "["))
-        return pb_json_fail(r, row ? "an object was expected" : "an array was expected");
-    if (pb_take(r, row ? "}" : "]"))
-        return true;
-    do {
-        size_t mark = pb_path_push(r, (struct bytes){ NULL, 0 }, list->n);
-        uint8_t *item = pb_list_add(r->arena, list, pb_item_size(f));
-        if (!item)
-            return pb_json_fail(r, "not enough memory");
-        if (row && !(pb_parse_string(r, (void *)(item + row[0].offset)) &&
-                     (pb_take(r, ":") || pb_json_fail(r, "a colon was expected"))))
-            return false;
-        if (!pb_parse_value(r, row ? &row[1] : f, row ? item + row[1].offset : item, depth))
-            return false;
-        r->path[mark] = '\0';
-    } while (pb_take(r, ","));
-    return pb_take(r, row ? "}" : "]") || pb_json_fail(r, "a comma or the end of the list was expected");
 }
 
 /* Reads `"name": value` of an object.  seen: a bit for each row met so far. */
 static bool pb_parse_member(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth, uint64_t *seen)
 {
     struct bytes name;
-    if (!pb_parse_string(r, &name))
+    const struct pb_field *f = pb_parse_string(r, &name) ? pb_field_named(r, m, name) : NULL;
+    if (!f)
         return false;
-    size_t mark = pb_path_push(r, name, 0), row = 0;
-    for (; row < m->n; row++) {
-        char json_name[PB_NAME_MAX];
-        size_t n = pb_json_name(json_name, m->fields[row].name);
-        if (bytes_eq(name, (struct bytes){ (uint8_t *)json_name, n }) || bytes_eq(name, bytes_of(m->fields[row].name)))
-            break;
-    }
-    if (row == m->n)
-        return pb_json_fail(r, "unknown field");
     if (!pb_take(r, ":"))
         return pb_json_fail(r, "a colon was expected");
-    const struct pb_field *f = &m->fields[row];
-    if (!pb_take(r, "null")) {
-        for (size_t i = 0; i < m->n; i++)
-            if (*seen >> i & 1 && (i == row || f->flags & m->fields[i].flags & PB_ONEOF))
-                return pb_json_fail(r, i == row ? "given twice" : "another member of its oneof is given too");
-        *seen |= (uint64_t)1 << row;
-        void *at = (uint8_t *)msg + f->offset;
-        if (!(f->flags & PB_REPEATED ? pb_parse_list(r, f, at, depth) : pb_parse_value(r, f, at, depth)))
-            return false;
-    }
-    r->path[mark] = '\0';
-    return true;
+    if (pb_take(r, "null"))
+        return true;
+    for (size_t i = 0; i < m->n; i++)
+        if (*seen >> i & 1 && (&m->fields[i] == f || f->flags & m->fields[i].flags & PB_ONEOF))
+            return pb_json_fail(r, &m->fields[i] == f ? "given twice" : "another member of its oneof is given too");
+    *seen |= (uint64_t)1 << (f - m->fields);
+    void *at = (uint8_t *)msg + f->offset;
+    return f->flags & PB_REPEATED ? pb_parse_items(r, NULL, f, at, depth) : pb_parse_value(r, f, at, depth);
 }
 
-static bool pb_parse_message(struct pb_reader *r, const struct pb_message *m, void *msg, unsigned depth)
+/* Reads an object into the message at `at`, or with m NULL an array into the list there, of field f. */
+static bool pb_parse_items(struct pb_reader *r, const struct pb_message *m, const struct pb_field *f, void *at,
+                           unsigned depth)
 {
-    if (depth > PB_MAX_DEPTH)
-        return pb_json_fail(r, "nested too deep");
-    if (m->form == PB_TIMESTAMP && pb_peek(r) == '"') {
-        struct bytes s;
-        uint8_t *at = msg;
-        return pb_parse_string(r, &s) &&
-               (pb_timestamp_read(s, (int64_t *)(void *)(at + m->fields[0].offset),
-                                  (int32_t *)(void *)(at + m->fields[1].offset)) ||
-                pb_json_fail(r, "a time as in 2006-01-02T15:04:05Z was expected"));
-    }
-    if (!pb_take(r, "{"))
-        return pb_json_fail(r, "an object was expected");
-    if (pb_take(r, "}"))
+    if (!pb_take(r, m ? "{" : "["))
+        return pb_json_fail(r, m ? "an object was expected" : "an array was expected");
+    if (pb_take(r, m ? "}" : "]"))
         return true;
     uint64_t seen = 0;
     do {
-        if (!pb_parse_member(r, m, msg, depth, &seen))
+        size_t mark = r->path.len;
+        void *item = m ? NULL : pb_item_add(r, f, at);
+        if (m ? !pb_parse_member(r, m, at, depth, &seen) : !item || !pb_parse_value(r, f, item, depth))
             return false;
+        r->path.len = mark;
     } while (pb_take(r, ","));
-    return pb_take(r, "}") || pb_json_fail(r, "a comma or the end of the object was expected");
+    return pb_take(r, m ? "}" : "]") ||
+           pb_json_fail(r, "a comma or the end of the %s was expected", m ? "object" : "list");
 }
 
-/* Reads canonical JSON, and the other spellings that protobuf's own parsers take, into *msg, which the caller zeroed.
- * The result points into `json` and the arena.  On failure err says why, with line and field. */
+/* Reads canonical JSON, and the other spellings of it that protobuf's own parsers take, but for enums by name, into
+ * *msg, which the caller zeroed.  The result points into `json` and the arena.  On failure err says why, with line and
+ * field. */
 static inline bool pb_json_parse(const struct pb_message *m, void *msg, struct bytes json, struct pb_arena *a,
                                  char *err, size_t errlen)
 {
+    uint8_t path[200];
     if (json.n == 0)
-        json.p = (const uint8_t *)"";
-    struct pb_reader r = { .start = json.p, .p = json.p, .end = json.p + json.n, .arena = a,
-                           .err = err, .errlen = errlen };
-    if (!pb_parse_message(&r, m, msg, 0))
-        return false;
-    return (pb_peek(&r) == 0 && r.p == r.end) || pb_json_fail(&r, "more text behind the message");
+        json.p = path;
+    struct pb_reader r = { json.p, json.p, json.p + json.n, false, a, err, errlen, buf_fixed(path, sizeof path) };
+    return pb_parse_message(&r, m, msg, 0) && ((pb_peek(&r) == 0 && r.p == r.end) ||
+                                               pb_json_fail(&r, "more text behind the message"));
+}
+
+/* ---- One field by its path ---------------------------------------------------------------------------------------
+ * "datasets[1].source.url": names in either spelling, items counted from 0. */
+
+/* Takes "name" or "name[index]" off the path, and *at from the message to that member or item.  NULL: an error. */
+static const struct pb_field *pb_path_step(struct pb_reader *r, const struct pb_message *m, void **at,
+                                           struct bytes *path)
+{
+    struct bytes name = { path->p, 0 };
+    while (name.n < path->n && path->p[name.n] != '.' && path->p[name.n] != '[')
+        name.n++;
+    const struct pb_field *f = pb_field_named(r, m, name);
+    if (!f)
+        return NULL;
+    if (f->flags & PB_ONEOF)
+        pb_clear_oneof(m, f, *at);
+    *path = (struct bytes){ path->p + name.n, path->n - name.n };
+    *at = (uint8_t *)*at + f->offset;
+    if (!(f->flags & PB_REPEATED))
+        return f;
+    struct pb_list *list = *at;
+    uint64_t index;
+    if (!pb_byte_take(path, '[') || !pb_digits_take(path, &index) || !pb_byte_take(path, ']') || index > list->n) {
+        pb_json_fail(r, "a list of %zu: [0] to [%zu] must follow, of which the last adds one", list->n, list->n);
+        return NULL;
+    }
+    if (index == list->n)
+        *at = pb_item_add(r, f, list);
+    else {
+        buf_printf(&r->path, "[%zu]", (size_t)index);
+        *at = (uint8_t *)list->items + (size_t)index * pb_item_size(f);
+    }
+    return *at ? f : NULL;
+}
+
+/* Sets the field that `path` names; messages on the way are made, the other members of a oneof cleared.  The value of a
+ * string stands as it is, bytes are base64, all else is as in JSON.  The result points into `value` and the arena.  On
+ * failure err says which part of the path is wrong and what would be right; messages on the way may have been made. */
+static inline bool pb_set_path(const struct pb_message *m, void *msg, struct bytes path, struct bytes value,
+                               struct pb_arena *a, char *err, size_t errlen)
+{
+    uint8_t done[200];
+    if (value.n == 0)
+        value.p = (const uint8_t *)"";                  /* an empty member of a oneof is set, too */
+    struct pb_reader r = { value.p, value.p, value.p + value.n, true, a, err, errlen, buf_fixed(done, sizeof done) };
+    for (unsigned depth = 0; depth <= PB_MAX_DEPTH; depth++) {
+        const struct pb_field *f = pb_path_step(&r, m, &msg, &path);
+        if (!f)
+            return false;
+        if (f->kind != PB_MESSAGE && path.n)
+            return pb_json_fail(&r, "nothing may follow it");
+        if (f->kind != PB_MESSAGE)
+            return pb_parse_value(&r, f, msg, 0) && (r.p == r.end || pb_json_fail(&r, "more text behind the value"));
+        m = f->sub;
+        if (!pb_byte_take(&path, '.'))
+            return pb_fields_fail(&r, m, "the field of it must follow");
+        if (!(f->flags & PB_REPEATED) && !(msg = pb_make(a, f, msg)))
+            return pb_json_fail(&r, "not enough memory");
+    }
+    return pb_json_fail(&r, "nested too deep");
 }
 
 /* ---- Descriptors (google/protobuf/descriptor.proto) --------------------------------------------------------------
@@ -1498,7 +1399,7 @@ struct pb_service {
     size_t n;
 };
 
-/* A .proto file: proto3; enums and map entries are nested in the message whose field has them. */
+/* A .proto file of proto3; enums are nested in the message whose field has them. */
 struct pb_file {
     const char *name, *package;
     const struct pb_file *const *deps;
@@ -1506,11 +1407,6 @@ struct pb_file {
     const struct pb_service *services;
     size_t n_deps, n_messages, n_services;
 };
-
-static void pb_encode_text(struct buf *b, uint32_t number, const char *s)
-{
-    pb_encode_bytes(b, number, bytes_of(s));
-}
 
 /* Writes ".package.Type"; the package is that of the file, own or imported, that has the outermost message. */
 static void pb_describe_name(struct buf *b, uint32_t number, const struct pb_file *file, const struct pb_message *outer,
@@ -1521,11 +1417,9 @@ static void pb_describe_name(struct buf *b, uint32_t number, const struct pb_fil
         for (size_t k = 0; k < file->deps[i]->n_messages; k++)
             if (file->deps[i]->messages[k] == outer)
                 package = file->deps[i]->package;
-    const char *part[] = { ".", package, ".", outer->name, nested ? "." : "", nested ? nested : "" };
-    size_t mark = b->len;
-    for (size_t i = PB_COUNT(part); i-- > 0;)
-        pb_before_bytes(b, bytes_of(part[i]));
-    pb_close(b, number, mark);
+    char text[3 * PB_NAME_MAX];
+    size_t n = text_printf(text, sizeof text, nested ? ".%s.%s.%s" : ".%s.%s", package, outer->name, nested);
+    pb_encode_bytes(b, number, (struct bytes){ (uint8_t *)text, n });
 }
 
 static void pb_describe_field(struct buf *b, const struct pb_file *file, const struct pb_message *m,
@@ -1540,14 +1434,12 @@ static void pb_describe_field(struct buf *b, const struct pb_file *file, const s
         pb_encode_number(b, 9, 0);                                      /* oneof_index */
     if (f->kind == PB_ENUM)
         pb_describe_name(b, 6, file, m, ((const struct pb_enum *)f->sub)->name);
-    else if (f->kind == PB_MESSAGE && pb_is_map(f))
-        pb_describe_name(b, 6, file, m, ((const struct pb_message *)f->sub)->name);
     else if (f->kind == PB_MESSAGE)
         pb_describe_name(b, 6, file, f->sub, NULL);
     pb_encode_number(b, 5, type[f->kind]);
     pb_encode_number(b, 4, f->flags & PB_REPEATED ? 3 : 1);             /* label */
     pb_encode_number(b, 3, f->number);
-    pb_encode_text(b, 1, f->name);
+    pb_encode_bytes(b, 1, bytes_of(f->name));
     pb_close(b, 2, mark);
 }
 
@@ -1557,36 +1449,27 @@ static void pb_describe_enum(struct buf *b, const struct pb_enum *e)
     for (size_t i = e->n; i-- > 0;) {
         size_t value = b->len;
         pb_encode_number(b, 2, i);
-        pb_encode_text(b, 1, e->values[i]);
+        pb_encode_bytes(b, 1, bytes_of(e->values[i]));
         pb_close(b, 2, value);
     }
-    pb_encode_text(b, 1, e->name);
+    pb_encode_bytes(b, 1, bytes_of(e->name));
     pb_close(b, 4, mark);
 }
 
-/* number: 4 in a file, 3 in a message.  A map entry has no nested types: the recursion is one level deep. */
-static void pb_describe_message(struct buf *b, uint32_t number, const struct pb_file *file, const struct pb_message *m)
+static void pb_describe_message(struct buf *b, const struct pb_file *file, const struct pb_message *m)
 {
     size_t mark = b->len;
     if (m->oneof) {
-        pb_encode_text(b, 1, m->oneof);
+        pb_encode_bytes(b, 1, bytes_of(m->oneof));
         pb_close(b, 8, mark);
-    }
-    if (m->form == PB_MAP_ENTRY) {
-        size_t options = b->len;
-        pb_encode_number(b, 7, 1);                                      /* map_entry */
-        pb_close(b, 7, options);
     }
     for (size_t i = m->n; i-- > 0;)
         if (m->fields[i].kind == PB_ENUM)
             pb_describe_enum(b, m->fields[i].sub);
     for (size_t i = m->n; i-- > 0;)
-        if (pb_is_map(&m->fields[i]))
-            pb_describe_message(b, 3, file, m->fields[i].sub);
-    for (size_t i = m->n; i-- > 0;)
         pb_describe_field(b, file, m, &m->fields[i]);
-    pb_encode_text(b, 1, m->name);
-    pb_close(b, number, mark);
+    pb_encode_bytes(b, 1, bytes_of(m->name));
+    pb_close(b, 4, mark);
 }
 
 static void pb_describe_service(struct buf *b, const struct pb_file *file, const struct pb_service *s)
@@ -1601,10 +1484,10 @@ static void pb_describe_service(struct buf *b, const struct pb_file *file, const
             pb_encode_number(b, 5, 1);
         pb_describe_name(b, 3, file, m->out, NULL);
         pb_describe_name(b, 2, file, m->in, NULL);
-        pb_encode_text(b, 1, m->name);
+        pb_encode_bytes(b, 1, bytes_of(m->name));
         pb_close(b, 2, method);
     }
-    pb_encode_text(b, 1, s->name);
+    pb_encode_bytes(b, 1, bytes_of(s->name));
     pb_close(b, 6, mark);
 }
 
@@ -1612,15 +1495,15 @@ static void pb_describe_service(struct buf *b, const struct pb_file *file, const
 static inline struct bytes pb_file_descriptor(struct buf *b, const struct pb_file *file)
 {
     b->len = 0;
-    pb_encode_text(b, 12, "proto3");
+    pb_encode_bytes(b, 12, BYTES("proto3"));
     for (size_t i = file->n_services; i-- > 0;)
         pb_describe_service(b, file, &file->services[i]);
     for (size_t i = file->n_messages; i-- > 0;)
-        pb_describe_message(b, 4, file, file->messages[i]);
+        pb_describe_message(b, file, file->messages[i]);
     for (size_t i = file->n_deps; i-- > 0;)
-        pb_encode_text(b, 3, file->deps[i]->name);
-    pb_encode_text(b, 2, file->package);
-    pb_encode_text(b, 1, file->name);
+        pb_encode_bytes(b, 3, bytes_of(file->deps[i]->name));
+    pb_encode_bytes(b, 2, bytes_of(file->package));
+    pb_encode_bytes(b, 1, bytes_of(file->name));
     return pb_written(b);
 }
 

@@ -238,8 +238,7 @@ static void seed_messages(void)
     for (unsigned t = 0; t < 64; t++) {
         const struct pb_message *m = table_of(t);
         for (unsigned k = 0; k < 8; k++) {
-            struct pb_arena a;
-            pb_arena_init(&a, NULL, 0, 1 << 20);
+            struct pb_arena a = { .limit = 1 << 20 };
             void *msg = pb_arena_alloc(&a, m->size);
             fill_message(m, msg, &a, k, 0);
             struct bytes w = pb_encode(&wire, m, msg);

@@ -26,7 +26,7 @@ static void command(const char *verb, const char *name, int indent, struct bytes
     struct buf out = { 0 };
     char err[300] = "";
     bool unknown;
-    pb_arena_init(&a, NULL, 0, (size_t)64 << 20);
+    a = (struct pb_arena){ .limit = (size_t)64 << 20 };
     if (strcmp(verb, "file") == 0) {
         for (size_t i = 0; i < PB_COUNT(all_files); i++)
             if (strcmp(all_files[i]->name, name) == 0)
@@ -79,12 +79,11 @@ static void bench(size_t size)
     enum { ROUNDS = 2000000 };
     struct buf b = { 0 }, out = { 0 }, again = { 0 };
     struct pb_arena a;
-    void *block[512 / sizeof(void *)];
     double best[4] = { 1e18, 1e18, 1e18, 1e18 };
     bool unknown;
     size_t sum = 0;
     struct bytes s = sample(&b, size), inner = { s.p + (size > 130 ? 3 : 2), s.n - (size > 130 ? 3 : 2) };
-    pb_arena_init(&a, block, sizeof block, 65536);
+    a = (struct pb_arena){ .limit = 65536 };
     for (int run = 0; run < 7; run++) {
         double t0 = now();
         for (int i = 0; i < ROUNDS; i++) {

@@ -15,7 +15,7 @@ static void core_reset(void)
     static bool ready;
     if (!ready) {
         huffman_init(&core.huffman);
-        pb_arena_init(&core.arena, NULL, 0, 64 << 20);
+        core.arena.limit = 64 << 20;
     }
     ready = true;
     core.now_ms = NOW;

@@ -6,7 +6,9 @@
 /* ---- a message of every kind that the real tables lack, and recursive ---- */
 struct Node {
     struct Node *child;
-    struct pb_list nums, flags, longs;
+    struct pb_list names, nodes;
+    int32_t num;
+    bool flag;
     struct bytes text, blob;
     int64_t wide;
     struct Node *other;
@@ -14,9 +16,10 @@ struct Node {
 static const struct pb_message Node_message;
 PB_DEFINE(Node, PB_PLAIN, "which",
     PB_ROW(Node, 1,   MESSAGE, 0,           child, &Node_message),
-    PB_ROW(Node, 2,   INT32,   PB_REPEATED, nums,  NULL),
-    PB_ROW(Node, 3,   BOOL,    PB_REPEATED, flags, NULL),
-    PB_ROW(Node, 4,   INT64,   PB_REPEATED, longs, NULL),
+    PB_ROW(Node, 2,   INT32,   0,           num,   NULL),
+    PB_ROW(Node, 3,   BOOL,    0,           flag,  NULL),
+    PB_ROW(Node, 4,   STRING,  PB_REPEATED, names, NULL),
+    PB_ROW(Node, 5,   MESSAGE, PB_REPEATED, nodes, &Node_message),
     PB_ROW(Node, 16,  STRING,  PB_ONEOF,    text,  NULL),
     PB_ROW(Node, 17,  BYTES,   PB_ONEOF,    blob,  NULL),
     PB_ROW(Node, 18,  MESSAGE, PB_ONEOF,    other, &Node_message),
@@ -59,17 +62,10 @@ static void test_scalars(void)
     CHECK(DECODE(Node, &n, ""), PB_OK);
     CHECK(decode(&Node_message, &n, (struct bytes){ NULL, 0 }), PB_OK);
     CHECK(pb_decode(&Node_message, &n, (struct bytes){ NULL, 0 }, &arena, &unknown), PB_OK);
-    CHECK(DECODE(Node, &n, "\x10\x01\x12\x03\x02\xac\x02\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), PB_OK);
-    CHECK(n.nums.n, 4);
-    const int32_t *v = n.nums.items;
-    CHECK(v[0], 1);
-    CHECK(v[1], 2);
-    CHECK(v[2], 300);
-    CHECK(v[3], -1);
+    CHECK(DECODE(Node, &n, "\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x18\x05"), PB_OK);
+    CHECK(n.num, -1);
+    CHECK(n.flag, true);
     CHECK(unknown, false);
-    CHECK(DECODE(Node, &n, "\x1a\x03\x00\x01\x05\x22\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01"), PB_OK);
-    CHECK(((bool *)n.flags.items)[2], 1);
-    CHECK(((int64_t *)n.longs.items)[0], INT64_MIN);
     CHECK(DECODE(Node, &n, "\xf8\xff\xff\xff\x0f\x07\xf8\xff\xff\xff\x0f\x09"), PB_OK);
     CHECK(n.wide, 9);                                                       /* the last one wins */
     struct Timestamp t;
@@ -77,7 +73,6 @@ static void test_scalars(void)
     CHECK(t.nanos, -1);
     CHECK(DECODE(Timestamp, &t, "\x08\x81\x80\x80\x80\x80\x80\x80\x80\x80\x00"), PB_OK);    /* long form of 1 */
     CHECK(t.seconds, 1);
-    CHECK(DECODE(Node, &n, "\x12\x01\x80"), PB_TRUNCATED);                  /* a packed item cut by its length */
 }
 
 static void test_malformed(void)
@@ -117,12 +112,12 @@ static void test_oneof(void)
     CHECK_TEXT(n.blob, "y");
     CHECK(DECODE(Node, &n, "\x8a\x01\x01y\x92\x01\x00"), PB_OK);
     CHECK(n.blob.p == NULL && n.other, 1);
-    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x8a\x01\x01y\x92\x01\x02\x10\x02"), PB_OK);    /* cleared between */
-    CHECK(n.other->nums.n, 1);
-    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x92\x01\x02\x10\x02"), PB_OK);                 /* merged */
-    CHECK(n.other->nums.n, 2);
+    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x8a\x01\x01y\x92\x01\x02\x18\x01"), PB_OK);    /* cleared between */
+    CHECK(n.other->num == 0 && n.other->flag, 1);
+    CHECK(DECODE(Node, &n, "\x92\x01\x02\x10\x01\x92\x01\x02\x18\x01"), PB_OK);                 /* merged */
+    CHECK(n.other->num == 1 && n.other->flag, 1);
     CHECK(DECODE(Node, &n, "\x0a\x02\x10\x01\x82\x01\x01x\x0a\x03\x82\x01\x00"), PB_OK);
-    CHECK(n.child->nums.n == 1 && n.child->text.p && n.text.n == 1, 1);
+    CHECK(n.child->num == 1 && n.child->text.p && n.text.n == 1, 1);
     struct ClientStreamMessage m;
     CHECK(DECODE(ClientStreamMessage, &m, "\x0a\x03\x0a\x01x\x0a\x03\x12\x01y"), PB_OK);
     CHECK_TEXT(m.agent_log->message, "x");
@@ -157,9 +152,9 @@ static void test_unknown(void)
     CHECK_TEXT(whole(&b), "agent_log.9/2=0:6869;agent_log.1/0=5:;agent_log.4/0=7:;15/5=16777217:;"
                "8/1=9223372036854776063:;7/3=0:08013c;");
     CHECK(DECODE(Node, &n, "\x4b\x53\x54\x4d\x01\x02\x03\x04\x49\x01\x02\x03\x04\x05\x06\x07\x08\x4c\x10\x05"), PB_OK);
-    CHECK(n.nums.n, 1);
+    CHECK(n.num, 5);
     CHECK(DECODE(Node, &n, "\x15\x01\x02\x03\x04\x80\x01\x07\x0b\x0c"), PB_OK);  /* known fields, wrong wire types */
-    CHECK(unknown && n.nums.n == 0 && !n.text.p && !n.child, 1);
+    CHECK(unknown && n.num == 0 && !n.text.p && !n.child, 1);
     b.len = 0;
     pb_unknown(&Node_message, (struct bytes){ NULL, 0 }, note, &b);
     CHECK(b.len, 0);
@@ -245,28 +240,20 @@ static void test_encode(void)
     struct bytes wanted = BYTES("\x12\x15\x0a\x01\x31\x22\x0a\x1a\x01" "f\x22\x05\x12\x01u\x20\x01\x22\x04\x22\x00\x28\x01");
     CHECK(s.n, wanted.n);
     CHECK(bytes_eq(s, wanted), 1);
-    struct HealthListRequest nothing = { 0 };
-    CHECK(pb_encode(&b, &HealthListRequest_message, &nothing).n, 0);
+    CHECK(pb_encode(&b, &Source_message, &empty).n, 0);
     CHECK(b.failed, false);
-    int32_t nums[] = { 0, -1, 300 };
-    bool flags[] = { true, false };
-    struct Node n = { .nums = { nums, 3, 0 }, .flags = { flags, 2, 0 }, .text = BYTES(""), .wide = -2 };
+    struct bytes names[] = { BYTES("a"), BYTES("") };
+    struct Node n = { .num = -1, .flag = true, .names = { names, 2, 0 }, .text = BYTES(""), .wide = -2 };
     s = pb_encode(&b, &Node_message, &n);
-    wanted = BYTES("\x12\x0d\x00\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\xac\x02\x1a\x02\x01\x00\x82\x01\x00"
+    wanted = BYTES("\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x18\x01\x22\x01" "a\x22\x00\x82\x01\x00"
                    "\xf8\xff\xff\xff\x0f\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x01");
     CHECK(bytes_eq(s, wanted), 1);
-    struct StatusesEntry e[] = { { BYTES(""), NULL } };
-    struct HealthListResponse list = { { e, 1, 0 } };
-    s = pb_encode(&b, &HealthListResponse_message, &list);
-    CHECK(bytes_eq(s, BYTES("\x0a\x04\x0a\x00\x12\x00")), 1);               /* an entry always has both */
     uint8_t to[16];
     for (unsigned bits = 0; bits < 64; bits++) {
         CHECK(pb_varint_put(to, (uint64_t)1 << bits) - to, bits / 7 + 1);
         CHECK(pb_varint_size((uint64_t)1 << bits), bits / 7 + 1);
     }
     CHECK(pb_varint_size(0), 1);
-    CHECK(pb_tag_put(to, PB_MAX_NUMBER, PB_LEN) - to, 5);
-    CHECK(bytes_eq((struct bytes){ to, 5 }, BYTES("\xfa\xff\xff\xff\x0f")), 1);
     buf_free(&b);
 }
 
@@ -416,9 +403,8 @@ static void test_timestamps(void)
                  tm.tm_hour, tm.tm_min, tm.tm_sec);
         b.len = 0;
         pb_timestamp(&b, s, 0);
-        int64_t back;
-        int32_t nanos;
-        if (!bytes_eq(whole(&b), bytes_of(text)) || !pb_timestamp_read(whole(&b), &back, &nanos) || back != s) {
+        struct Timestamp back;
+        if (!bytes_eq(whole(&b), bytes_of(text)) || !pb_timestamp_read(whole(&b), &back) || back.seconds != s) {
             CHECK_TEXT(whole(&b), text);
             break;
         }
@@ -432,23 +418,22 @@ static void test_timestamps(void)
     struct Timestamp t = { PB_LAST_SECOND + 1, 5 };
     struct AgentLog log = { .timestamp = &t };
     CHECK_TEXT(json_of(&b, &AgentLog_message, &log, 0), "{\"timestamp\":{\"seconds\":\"253402300800\",\"nanos\":5}}");
-    static const char *const good[] = { "2024-02-29T00:00:00+23:59", "1969-12-31T23:59:59.1Z", "0001-01-01T00:00:00-00:01" };
+    static const char *const good[] = { "2024-02-29T00:00:00Z", "1969-12-31T23:59:59.1Z", "9999-12-31T23:59:59.999999999Z" };
     static const char *const bad[] = { "", "2024-02-30T00:00:00Z", "2023-02-29T00:00:00Z", "2024-13-01T00:00:00Z",
         "2024-00-01T00:00:00Z", "2024-01-00T00:00:00Z", "2024-01-01T24:00:00Z", "2024-01-01T00:60:00Z",
         "2024-01-01T00:00:60Z", "2024-01-01T00:00:00", "2024-01-01T00:00:00.Z", "2024-01-01T00:00:00.1234567890Z",
-        "2024-01-01T00:00:00ZZ", "2024-1-01T00:00:00Z", "2024-01-01 00:00:00Z", "0001-01-01T00:00:00+00:01",
-        "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-00:01", "2024-01-01T00:00:00+1:00",
-        "2024-01-01T00:00:00.123456789+00:00000000000000000000", "2024-01-01T00:00:00Z\\u0000" };
+        "2024-01-01T00:00:00ZZ", "2024-1-01T00:00:00Z", "2024-01-01 00:00:00Z", "2024-01-01T00:00:00+00:00",
+        "0000-01-01T00:00:00Z", "0000-12-31T23:59:59Z", "10000-01-01T00:00:00Z", "2024-04-31T00:00:00Z", "2024-99-99T99:99:99Z",
+        "1900-02-29T00:00:00Z", "2024-01-01T00:00:00Z\\u0000" };
     char json[200];
     for (size_t i = 0; i < PB_COUNT(good) + PB_COUNT(bad); i++) {
         bool is_good = i < PB_COUNT(good);
         snprintf(json, sizeof json, "{\"timestamp\":\"%s\"}", is_good ? good[i] : bad[i - PB_COUNT(good)]);
         CHECK(strcmp(json_error(&AgentLog_message, json), "ok") == 0, is_good);
     }
-    int64_t seconds;
-    int32_t nanos;
-    CHECK(pb_timestamp_read(BYTES("1970-01-01T01:30:00.25+01:30"), &seconds, &nanos), true);
-    CHECK(seconds * 1000000000 + nanos, 250000000);
+    CHECK(pb_timestamp_read(BYTES("2000-02-29T00:00:00.25Z"), &t), true);
+    CHECK(t.seconds, 951782400);
+    CHECK(t.nanos, 250000000);
     buf_free(&b);
 }
 
@@ -498,32 +483,31 @@ static void test_json_escapes(void)
 static void test_json_forms(void)
 {
     struct buf b = { 0 };
-    struct HealthCheckResponse up = { HEALTH_SERVING }, odd = { 9 }, minus = { -1 };
-    struct StatusesEntry e[] = { { BYTES(""), &up }, { BYTES("x\n"), &odd }, { BYTES("y"), NULL }, { BYTES("z"), &minus } };
-    struct HealthListResponse list = { { e, 4, 0 } };
-    CHECK_TEXT(json_of(&b, &HealthListResponse_message, &list, 0),
-               "{\"statuses\":{\"\":{\"status\":\"SERVING\"},\"x\\n\":{\"status\":9},\"y\":{},\"z\":{\"status\":-1}}}");
-    CHECK_TEXT(json_of(&b, &HealthListResponse_message, &(struct HealthListResponse){ { e, 1, 0 } }, 2),
-               "{\n  \"statuses\": {\n    \"\": {\n      \"status\": \"SERVING\"\n    }\n  }\n}");
-    int32_t nums[] = { 1, -2 };
-    struct ExtensionNumberResponse ext = { BYTES("a"), { nums, 2, 0 } };
-    CHECK_TEXT(json_of(&b, &ExtensionNumberResponse_message, &ext, 0), "{\"baseTypeName\":\"a\",\"extensionNumber\":[1,-2]}");
-    CHECK_TEXT(json_of(&b, &ExtensionNumberResponse_message, &ext, 3),
-               "{\n   \"baseTypeName\": \"a\",\n   \"extensionNumber\": [\n      1,\n      -2\n   ]\n}");
+    static const char *const status[] = { "{}", "{\"status\":\"SERVING\"}", "{\"status\":9}", "{\"status\":-1}" };
+    for (int i = 0; i < 4; i++) {
+        struct HealthCheckResponse res = { (int32_t[]){ 0, HEALTH_SERVING, 9, -1 }[i] };
+        CHECK_TEXT(json_of(&b, &HealthCheckResponse_message, &res, 0), status[i]);
+    }
+    struct bytes args[] = { BYTES("a"), BYTES("") };
+    struct Algorithm algo = { .algo_type = BYTES("bin"), .algo_args = { args, 2, 0 } };
+    CHECK_TEXT(json_of(&b, &Algorithm_message, &algo, 0), "{\"algoType\":\"bin\",\"algoArgs\":[\"a\",\"\"]}");
+    CHECK_TEXT(json_of(&b, &Algorithm_message, &algo, 3),
+               "{\n   \"algoType\": \"bin\",\n   \"algoArgs\": [\n      \"a\",\n      \"\"\n   ]\n}");
     struct AttestationResponse token = { BYTES("\x01"), BYTES("s") };
     struct ClientStreamMessage m = { .azureAttestationToken = &token };
     CHECK_TEXT(json_of(&b, &ClientStreamMessage_message, &m, 0),
                "{\"azureAttestationToken\":{\"file\":\"AQ==\",\"certSerialNumber\":\"s\"}}");
-    struct HealthListRequest nothing = { 0 };
-    CHECK_TEXT(json_of(&b, &HealthListRequest_message, &nothing, 2), "{}");
+    CHECK_TEXT(json_of(&b, &Source_message, &(struct Source){ 0 }, 2), "{}");
     buf_free(&b);
 }
 
 static void test_json_errors(void)
 {
     static const char *const v[][2] = {
-        { "{\"datasets\":[{},\n{\"source\":{\"url\":\"u\",\n\"foo\":1}}]}", "line 3: datasets[1].source.foo: unknown field" },
-        { "{\"a\\u001bb\":1}", "line 1: a?b: unknown field" },
+        { "{\"datasets\":[{},\n{\"source\":{\"url\":\"u\",\n\"foo\":1}}]}", "line 3: datasets[1].source.foo: unknown field; "
+          "Source has type, url, kbs_resource_path, encrypted" },
+        { "{\"a\\u001bb\":1}", "line 1: a?b: unknown field; ComputationRunReq has id, name, description, "
+          "datasets, algorithm, result_consumers, agent_config, kbs" },
         { "", "line 1: an object was expected" }, { "[]", "line 1: an object was expected" },
         { "{\"id\":\"1\"]", "line 1: a comma or the end of the object was expected" },
         { "{", "line 1: a string was expected" }, { "{}x", "line 1: more text behind the message" },
@@ -550,42 +534,29 @@ static void test_json_errors(void)
         { "{\"datasets\":[{\"hash\":\"A!AA\"}]}", "line 1: datasets[0].hash: bad base64" },
     };
     static const char *const number[][2] = {
-        { "1", "ok" }, { "-0", "ok" }, { "\"12\"", "ok" }, { "1.0", "ok" }, { "1e3", "ok" }, { "2147483647", "ok" },
+        { "1", "ok" }, { "-0", "ok" }, { "\"12\"", "ok" }, { "2147483647", "ok" },
         { "-2147483648", "ok" }, { "2147483648", "line 1: errorCode: number out of range" },
+        { "-2147483649", "line 1: errorCode: number out of range" }, { "18446744073709551617", "line 1: errorCode: number out of range" },
         { "99999999999999999999", "line 1: errorCode: number out of range" }, { "007", "line 1: errorCode: an integer was expected" },
-        { "1.5", "line 1: errorCode: an integer was expected" }, { "1e30", "line 1: errorCode: number out of range" },
-        { "10e-1", "ok" }, { "-1.20E+1", "ok" }, { "100.00e-2", "ok" }, { "0e99999999999999999999", "ok" },
-        { "1e99999999999999999999", "line 1: errorCode: number out of range" },
-        { "12e-1", "line 1: errorCode: an integer was expected" }, { "1e-400", "line 1: errorCode: an integer was expected" },
-        { "1.e3", "line 1: errorCode: an integer was expected" }, { "1e+", "line 1: errorCode: an integer was expected" },
+        { "1.5", "line 1: errorCode: an integer was expected" }, { "1.0", "line 1: errorCode: an integer was expected" },
+        { "1e3", "line 1: errorCode: an integer was expected" },
         { "+1", "line 1: errorCode: an integer was expected" }, { "-", "line 1: errorCode: an integer was expected" },
         { "0x10", "line 1: a comma or the end of the object was expected" }, { "\"0x10\"", "line 1: errorCode: an integer was expected" },
         { "\" 1\"", "line 1: errorCode: an integer was expected" }, { "\"\"", "line 1: errorCode: an integer was expected" },
-        { "\"1\\u00002\"", "line 1: errorCode: an integer was expected" }, { "1e", "line 1: errorCode: an integer was expected" },
+        { "\"1\\u00002\"", "line 1: errorCode: an integer was expected" }, 
         { "nan", "line 1: errorCode: an integer was expected" }, { "true", "line 1: errorCode: an integer was expected" },
         { "\"nan\"", "line 1: errorCode: an integer was expected" }, { "null", "ok" }, { "nullx", "line 1: a comma or the end of the object was expected" },
         { "0000000000000000000000000000000000000000000000000000000000000000000000000000001", "line 1: errorCode: an integer was expected" },
     };
-    static const char *const map[][2] = {
-        { "{\"statuses\":{}}", "ok" }, { "{\"statuses\":{\"a\":{}}}", "ok" },
-        { "{\"statuses\":{a:{}}}", "line 1: statuses[0]: a string was expected" },
-        { "{\"statuses\":{\"a\" {}}}", "line 1: statuses[0]: a colon was expected" },
-        { "{\"statuses\":[]}", "line 1: statuses: an object was expected" },
-        { "{\"statuses\":{\"a\":{}]}", "line 1: statuses: a comma or the end of the list was expected" },
-        { "{\"statuses\":{\"a\":{\"status\":\"UP}}}", "line 1: statuses[0].status: the string does not end" },
-    };
     static const char *const time[][2] = {
-        { "2024-02-29T23:59:59.123456789+23:59", "ok" }, { "2024-02-29T23:59:59-00:01", "ok" },
-        { "2024-02-29T23:59:59Zx", NULL }, { "2024-02-29T23:59:59+1:00", NULL }, { "2024-02-29T23:59:59+01:0", NULL },
-        { "2024-02-29T23:59:59+01:60", NULL }, { "2024-02-29T23:59:59+24:00", NULL }, { "2024-02-29T23:59:60Z", NULL },
+        { "2024-02-29T23:59:59.123456789Z", "ok" },
+        { "2024-02-29T23:59:59Zx", NULL }, { "2024-02-29T23:59:59+01:00", NULL }, { "2024-02-29T23:59:60Z", NULL },
         { "2024-02-29T23:60:59Z", NULL }, { "2024-02-29T24:59:59Z", NULL }, { "2024-02-30T23:59:59Z", NULL },
         { "2024-2-29T23:59:59Z", NULL }, { "x024-02-29T23:59:59Z", NULL }, { "2024-02-29 23:59:59Z", NULL },
         { "2024-02-29T3:59:59Z", NULL }, { "2024-02-29T23:9:59Z", NULL }, { "2024-02-29T23:59:9Z", NULL },
         { "2024-02-29T23:59:59.Z", NULL }, { "2024-02-29T23:59:59.1234567890Z", NULL }, { "2024-02-29T23:59:59", NULL },
     };
     char json[300];
-    for (size_t i = 0; i < PB_COUNT(map); i++)
-        CHECK_TEXT(bytes_of(json_error(&HealthListResponse_message, map[i][0])), map[i][1]);
     for (size_t i = 0; i < PB_COUNT(time); i++) {
         snprintf(json, sizeof json, "\"%s\"", time[i][0]);
         CHECK_TEXT(bytes_of(json_error(&Timestamp_message, json)),
@@ -603,7 +574,7 @@ static void test_json_errors(void)
                "line 1: seconds: number out of range");
     CHECK_TEXT(bytes_of(json_error(&ServerStreamMessage_message, "{\"runReq\":null,\"runReqChunks\":{},\"disconnectReq\":{}}")),
                "line 1: disconnectReq: another member of its oneof is given too");
-    CHECK_TEXT(bytes_of(json_error(&HealthCheckResponse_message, "{\"status\":\"UP\"}")), "line 1: status: unknown enum value");
+    CHECK_TEXT(bytes_of(json_error(&HealthCheckResponse_message, "{\"status\":\"SERVING\"}")), "line 1: status: an integer was expected");
     CHECK_TEXT(bytes_of(json_error(&HealthCheckResponse_message, "{\"status\":2}")), "ok");
 }
 
@@ -629,25 +600,19 @@ static void test_json_truncated(void)
 static void test_arena(void)
 {
     enum { HEAD = sizeof(struct pb_block) };
-    struct pb_arena a;
-    void *lent[64 / sizeof(void *)];
-    pb_arena_init(&a, lent, sizeof lent, 2 * PB_BLOCK);
-    uint8_t *p = pb_arena_alloc(&a, sizeof lent - HEAD);
-    CHECK(p == (uint8_t *)lent + HEAD && a.held == 0, 1);
+    struct pb_arena a = { .limit = 2 * PB_BLOCK };
     CHECK(pb_arena_alloc(&a, 1) != NULL && a.held == PB_BLOCK, 1);
     CHECK(pb_arena_alloc(&a, PB_BLOCK - HEAD - 8) != NULL && a.held == PB_BLOCK, 1);
     CHECK(pb_arena_alloc(&a, 1) != NULL && a.held == 2 * PB_BLOCK, 1);
     CHECK(pb_arena_alloc(&a, PB_BLOCK - HEAD - 7) == NULL, 1);                 /* the next block is over the limit */
-    CHECK(pb_arena_alloc(&a, SIZE_MAX) == NULL, 1);
     pb_arena_reset(&a);
-    CHECK(a.held, 0);
-    CHECK(pb_arena_alloc(&a, 8) == (uint8_t *)lent + HEAD, 1);
+    CHECK(a.held, PB_BLOCK);
     pb_arena_free(&a);
-    pb_arena_init(&a, NULL, 0, 3 * PB_BLOCK);
+    a.limit = 3 * PB_BLOCK;
     CHECK(pb_arena_alloc(&a, 2 * PB_BLOCK) != NULL && a.held == 2 * PB_BLOCK + HEAD, 1);
     pb_arena_reset(&a);
     CHECK(a.held, 0);                                                       /* an outsize block is not kept */
-    p = pb_arena_alloc(&a, 8);
+    uint8_t *p = pb_arena_alloc(&a, 8);
     memset(p, 1, 8);
     pb_arena_reset(&a);
     alloc_count = 0;
@@ -660,7 +625,7 @@ static void test_arena(void)
     struct bytes s = full_message(&b);
     for (size_t limit = 0; limit <= 2 * PB_BLOCK; limit += PB_BLOCK) {
         struct ServerStreamMessage m = { 0 };
-        pb_arena_init(&a, NULL, 0, limit);
+        a = (struct pb_arena){ .limit = limit };
         CHECK(pb_decode(&ServerStreamMessage_message, &m, s, &a, &unknown), limit ? PB_OK : PB_LIMIT);
         CHECK(a.held <= limit, 1);
         pb_arena_free(&a);
@@ -669,11 +634,123 @@ static void test_arena(void)
     for (int i = 0; i < 100000; i++)
         buf_put(&many, "\x22\x00", 2);
     struct ComputationRunReq req = { 0 };
-    pb_arena_init(&a, NULL, 0, 1 << 20);
+    a = (struct pb_arena){ .limit = 1 << 20 };
     CHECK(pb_decode(&ComputationRunReq_message, &req, whole(&many), &a, &unknown), PB_LIMIT);
     CHECK(a.held <= 1 << 20, 1);
     pb_arena_free(&a);
     buf_free(&many);
+    buf_free(&b);
+}
+
+/* Sizes whose sums and products do not fit: each is refused before a byte is read or written. */
+static void test_huge(void)
+{
+    struct pb_arena a = { .limit = SIZE_MAX };
+    uint8_t byte = 0;
+    alloc_count = 0;
+    alloc_fail = 1;                     /* what asks for memory gets none, and is counted */
+    for (size_t n = 0; n < 40; n++)
+        CHECK(pb_arena_alloc(&a, SIZE_MAX - n) == NULL, 1);
+    for (size_t size = sizeof(struct bytes); size <= 4096; size += 40) {
+        struct pb_list list = { &byte, SIZE_MAX / size, SIZE_MAX / size };
+        CHECK(pb_list_add(&a, &list, size) == NULL, 1);
+        list.n = list.cap = SIZE_MAX / 2 / size + 1;        /* twice as many wrap */
+        CHECK(pb_list_add(&a, &list, size) == NULL, 1);
+    }
+    CHECK(alloc_count, 0);
+    for (size_t n = 0; n < 3; n++) {
+        struct buf b = { .p = &byte, .len = 1, .cap = 1 };
+        CHECK(buf_room(&b, SIZE_MAX - n) == NULL && b.failed && b.cap == 1, 1);
+        b.failed = false;
+        CHECK(pb_before(&b, SIZE_MAX - n) == NULL && b.failed && b.len == 1, 1);
+        b = (struct buf){ 0 };
+        pb_base64(&b, (struct bytes){ &byte, SIZE_MAX / 2 + 1 + n });
+        CHECK(b.failed && !b.p, 1);
+    }
+    CHECK(alloc_count, 0);
+    alloc_fail = 0;
+    uint8_t room[4];
+    struct buf b = buf_fixed(room, sizeof room);
+    CHECK(buf_room(&b, 5) == NULL && b.failed, 1);          /* the caller's array does not grow */
+}
+
+static const char *set_error(struct ComputationRunReq *req, const char *path, const char *value)
+{
+    static char err[400];
+    strcpy(err, "ok");
+    if (pb_set_path(&ComputationRunReq_message, req, bytes_of(path), bytes_of(value), &arena, err, sizeof err) !=
+        (strcmp(err, "ok") == 0))
+        return "the result does not fit the error";
+    return err;
+}
+
+static void test_set_path(void)
+{
+    static const char *const good[][2] = {
+        { "id", "7" }, { "name", "old" }, { "name", " a=\"b\" " }, { "agent_config.port", "7010" }, { "agentConfig.logLevel", "debug" },
+        { "agent_config.attested_tls", "true" }, { "datasets[0].filename", "a.csv" }, { "datasets[1].source.url", "u" },
+        { "datasets[1].hash", "AQI=" }, { "datasets[0].kbs.enabled", "true" }, { "datasets[0].kbs.enabled", "false" },
+        { "algorithm.algo_args[0]", "x" }, { "algorithm.algoArgs[1]", "" }, { "algorithm.algo_args[0]", "{\xc3\xa9}" },
+    };
+    static const char *const bad[][3] = {
+        { "nme", "", "nme: unknown field; ComputationRunReq has id, name, description, datasets, algorithm, result_consumers, "
+          "agent_config, kbs" },
+        { "", "", "unknown field; ComputationRunReq has" }, { "algorithm.source.uri", "", "algorithm.source.uri: unknown field; "
+          "Source has type, url, kbs_resource_path, encrypted" },
+        { "kbs.\x1b", "", "kbs.?: unknown field; KBSConfig has url, enabled" }, { "kbs..url", "", "kbs.: unknown field" },
+        { "kbs", "", "kbs: the field of it must follow; KBSConfig has url, enabled" }, { "kbs[0].url", "", "kbs: the field of it" },
+        { "kbs.", "", "kbs.: unknown field" }, { "datasets[0]", "", "datasets[0]: the field of it must follow; Dataset has hash" },
+        { "datasets[0]filename", "", "datasets[0]: the field of it" }, { "id.x", "", "id: nothing may follow it" },
+        { "id[0]", "", "id: nothing may follow it" }, { "algorithm.algo_args[0].x", "", "algorithm.algo_args[0]: nothing may follow it" },
+        { "datasets", "", "datasets: a list of 2: [0] to [2] must follow, of which the last adds one" },
+        { "datasets[3].filename", "", "datasets: a list of 2" }, { "datasets[].filename", "", "datasets: a list of 2" },
+        { "datasets[-1].filename", "", "datasets: a list of 2" }, { "datasets[x].filename", "", "datasets: a list of 2" },
+        { "datasets[0", "", "datasets: a list of 2" }, { "datasets[18446744073709551616].hash", "", "datasets: a list of 2" },
+        { "datasets[4294967296].hash", "", "datasets: a list of 2" }, { "datasets.filename", "", "datasets: a list of 2" },
+        { "kbs.enabled", "yes", "kbs.enabled: true or false was expected" }, { "kbs.enabled", "", "kbs.enabled: true or false" },
+        { "kbs.enabled", "true ", "kbs.enabled: more text behind the value" }, { "id", "\xff", "id: invalid UTF-8" },
+        { "datasets[0].hash", "0g!", "datasets[0].hash: bad base64" },
+    };
+    struct buf b = { 0 };
+    struct Dataset own[] = { { .filename = BYTES("first"), .decompress = true } };      /* the caller's own list is copied */
+    struct ComputationRunReq req = { .datasets = { own, 1, 0 } };
+    pb_arena_reset(&arena);
+    for (size_t i = 0; i < PB_COUNT(good); i++)
+        CHECK_TEXT(bytes_of(set_error(&req, good[i][0], good[i][1])), "ok");
+    const char *wanted =
+        "{\"id\":\"7\",\"name\":\" a=\\\"b\\\" \",\"datasets\":[{\"filename\":\"a.csv\",\"decompress\":true,\"kbs\":{}},"
+        "{\"hash\":\"AQI=\",\"source\":{\"url\":\"u\"}}],\"algorithm\":{\"algoArgs\":[\"{\xc3\xa9}\",\"\"]},"
+        "\"agentConfig\":{\"port\":\"7010\",\"logLevel\":\"debug\",\"attestedTls\":true}}";
+    CHECK_TEXT(json_of(&b, &ComputationRunReq_message, &req, 0), wanted);
+    for (size_t i = 0; i < PB_COUNT(bad); i++) {
+        struct bytes err = bytes_of(set_error(&req, bad[i][0], bad[i][1]));
+        err.n = err.n < strlen(bad[i][2]) ? err.n : strlen(bad[i][2]);
+        CHECK_TEXT(err, bad[i][2]);
+    }
+    CHECK(req.datasets.n, 2);
+    struct Node n = { .blob = BYTES("old") };
+    char err[100] = "", path[700] = "";
+#define SET(path, value) pb_set_path(&Node_message, &n, bytes_of(path), bytes_of(value), &arena, err, sizeof err)
+    CHECK(SET("other.num", "-5") && !n.blob.p && n.other->num == -5, 1);    /* one member of a oneof clears the others */
+    CHECK(pb_set_path(&Node_message, &n, BYTES("text"), (struct bytes){ NULL, 0 }, &arena, err, sizeof err), true);
+    CHECK(!n.other && n.text.p, 1);
+    CHECK(SET("wide", "-9223372036854775808") && n.wide == INT64_MIN, 1);
+    CHECK(SET("nodes[0].nodes[0].names[0]", "x") && n.nodes.n, 1);
+    CHECK(SET("num", "2147483648"), false);
+    CHECK_TEXT(bytes_of(err), "num: number out of range");
+    CHECK(SET("num", "\"1\""), false);
+    for (int i = 0; i <= 101; i++) {                                        /* as deep as what is decoded */
+        strcpy(path + 6 * i, "num");
+        CHECK(SET(path, "1"), i <= 100);
+        strcpy(path + 6 * i, "child.");
+    }
+    struct pb_arena none = { 0 };
+    static const char *const needs[] = { "datasets[1].filename", "algorithm.algo_args[0]", "datasets[0].hash" };
+    for (size_t i = 0; i < PB_COUNT(needs); i++) {
+        CHECK(pb_set_path(&ComputationRunReq_message, &(struct ComputationRunReq){ .datasets = { own, 1, 0 } },
+                          bytes_of(needs[i]), BYTES(""), &none, err, sizeof err), false);
+        CHECK(strstr(err, "not enough memory") != NULL, 1);
+    }
     buf_free(&b);
 }
 
@@ -688,12 +765,10 @@ static void test_failing_memory(void)
     for (int job = 0; job < 5; job++) {
         bool ok = false;
         for (alloc_fail = 1; !ok && alloc_fail <= 1000; alloc_fail++) {
-            struct pb_arena a;
+            struct pb_arena a = { .limit = 1 << 20 };
             struct buf out = { 0 };
             struct ServerStreamMessage m = { 0 };
             char err[100] = "";
-            uint64_t lent[10];
-            pb_arena_init(&a, lent, sizeof lent, 1 << 20);
             alloc_count = 0;
             if (job == 0)
                 ok = pb_decode(&ServerStreamMessage_message, &m, s, &a, &unknown) == PB_OK;
@@ -752,7 +827,7 @@ static void test_format(void)
 int main(void)
 {
     test_format();
-    pb_arena_init(&arena, NULL, 0, (size_t)256 << 20);
+    arena.limit = (size_t)256 << 20;
     test_scalars();
     test_malformed();
     test_oneof();
@@ -769,6 +844,8 @@ int main(void)
     test_json_errors();
     test_json_truncated();
     test_arena();
+    test_huge();
+    test_set_path();
     test_failing_memory();
     pb_arena_free(&arena);
     return closing();
