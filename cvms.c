@@ -1063,7 +1063,7 @@ enum cap {
 struct core {
     int64_t now_ms;                   /* monotonic; set by the loop before it calls anything here */
     int64_t wall_ms;                  /* Unix time, for what is shown */
-    bool held;                        /* stdout is behind: no flow-control credit is given back */
+    bool backpressure;                /* stdout is behind: no flow-control credit is given back */
     struct buf out, err;              /* lines on their way to stdout and stderr */
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
@@ -1214,6 +1214,16 @@ struct item {
 struct conn;
 struct grpc_method;
 
+/* gRPC's state of a stream (section 8). */
+struct grpc_stream {
+    const struct grpc_method *method;
+    bool headers_sent, finishing, encoded, no_body, answered;
+    uint8_t prefix[5], prefix_len;
+    uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
+    uint32_t plain_body, message_len;
+    struct buf message;               /* a message whose bytes came in several pieces */
+};
+
 struct stream {
     struct stream *next;
     struct conn *conn;
@@ -1221,16 +1231,10 @@ struct stream {
     uint32_t id, queued;
     int32_t send_window, recv_window;
     uint32_t recv_credit;             /* DATA dealt with and not yet given back by WINDOW_UPDATE */
-    bool remote_closed, local_closed, dead;
-    /* gRPC, section 7 */
-    bool headers_sent, headers_seen, finishing, encoded, no_body, answered;
-    uint8_t prefix[5], prefix_len;
-    uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
-    uint32_t plain_body, message_len;
-    struct buf message;               /* a message whose bytes came in several pieces */
+    bool remote_closed, local_closed, dead, headers_seen;
     int64_t content_length;           /* -1: not given; else what is still to come */
-    int64_t deadline_ms;              /* grpc-timeout; INT64_MAX: none */
-    const struct grpc_method *method;
+    int64_t deadline_ms;              /* when the handler's abort is called; INT64_MAX: never */
+    struct grpc_stream grpc;
     void *user;                       /* the service's own state */
 };
 
@@ -1252,7 +1256,7 @@ struct conn {
     const struct h2_handler *on;
     void *user;
     enum conn_phase phase;
-    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, deaf, pad_known,
+    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
         skip;
     /* input */
     uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
@@ -1264,16 +1268,16 @@ struct conn {
     struct buf in, block;             /* a control frame in pieces; a field block in pieces */
     struct hpack hpack;
     /* output */
-    struct buf out;
+    struct buf out;                   /* out.failed: memory was short for something of this connection, which ends it */
     size_t out_sent, queued_bytes;
     uint32_t peer_initial_window, last_id, next_id, stream_count, queued;
     int32_t send_window, recv_window;
     uint32_t recv_credit;
-    struct stream *streams, *current, *turn, *big;
+    struct stream *streams, *current, *next_to_send, *big;
     uint32_t closed[CLOSED_IDS], closed_at;   /* top bit: we reset it, so frames in flight are to be ignored */
     struct bucket bucket[CAP_BUCKETS];
-    uint64_t answers;                 /* frames of the peer's that our own may still bring about */
-    uint64_t late;                    /* DATA that may still come on streams that we have reset */
+    uint64_t control_credit;                 /* frames of the peer's that our own may still bring about */
+    uint64_t discard_window;                  /* DATA that may still come on streams that we have reset */
     int64_t opened_ms, progress_ms, closing_ms;
     int64_t idle_ms, heard_ms, ping_ms;   /* the last stream's end, the peer's last bytes, our PING (0: none waits) */
     enum h2_error error;
@@ -1325,8 +1329,8 @@ static struct buf *conn_out(struct conn *c)
 /* A stream has ended: frames that were on their way may still come. */
 static void conn_remember_closed(struct conn *c, uint32_t id, bool we_reset)
 {
-    c->answers += ANSWERS_PER_FRAME;
-    c->late += we_reset ? DEFAULT_WINDOW : 0;
+    c->control_credit += ANSWERS_PER_FRAME;
+    c->discard_window += we_reset ? DEFAULT_WINDOW : 0;
     c->closed[c->closed_at++ % CLOSED_IDS] = id | (we_reset ? 0x80000000 : 0);
 }
 
@@ -1381,7 +1385,23 @@ static void stream_done(struct stream *s)
     stream_drop_queue(s);
 }
 
-/* The connection ends: GOAWAY is queued, and no stream says anything behind it; the loop flushes it, then closes. */
+/* Closing, in two steps.  Ours have been the last words: what waits still goes out, what comes is read and dropped, so
+ * that no reset takes them back, and LINGER_MS later the connection is abandoned. */
+static void conn_close(struct conn *c)
+{
+    if (c->phase >= CONN_CLOSING)
+        return;
+    c->phase = CONN_CLOSING;
+    c->closing_ms = c->core->now_ms;
+}
+
+/* Nothing more goes out or is read; the loop closes the descriptor. */
+static void conn_abandon(struct conn *c)
+{
+    c->phase = CONN_DEAD;
+}
+
+/* The connection ends: GOAWAY is queued, and no stream says anything behind it. */
 static void conn_end(struct conn *c, enum h2_error code, const char *why)
 {
     c->error = code;
@@ -1391,8 +1411,7 @@ static void conn_end(struct conn *c, enum h2_error code, const char *why)
     frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
     for (struct stream *s = c->streams; s; s = s->next)
         stream_done(s);
-    c->phase = CONN_CLOSING;
-    c->closing_ms = c->core->now_ms;
+    conn_close(c);
 }
 
 /* The same because of what the peer has sent; the first reason is the true one. */
@@ -1440,9 +1459,9 @@ static bool conn_spend(struct conn *c, enum cap cap)
  * by which a peer measures the way, for DATA; what was on its way to a stream that has ended. */
 static bool conn_spend_control(struct conn *c)
 {
-    if (c->answers == 0)
+    if (c->control_credit == 0)
         return conn_spend(c, CAP_CONTROL_FRAMES);
-    c->answers--;
+    c->control_credit--;
     return true;
 }
 
@@ -1460,8 +1479,10 @@ static struct stream *stream_find(struct conn *c, uint32_t id)
 static struct stream *stream_new(struct conn *c, uint32_t id)
 {
     struct stream *s = calloc(1, sizeof *s);
-    if (!s)
+    if (!s) {
+        c->out.failed = true;
         return NULL;
+    }
     s->conn = c;
     s->id = id;
     s->send_window = (int32_t)c->peer_initial_window;
@@ -1517,15 +1538,15 @@ static void conn_reap(struct conn *c)
         }
         c->on->closed(s);
         *at = s->next;
-        if (c->turn == s)
-            c->turn = s->next;
+        if (c->next_to_send == s)
+            c->next_to_send = s->next;
         if (c->big == s)
             c->big = NULL;
         c->current = NULL;
         if (!conn_how_closed(c, s->id))
             conn_remember_closed(c, s->id, false);
         stream_drop_queue(s);
-        buf_free(&s->message);
+        buf_free(&s->grpc.message);
         free(s);
         c->stream_count--;
         c->idle_ms = c->core->now_ms;
@@ -1553,10 +1574,7 @@ static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kin
     struct item *i = blob && !over ? malloc(sizeof *i) : NULL;
     if (!i) {
         blob_unref(blob);
-        if (over)
-            return;
-        core_note(s->conn->core, s->conn->peer, "out of memory: stream %lu is reset", (unsigned long)s->id);
-        stream_reset(s, INTERNAL_ERROR);
+        s->conn->out.failed |= !over;
         return;
     }
     *i = (struct item){ .blob = blob, .own = item_own(blob), .kind = kind };
@@ -1608,7 +1626,7 @@ static void stream_emit(struct stream *s)
     if (trailers) {
         conn_put_block(c, s->id, (struct bytes){ i->blob->p, i->blob->n }, END_STREAM);
     } else {
-        c->answers += ANSWERS_PER_FRAME;
+        c->control_credit += ANSWERS_PER_FRAME;
         frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
         buf_put(&c->out, i->blob->p + i->sent, n);
     }
@@ -1632,10 +1650,10 @@ static void stream_emit(struct stream *s)
 /* The next stream, in turn, that can send now. */
 static struct stream *conn_next_sendable(struct conn *c)
 {
-    struct stream *s = c->turn ? c->turn : c->streams;
+    struct stream *s = c->next_to_send ? c->next_to_send : c->streams;
     for (uint32_t n = c->stream_count; n && s; n--, s = s->next ? s->next : c->streams)
         if (stream_sendable(s)) {
-            c->turn = s->next;
+            c->next_to_send = s->next;
             return s;
         }
     return NULL;
@@ -1647,9 +1665,9 @@ static struct stream *conn_next_sendable(struct conn *c)
 static void stream_give_credit(struct stream *s)
 {
     struct conn *c = s->conn;
-    if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->held)
+    if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->backpressure)
         return;
-    if (s->prefix_len == sizeof s->prefix && s->message_len > DEFAULT_WINDOW) {
+    if (s->grpc.prefix_len == sizeof s->grpc.prefix && s->grpc.message_len > DEFAULT_WINDOW) {
         if (c->big && c->big != s)
             return;
         c->big = s;
@@ -1661,7 +1679,7 @@ static void stream_give_credit(struct stream *s)
 
 static void conn_give_credit(struct conn *c)
 {
-    if (c->recv_credit < CREDIT_STEP || c->core->held || c->phase != CONN_OPEN)
+    if (c->recv_credit < CREDIT_STEP || c->core->backpressure || c->phase != CONN_OPEN)
         return;
     frame_put_u32(conn_out(c), FRAME_WINDOW_UPDATE, 0, c->recv_credit);
     c->recv_window += (int32_t)c->recv_credit;
@@ -1901,11 +1919,8 @@ static void conn_request(struct conn *c, uint32_t id, const struct fields *f, bo
         return;
     }
     struct stream *s = stream_new(c, id);
-    if (!s) {
-        core_note(c->core, c->peer, "out of memory: stream %lu is refused", (unsigned long)id);
-        conn_stream_error(c, id, REFUSED_STREAM);
+    if (!s)
         return;
-    }
     s->content_length = length;
     c->on->headers(s, f, end);
     if (end && !s->dead)
@@ -1964,9 +1979,8 @@ static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
         return;
     }
     buf_put(&c->block, part.p, part.n);
-    if (c->block.failed) {
-        conn_fail(c, INTERNAL_ERROR, "out of memory");
-    } else if (whole) {
+    c->out.failed |= c->block.failed;
+    if (whole) {
         conn_block(c, (struct bytes){ c->block.p, c->block.len });
         buf_free(&c->block);
     }
@@ -2126,14 +2140,14 @@ static void conn_data_begin(struct conn *c)
         conn_fail(c, PROTOCOL_ERROR, "DATA on an idle stream");
     } else if (!s && conn_how_closed(c, f->stream_id) == 1) {
         conn_fail(c, STREAM_CLOSED, "DATA on a closed stream");
-    } else if (!s && f->len > c->late) {
+    } else if (!s && f->len > c->discard_window) {
         conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the window of a closed stream");
     } else if (f->len == 0 && !(s && f->flags & END_STREAM) && !conn_spend_control(c)) {
         return;
     } else {
         c->recv_window -= (int32_t)f->len;
         if (!s)
-            c->late -= f->len;
+            c->discard_window -= f->len;
         else if (s->remote_closed)
             conn_stream_error(c, s->id, STREAM_CLOSED);
         else if ((int64_t)f->len > s->recv_window)
@@ -2241,9 +2255,8 @@ static size_t conn_payload(struct conn *c, struct bytes p)
     }
     if (!c->skip)
         buf_put(&c->in, p.p, n);
-    if (c->in.failed) {
-        conn_fail(c, INTERNAL_ERROR, "out of memory");
-    } else if (c->left == 0) {
+    c->out.failed |= c->in.failed;
+    if (c->left == 0) {
         conn_frame_end(c, (struct bytes){ c->in.p, c->in.len });
         buf_free(&c->in);
     }
@@ -2251,47 +2264,46 @@ static size_t conn_payload(struct conn *c, struct bytes p)
 }
 
 /* What a client is that does not begin with the preface. */
-enum stranger { STRANGER_UNKNOWN, STRANGER_HTTP1, STRANGER_TLS, STRANGER_OTHER };
+enum client_kind { CLIENT_UNKNOWN, CLIENT_HTTP1, CLIENT_TLS, CLIENT_OTHER };
 
-static enum stranger stranger_kind(struct bytes p)
+static enum client_kind client_kind(struct bytes p)
 {
     enum { ENOUGH = 24, PREFACE_LINE = 14 };
     size_t word = 0;
     while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
         word++;
     if (p.n >= PREFACE_LINE && memcmp(p.p, preface, PREFACE_LINE) == 0)
-        return STRANGER_OTHER;
+        return CLIENT_OTHER;
     if (p.n > word + 1 && word >= 3 && p.p[word] == ' ' && (p.p[word + 1] == '/' || p.p[word + 1] == '*'))
-        return STRANGER_HTTP1;
+        return CLIENT_HTTP1;
     if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03)
-        return STRANGER_TLS;
+        return CLIENT_TLS;
     bool may_be = word == p.n || (word + 1 == p.n && word >= 3 && p.p[word] == ' ') || (p.n == 1 && p.p[0] == 0x16);
-    return may_be && p.n < ENOUGH ? STRANGER_UNKNOWN : STRANGER_OTHER;
+    return may_be && p.n < ENOUGH ? CLIENT_UNKNOWN : CLIENT_OTHER;
 }
 
 /* Takes bytes of a client that has no preface until it is plain what it is: a line for the log, and for an HTTP/1
  * request an answer that it understands. */
-static void conn_stranger(struct conn *c, struct bytes p)
+static void conn_unknown_client(struct conn *c, struct bytes p)
 {
     static const char body[] =
         "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
     buf_put(&c->in, p.p, min_size(p.n, 64));
-    enum stranger kind = c->in.failed ? STRANGER_OTHER : stranger_kind((struct bytes){ c->in.p, c->in.len });
-    if (kind == STRANGER_UNKNOWN)
+    enum client_kind kind = c->in.failed ? CLIENT_OTHER : client_kind((struct bytes){ c->in.p, c->in.len });
+    if (kind == CLIENT_UNKNOWN)
         return;
-    core_note(c->core, c->peer, kind == STRANGER_HTTP1 ? "an HTTP/1.1 client; this port speaks gRPC over HTTP/2"
-                              : kind == STRANGER_TLS ? "this port speaks plaintext HTTP/2; the client sent a TLS "
+    core_note(c->core, c->peer, kind == CLIENT_HTTP1 ? "an HTTP/1.1 client; this port speaks gRPC over HTTP/2"
+                              : kind == CLIENT_TLS ? "this port speaks plaintext HTTP/2; the client sent a TLS "
                                 "ClientHello: set SERVER_CERT and SERVER_KEY, or turn TLS off at the client"
                               : "not an HTTP/2 client: no connection preface");
-    if (kind == STRANGER_HTTP1)
+    if (kind == CLIENT_HTTP1)
         buf_printf(conn_out(c), "HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
                                 "content-type: text/plain\r\ncontent-length: %zu\r\n\r\n%s", sizeof body - 1, body);
-    if (kind == STRANGER_OTHER) {
+    if (kind == CLIENT_OTHER) {
         conn_fail(c, PROTOCOL_ERROR, "no connection preface");
         return;
     }
-    c->phase = CONN_CLOSING;          /* neither would understand a GOAWAY */
-    c->closing_ms = c->core->now_ms;
+    conn_close(c);                    /* neither would understand a GOAWAY */
 }
 
 /* The client's 24 bytes (RFC 9113 3.4); ours follow them.  Returns how many were taken. */
@@ -2299,12 +2311,12 @@ static size_t conn_preface(struct conn *c, struct bytes p)
 {
     size_t n = min_size(p.n, PREFACE_LEN - c->preface_len);
     if (c->in.len) {
-        conn_stranger(c, p);
+        conn_unknown_client(c, p);
         return p.n;
     }
     if (memcmp(p.p, preface + c->preface_len, n) != 0) {
         buf_put(&c->in, preface, c->preface_len);
-        conn_stranger(c, p);
+        conn_unknown_client(c, p);
         return p.n;
     }
     c->preface_len = (uint8_t)(c->preface_len + n);
@@ -2322,7 +2334,7 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
     c->ping_ms = 0;
     if (c->core->now_ms - c->heard_ms >= HEARD_STEP_MS)
         c->heard_ms = c->core->now_ms;
-    while (n && c->phase < CONN_CLOSING) {
+    while (n && c->phase < CONN_CLOSING && !c->out.failed) {
         struct bytes rest = { p, n };
         size_t taken;
         if (c->phase == CONN_PREFACE) {
@@ -2384,11 +2396,12 @@ static size_t conn_peek(struct conn *c, const uint8_t **p)
     if (c->reap)
         conn_reap(c);
     conn_fill(c);
-    if (c->deaf)
+    if (c->write_closed)
         c->out.len = c->out_sent = 0;
     if (c->out.failed && c->phase != CONN_DEAD) {
         core_note(c->core, c->peer, "out of memory: the connection is closed");
-        c->phase = CONN_DEAD;
+        c->why = c->why ? c->why : "out of memory";
+        conn_abandon(c);
     }
     *p = c->out.p ? c->out.p + c->out_sent : NULL;
     return *p ? conn_pending(c) : 0;
@@ -2415,7 +2428,7 @@ static void conn_sent(struct conn *c, size_t n)
 /* The peer takes no more.  What it has sent before is still read. */
 static void conn_unheard(struct conn *c)
 {
-    c->deaf = true;
+    c->write_closed = true;
     for (struct stream *s = c->streams; s; s = s->next)
         stream_drop_queue(s);
 }
@@ -2430,11 +2443,21 @@ static void conn_eof(struct conn *c)
     conn_reap(c);
 }
 
+/* The end of TLS: nothing that either side says arrives any more. */
+static void conn_cut(struct conn *c)
+{
+    conn_unheard(c);
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_done(s);
+    conn_reap(c);
+    conn_close(c);
+}
+
 /* Ends in good order: GOAWAY, and every stream gets this status (RFC 9113 6.8). */
 static void conn_shutdown(struct conn *c, unsigned status, const char *text)
 {
     if (c->phase == CONN_PREFACE)
-        c->phase = CONN_DEAD;
+        conn_abandon(c);
     if (c->phase != CONN_OPEN || c->goaway_sent)
         return;
     frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
@@ -2455,69 +2478,113 @@ static bool conn_finished(const struct conn *c)
     return c->phase == CONN_OPEN && (c->goaway_sent || c->goaway_seen) && c->stream_count == 0;
 }
 
-/* When conn_tick has something to do; INT64_MAX: nothing to wait for. */
-static int64_t conn_deadline(const struct conn *c)
+/* The timers of a connection.  `at` tells when one is due (NEVER: it does not run), `fire` makes that later or ends
+ * the connection. */
+#define NEVER INT64_MAX
+
+static int64_t linger_at(const struct conn *c)
 {
-    if (c->phase == CONN_CLOSING)
-        return c->closing_ms + LINGER_MS;
-    int64_t at = INT64_MAX;
-    if (!c->settings_seen)
-        at = c->opened_ms + PREFACE_MS;
-    else if (!c->client)
-        at = c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
-    if (!c->client && c->stream_count == 0 && c->idle_ms + IDLE_MS < at)
-        at = c->idle_ms + IDLE_MS;
-    if (conn_pending(c) && c->progress_ms + STUCK_MS < at)
-        at = c->progress_ms + STUCK_MS;
-    for (const struct stream *s = c->streams; s; s = s->next)
-        if (s->deadline_ms < at)
-            at = s->deadline_ms;
-    return at;
+    return c->phase == CONN_CLOSING ? c->closing_ms + LINGER_MS : NEVER;
+}
+
+static int64_t stuck_at(const struct conn *c)
+{
+    return c->phase < CONN_CLOSING && conn_pending(c) ? c->progress_ms + STUCK_MS : NEVER;
+}
+
+static void stuck_fire(struct conn *c)
+{
+    core_cap(c->core, c->peer, CAP_STUCK);
+    conn_abandon(c);
+}
+
+static int64_t preface_at(const struct conn *c)
+{
+    return c->phase < CONN_CLOSING && !c->settings_seen ? c->opened_ms + PREFACE_MS : NEVER;
+}
+
+static void preface_fire(struct conn *c)
+{
+    core_cap(c->core, c->peer, CAP_PREFACE);
+    conn_end(c, PROTOCOL_ERROR, "no preface in time");
+}
+
+static int64_t idle_at(const struct conn *c)
+{
+    return c->phase < CONN_CLOSING && !c->client && !c->stream_count ? c->idle_ms + IDLE_MS : NEVER;
+}
+
+static void idle_fire(struct conn *c)
+{
+    core_cap(c->core, c->peer, CAP_IDLE);
+    conn_end(c, NO_ERROR, "no open stream");
+}
+
+static int64_t silence_at(const struct conn *c)
+{
+    if (c->phase != CONN_OPEN || c->client || !c->settings_seen)
+        return NEVER;
+    return c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
 }
 
 /* A client that says nothing is asked whether it is there; a peer that has died without a word is found out so. */
-static void conn_tick_silence(struct conn *c)
+static void silence_fire(struct conn *c)
 {
-    int64_t now = c->core->now_ms;
-    if (c->core->held || !conn_wants_input(c)) {   /* it is us who do not listen */
-        c->heard_ms = now;
+    if (c->core->backpressure || !conn_wants_input(c)) {   /* it is us who do not listen */
+        c->heard_ms = c->core->now_ms;
         c->ping_ms = 0;
-    } else if (c->ping_ms && now >= c->ping_ms + ANSWER_MS) {
+    } else if (c->ping_ms) {
         core_cap(c->core, c->peer, CAP_SILENCE);
         conn_end(c, NO_ERROR, "no answer to a PING");
-    } else if (!c->ping_ms && now >= c->heard_ms + SILENCE_MS) {
-        c->ping_ms = now;
+    } else {
+        c->ping_ms = c->core->now_ms;
         frame_put(conn_out(c), 8, FRAME_PING, 0, 0);
         buf_put(&c->out, (const uint8_t[8]){ 0 }, 8);
     }
 }
 
-static void conn_tick(struct conn *c)
+static int64_t streams_at(const struct conn *c)
 {
-    int64_t now = c->core->now_ms;
-    if (now < conn_deadline(c))
-        return;
-    if (c->phase == CONN_CLOSING) {
-        c->phase = CONN_DEAD;
-    } else if (conn_pending(c) && now >= c->progress_ms + STUCK_MS) {
-        core_cap(c->core, c->peer, CAP_STUCK);
-        c->phase = CONN_DEAD;
-    } else if (!c->settings_seen && now >= c->opened_ms + PREFACE_MS) {
-        core_cap(c->core, c->peer, CAP_PREFACE);
-        conn_end(c, PROTOCOL_ERROR, "no preface in time");
-        if (!conn_pending(c))
-            c->phase = CONN_DEAD;
-    } else if (!c->client && c->stream_count == 0 && now >= c->idle_ms + IDLE_MS) {
-        core_cap(c->core, c->peer, CAP_IDLE);
-        conn_end(c, NO_ERROR, "no open stream");
-    } else if (!c->client && c->settings_seen) {
-        conn_tick_silence(c);
-    }
-    for (struct stream *s = c->streams; s && c->phase == CONN_OPEN; s = s->next)
-        if (now >= s->deadline_ms) {
-            s->deadline_ms = INT64_MAX;
+    int64_t at = NEVER;
+    for (const struct stream *s = c->streams; s && c->phase == CONN_OPEN; s = s->next)
+        at = s->deadline_ms < at ? s->deadline_ms : at;
+    return at;
+}
+
+static void streams_fire(struct conn *c)
+{
+    for (struct stream *s = c->streams; s; s = s->next)
+        if (c->core->now_ms >= s->deadline_ms) {
+            s->deadline_ms = NEVER;
             c->on->abort(s, 4, "the call's deadline has passed");
         }
+}
+
+static const struct {
+    int64_t (*at)(const struct conn *);
+    void (*fire)(struct conn *);
+} conn_timers[] = {
+    { linger_at, conn_abandon }, { stuck_at, stuck_fire }, { preface_at, preface_fire }, { idle_at, idle_fire },
+    { silence_at, silence_fire }, { streams_at, streams_fire },
+};
+enum { CONN_TIMERS = sizeof conn_timers / sizeof *conn_timers };
+
+/* When conn_tick has something to do. */
+static int64_t conn_deadline(const struct conn *c)
+{
+    int64_t first = NEVER;
+    for (int i = 0; i < CONN_TIMERS; i++) {
+        int64_t at = conn_timers[i].at(c);
+        first = at < first ? at : first;
+    }
+    return first;
+}
+
+static void conn_tick(struct conn *c)
+{
+    for (int i = 0; i < CONN_TIMERS; i++)
+        if (c->core->now_ms >= conn_timers[i].at(c))
+            conn_timers[i].fire(c);
 }
 
 /* ==== 8. gRPC over HTTP/2: request check, messages, trailers =======================================================
@@ -2550,32 +2617,37 @@ struct grpc_method {
 
 enum { PLAIN_BODY_MAX = 16384 };      /* body of a request that is not gRPC: read so far, then answered */
 
-/* Appends a field block as a HEADERS frame. */
-static void conn_put_headers(struct conn *c, uint32_t id, const struct buf *block, unsigned flags)
-{
-    if (block->failed) {
-        conn_fail(c, INTERNAL_ERROR, "out of memory");
-        return;
-    }
-    conn_put_block(c, id, (struct bytes){ block->p, block->len }, flags);
-}
-
 static void put_field(struct buf *block, const char *name, struct bytes value)
 {
     hpack_encode_field(block, bytes_of(name), value);
 }
 
+/* A field block from a list of name, value, ..., NULL; a field without a value is left out.  The caller frees it. */
+static struct buf fields_encode(const char *const *list)
+{
+    struct buf block = { 0 };
+    for (; *list; list += 2)
+        if (list[1])
+            put_field(&block, list[0], bytes_of(list[1]));
+    return block;
+}
+
+/* Sends such a list as a HEADERS frame. */
+static void stream_put_fields(struct stream *s, const char *const *list, unsigned flags)
+{
+    struct buf block = fields_encode(list);
+    s->conn->out.failed |= block.failed;
+    conn_put_block(s->conn, s->id, (struct bytes){ block.p, block.len }, flags);
+    buf_free(&block);
+}
+
 /* Sends the response's HEADERS, once. */
 static void grpc_send_headers(struct stream *s)
 {
-    if (s->headers_sent || s->dead)
+    if (s->grpc.headers_sent || s->dead)
         return;
-    struct buf block = { 0 };
-    s->headers_sent = true;
-    put_field(&block, ":status", BYTES("200"));
-    put_field(&block, "content-type", BYTES("application/grpc"));
-    conn_put_headers(s->conn, s->id, &block, 0);
-    buf_free(&block);
+    s->grpc.headers_sent = true;
+    stream_put_fields(s, (const char *[]){ ":status", "200", "content-type", "application/grpc", NULL }, 0);
 }
 
 /* grpc-message: everything but visible ASCII is percent-encoded. */
@@ -2593,28 +2665,24 @@ static void percent_encode(struct buf *out, const char *text)
 /* Ends the stream with a status: trailers behind what is queued, or alone when nothing has been sent yet. */
 static void grpc_finish(struct stream *s, unsigned status, const char *text)
 {
-    if (s->dead || s->local_closed || s->finishing)
+    if (s->dead || s->local_closed || s->grpc.finishing)
         return;
-    struct buf block = { 0 }, message = { 0 };
+    struct buf message = { 0 };
     char number[12];
-    bool alone = !s->headers_sent;
-    s->finishing = true;
-    buf_free(&s->message);
+    bool alone = !s->grpc.headers_sent;
+    s->grpc.finishing = s->grpc.headers_sent = true;
+    buf_free(&s->grpc.message);
     if (s->conn->big == s)
         conn_release_big(s->conn);
     text_printf(number, sizeof number, "%u", status);
-    if (alone) {
-        s->headers_sent = true;
-        put_field(&block, ":status", BYTES("200"));
-        put_field(&block, "content-type", BYTES("application/grpc"));
-    }
-    put_field(&block, "grpc-status", bytes_of(number));
-    if (*text) {
-        percent_encode(&message, text);
-        put_field(&block, "grpc-message", (struct bytes){ message.p, message.len });
-    }
-    if (status == GRPC_UNIMPLEMENTED)
-        put_field(&block, "grpc-accept-encoding", BYTES("identity"));
+    percent_encode(&message, text);
+    buf_putc(&message, 0);
+    const char *const list[] = {
+        ":status", alone ? "200" : NULL, "content-type", alone ? "application/grpc" : NULL, "grpc-status", number,
+        "grpc-message", *text && !message.failed ? (const char *)message.p : NULL,
+        "grpc-accept-encoding", status == GRPC_UNIMPLEMENTED ? "identity" : NULL, NULL,
+    };
+    struct buf block = fields_encode(list);
     bool failed = block.failed || message.failed;
     stream_queue(s, failed ? NULL : blob_copy((struct bytes){ block.p, block.len }), ITEM_TRAILERS);
     buf_free(&block);
@@ -2628,19 +2696,14 @@ static void plain_answer(struct stream *s)
                                "application/grpc.\n";
     if (s->dead)
         return;
-    struct buf block = { 0 };
-    char number[12];
-    bool with_body = !s->no_body;
-    s->finishing = s->headers_sent = true;
-    text_printf(number, sizeof number, "%u", s->plain);
-    put_field(&block, ":status", bytes_of(number));
-    put_field(&block, "content-type", BYTES("text/plain"));
-    text_printf(number, sizeof number, "%zu", sizeof body - 1);
-    put_field(&block, "content-length", bytes_of(number));
-    if (s->plain == 405)
-        put_field(&block, "allow", BYTES("POST"));
-    conn_put_headers(s->conn, s->id, &block, with_body ? 0 : END_STREAM);
-    buf_free(&block);
+    char status[12], length[12];
+    bool with_body = !s->grpc.no_body;
+    s->grpc.finishing = s->grpc.headers_sent = true;
+    text_printf(status, sizeof status, "%u", s->grpc.plain);
+    text_printf(length, sizeof length, "%zu", sizeof body - 1);
+    stream_put_fields(s, (const char *[]){ ":status", status, "content-type", "text/plain", "content-length", length,
+                                           "allow", s->grpc.plain == 405 ? "POST" : NULL, NULL },
+                      with_body ? 0 : END_STREAM);
     if (with_body)
         stream_queue(s, blob_copy(BYTES(body)), ITEM_LAST_DATA);
     else
@@ -2750,14 +2813,14 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
 {
     struct core *core = s->conn->core;
     const struct bytes *v = f->value;
-    s->plain = (uint16_t)grpc_http_status(f);
-    s->no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
-    if (s->plain) {
+    s->grpc.plain = (uint16_t)grpc_http_status(f);
+    s->grpc.no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
+    if (s->grpc.plain) {
         if (f->too_large && !end)
             plain_answer(s);
         return;
     }
-    s->encoded = v[F_GRPC_ENCODING].n && !bytes_eq(v[F_GRPC_ENCODING], BYTES("identity"));
+    s->grpc.encoded = v[F_GRPC_ENCODING].n && !bytes_eq(v[F_GRPC_ENCODING], BYTES("identity"));
     int64_t timeout = v[F_GRPC_TIMEOUT].p ? grpc_timeout(v[F_GRPC_TIMEOUT]) : INT64_MAX - core->now_ms;
     if (timeout < 0) {
         grpc_finish(s, GRPC_INTERNAL, "malformed grpc-timeout");
@@ -2766,8 +2829,8 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     s->deadline_ms = core->now_ms + timeout;
     for (size_t i = 0; i < core->method_count; i++)
         if (bytes_eq(v[F_PATH], bytes_of(core->methods[i].path))) {
-            s->method = &core->methods[i];
-            s->method->open(s, f);
+            s->grpc.method = &core->methods[i];
+            s->grpc.method->open(s, f);
             return;
         }
     grpc_unknown(s, v[F_PATH]);
@@ -2778,14 +2841,14 @@ static bool grpc_prefix(struct stream *s)
 {
     char text[100];
     size_t max = s->conn->core->max_message;
-    s->message_len = get_be32(s->prefix + 1);
-    if (s->prefix[0] == 1 && s->encoded) {
+    s->grpc.message_len = get_be32(s->grpc.prefix + 1);
+    if (s->grpc.prefix[0] == 1 && s->grpc.encoded) {
         s->conn->on->abort(s, GRPC_UNIMPLEMENTED, "grpc: no decompressor for the message's encoding is installed");
-    } else if (s->prefix[0] != 0) {
+    } else if (s->grpc.prefix[0] != 0) {
         s->conn->on->abort(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
-    } else if (s->message_len > max) {
+    } else if (s->grpc.message_len > max) {
         text_printf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
-                    (unsigned long)s->message_len, max);
+                    (unsigned long)s->grpc.message_len, max);
         core_cap(s->conn->core, s->conn->peer, CAP_MESSAGE);
         s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, text);
     } else {
@@ -2796,25 +2859,24 @@ static bool grpc_prefix(struct stream *s)
 
 static void grpc_deliver(struct stream *s, struct bytes message)
 {
-    s->prefix_len = 0;
-    if (s->method && s->method->message)
-        s->method->message(s, message);
+    s->grpc.prefix_len = 0;
+    if (s->grpc.method && s->grpc.method->message)
+        s->grpc.method->message(s, message);
 }
 
 /* Takes bytes of a message whose prefix is known; a message that lies whole in p is not copied. */
 static size_t grpc_message_part(struct stream *s, struct bytes p)
 {
-    size_t n = min_size(p.n, s->message_len - s->message.len);
-    if (s->message.len == 0 && n == s->message_len) {
+    size_t n = min_size(p.n, s->grpc.message_len - s->grpc.message.len);
+    if (s->grpc.message.len == 0 && n == s->grpc.message_len) {
         grpc_deliver(s, (struct bytes){ p.p, n });
         return n;
     }
-    buf_put(&s->message, p.p, n);
-    if (s->message.failed) {
-        s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
-    } else if (s->message.len == s->message_len) {
-        struct buf whole = s->message;
-        s->message = (struct buf){ 0 };
+    buf_put(&s->grpc.message, p.p, n);
+    s->conn->out.failed |= s->grpc.message.failed;
+    if (s->grpc.message.len == s->grpc.message_len) {
+        struct buf whole = s->grpc.message;
+        s->grpc.message = (struct buf){ 0 };
         grpc_deliver(s, (struct bytes){ whole.p, whole.len });
         buf_free(&whole);
         if (s->conn->big == s)
@@ -2826,19 +2888,19 @@ static size_t grpc_message_part(struct stream *s, struct bytes p)
 /* DATA: length-prefixed messages, cut anywhere. */
 static void grpc_data(struct stream *s, struct bytes p)
 {
-    if (s->plain && !s->finishing) {
-        s->plain_body += (uint32_t)p.n;
-        if (s->plain_body > PLAIN_BODY_MAX)
+    if (s->grpc.plain && !s->grpc.finishing) {
+        s->grpc.plain_body += (uint32_t)p.n;
+        if (s->grpc.plain_body > PLAIN_BODY_MAX)
             plain_answer(s);
         return;
     }
-    while (p.n && !s->dead && !s->finishing) {
+    while (p.n && !s->dead && !s->grpc.finishing) {
         size_t n;
-        if (s->prefix_len < sizeof s->prefix) {
-            n = min_size(p.n, sizeof s->prefix - s->prefix_len);
-            memcpy(s->prefix + s->prefix_len, p.p, n);
-            s->prefix_len = (uint8_t)(s->prefix_len + n);
-            if (s->prefix_len == sizeof s->prefix && grpc_prefix(s) && s->message_len == 0)
+        if (s->grpc.prefix_len < sizeof s->grpc.prefix) {
+            n = min_size(p.n, sizeof s->grpc.prefix - s->grpc.prefix_len);
+            memcpy(s->grpc.prefix + s->grpc.prefix_len, p.p, n);
+            s->grpc.prefix_len = (uint8_t)(s->grpc.prefix_len + n);
+            if (s->grpc.prefix_len == sizeof s->grpc.prefix && grpc_prefix(s) && s->grpc.message_len == 0)
                 grpc_deliver(s, (struct bytes){ 0 });
         } else {
             n = grpc_message_part(s, p);
@@ -2850,39 +2912,39 @@ static void grpc_data(struct stream *s, struct bytes p)
 
 static void grpc_server_end(struct stream *s)
 {
-    if (s->finishing)
+    if (s->grpc.finishing)
         return;
-    if (s->plain)
+    if (s->grpc.plain)
         plain_answer(s);
-    else if (s->prefix_len)
+    else if (s->grpc.prefix_len)
         grpc_finish(s, GRPC_INTERNAL, "grpc: the stream ends inside a message");
-    else if (s->method && s->method->end)
-        s->method->end(s);
+    else if (s->grpc.method && s->grpc.method->end)
+        s->grpc.method->end(s);
 }
 
 static void grpc_drained(struct stream *s)
 {
-    if (s->method && s->method->drained)
-        s->method->drained(s);
+    if (s->grpc.method && s->grpc.method->drained)
+        s->grpc.method->drained(s);
 }
 
 static void grpc_closed(struct stream *s)
 {
-    if (s->method && s->method->closed)
-        s->method->closed(s);
-    s->method = NULL;
+    if (s->grpc.method && s->grpc.method->closed)
+        s->grpc.method->closed(s);
+    s->grpc.method = NULL;
 }
 
 /* Ends a stream early: what waits to be sent is dropped, so that the status is seen. */
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->plain && s->finishing) {
+    if (s->grpc.plain && s->grpc.finishing) {
         stream_reset(s, CANCEL);
-    } else if (s->plain) {
+    } else if (s->grpc.plain) {
         plain_answer(s);
     } else {
-        s->finishing = false;         /* a status that waited to be sent gives way to this one */
+        s->grpc.finishing = false;         /* a status that waited to be sent gives way to this one */
         grpc_finish(s, status, text);
     }
 }
@@ -2899,22 +2961,17 @@ static struct stream *grpc_call(struct conn *c, const struct grpc_method *m, con
                                 const char *const *metadata)
 {
     struct stream *s = stream_new(c, c->next_id);
-    struct buf block = { 0 };
+    const char *list[40] = {
+        ":method", "POST", ":scheme", c->secure ? "https" : "http", ":path", m->path, ":authority", authority,
+        "content-type", "application/grpc", "te", "trailers", "user-agent", "cvms/" CVMS_VERSION,
+    };
     if (!s)
         return NULL;
+    for (size_t i = 14; metadata && *metadata; metadata++)
+        list[i++] = *metadata;
     c->next_id += 2;
-    s->method = m;
-    put_field(&block, ":method", BYTES("POST"));
-    put_field(&block, ":scheme", c->secure ? BYTES("https") : BYTES("http"));
-    put_field(&block, ":path", bytes_of(m->path));
-    put_field(&block, ":authority", bytes_of(authority));
-    put_field(&block, "content-type", BYTES("application/grpc"));
-    put_field(&block, "te", BYTES("trailers"));
-    put_field(&block, "user-agent", BYTES("cvms/" CVMS_VERSION));
-    for (; metadata && *metadata; metadata += 2)
-        put_field(&block, metadata[0], bytes_of(metadata[1]));
-    conn_put_headers(c, s->id, &block, 0);
-    buf_free(&block);
+    s->grpc.method = m;
+    stream_put_fields(s, list, 0);
     return s;
 }
 
@@ -2926,8 +2983,8 @@ static void grpc_half_close(struct stream *s)
 
 static void grpc_client_status(struct stream *s, unsigned status, struct bytes text)
 {
-    const struct grpc_method *m = s->method;
-    s->finishing = true;
+    const struct grpc_method *m = s->grpc.method;
+    s->grpc.finishing = true;
     if (m && m->status)
         m->status(s, status, text);
 }
@@ -2952,7 +3009,7 @@ static void grpc_response(struct stream *s, const struct fields *f, bool end)
 
 static void grpc_client_end(struct stream *s)
 {
-    if (!s->finishing)
+    if (!s->grpc.finishing)
         grpc_client_status(s, GRPC_INTERNAL, BYTES("the server ended the stream without a status"));
     if (!s->local_closed && !s->dead)
         stream_reset(s, CANCEL);
@@ -2960,14 +3017,14 @@ static void grpc_client_end(struct stream *s)
 
 static void grpc_client_abort(struct stream *s, unsigned status, const char *text)
 {
-    if (!s->finishing)
+    if (!s->grpc.finishing)
         grpc_client_status(s, status, bytes_of(text));
     stream_reset(s, CANCEL);
 }
 
 static void grpc_client_closed(struct stream *s)
 {
-    if (!s->finishing)
+    if (!s->grpc.finishing)
         grpc_client_status(s, GRPC_UNAVAILABLE, bytes_of(s->conn->why ? s->conn->why
                                                                       : "the stream was closed by the server"));
     grpc_closed(s);
@@ -4688,11 +4745,7 @@ static void link_tls_state(struct link *k)
         k->conn.why = tls_why(k->tls);
     else if (state == TLS_FAILED)
         core_note(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
-    conn_unheard(&k->conn);
-    conn_eof(&k->conn);
-    k->conn.eof = false;
-    k->conn.phase = CONN_CLOSING;
-    k->conn.closing_ms = core->now_ms;
+    conn_cut(&k->conn);
 }
 
 /* Sends what the connection has to say, closes it when all is said. */
@@ -4700,8 +4753,7 @@ static void link_flush(struct link *k)
 {
     bool blocked = k->tls ? link_send_tls(k) : link_send_plain(k);
     if (k->conn.phase == CONN_OPEN && !k->conn.client && !k->conn.eof && conn_finished(&k->conn)) {
-        k->conn.phase = CONN_CLOSING; /* what still comes is read: a reset would take our last words back */
-        k->conn.closing_ms = k->loop->core.now_ms;
+        conn_close(&k->conn);
         blocked = k->tls && link_send_tls(k);
     }
     if (k->tls)
@@ -4757,7 +4809,7 @@ static void link_eof(struct link *k)
         core_note(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
     conn_eof(&k->conn);
     if (handshake)
-        k->conn.phase = CONN_DEAD;    /* what waits to be encrypted never will be */
+        conn_abandon(&k->conn);       /* what waits to be encrypted never will be */
 }
 
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
@@ -5216,14 +5268,14 @@ static void loop_pressure(struct loop *l)
 {
     size_t waiting = sink_pending(&l->out);
     bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
-    bool release = l->core.held && waiting < HOLD_BYTES / 4;
+    bool release = l->core.backpressure && waiting < HOLD_BYTES / 4;
     sink_compact(&l->out);
     sink_compact(&l->err);
-    if (paused == l->paused && !(held && !l->core.held) && !release)
+    if (paused == l->paused && !(held && !l->core.backpressure) && !release)
         return;
     bool touch = paused != l->paused || release;
     l->paused = paused;
-    l->core.held = release ? false : l->core.held || held;
+    l->core.backpressure = release ? false : l->core.backpressure || held;
     for (struct link *k = l->links, *next; touch && k; k = next) {
         next = k->next;
         if (k->connecting)
@@ -8600,7 +8652,7 @@ static void process_drained(struct stream *s)
 {
     const struct faults *faults = server_of(s)->manifest.faults;
     struct session *session = s->user;
-    if (!session || s->finishing || session->announced)
+    if (!session || s->grpc.finishing || session->announced)
         return;
     session->announced = true;
     process_note(s, "computation run request sent successfully");
@@ -8668,16 +8720,16 @@ static int32_t health_status(struct bytes service)
 /* A unary call takes one message; its answer waits for the client's END_STREAM. */
 static bool unary_first(struct stream *s)
 {
-    if (s->answered)
+    if (s->grpc.answered)
         grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
-    bool first = !s->answered;
-    s->answered = true;
+    bool first = !s->grpc.answered;
+    s->grpc.answered = true;
     return first;
 }
 
 static void unary_end(struct stream *s)
 {
-    if (s->answered)
+    if (s->grpc.answered)
         grpc_finish(s, GRPC_OK, "");
     else
         grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call without a message");
@@ -8711,7 +8763,7 @@ static void health_watch(struct stream *s, struct bytes wire)
 
 static void health_watch_end(struct stream *s)
 {
-    if (!s->answered)
+    if (!s->grpc.answered)
         unary_end(s);                 /* else the stream stays open: the status may change */
 }
 

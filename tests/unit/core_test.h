@@ -20,7 +20,7 @@ static void core_reset(void)
     ready = true;
     core.now_ms = NOW;
     core.wall_ms = wall;
-    core.held = server.color = server.json = false;
+    core.backpressure = server.color = server.json = false;
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
     memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);

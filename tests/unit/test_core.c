@@ -597,8 +597,8 @@ static void run_op(struct run *r, const struct op *op)
         break;
     case OP_RELEASE:
     case OP_HELD:
-        core.held = op->kind == OP_HELD;
-        if (!core.held)
+        core.backpressure = op->kind == OP_HELD;
+        if (!core.backpressure)
             conn_release(&r->conn);
         break;
     case OP_MANIFEST:

@@ -661,7 +661,7 @@ static void run_partial(size_t bytes)
     block_second(&a);
     size_t kept = 0;
     for (struct stream *s = a.conn.streams; s; s = s->next)
-        kept += s->id == 3 ? s->message.len : 0;
+        kept += s->id == 3 ? s->grpc.message.len : 0;
     CHECK(kept + 5, DEFAULT_WINDOW);
     if (bytes > DEFAULT_WINDOW)
         put_zeros(&a, 3, bytes - DEFAULT_WINDOW);
@@ -961,7 +961,7 @@ static void test_pressure(void)
     for (size_t i = 0; i < PB_COUNT(steps); i++) {
         l->core.out.len = steps[i].waiting;
         loop_pressure(l);
-        CHECK(l->core.held, steps[i].held);
+        CHECK(l->core.backpressure, steps[i].held);
         CHECK(l->paused, steps[i].paused);
     }
     (free)(l);
