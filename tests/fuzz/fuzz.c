@@ -701,7 +701,7 @@ static void check_bounds(void)
                 own += i->own;
             MUST(here == s->queued);
             queued += here;
-            MUST(s->message.len <= loop.core.max_message);
+            MUST(s->grpc.message.len <= loop.core.max_message);
         }
         MUST(n == c->stream_count && queued == c->queued && own == c->queued_bytes);
     }
