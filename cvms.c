@@ -1042,7 +1042,7 @@ static bool der_is_pkcs1_public(struct bytes in)
  * its streams are, the queue of what a stream has yet to send, both directions' windows.
  * Never: reads or writes a descriptor, looks at a clock, knows what the bytes mean.
  *
- * The most that one connection can make us hold is the sum of its caps: a message, DEFAULT_WINDOW of one for each other
+ * The most that one connection can make us hold is the sum of its caps: the longest message, DEFAULT_WINDOW of one for each
  * stream, the streams with their sessions, MAX_QUEUED_BYTES, twice OUT_HIGH, a field block, a frame, a dynamic table,
  * and what TLS needs: -max-message and 7.5 MiB.  The test of the worst connection adds them up.
  */
@@ -1057,7 +1057,7 @@ enum {
 enum cap {
     CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAP_BUCKETS,
     CAP_STREAMS = CAP_BUCKETS, CAP_HEADER_LIST, CAP_FIELDS, CAP_FIELD_BLOCK, CAP_CONTINUATIONS, CAP_MESSAGE,
-    CAP_ANSWERS, CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
+    CAP_ANSWERS, CAP_SHARE, CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
 };
 
 struct core {
@@ -1142,6 +1142,7 @@ enum {
     CLOSED_IDS = 16,                  /* closed streams whose end is remembered */
     PREFACE_MS = 10000,               /* from accept to the client's SETTINGS */
     STUCK_MS = 30000,                 /* output that makes no progress for so long ends the connection */
+    SHARE_MS = 10000,                 /* a long message that stands still for so long, while others wait, ends */
     LINGER_MS = 2000,                 /* after a GOAWAY: how long the peer has to read it */
     IDLE_MS = 300000,                 /* a client without an open stream for so long is sent away */
     SILENCE_MS = 300000,              /* a client that has sent nothing for so long gets a PING, */
@@ -1166,6 +1167,8 @@ static const struct {
     [CAP_CONTINUATIONS]  = { "CONTINUATION frames of a field block", MAX_CONTINUATIONS, 0, "the connection ends" },
     [CAP_MESSAGE]        = { "bytes of a message (-max-message)", 0, 0, "the stream ends" },
     [CAP_ANSWERS]        = { "answers that wait to be read", 0, 0, "the stream ends" },
+    [CAP_SHARE]          = { "seconds in which a long message stands still while others wait", SHARE_MS / 1000, 0,
+                             "the stream ends" },
     [CAP_PREFACE]        = { "seconds to the connection preface", PREFACE_MS / 1000, 0, "the connection ends" },
     [CAP_STUCK]          = { "seconds in which no output is taken", STUCK_MS / 1000, 0, "the connection ends" },
     [CAP_IDLE]           = { "seconds without an open stream", IDLE_MS / 1000, 0, "the connection ends" },
@@ -1232,6 +1235,9 @@ struct stream {
     int32_t send_window, recv_window;
     uint32_t recv_credit;             /* DATA dealt with and not yet given back by WINDOW_UPDATE */
     bool remote_closed, local_closed, dead, headers_seen;
+    size_t long_message, share;       /* bytes that have to be kept at once, if over a window, and those granted */
+    uint64_t share_ticket;            /* place among those that wait for a share; 0: it does not */
+    int64_t share_ms;                 /* when a stream with a share was last given credit */
     int64_t content_length;           /* -1: not given; else what is still to come */
     int64_t deadline_ms;              /* when the handler's abort is called; INT64_MAX: never */
     struct grpc_stream grpc;
@@ -1273,7 +1279,10 @@ struct conn {
     uint32_t peer_initial_window, last_id, next_id, stream_count, queued;
     int32_t send_window, recv_window;
     uint32_t recv_credit;
-    struct stream *streams, *current, *next_to_send, *big;
+    struct stream *streams, *current, *next_to_send;
+    size_t shared;                    /* sum of the streams' shares; at most the longest message */
+    uint64_t share_tickets;
+    uint32_t share_waiting;
     uint32_t closed[CLOSED_IDS], closed_at;   /* top bit: we reset it, so frames in flight are to be ignored */
     struct bucket bucket[CAP_BUCKETS];
     uint64_t control_credit;                 /* frames of the peer's that our own may still bring about */
@@ -1285,6 +1294,14 @@ struct conn {
     char peer[56];
     const char *subject;              /* of the peer's certificate, safe to print; NULL: none */
 };
+
+static size_t power_of_two(size_t n)
+{
+    size_t p = 1;
+    while (p < n && p <= SIZE_MAX / 2)
+        p *= 2;
+    return p;
+}
 
 static struct blob *blob_new(size_t n)
 {
@@ -1524,12 +1541,11 @@ static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
     conn_remember_closed(c, id, true);
 }
 
-static void conn_release_big(struct conn *c);
+static void stream_end_long(struct stream *s);
 
 /* Frees the streams that are done. */
 static void conn_reap(struct conn *c)
 {
-    bool had_big = c->big != NULL;
     c->reap = false;
     for (struct stream **at = &c->streams, *s; (s = *at);) {
         if (!s->dead) {
@@ -1537,11 +1553,10 @@ static void conn_reap(struct conn *c)
             continue;
         }
         c->on->closed(s);
+        stream_end_long(s);
         *at = s->next;
         if (c->next_to_send == s)
             c->next_to_send = s->next;
-        if (c->big == s)
-            c->big = NULL;
         c->current = NULL;
         if (!conn_how_closed(c, s->id))
             conn_remember_closed(c, s->id, false);
@@ -1551,8 +1566,6 @@ static void conn_reap(struct conn *c)
         c->stream_count--;
         c->idle_ms = c->core->now_ms;
     }
-    if (had_big && !c->big)
-        conn_release_big(c);
 }
 
 /* Our END_STREAM is in the output.  A server that has said all it has to say stops the client's side too
@@ -1659,19 +1672,38 @@ static struct stream *conn_next_sendable(struct conn *c)
     return NULL;
 }
 
-/* Gives back what has been dealt with, once it is worth a frame (RFC 9113 6.9.1).  A stream in the middle of a
- * message longer than a window keeps it in memory: one stream of a connection at a time is let past its window, and
- * the others hold no more than a window each. */
+/* A stream in the middle of a message longer than a window keeps it in memory.  Such messages share what the longest
+ * one needs: a stream that is not granted its own keeps a window of it and waits, first come, first served.  One that
+ * does not move while others wait loses its life (shares_fire), so all go on (RFC 9113 5.2). */
+static bool stream_may_go_on(struct stream *s)
+{
+    struct conn *c = s->conn;
+    struct stream *first = NULL;
+    if (!s->long_message || s->share)
+        return true;
+    if (!s->share_ticket) {
+        s->share_ticket = ++c->share_tickets;
+        c->share_waiting++;
+    }
+    for (struct stream *w = c->streams; w; w = w->next)
+        if (w->share_ticket && (!first || w->share_ticket < first->share_ticket))
+            first = w;
+    size_t need = power_of_two(s->long_message);
+    if (first != s || c->shared + need > power_of_two(c->core->max_message))
+        return false;
+    c->shared += s->share = need;
+    s->share_ticket = 0;
+    c->share_waiting--;
+    return true;
+}
+
+/* Gives back what has been dealt with, once it is worth a frame (RFC 9113 6.9.1). */
 static void stream_give_credit(struct stream *s)
 {
     struct conn *c = s->conn;
-    if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->backpressure)
+    if (s->recv_credit < CREDIT_STEP || s->remote_closed || s->dead || c->core->backpressure || !stream_may_go_on(s))
         return;
-    if (s->grpc.prefix_len == sizeof s->grpc.prefix && s->grpc.message_len > DEFAULT_WINDOW) {
-        if (c->big && c->big != s)
-            return;
-        c->big = s;
-    }
+    s->share_ms = c->core->now_ms;
     frame_put_u32(conn_out(c), FRAME_WINDOW_UPDATE, s->id, s->recv_credit);
     s->recv_window += (int32_t)s->recv_credit;
     s->recv_credit = 0;
@@ -1697,20 +1729,27 @@ static void conn_consumed(struct conn *c, struct stream *s, size_t n)
     }
 }
 
-/* The long message of c->big is complete or gone: the others may go on. */
-static void conn_release_big(struct conn *c)
-{
-    c->big = NULL;
-    for (struct stream *s = c->streams; s; s = s->next)
-        stream_give_credit(s);
-}
-
-/* stdout has caught up: gives all credit that was held back. */
+/* stdout has caught up, or a share is free: gives all credit that was held back. */
 static void conn_release(struct conn *c)
 {
     conn_give_credit(c);
-    for (struct stream *s = c->streams; s; s = s->next)
-        stream_give_credit(s);
+    for (uint32_t before = c->share_waiting + 1; c->share_waiting < before;) {   /* a grant lets the next one in line */
+        before = c->share_waiting;
+        for (struct stream *s = c->streams; s; s = s->next)
+            stream_give_credit(s);
+    }
+}
+
+/* The long message is complete or gone: the others may go on. */
+static void stream_end_long(struct stream *s)
+{
+    struct conn *c = s->conn;
+    c->share_waiting -= s->share_ticket != 0;
+    c->shared -= s->share;
+    bool free = s->share || s->share_ticket;
+    s->long_message = s->share = s->share_ticket = 0;
+    if (free && c->share_waiting)
+        conn_release(c);
 }
 
 /* ==== 7. Connections: preface, fields, dispatch, errors (RFC 9113 3.4, 5.4, 6, 8) ==================================
@@ -2560,12 +2599,36 @@ static void streams_fire(struct conn *c)
         }
 }
 
+static int64_t shares_at(const struct conn *c)
+{
+    int64_t at = NEVER;
+    for (const struct stream *s = c->streams; s && c->share_waiting && c->phase == CONN_OPEN; s = s->next)
+        at = s->share && s->share_ms + SHARE_MS < at ? s->share_ms + SHARE_MS : at;
+    return at;
+}
+
+static void shares_fire(struct conn *c)
+{
+    int64_t now = c->core->now_ms;
+    bool ours = c->core->backpressure || !conn_wants_input(c);   /* it is us who hold it up */
+    for (struct stream *s = c->streams; s && c->share_waiting; s = s->next) {
+        if (!s->share || now < s->share_ms + SHARE_MS)
+            continue;
+        s->share_ms = now;
+        if (ours)
+            continue;
+        core_cap(c->core, c->peer, CAP_SHARE);
+        c->on->abort(s, 8, "a message stands still while others wait");
+    }
+}
+
 static const struct {
     int64_t (*at)(const struct conn *);
     void (*fire)(struct conn *);
 } conn_timers[] = {
     { linger_at, conn_abandon }, { stuck_at, stuck_fire }, { preface_at, preface_fire }, { idle_at, idle_fire },
     { silence_at, silence_fire }, { streams_at, streams_fire },
+    { shares_at, shares_fire },
 };
 enum { CONN_TIMERS = sizeof conn_timers / sizeof *conn_timers };
 
@@ -2672,8 +2735,7 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     bool alone = !s->grpc.headers_sent;
     s->grpc.finishing = s->grpc.headers_sent = true;
     buf_free(&s->grpc.message);
-    if (s->conn->big == s)
-        conn_release_big(s->conn);
+    stream_end_long(s);
     text_printf(number, sizeof number, "%u", status);
     percent_encode(&message, text);
     buf_putc(&message, 0);
@@ -2852,6 +2914,7 @@ static bool grpc_prefix(struct stream *s)
         core_cap(s->conn->core, s->conn->peer, CAP_MESSAGE);
         s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, text);
     } else {
+        s->long_message = s->grpc.message_len > DEFAULT_WINDOW ? s->grpc.message_len : 0;
         return true;
     }
     return false;
@@ -2879,8 +2942,7 @@ static size_t grpc_message_part(struct stream *s, struct bytes p)
         s->grpc.message = (struct buf){ 0 };
         grpc_deliver(s, (struct bytes){ whole.p, whole.len });
         buf_free(&whole);
-        if (s->conn->big == s)
-            conn_release_big(s->conn);
+        stream_end_long(s);
     }
     return n;
 }

@@ -266,7 +266,7 @@ static void begin_two_long(struct side *a)
     static uint8_t zeros[16384];
     uint8_t prefix[5];
     core_reset();
-    core.max_message = 4 << 20;
+    core.max_message = 300000;        /* shares are powers of two: there is one for one of them */
     manifest_of(10);
     side_open(a);
     put_preface(a);
@@ -360,6 +360,50 @@ static void test_big_deadline(void)
     side_exchange(&a);
     CHECK(a.conn.stream_count, 1);
     CHECK(credit_of(&a, 3), 65535);
+    side_close(&a);
+}
+
+/* A long message that stands still while another waits ends in time, and not before. */
+static void test_share_stalls(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    block_second(&a);
+    CHECK(conn_deadline(&a.conn), NOW + SHARE_MS);
+    core.now_ms += SHARE_MS - 1;
+    conn_tick(&a.conn);
+    CHECK(a.conn.shared, 1 << 19);
+    put_zeros(&a, 1, CREDIT_STEP);    /* it moves */
+    side_exchange(&a);
+    core.now_ms += SHARE_MS - 1;
+    core.backpressure = true;         /* we do not listen */
+    conn_tick(&a.conn);
+    core.now_ms++;
+    conn_tick(&a.conn);
+    CHECK(a.conn.stream_count, 2);
+    core.backpressure = false;
+    core.now_ms += SHARE_MS;
+    a.lines.len = 0;
+    conn_tick(&a.conn);
+    side_exchange(&a);
+    CHECK(bytes_behind(whole(&core.err), BYTES("stands still while others wait (10): the stream ends")).p != NULL, true);
+    CHECK(bytes_behind(whole(&a.lines), BYTES("grpc-status=8")).p != NULL, true);
+    CHECK(credit_of(&a, 3), 65535);
+    side_close(&a);
+}
+
+/* Messages that fit side by side do not wait for each other: one has stopped, two more go on. */
+static void test_share_beside(void)
+{
+    struct side a;
+    begin_two_long(&a);
+    core.max_message = 4 << 20;
+    put_zeros(&a, 1, 65535);
+    put_zeros(&a, 3, 65535);
+    side_exchange(&a);
+    CHECK(a.conn.shared, 2 << 19);
+    CHECK(credit_of(&a, 3) >= CREDIT_STEP, true);
+    CHECK(a.conn.share_waiting, 0);
     side_close(&a);
 }
 
@@ -501,7 +545,7 @@ static void test_timers(void)
     struct side a;
     core_reset();
     side_open(&a);
-    CHECK(conn_deadline(&a.conn), NOW + PREFACE_MS);
+    CHECK(conn_deadline(&a.conn), NOW + SHARE_MS);
     put_preface(&a);
     side_send(&a);
     CHECK(conn_deadline(&a.conn), NOW + STUCK_MS);
@@ -866,12 +910,13 @@ static void test_readme(void)
     fclose(f);
     check_limit(&readme, "hard limit of descriptors less %.", SPARE_DESCRIPTORS, 0);
     check_limit(&readme, "| streams of a connection | %, then REFUSED_STREAM |", MAX_CONCURRENT_STREAMS, 0);
+    check_limit(&readme, "in pieces on a connection | % bytes each; those longer share", DEFAULT_WINDOW, 0);
+    check_limit(&readme, "stands still for % s while others wait", SHARE_MS / 1000, 0);
     check_limit(&readme, "| header list | % bytes, then HTTP status 431 |", MAX_HEADER_LIST, 0);
     check_limit(&readme, "CONTINUATION frames | % bytes, % fields,", MAX_FIELD_BLOCK, HPACK_FIELDS_MAX);
     check_limit(&readme, "% fields, % frames, then ENHANCE_YOUR_CALM |", HPACK_FIELDS_MAX, MAX_CONTINUATIONS);
     check_limit(&readme, "| HPACK dynamic table, frame | % bytes, % bytes |", HPACK_TABLE_SIZE, MAX_FRAME_SIZE);
     check_limit(&readme, "`-max-message`, % bytes,", 4 << 20, 0);
-    check_limit(&readme, "the others % bytes each;", DEFAULT_WINDOW, 0);
     check_limit(&readme, "header lists over the cap | %, and % a second,", caps[CAP_STREAM_ERRORS].max,
                 caps[CAP_STREAM_ERRORS].per_s);
     check_limit(&readme, "ends; beyond that %, and % a second,", caps[CAP_CONTROL_FRAMES].max,
@@ -1215,6 +1260,8 @@ int main(void)
     test_big_completes();
     test_big_reset();
     test_big_deadline();
+    test_share_stalls();
+    test_share_beside();
     test_stream_overrun();
     test_message_memory();
     test_header_list();
