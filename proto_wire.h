@@ -772,11 +772,17 @@ struct Timestamp {
     int32_t nanos;
 };
 
-/* n decimal digits of v. */
+/* n decimal digits, two at a time. */
 static uint8_t *pb_digits(uint8_t *to, unsigned n, uint32_t v)
 {
-    for (unsigned i = n; i-- > 0; v /= 10)
-        to[i] = (uint8_t)('0' + v % 10);
+    static const char pairs[] = "00010203040506070809101112131415161718192021222324252627282930313233343536373839404142"
+                                "43444546474849505152535455565758596061626364656667686970717273747576777879808182838485"
+                                "8687888990919293949596979899";
+    unsigned i = n;
+    for (; i > 1; i -= 2, v /= 100)
+        memcpy(to + i - 2, pairs + v % 100 * 2, 2);
+    if (i)
+        *to = (uint8_t)('0' + v % 10);
     return to + n;
 }
 
@@ -922,11 +928,8 @@ static inline void pb_json_string(struct buf *out, struct bytes s)
 /* Starts a new line when printing in many lines. */
 static void pb_json_line(struct buf *out, int indent, int level)
 {
-    if (indent) {
-        buf_putc(out, '\n');
-        for (int i = 0; i < indent * level; i++)
-            buf_putc(out, ' ');
-    }
+    for (int i = -1; indent && i < indent * level; i++)
+        buf_putc(out, i < 0 ? '\n' : ' ');
 }
 
 static void pb_json_message(struct buf *out, const struct pb_message *m, const void *msg, int indent, int level);
