@@ -1930,7 +1930,7 @@ static void conn_trailers(struct conn *c, struct stream *s, const struct fields 
         conn_stream_error(c, s->id, STREAM_CLOSED);
     } else if (fault || f->too_large || (!response && !end)) {
         conn_stream_error(c, s->id, PROTOCOL_ERROR);
-    } else {
+    } else if (!response || f->value[F_STATUS].p[0] != '1' || end) {   /* else an interim response (RFC 9110 15.2) */
         if (c->client)
             c->on->headers(s, f, end);
         s->headers_seen = true;
@@ -2199,7 +2199,8 @@ static void conn_data_begin(struct conn *c)
 /* DATA of an open stream, without padding. */
 static void conn_data_bytes(struct conn *c, struct stream *s, struct bytes p)
 {
-    if (s->content_length >= 0 && (uint64_t)s->content_length < p.n) {
+    bool early = c->client && !s->headers_seen;
+    if (early || (s->content_length >= 0 && (uint64_t)s->content_length < p.n)) {
         conn_stream_error(c, s->id, PROTOCOL_ERROR);
         return;
     }
@@ -2780,9 +2781,8 @@ static void grpc_send_blob(struct stream *s, struct blob *b)
     if (s->queued >= MAX_QUEUED_ITEMS ||
         (!s->conn->client && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES)) {
         blob_unref(b);
-        stream_drop_queue(s);
         core_cap(s->conn->core, s->conn->peer, CAP_ANSWERS);
-        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
+        s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
         return;
     }
     stream_queue(s, b, ITEM_DATA);
