@@ -6335,8 +6335,8 @@ static void options_help(struct buf *out, enum command command)
 }
 
 /* ==== 13. Checksums: files and folders =============================================================================
- * Owns: the SHA3-256 of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
- * descriptors, Zip64 where needed), streamed through the hash; and the identity that tells whether it still holds.
+ * Owns: the bytes of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
+ * descriptors, Zip64 where needed), pulled in pieces; their SHA3-256; the identity that tells whether it still holds.
  * Never: writes a file, maps one (a file may shrink under us), follows a link to a folder, waits on a pipe or device.
  */
 
@@ -6360,15 +6360,6 @@ struct file_stat {
 struct file_id {
     struct file_stat st;
     uint8_t tree[32];
-};
-
-/* One path to hash, and the answer: hash and id if ok, else e. */
-struct checksum {
-    const char *path;
-    bool ok;
-    uint8_t hash[32];
-    struct file_id id;
-    struct err e;
 };
 
 /* "PATH: reason", with the end of a long path and without control characters; returns false. */
@@ -6583,13 +6574,15 @@ static void tree_digest(const struct tree *t, uint8_t digest[32])
 
 /* ---- The zip of a folder ---- */
 
-/* A zip on its way into the hash; len is the offset of the next byte. */
+/* A zip on its way out; len is the offset of the next byte that is made.  Steps 0 to n - 1 are the tree's n files, the
+ * next n their central headers, step 2 n is the end. */
 struct zip {
-    struct sha3_256 h;
-    uint64_t len;
+    struct tree tree;
+    size_t step, at;
+    struct buf out;              /* made, not yet taken from `at` on: all but the files' bytes */
+    uint64_t len, start;         /* start: where the central directory begins */
     uint16_t dos_time, dos_date;
     uint32_t crc_table[16][256]; /* [k][b]: the CRC of byte b and k zeros after it */
-    uint8_t data[CHECKSUM_READ];
 };
 
 static void crc32_init(uint32_t table[16][256])
@@ -6624,7 +6617,7 @@ static uint32_t crc32_update(const uint32_t table[16][256], uint32_t crc, const 
 
 static void zip_put(struct zip *z, const void *p, size_t n)
 {
-    sha3_256_update(&z->h, p, n);
+    buf_put(&z->out, p, n);
     z->len += n;
 }
 
@@ -6697,33 +6690,6 @@ static void zip_descriptor(struct zip *z, const struct tree_entry *entry)
     p = put_le(p, width, entry->size);
     p = put_le(p, width, entry->size);
     zip_put(z, descriptor, (size_t)(p - descriptor));
-}
-
-/* One file: header, what can be read of it, descriptor.  Fills the entry's crc, mode, size and offset. */
-static bool zip_file(struct zip *z, const char *path, struct tree_entry *entry, struct err *e)
-{
-    struct stat st;
-    int fd = file_open(path, false, &st, e);
-    if (fd < 0)
-        return false;
-    entry->offset = z->len;
-    entry->mode = (uint32_t)st.st_mode & 07777;
-    zip_local_header(z, entry->name);
-    ssize_t n;
-    do {
-        n = file_read(fd, z->data, sizeof z->data);
-        if (n < 0)
-            break;
-        entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, z->data, (size_t)n);
-        entry->size += (uint64_t)n;
-        zip_put(z, z->data, (size_t)n);
-    } while ((size_t)n == sizeof z->data);
-    if (n < 0)
-        file_err(e, path, strerror(errno));
-    else
-        zip_descriptor(z, entry);
-    close(fd);
-    return n >= 0;
 }
 
 /* APPNOTE 4.3.12: the entry's header in the central directory. */
@@ -6799,81 +6765,207 @@ static void zip_init(struct zip *z)
     localtime_r(&zero, &tm);
     z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
     z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
-    z->len = 0;
-    sha3_256_init(&z->h, sha3_features());
     crc32_init(z->crc_table);
 }
 
-static bool zip_tree(struct zip *z, struct tree *t, struct err *e)
+/* The bytes of the whole zip, if every file still has the size that the walk found. */
+static uint64_t zip_size(const struct tree *t)
 {
+    uint64_t files = 0, directory = 0;
     for (size_t i = 0; i < t->n; i++) {
-        const char *path = tree_path(t, t->entry[i].name);
-        if (!path)
-            return file_err(e, t->root, "out of memory");
-        if (!zip_file(z, path, &t->entry[i], e))
-            return false;
+        size_t name_and_time = strlen(t->entry[i].name) + 9;
+        bool big = t->entry[i].st.size >= ZIP_32_MAX;
+        directory += 46 + name_and_time + (big || files >= ZIP_32_MAX ? 28 : 0);
+        files += 30 + name_and_time + t->entry[i].st.size + (big ? 24 : 16);
     }
-    uint64_t start = z->len;
-    for (size_t i = 0; i < t->n; i++)
-        zip_central_header(z, &t->entry[i]);
-    zip_end(z, start, t->n);
+    bool zip64 = t->n >= 0xffff || directory >= ZIP_32_MAX || files >= ZIP_32_MAX;
+    return files + directory + 22 + (zip64 ? 56 + 20 : 0);
+}
+
+/* ---- Sources ---- */
+
+/* The bytes of a file, or of the zip of a folder, to be pulled.  size is what was promised at the opening; a file that
+ * grows, shrinks or is made up as it is read (/proc) gives another number of bytes. */
+struct source {
+    const char *path;            /* the caller's */
+    int fd;                      /* the file, or the folder's file that is being read; -1: none */
+    struct zip *zip;             /* NULL: not a folder */
+    struct file_id id;
+    uint64_t size;
+};
+
+/* May be called again, and after source_open has failed. */
+static void source_close(struct source *s)
+{
+    if (s->fd >= 0)
+        close(s->fd);
+    if (s->zip) {
+        tree_free(&s->zip->tree);
+        buf_free(&s->zip->out);
+    }
+    free(s->zip);
+    s->zip = NULL;
+    s->fd = -1;
+}
+
+/* Opens a file or a folder; false: nothing is open.  path is kept, not copied. */
+MUST_USE static bool source_open(struct source *s, const char *path, struct err *e)
+{
+    struct stat st;
+    *s = (struct source){ .path = path, .fd = file_open(path, true, &st, e) };
+    if (s->fd < 0)
+        return false;
+    s->id = file_id_of(&st);
+    s->size = (uint64_t)st.st_size;
+    if (!S_ISDIR(st.st_mode))
+        return true;
+    close(s->fd);
+    s->fd = -1;
+    s->zip = calloc(1, sizeof *s->zip);
+    if (!s->zip)
+        return file_err(e, path, "out of memory");
+    zip_init(s->zip);
+    s->zip->tree.root = path;
+    if (!tree_walk(&s->zip->tree, e)) {
+        source_close(s);
+        return false;
+    }
+    tree_digest(&s->zip->tree, s->id.tree);
+    s->size = zip_size(&s->zip->tree);
     return true;
 }
 
-static bool checksum_folder(struct checksum *c)
+/* Opens the next file of a folder and makes its header.  Fills the entry's mode and offset. */
+static bool source_next_file(struct source *s, struct tree_entry *entry, struct err *e)
 {
-    struct tree t = { .root = c->path };
-    struct zip *z = malloc(sizeof *z);
-    if (!z)
-        return file_err(&c->e, c->path, "out of memory");
-    bool ok = tree_walk(&t, &c->e);
-    if (ok) {
-        tree_digest(&t, c->id.tree);
-        zip_init(z);
-        ok = zip_tree(z, &t, &c->e);
+    struct stat st;
+    const char *path = tree_path(&s->zip->tree, entry->name);
+    if (!path)
+        return file_err(e, s->path, "out of memory");
+    s->fd = file_open(path, false, &st, e);
+    if (s->fd < 0)
+        return false;
+    entry->offset = s->zip->len;
+    entry->mode = (uint32_t)st.st_mode & 07777;
+    zip_local_header(s->zip, entry->name);
+    return true;
+}
+
+/* Goes on in a zip whose bytes are all taken: from a file that has ended to the next one, then to the directory. */
+static bool source_next(struct source *s, struct err *e)
+{
+    struct zip *z = s->zip;
+    struct tree_entry *entry = z->tree.entry;
+    size_t n = z->tree.n;
+    z->out.len = z->at = 0;
+    if (s->fd >= 0) {
+        close(s->fd);
+        s->fd = -1;
+        zip_descriptor(z, &entry[z->step++]);
+        z->start = z->len;
+    } else if (z->step < n) {
+        if (!source_next_file(s, &entry[z->step], e))
+            return false;
+    } else if (z->step < 2 * n) {
+        zip_central_header(z, &entry[z->step++ - n]);
+    } else {
+        zip_end(z, z->start, n);
+        z->step++;
     }
-    if (ok)
-        sha3_256_final(&z->h, c->hash);
-    tree_free(&t);
-    free(z);
-    return ok;
+    return !z->out.failed || file_err(e, s->path, "out of memory");
+}
+
+/* The path of the file that is being read. */
+static const char *source_at(struct source *s)
+{
+    const char *path = s->zip ? tree_path(&s->zip->tree, s->zip->tree.entry[s->zip->step].name) : s->path;
+    return path ? path : s->path;
+}
+
+/* Fills p; fewer than n bytes, or 0, only at the end.  -1: e has the reason, and the source is of no more use. */
+MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, struct err *e)
+{
+    struct zip *z = s->zip;
+    for (size_t len = 0;;) {
+        size_t made = z ? min_size(n - len, z->out.len - z->at) : 0;
+        if (made) {
+            memcpy(p + len, z->out.p + z->at, made);
+            z->at += made;
+            len += made;
+        }
+        ssize_t got = len < n && s->fd >= 0 ? file_read(s->fd, p + len, n - len) : 0;
+        if (got < 0) {
+            file_err(e, source_at(s), strerror(errno));
+            return -1;
+        }
+        if (z && got) {
+            struct tree_entry *entry = &z->tree.entry[z->step];
+            entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, p + len, (size_t)got);
+            entry->size += (uint64_t)got;
+            z->len += (uint64_t)got;
+        }
+        len += (size_t)got;
+        if (len == n || !z || z->step > 2 * z->tree.n)
+            return (ssize_t)len;
+        if (!source_next(s, e))
+            return -1;
+    }
 }
 
 /* ---- Many paths at once ---- */
 
-/* A file on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
+/* One path to hash, and the answer: hash and id if ok, else why, to be freed (NULL: out of memory). */
+struct checksum {
+    const char *path;
+    char *why;
+    bool ok;
+    uint8_t hash[32];
+    struct file_id id;
+};
+
+/* A source on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
 struct lane {
     struct checksum *c;
-    int fd;
+    struct source source;
     size_t at, len;
     struct sha3_256 h;
     uint8_t data[CHECKSUM_READ];
 };
 
-/* Takes up a path.  A folder is hashed here and now, and a path that cannot be opened is done as well. */
+/* Paths that are being hashed, files several at once where the processor gains by it. */
+struct checksums {
+    struct checksum *c;
+    size_t n, next;              /* next: the first that no lane has taken up */
+    struct lane *lanes;
+    unsigned width, features;
+};
+
+static void checksum_fail(struct checksum *c, const struct err *e)
+{
+    c->why = strdup(e->text);
+}
+
+/* Takes up a path.  One that cannot be opened is done. */
 static void lane_start(struct lane *l, struct checksum *c, unsigned features)
 {
-    struct stat st;
-    l->fd = file_open(c->path, true, &st, &c->e);
-    if (l->fd < 0)
-        return;
-    c->id = file_id_of(&st);
-    if (S_ISDIR(st.st_mode)) {
-        close(l->fd);
-        c->ok = checksum_folder(c);
+    struct err e;
+    if (!source_open(&l->source, c->path, &e)) {
+        checksum_fail(c, &e);
         return;
     }
+    c->id = l->source.id;
     l->c = c;
     l->at = l->len = sizeof l->data;
     sha3_256_init(&l->h, features);
 }
 
-/* Sees to it that a whole block waits.  If there is none left, the file is done and the lane free: returns false. */
+/* Sees to it that a whole block waits.  If there is none left, the source is done and the lane free: returns false. */
 static bool lane_fill(struct lane *l)
 {
     ssize_t n = 0;
+    struct err e;
     while (l->len - l->at < SHA3_256_RATE) {
-        if (l->len == sizeof l->data && (n = file_read(l->fd, l->data, sizeof l->data)) >= 0) {
+        if (l->len == sizeof l->data && (n = source_read(&l->source, l->data, sizeof l->data, &e)) >= 0) {
             l->at = 0;
             l->len = (size_t)n;
             continue;
@@ -6883,78 +6975,104 @@ static bool lane_fill(struct lane *l)
             sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
             sha3_256_final(&l->h, l->c->hash);
         } else {
-            file_err(&l->c->e, l->c->path, strerror(errno));
+            checksum_fail(l->c, &e);
         }
-        close(l->fd);
+        source_close(&l->source);
         l->c = NULL;
         return false;
     }
     return true;
 }
 
-/* Hashes n paths on `width` lanes: a lane whose file ends takes up the next path. */
-static void lanes_run(struct lane *lanes, unsigned width, unsigned features, struct checksum *c, size_t n)
+/* Begins with n paths; all members of each but path are set.  False without memory. */
+static bool checksums_start(struct checksums *j, struct checksum *c, size_t n)
 {
-    for (size_t next = 0;;) {
-        struct lane *busy[CHECKSUM_LANES];
-        struct sha3_256 *h[CHECKSUM_LANES];
-        const uint8_t *data[CHECKSUM_LANES];
-        size_t step = CHECKSUM_READ;
-        unsigned some = 0;
-        for (unsigned i = 0; i < width; i++) {
-            struct lane *l = &lanes[i];
-            while (!(l->c && lane_fill(l)) && next < n)
-                lane_start(l, &c[next++], features);
-            if (!l->c)
-                continue;
-            size_t whole = (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE;
-            step = whole < step ? whole : step;
-            busy[some] = l;
-            h[some] = &l->h;
-            data[some++] = l->data + l->at;
-        }
-        if (some == 0)
-            return;
-        sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
-        for (unsigned i = 0; i < some; i++)
-            busy[i]->at += step;
-    }
+    unsigned features = n > 1 ? sha3_features() : 0, most = sha3_256_lanes(features);
+    *j = (struct checksums){ .c = c, .n = n, .features = features, .width = n < most ? (unsigned)n : most };
+    for (size_t i = 0; i < n; i++)
+        c[i] = (struct checksum){ .path = c[i].path };
+    j->lanes = n ? calloc(j->width, sizeof *j->lanes) : NULL;
+    return j->lanes || n == 0;
 }
 
-/* Hashes n paths, files several at once where the processor gains by it.  Sets all members but path of each. */
+/* Hashes a piece of each path in hand, CHECKSUM_READ bytes at most; a lane whose source ends takes up the next path.
+ * False: all is done. */
+static bool checksums_step(struct checksums *j)
+{
+    struct lane *busy[CHECKSUM_LANES];
+    struct sha3_256 *h[CHECKSUM_LANES];
+    const uint8_t *data[CHECKSUM_LANES];
+    size_t step = CHECKSUM_READ;
+    unsigned some = 0;
+    for (unsigned i = 0; i < j->width; i++) {
+        struct lane *l = &j->lanes[i];
+        while (!(l->c && lane_fill(l)) && j->next < j->n)
+            lane_start(l, &j->c[j->next++], j->features);
+        if (!l->c)
+            continue;
+        step = min_size(step, (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE);
+        busy[some] = l;
+        h[some] = &l->h;
+        data[some++] = l->data + l->at;
+    }
+    if (some)
+        sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
+    for (unsigned i = 0; i < some; i++)
+        busy[i]->at += step;
+    return some;
+}
+
+/* Ends the hashing, also before all is done: the rest is not ok and has no reason. */
+static void checksums_free(struct checksums *j)
+{
+    for (unsigned i = 0; j->lanes && i < j->width; i++)
+        if (j->lanes[i].c)
+            source_close(&j->lanes[i].source);
+    free(j->lanes);
+    j->lanes = NULL;
+}
+
+/* Hashes n paths.  Sets all members but path of each. */
 static void checksum_files(struct checksum *c, size_t n)
 {
-    unsigned features = n > 1 ? sha3_features() : 0;
-    unsigned most = sha3_256_lanes(features), width = n < most ? (unsigned)n : most;
-    struct lane *lanes = n ? calloc(width, sizeof *lanes) : NULL;
-    for (size_t i = 0; i < n; i++) {
-        c[i] = (struct checksum){ .path = c[i].path };
-        if (!lanes)
-            file_err(&c[i].e, c[i].path, "out of memory");
-    }
-    if (lanes)
-        lanes_run(lanes, width, features, c, n);
-    free(lanes);
+    struct checksums j;
+    if (checksums_start(&j, c, n))
+        while (checksums_step(&j))
+            ;
+    checksums_free(&j);
 }
 
-/* Whether the path no longer is what had this identity, or can no longer be looked at.  One stat for a file, one walk
- * for a folder; no content is read. */
-static bool checksum_changed(const char *path, const struct file_id *id)
+/* Why a path has no checksum, until the next call with its checksum. */
+static const char *checksum_why(const struct checksum *c)
+{
+    return c->why ? c->why : "out of memory";
+}
+
+/* The identity of what stands at the path now: one stat for a file, one walk for a folder, no content.  Zeros if it
+ * can't be looked at. */
+static struct file_id path_id(const char *path)
 {
     struct stat st;
     struct err ignored;
+    struct tree t = { .root = path };
     if (stat(path, &st))
-        return true;
-    struct file_id now = file_id_of(&st);
-    bool ok = true;
-    if (S_ISDIR(st.st_mode)) {
-        struct tree t = { .root = path };
-        ok = tree_walk(&t, &ignored);
-        if (ok)
-            tree_digest(&t, now.tree);
-        tree_free(&t);
-    }
-    return !ok || memcmp(&now, id, sizeof now) != 0;
+        return (struct file_id){ .st = { 0 } };
+    struct file_id id = file_id_of(&st);
+    if (!S_ISDIR(st.st_mode))
+        return id;
+    if (tree_walk(&t, &ignored))
+        tree_digest(&t, id.tree);
+    else
+        id = (struct file_id){ .st = { 0 } };
+    tree_free(&t);
+    return id;
+}
+
+/* Whether the path no longer is what had this identity.  What can't be looked at has one: it changes once. */
+static bool checksum_changed(const char *path, const struct file_id *id)
+{
+    struct file_id now = path_id(path);
+    return memcmp(&now, id, sizeof now) != 0;
 }
 
 /* ---- cvms checksum ---- */
@@ -6994,7 +7112,9 @@ static int cmd_checksum(struct report *r, bool base64, const char *const *paths,
         if (c[i].ok)
             checksum_line(&lines, &c[i], base64);
         else
-            tell(r, START, "checksum: %s", c[i].e.text);
+            tell(r, START, "checksum: %s", checksum_why(&c[i]));
+    for (size_t i = 0; i < n; i++)
+        free(c[i].why);
     if (!buf_write(&lines, STDOUT_FILENO))
         tell(r, START, "checksum: stdout: %s", strerror(errno));
     free(c);
@@ -7587,14 +7707,16 @@ static void hash_inputs(struct manifest *m, struct report *r)
 {
     checksum_files(m->inputs, m->input_count);
     for (size_t i = 0; i < m->input_count; i++) {
-        const struct checksum *in = &m->inputs[i];
+        struct checksum *in = &m->inputs[i];
         bool algo = m->algo_input && i + 1 == m->input_count;
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
         if (in->ok)
             tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
         else if (*in->path)
-            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", in->e.text);
+            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", checksum_why(in));
+        free(in->why);
+        in->why = NULL;
     }
 }
 
@@ -7805,8 +7927,9 @@ static void manifest_refresh(struct manifest *m, struct core *core)
         } else {
             core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
                       (int)path.len, (char *)path.p);
-            in->id = again.id;
+            in->id = path_id(in->path);
         }
+        free(again.why);
         buf_free(&path);
     }
     if (changed && !manifest_encode(m))

@@ -1,5 +1,5 @@
-/* Tests of checksum_changed, and of checksum_files against checksum_path: each change to a file or tree is noticed,
- * and nothing else is.  Works in a new folder under $TMPDIR or /tmp. */
+/* Tests of checksum_changed, of checksum_files against checksum_path, and of sources: each change to a file or tree is
+ * noticed, and nothing else is; a source gives the same bytes in any pieces.  Works in a new folder under $TMPDIR or /tmp. */
 #include "../harness.h"
 
 static bool checksum_path(const char *path, uint8_t hash[32], struct file_id *id, struct err *e)
@@ -8,7 +8,8 @@ static bool checksum_path(const char *path, uint8_t hash[32], struct file_id *id
     checksum_files(&c, 1);
     memcpy(hash, c.hash, sizeof c.hash);
     *id = c.id;
-    *e = c.e;
+    err_set(e, "%s", c.ok ? "" : checksum_why(&c));
+    free(c.why);
     return c.ok;
 }
 
@@ -114,13 +115,78 @@ static void test_files(void)
             struct file_id id;
             struct err e;
             bool ok = checksum_path(c[i].path, hash, &id, &e);
-            CHECK_STR(c[i].ok ? "ok" : c[i].e.text, ok ? "ok" : e.text);
+            CHECK_STR(c[i].ok ? "ok" : checksum_why(&c[i]), ok ? "ok" : e.text);
             CHECK_STR(memcmp(hash, c[i].hash, 32) ? "other hash" : "same", "same");
             CHECK_STR(memcmp(&id, &c[i].id, sizeof id) ? "other identity" : "same", "same");
+            free(c[i].why);
         }
     }
     for (size_t i = 0; i < 20; i++)
         NEED(unlink(names[i]) == 0);
+}
+
+/* All bytes of a source, pulled in pieces of n; "" after an error, which e has. */
+static struct buf pulled(const char *path, size_t n, struct err *e)
+{
+    struct source s;
+    struct buf all = { 0 };
+    *e = (struct err){ "" };
+    if (!source_open(&s, path, e))
+        return all;
+    CHECK_STR(changed(path, &s.id), "same");
+    ssize_t got;
+    do {
+        NEED(buf_room(&all, n) != NULL);
+        got = source_read(&s, all.p + all.len, n, e);
+        all.len += got > 0 ? (size_t)got : 0;
+    } while (got == (ssize_t)n);
+    if (got >= 0) {
+        CHECK(all.len, s.size);
+        CHECK(source_read(&s, (uint8_t[1]){ 0 }, 1, e), 0);
+    }
+    source_close(&s);
+    source_close(&s);
+    return all;
+}
+
+/* A file and a folder give the same bytes in pieces of any size: those that their checksum is made of. */
+static void test_source(void)
+{
+    NEED(mkdir("s", 0777) == 0 && mkdir("s/sub", 0777) == 0 && mkdir("none", 0777) == 0);
+    put_file("s/a", "some text");
+    put_file("s/empty", "");
+    put_file("s/sub/\xc3\xa4", "more");
+    static const char *const paths[] = { "s/a", "s/empty", "s", "none" };
+    for (size_t i = 0; i < 4; i++) {
+        uint8_t hash[32];
+        struct err e;
+        struct file_id id;
+        NEED(checksum_path(paths[i], hash, &id, &e));
+        for (size_t n = 1; n < 700; n++) {
+            uint8_t got[32];
+            struct sha3_256 h;
+            struct buf all = pulled(paths[i], n, &e);
+            sha3_256_init(&h, 0);
+            sha3_256_update(&h, all.p, all.len);
+            sha3_256_final(&h, got);
+            CHECK_STR(memcmp(hash, got, 32) ? "other bytes" : "same", "same");
+            buf_free(&all);
+        }
+    }
+    struct source s;
+    struct err e = { "" };
+    uint8_t piece[8];
+    NEED(source_open(&s, "s", &e) && unlink("s/empty") == 0 && mkdir("s/empty", 0777) == 0);
+    ssize_t got;
+    while ((got = source_read(&s, piece, sizeof piece, &e)) == sizeof piece)
+        ;
+    CHECK(got, -1);
+    CHECK_STR(e.text, "s/empty: is a folder now");
+    source_close(&s);
+    CHECK(source_open(&s, "s/nothing", &e), false);
+    CHECK_STR(e.text, "s/nothing: No such file or directory");
+    source_close(&s);
+    NEED(!unlink("s/a") && !rmdir("s/empty") && !unlink("s/sub/\xc3\xa4") && !rmdir("s/sub") && !rmdir("s") && !rmdir("none"));
 }
 
 int main(void)
@@ -132,6 +198,7 @@ int main(void)
     test_file();
     test_folder();
     test_files();
+    test_source();
     NEED(chdir("/") == 0 && rmdir(folder) == 0);
     return closing();
 }
