@@ -877,7 +877,7 @@ static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error co
 }
 
 /* ==== 5. PEM and DER ===============================================================================================
- * Owns: PEM blocks (RFC 7468, read laxly), base64 across lines, DER elements (X.690), the outlines of public keys.
+ * Owns: PEM blocks (RFC 7468, read laxly), base64 across lines, DER elements (X.690), the outlines of keys.
  * Never: judges a key's strength or asks for a passphrase.
  */
 
@@ -986,12 +986,17 @@ static int pem_next(struct bytes *in, char label[PEM_LABEL], struct buf *der)
     return 1;
 }
 
-enum { /* X.690 8.1.2: the identifier octets that are looked for here */
+enum { /* X.690 8.1.2: the identifier bytes that are looked for here */
     DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_OID = 0x06,
     DER_SEQUENCE = 0x30, DER_SET = 0x31
 };
 
-/* Takes one element off the front of *in and returns its identifier octet, with its contents in *value; or -1, with
+/* RFC 8017 A, RFC 5480 2.1.1, RFC 8410 3 */
+#define OID_RSA "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"
+#define OID_EC "\x2a\x86\x48\xce\x3d\x02\x01"
+#define OID_ED25519 "\x2b\x65\x70"
+
+/* Takes one element off the front of *in and returns its identifier byte, with its contents in *value; or -1, with
  * nothing taken, when *in is empty or cut off, or the length is indefinite or longer than it need be (X.690 10.1). */
 static int der_next(struct bytes *in, struct bytes *value)
 {
@@ -1036,6 +1041,42 @@ static bool der_is_pkcs1_public(struct bytes in)
         return false;
     return der_next(&body, &part) == DER_INTEGER && der_next(&body, &part) == DER_INTEGER && body.n == 0;
 }
+
+#if CVMS_TLS
+/* A private key's numbers as they stand in its DER, without leading zeros; what it has none of is empty. */
+struct der_private {
+    struct bytes rsa[8];    /* n, e, d, p, q, dP, dQ, qInv (RFC 8017 A.1.2) */
+    struct bytes ec;        /* RFC 5915 3 */
+    struct bytes algorithm; /* the identifier in PKCS#8 (RFC 5958 2) */
+};
+
+/* Takes PKCS#1, SEC1, or PKCS#8 around either; false if the DER is none of them.  An algorithm other than RSA and EC is
+ * not looked into. */
+static bool der_private_key(struct bytes in, struct der_private *k)
+{
+    struct bytes body, part;
+    *k = (struct der_private){ .ec = { NULL, 0 } };
+    for (;;) {
+        if (der_next(&in, &body) != DER_SEQUENCE || in.n || der_next(&body, &part) != DER_INTEGER)
+            return false;
+        int tag = der_next(&body, &part);
+        if (tag == DER_OCTET_STRING)
+            k->ec = part;
+        for (size_t i = 0; i < 8 && tag == DER_INTEGER; i++) {
+            while (part.n && part.p[0] == 0)
+                part = bytes_from(part, 1);
+            k->rsa[i] = part;
+            tag = i < 7 ? der_next(&body, &part) : tag;
+        }
+        if (tag != DER_SEQUENCE || k->algorithm.n)
+            return tag == DER_OCTET_STRING || (tag == DER_INTEGER && body.n == 0);
+        if (der_next(&part, &k->algorithm) != DER_OID || der_next(&body, &in) != DER_OCTET_STRING)
+            return false;
+        if (!bytes_eq(k->algorithm, BYTES(OID_RSA)) && !bytes_eq(k->algorithm, BYTES(OID_EC)))
+            return true;
+    }
+}
+#endif
 
 /* ==== 6. Streams and flow control (RFC 9113 5, 6.9); what all connections share ====================================
  * Owns: what connections share (time, scratch space, the lines that wait for stdout and stderr), what a connection and
@@ -3127,7 +3168,8 @@ enum {
     TLS_NAMES_MAX = 65535,    /* RFC 5246 7.4.4: authorities in a CertificateRequest, in octets */
     TLS_SUBJECT_MAX = 240,    /* characters of a subject in a log line */
     TLS_POOL_MAX = 16,        /* idle buffers that are kept */
-    TLS_RSA_MIN = 2048, TLS_RSA_MAX = 4096
+    TLS_RSA_MIN = 2048, TLS_RSA_MAX = 4096,
+    TLS_EC_MAX = 66           /* bytes of a number of P-521 */
 };
 
 enum { /* our own reasons, beside BearSSL's 0 to 62 */
@@ -3537,20 +3579,35 @@ static bool cert_check(const struct tls_source *s, size_t index, struct cert *c,
     return ok;
 }
 
-static bool key_decode(struct tls_config *c, const struct tls_source *s, struct buf *der, struct err *e)
+static unsigned bit_length(struct bytes number)
 {
-    br_skey_decoder_init(&c->key);
-    br_skey_decoder_push(&c->key, der->p, der->len);
-    int type = br_skey_decoder_key_type(&c->key), err = br_skey_decoder_last_error(&c->key);
-    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
-    if (type == 0 && (err == BR_ERR_X509_UNSUPPORTED || err == BR_ERR_X509_LIMIT_EXCEEDED))
-        return source_bad(s, e, "this kind of private key is not supported; use RSA (2048 to 4096 bits) or EC (P-256, "
-                          "P-384, P-521)");
-    if (type == 0)
+    unsigned n = (unsigned)number.n * 8;
+    for (unsigned top = number.n ? number.p[0] : 128; top < 128; top <<= 1)
+        n--;
+    return n;
+}
+
+#define KEYS_SUPPORTED "RSA (2048 to 4096 bits) or EC (P-256, P-384, P-521)"
+
+/* Decodes a private key of which every number fits BearSSL's buffers: its decoder of version 0.6 does not look. */
+static bool key_decode(br_skey_decoder_context *key, const struct tls_source *s, struct bytes der, struct err *e)
+{
+    struct der_private k;
+    if (!der_private_key(der, &k))
         return source_bad(s, e, "the private key is damaged");
-    if (rsa && (rsa->n_bitlen < TLS_RSA_MIN || rsa->n_bitlen > TLS_RSA_MAX))
-        return source_bad(s, e, "the RSA key has %u bits; use 2048 to 4096", (unsigned)rsa->n_bitlen);
-    return true;
+    unsigned bits = bit_length(k.rsa[0]);
+    if (bytes_eq(k.algorithm, BYTES(OID_ED25519)))
+        return source_bad(s, e, "is an Ed25519 key, which BearSSL does not know; use " KEYS_SUPPORTED);
+    if (bits && (bits < TLS_RSA_MIN || bits > TLS_RSA_MAX))
+        return source_bad(s, e, "the RSA key has %u bits; use 2048 to 4096", bits);
+    bool fits = k.ec.n <= TLS_EC_MAX;
+    for (size_t i = 1; i < 8; i++)
+        fits &= k.rsa[i].n <= (i < 3 ? TLS_RSA_MAX / 8 : TLS_RSA_MAX / 16);
+    br_skey_decoder_init(key);
+    if (fits && (bits || k.ec.n))
+        br_skey_decoder_push(key, der.p, der.n);
+    return br_skey_decoder_key_type(key) != 0 ||
+           source_bad(s, e, "this kind of private key is not supported; use " KEYS_SUPPORTED);
 }
 
 /* The first private key of a setting: PKCS#1, SEC1 or PKCS#8. */
@@ -3572,7 +3629,7 @@ static bool key_load(struct tls_config *c, const struct tls_source *s, struct er
     else if (got > 0 && strncmp(label, "OPENSSH ", 8) == 0)
         ok = source_bad(s, e, "is an OpenSSH private key; convert a copy with: ssh-keygen -p -m PKCS8 -f COPY");
     else if (got > 0)
-        ok = key_decode(c, s, &der, e);
+        ok = key_decode(&c->key, s, (struct bytes){ der.p, der.len }, e);
     else if (ok && *other)
         ok = source_bad(s, e, "holds a \"%s\", not a private key; are two settings swapped?", other);
     else if (ok)
@@ -3597,12 +3654,12 @@ static bool err_join(struct err *e, bool ok, bool also, const struct err *more)
 }
 
 /* True if a signature by the key verifies under the certificate's key. */
-static bool key_fits(const struct tls_config *c, const br_x509_pkey *pk)
+static bool key_fits(const br_skey_decoder_context *key, const br_x509_pkey *pk)
 {
     static const uint8_t hash[32] = { 1 };
     uint8_t sig[TLS_RSA_MAX / 8], out[32];
-    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
-    const br_ec_private_key *ec = br_skey_decoder_get_ec(&c->key);
+    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(key);
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(key);
     if (rsa && pk->key_type == BR_KEYTYPE_RSA)
         return br_rsa_pkcs1_sign_get_default()(BR_HASH_OID_SHA256, hash, sizeof hash, rsa, sig) &&
                br_rsa_pkcs1_vrfy_get_default()(sig, (rsa->n_bitlen + 7) / 8, BR_HASH_OID_SHA256, sizeof hash,
@@ -3627,7 +3684,7 @@ static bool identity_load(struct tls_config *c, const struct tls_options *o, int
     for (size_t i = c->chain_len; i-- > 0;) /* the first last: it stays in cert */
         if (!cert_check(&o->cert, i, &cert, (struct bytes){ c->chain[i].data, c->chain[i].data_len }, wall_s, e))
             return false;
-    return key_fits(c, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
+    return key_fits(&c->key, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
                                                 o->cert.name);
 }
 

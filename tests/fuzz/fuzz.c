@@ -1442,13 +1442,12 @@ static void fuzz_pem(struct input *in)
 static void fuzz_der(struct input *in)
 {
     static struct cert c;
-    struct tls_config config = { 0 };
+    br_skey_decoder_context key;
     struct tls_source source = { "key", "path" };
     struct bytes der = { in->p, in->n };
-    struct buf text = { 0 }, copy = { 0 };
+    struct buf text = { 0 };
     struct err e;
     run_begin();
-    buf_put(&copy, in->p, in->n);
     int error = cert_decode(&c, der);
     dn_text(&text, c.subject);
     MUST(text.len && text.len <= TLS_SUBJECT_MAX + 20 && bytes_printable((struct bytes){ text.p, text.len - 1 }));
@@ -1462,14 +1461,11 @@ static void fuzz_der(struct input *in)
         date_text(date, c.not_after);
         if (anchor_make(&a, &c))
             free(a.dn.data);
-        if (key_decode(&config, &(struct tls_source){ "key", server_key }, &copy, &e))
-            key_fits(&config, c.pkey);
     }
-    if (key_decode(&config, &source, &copy, &e) && c.pkey && !error)
-        key_fits(&config, c.pkey);
+    if (key_decode(&key, &source, der, &e) && !error)
+        key_fits(&key, c.pkey);
     MUST(!der_is_spki(der) || !der_is_pkcs1_public(der));
     buf_free(&text);
-    buf_free(&copy);
 }
 
 /* ---- The command line, and manifests ---- */

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """usage: test_tls.py DRIVER [FAST_DRIVER].  TLS, through the echo driver: start-up refusals, what can be negotiated, ALPN, client certificates, cuts, bulk."""
-import os, re, signal, socket, ssl, subprocess, sys, tempfile, time, threading, shlex
+import base64, os, re, signal, socket, ssl, subprocess, sys, tempfile, time, threading, shlex
 HERE = os.path.dirname(os.path.abspath(__file__))
 DRV = os.path.abspath(sys.argv[1])
 FAST = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else DRV
@@ -92,6 +92,20 @@ sign c.key /CN=far i11 far.crt "$EKU"; for i in 8 9 10; do sign c.key /CN=near$i
 sign ec256.sec1 "/CN=server.example" ca srvclient.crt 'extendedKeyUsage=clientAuth\nsubjectAltName=DNS:server.example\n'
 ''')
 C, K = "ec256.crt", "ec256.sec1"
+# private keys with numbers that BearSSL's decoder has no room for
+def tlv(t, v):
+    n = len(v); m = b"" if n < 128 else n.to_bytes((n.bit_length() + 7) // 8, "big"); return bytes([t]) + (bytes([128 + len(m)]) + m if m else bytes([n])) + v
+def key_pem(name, label, der): open(name, "w").write("".join(f"-----{x} {label}-----\n" + (base64.encodebytes(der).decode() if x == "BEGIN" else "") for x in ("BEGIN", "END")))
+V0 = tlv(2, b"\0")
+def rsa_der(*sizes): return tlv(0x30, V0 + b"".join(tlv(2, b"\0" + b"\xc5" * n) for n in sizes))
+RSA_ID, EC_ID = tlv(0x30, tlv(6, bytes.fromhex("2a864886f70d010101")) + b"\5\0"), tlv(0x30, tlv(6, bytes.fromhex("2a8648ce3d0201")) + tlv(6, bytes.fromhex("2a8648ce3d030107")))
+def ec_der(n): return tlv(0x30, tlv(2, b"\1") + tlv(4, b"\x22" * n) + tlv(0xa0, tlv(6, bytes.fromhex("2a8648ce3d030107"))))
+def p8_der(alg, inner): return tlv(0x30, V0 + alg + tlv(4, inner))
+huge = {"n8192": (rsa_der(1024, 3, 1024, *[512] * 5), "has 8192 bits"), "n32000": (rsa_der(4000, 3, 9, *[9] * 5), "has 32000 bits"), "n4104": (rsa_der(513, 3, 513, *[257] * 5), "has 4104 bits"), "d4000": (rsa_der(256, 3, 4000, *[128] * 5), "kind of private key is not supported"),
+        "p400": (rsa_der(256, 3, 256, *[400] * 5), "kind of private key is not supported"), "q1536": (rsa_der(256, 3, 256, 128, 1536, 128, 128, 128), "kind of private key is not supported"), "ec67": (ec_der(67), "kind of private key is not supported"), "ec6000": (ec_der(6000), "kind of private key is not supported"),
+        "rsa7": (rsa_der(256, 3, 256, 128, 128, 128, 128), "private key is damaged"), "rsa9": (rsa_der(256, 3, 256, *[128] * 6), "private key is damaged"),
+        "nested": (p8_der(RSA_ID, p8_der(RSA_ID, rsa_der(256, 3, 256, *[128] * 5))), "private key is damaged"), "lax": (b"\x30\x84\x00" + len(ec_der(32)[2:]).to_bytes(3, "big") + ec_der(32)[2:], "private key is damaged")}
+for n, (der, _) in huge.items(): key_pem(n, "EC PRIVATE KEY" if n.startswith("ec") else "PRIVATE KEY" if n == "nested" else "RSA PRIVATE KEY", der); key_pem(n + ".p8", "PRIVATE KEY", p8_der(EC_ID if n.startswith("ec") else RSA_ID, der))
 day = 86400; now = int(time.time())
 
 # ---- start-up: what is accepted ----
@@ -110,12 +124,13 @@ bad = [((C, K, "-wall", now + 100 * day), 'SERVER_CERT (ec256.crt): certificate 
        ((C, "c.key"), "is not the private key"), ((C, "rsa2048.pkcs8"), "is not the private key"), (("rsa2048.crt", K), "is not the private key"), (("rsa2048.crt", "crsa.key"), "is not the private key"),
        ((K, C), "SERVER_CERT (ec256.sec1): holds a private key, not a certificate; are two settings swapped?"), ((C, C), 'SERVER_KEY (ec256.crt): holds a "CERTIFICATE", not a private key'),
        ((C, "pub.pem"), 'holds a "PUBLIC KEY", not a private key'), ((C, "enc.pem"), "private key is encrypted; decrypt it with"), (("rsa2048.crt", "enc1.pem"), "private key is encrypted"),
-       ((C, "ssh"), "OpenSSH private key"), ((C, "rsa1024.pem"), "has 1024 bits"), ((C, "k1.pem"), "not supported"), ((C, "ced.key"), "not supported"), (("edsrv.crt", "ced.key"), "not supported"),
+       ((C, "ssh"), "OpenSSH private key"), ((C, "rsa1024.pem"), "has 1024 bits"), ((C, "k1.pem"), "not supported"), ((C, "ced.key"), "is an Ed25519 key"), (("edsrv.crt", "ced.key"), "is an Ed25519 key"),
        (("edsrv.crt", K), "certificate 1"), (("cut.crt", K), 'the PEM block "CERTIFICATE" is damaged or cut off'), ((C, "cut.key"), 'the PEM block "EC PRIVATE KEY" is damaged'),
        (("text", K), "holds no certificate in PEM"), ((C, "text"), "holds no private key in PEM"), (("empty", K), "holds no certificate"), ((C, "empty"), "holds no private key"),
        (("none", K), "No such file"), ((C, "none"), "No such file"), (("dir", K), "is a directory"), ((C, K, "-cca", "text"), "CLIENT_CA_CERTS (text): holds no certificate"),
        ((C, K, "-cca", K), "holds a private key"), ((C, K, "-cca", "edca.crt"), "CLIENT_CA_CERTS (edca.crt): certificate 1"), ((C, K, "-sca", "none"), "SERVER_CA_CERTS: none: "),
        ((C, K, "-cca", "ca.crt", "-sca", "text"), "SERVER_CA_CERTS (text)"), ((C, K, "-san", "x"), "-client-san needs CLIENT_CA_CERTS")]
+bad += [((C, n + p8), frag) for n, (_, frag) in huge.items() for p8 in ("", ".p8")]
 for (c, k, *a), frag in bad:
     rc, msg = run("check", "x", "-cert", c, "-key", k, *a); ok(rc == 1 and frag in msg and msg.count("\n") == ((c, k) == (K, C)), f"refuse {c} {k} {a}", msg)
 rc, msg = run("check", "x", "-cert", C); ok(rc == 1 and "SERVER_CERT is given without SERVER_KEY: TLS needs both" in msg, "no key", msg)
