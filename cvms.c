@@ -219,10 +219,8 @@ static struct bytes bytes_from(struct bytes b, size_t n)
     return n ? (struct bytes){ b.p + n, b.n - n } : b;
 }
 
-/* Appends foreign text so that a terminal cannot be fooled: control characters, escapes, bidirectional overrides and
- * bytes that are not UTF-8 appear as \t, \x1b, \u202e.  With indent, a newline in the text starts a new line that
- * begins with it, and one newline at the very end is dropped; without, it appears as \n. */
-static void put_text(struct buf *out, struct bytes t, const char *indent)
+/* put_text without the commands of CI runners. */
+static void put_safe(struct buf *out, struct bytes t, const char *indent)
 {
     static const char names[] = "\n\r\t", letters[] = "nrt";
     if (indent && t.n && t.p[t.n - 1] == '\n')
@@ -252,6 +250,35 @@ static void put_text(struct buf *out, struct bytes t, const char *indent)
         plain = p;
     }
     buf_put(out, plain, (size_t)(p - plain));
+}
+
+/* The place of the next "[" that ends ##[, ##vso[ or the like, which CI runners obey wherever they stand; t.n: none. */
+static size_t text_command(struct bytes t)
+{
+    for (size_t at = 0; at < t.n; at++) {
+        const uint8_t *found = memchr(t.p + at, '[', t.n - at);
+        if (!found)
+            break;
+        size_t word = at = (size_t)(found - t.p);
+        while (word && ((t.p[word - 1] | 0x20) >= 'a' && (t.p[word - 1] | 0x20) <= 'z'))
+            word--;
+        if (word >= 2 && t.p[word - 1] == '#' && t.p[word - 2] == '#')
+            return at;
+    }
+    return t.n;
+}
+
+/* Appends foreign text so that neither a terminal nor a CI runner can be fooled: control characters, escapes,
+ * bidirectional overrides and bytes that are not UTF-8 appear as \t, \x1b, \u202e, and ##[ as ##\x5b.  With indent, a
+ * newline in the text starts a new line that begins with it, and one newline at the very end is dropped; without, it
+ * appears as \n. */
+static void put_text(struct buf *out, struct bytes t, const char *indent)
+{
+    for (size_t n; (n = text_command(t)) < t.n; t = (struct bytes){ t.p + n + 1, t.n - n - 1 }) {
+        put_safe(out, (struct bytes){ t.p, n }, indent);
+        buf_puts(out, "\\x5b");
+    }
+    put_safe(out, t, indent);
 }
 
 /* A copy of at most max bytes, cut between characters, a NUL shown as a blank, to be freed by the caller.  NULL without
@@ -8655,7 +8682,7 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
         buf_puts(out, text.n ? " error: " : " accepted");
     else if (how->text)
         buf_putc(out, ' ');
-    put_text(out, text, "    ");
+    put_text(out, text, "    | ");  /* a mark that is seen: runners trim blanks before they look for commands */
     buf_puts(out, server->color ? COLOR_DIM : "");
     for (size_t i = 0; i < m->n; i++) {
         uint32_t number = m->fields[i].number;
@@ -8682,12 +8709,32 @@ static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_
     }
 }
 
+/* Writes the JSON from `start` on anew, without the commands of CI runners. */
+static void json_defuse(struct buf *out, size_t start)
+{
+    struct bytes line = { out->p + start, out->len - start };
+    struct buf whole = { 0 };
+    size_t n = out->failed ? line.n : text_command(line);
+    if (n == line.n)
+        return;
+    buf_put(&whole, line.p, line.n);
+    out->len = start;
+    for (line = (struct bytes){ whole.p, whole.len }; (n = text_command(line)) < line.n; line = bytes_from(line, n + 1)) {
+        buf_put(out, line.p, n);
+        buf_puts(out, "\\u005b");
+    }
+    buf_put(out, line.p, line.n);
+    out->failed |= whole.failed;
+    buf_free(&whole);
+}
+
 /* One JSON object a line; `message` is the canonical JSON of the ClientStreamMessage. */
 static void show_json(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
 {
     struct core *core = s->conn->core;
     const struct session *session = s->user;
     struct buf *out = &core->out;
+    size_t start = out->len;
     buf_puts(out, "{\"time\":\"");
     buf_put(out, core_stamp(core), STAMP_LEN);
     buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
@@ -8707,6 +8754,7 @@ static void show_json(struct stream *s, const struct ClientStreamMessage *msg, s
         buf_putc(out, ']');
     }
     buf_puts(out, "}\n");
+    json_defuse(out, start);
 }
 
 /* The oneof member that is set; NULL for an empty message, or one whose only field we don't know. */
@@ -10389,6 +10437,7 @@ static bool server_open(struct server *v, struct report *r, char *where, size_t 
 static int cmd_serve(struct options *o, struct report *r)
 {
     char where[300];
+    const char *term = getenv("TERM");
     struct server v = { .o = o };
     if (!server_check(&v, o, r)) {
         manifest_free(&v.manifest);
@@ -10405,7 +10454,7 @@ static int cmd_serve(struct options *o, struct report *r)
     l->max_links = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;
     v.json = strcmp(o->output, "json") == 0;
-    v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR"));
+    v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR")) && (!term || strcmp(term, "dumb") != 0);
     l->core.app = &v;
     l->turn = server_turn;
     l->refuse = v.faults.value[FAULT_REFUSE];

@@ -1288,7 +1288,7 @@ def test_agent():
         has("agent: attestation report", out, "agent", "ATTESTATION")
         has("agent: run_res", out, "agent", "RUN_RES", "accepted")
         has("agent: a log", out, "log-forwarder", "INFO")
-        has("agent: continuation lines are indented", out, r"^\s+.*epoch 1")
+        has("agent: continuation lines begin with a mark", out, r"^    \| .*epoch 1")
         hasnot("agent: no failure", out, "Failed|error:")
         for words in (["computation run request sent successfully"], ["connected"],
                       ["agent", "2 messages"]):
@@ -1696,6 +1696,7 @@ def test_colour():
     check("terminal: every colour ends", text.count("\x1b[0m") >= len(re.findall("\x1b\\[[1-9]", text)) > 0, repr(text), "a reset for each")
     hasnot("terminal: nothing but colours", re.sub("\x1b\\[[0-9;]*m", "", text).replace("\r\n", "\n"), "[\x00-\x09\x0b-\x1f\x7f]")
     hasnot("terminal, NO_COLOR: none", on_terminal("NO_COLOR", {"TERM": "xterm", "NO_COLOR": "1"}), "\x1b")
+    hasnot("terminal, TERM=dumb: none", on_terminal("TERM=dumb", {"TERM": "dumb"}), "\x1b")
     with Server("pipe, with TERM", env={"TERM": "xterm-256color"}) as s:
         s.stand_in()
         s.err.until("stream ended", times=2)
