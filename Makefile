@@ -8,18 +8,31 @@ PREFIX = /usr/local
 TLS = 1
 BEARSSL =
 STRICT = -std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DCVMS_TLS=$(TLS)
-# Hardening, as far as the compiler has it; make HARDEN= does without.
-HARDEN = $$(for f in "-fPIE -pie" -fstack-protector-strong -fstack-clash-protection -fcf-protection \
-    "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2" -Wl,-z,relro,-z,now -Wl,-z,noexecstack; do \
-    printf '\043include <stdio.h>\nint main(void) { return 0; }' | \
-    $(CC) $(CFLAGS) -Werror $$f -x c -o /dev/null - 2>/dev/null && echo $$f; done)
+# Hardening, as far as the compiler has it, asked once of all together; make HARDEN= does without.
+PROBE = printf '\043include <stdio.h>\nint main(void) { return 0; }' | $(CC) $(CFLAGS) -Werror
+HARDEN = $$(set -- -fstack-protector-strong -fstack-clash-protection -fcf-protection -Wl,-z,relro,-z,now \
+    -Wl,-z,noexecstack "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2" "-fPIE -pie"; has() { $(PROBE) "$$@" -x c -o /dev/null - \
+    2>/dev/null && echo "$$@"; }; has $$* || for f; do has $$f; done)
 SOURCES = cvms.c proto_wire.h sha3.h
 # What TLS and BEARSSL add to the command line.
 BEAR = $$(test $(TLS) = 0 || { test -z "$(BEARSSL)" && echo -lbearssl || echo -isystem $(BEARSSL)/inc $(BEARSSL)/build/libbearssl.a; })
 
+# A header that is not there is a library that is not there: what to do about it, in a line.
+HAS_BEAR = test $(TLS) = 0 -o -n "$(BEARSSL)" || printf '\043include <bearssl.h>\n' | $(CC) $(CFLAGS) -E -x c - >/dev/null 2>&1 || \
+    { echo "bearssl.h is not there: install libbearssl-dev (Debian) or bearssl-dev (Alpine), name a build of it with" \
+    "make BEARSSL=DIR, or do without TLS: make TLS=0" >&2; exit 1; }
+
 all: cvms
 
-cvms: $(SOURCES)
+# Changes when what is built changes, so that make TLS=0 behind make builds anew.
+build/flags: FORCE
+	@mkdir -p build; f='$(CC) $(CFLAGS) $(LDFLAGS) TLS=$(TLS) $(BEARSSL)'; \
+	test -f $@ && test "$$(cat $@)" = "$$f" || printf '%s\n' "$$f" >$@
+
+FORCE:
+
+cvms: $(SOURCES) build/flags
+	@$(HAS_BEAR)
 	$(CC) $(STRICT) $(HARDEN) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR)
 
 # The main job, on files that ship in tests/: a server on a free loopback port, and a stand-in agent against it.
@@ -69,6 +82,8 @@ bench:
 # A fully static, stripped binary, as small as it gets: with musl where it is there and TLS=0 or BEARSSL=DIR names a
 # library built for it.
 static: $(SOURCES)
+	@$(HAS_BEAR)
+	@mkdir -p build; echo static >build/flags
 	cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
 	$$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie \
 	    -static -s -Wl,--gc-sections,-z,noseparate-code -o cvms cvms.c $(LDFLAGS) $(BEAR)
@@ -80,4 +95,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: all run check check-large inject analyze cppcheck coverage fuzz bench static install clean
+.PHONY: FORCE all run check check-large inject analyze cppcheck coverage fuzz bench static install clean

@@ -212,6 +212,11 @@ def builds():
         told = subprocess.run(["readelf", "-hldW", "cvms"], cwd=TOP, capture_output=True, text=True).stdout
         for name, pattern in HARDENED.items():
             expect(f"make: {name}", re.search(pattern, told), told)
+    made("make", "TLS=0")             # what was built with TLS is not up to date
+    told = subprocess.run(["./cvms", "health", "-insecure", "127.0.0.1:1"], cwd=TOP, capture_output=True, text=True)
+    expect("make TLS=0 behind make: without TLS", "built without TLS" in told.stderr, told)
+    p = subprocess.run(["make", "CC=cc -nostdinc"], cwd=TOP, capture_output=True, text=True)
+    expect("make without bearssl.h: what to do", p.returncode != 0 and "libbearssl-dev" in p.stderr, p.stderr)
     made("make", "-B", "TLS=0", "static")
     told = subprocess.run(["./cvms", "-version"], cwd=TOP, capture_output=True, text=True)
     expect("make static: it runs", told.stdout.startswith("cvms ") and told.returncode == 0, told)
