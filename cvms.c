@@ -165,6 +165,16 @@ static bool bytes_match(struct bytes in, const char *what)
     return in.p != NULL;
 }
 
+/* The row of a table that has this name as its first member; the table's length if none has. */
+static size_t row_find(const void *table, size_t n, size_t size, struct bytes name)
+{
+    size_t i = 0;
+    while (i < n && !bytes_eq(name, bytes_of(*(const char *const *)(const void *)((const char *)table + i * size))))
+        i++;
+    return i;
+}
+#define ROW_FIND(table, name) row_find(table, PB_COUNT(table), sizeof *(table), name)
+
 /* Milliseconds as seconds, for a printf-like function. */
 #define SECONDS "%lld.%03u"
 #define SECONDS_OF(ms) (long long)(ms) / 1000, (unsigned)((ms) % 1000)
@@ -5909,16 +5919,15 @@ struct options {
     enum command command;
     const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
-        *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *computation_id, *name, *description,
-        *agent_port, *agent_log_level, *agent_cert_file, *agent_key_file, *agent_server_ca_file, *algo_encrypted,
-        *algo_public_key_path, *until, *report, *record, *replay, *server_cert,
+        *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
+        *until, *report, *record, *replay, *server_cert,
         *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
-        dataset_hashes, dataset_filenames, dataset_source_types, dataset_encrypted, dataset_public_key_paths,
-        result_consumer_keys, manifest_for, expect, reject, fault;
+        dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
+        reject, fault;
     int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
     bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
-    bool given[100];                  /* the rows of option_table whose flags were there */
+    bool *given;                      /* a row of option_table each: whether its flag was there */
     const char **args;
     size_t arg_count;
     struct pb_arena arena;            /* everything that is made of the words, until the end */
@@ -5980,27 +5989,14 @@ static const struct option option_table[] = {
     { "algo-public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(algo_public_key_path),
       "the algorithm's own public key (default -public-key-path)" },
     { "dataset-hashes", "HEX,...", NULL, OPT_LIST, BOTH, AT(dataset_hashes), "a hash for each dataset" },
-    { "dataset-filenames", "NAME,...", NULL, OPT_LIST, BOTH, AT(dataset_filenames),
-      "Dataset.filename of each dataset" },
-    { "dataset-source-types", "TYPE,...", NULL, OPT_LIST, BOTH, AT(dataset_source_types),
-      "Source.type of each remote dataset" },
     { "dataset-encrypted", "BOOL,...", NULL, OPT_LIST, BOTH, AT(dataset_encrypted),
       "false: that remote dataset is plain and needs no key" },
     { "dataset-public-key-paths", "FILE,...", NULL, OPT_PATHS, BOTH, AT(dataset_public_key_paths),
       "a public key for each dataset" },
     { "result-consumer-keys", "FILE,...", NULL, OPT_PATHS, BOTH, AT(result_consumer_keys),
       "who may fetch results (default -public-key-path)" },
-    { "computation-id", "ID", NULL, OPT_TEXT, BOTH, AT(computation_id), "ComputationRunReq.id (default \"1\")" },
-    { "name", "TEXT", NULL, OPT_TEXT, BOTH, AT(name),
-      "ComputationRunReq.name (default \"sample computation\")" },
-    { "description", "TEXT", NULL, OPT_TEXT, BOTH, AT(description),
-      "ComputationRunReq.description (default \"sample descrption\", as the Go server spells it)" },
-    { "agent-port", "PORT", NULL, OPT_TEXT, BOTH, AT(agent_port),
-      "AgentConfig.port, where users reach the agent (default \"7002\")" },
-    { "agent-log-level", "LEVEL", NULL, OPT_TEXT, BOTH, AT(agent_log_level), "AgentConfig.log_level" },
-    { "agent-cert-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_cert_file), "AgentConfig.cert_file" },
-    { "agent-key-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_key_file), "AgentConfig.key_file" },
-    { "agent-server-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(agent_server_ca_file), "AgentConfig.server_ca_file" },
+    { "set", "PATH=VALUE", NULL, OPT_LIST, BOTH, AT(set),
+      "a field of the manifest, as agent_config.port=7010 or datasets[1].filename=b.csv; may be repeated" },
     { "manifest", "FILE", NULL, OPT_PATH, BOTH, AT(manifest),
       "the whole manifest as JSON, as cvms manifest prints it; other flags override it" },
     { "manifest-for", "JOBID=FILE", NULL, OPT_PATHS, CMD_SERVE, AT(manifest_for),
@@ -6078,7 +6074,6 @@ static const struct option option_table[] = {
     { "cmv-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
 };
 enum { OPTIONS = sizeof option_table / sizeof *option_table };
-_Static_assert(OPTIONS <= sizeof ((struct options *)0)->given, "an octet for each row");
 
 static const struct {
     const char *name;
@@ -6300,6 +6295,7 @@ static void option_set(struct report *r, struct options *o, const struct option 
  * address in front of the flags as well. */
 static void options_parse(struct report *r, struct options *o, char **words, size_t n)
 {
+    o->given = keep(o, OPTIONS * sizeof *o->given);
     for (size_t i = 0; i < OPTIONS; i++)
         if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
             option_set(r, o, &option_table[i], option_table[i].preset);
@@ -6342,9 +6338,7 @@ static void faults_parse(struct report *r, const struct options *o, struct fault
         f->value[i] = -1;
     for (size_t k = 0; k < o->fault.n; k++) {
         const char *given = o->fault.v[k];
-        size_t n = strcspn(given, "="), i = 0;
-        while (i < FAULTS && (strlen(fault_table[i].name) != n || strncmp(fault_table[i].name, given, n) != 0))
-            i++;
+        size_t n = strcspn(given, "="), i = ROW_FIND(fault_table, ((struct bytes){ (const uint8_t *)given, n }));
         if (i == FAULTS) {
             tell(r, USAGE, "-fault: \"%s\" is not known; cvms -help lists the faults", given);
             continue;
@@ -7376,26 +7370,9 @@ struct manifest {
     size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
 };
 
-/* Flags that are one text in the manifest as they stand. */
-static const struct {
-    size_t option;
-    bool config;                      /* a field of AgentConfig, not of the request */
-    size_t member;
-} text_fields[] = {
-    { AT(computation_id), false, offsetof(struct ComputationRunReq, id) },
-    { AT(name), false, offsetof(struct ComputationRunReq, name) },
-    { AT(description), false, offsetof(struct ComputationRunReq, description) },
-    { AT(agent_port), true, offsetof(struct AgentConfig, port) },
-    { AT(agent_log_level), true, offsetof(struct AgentConfig, log_level) },
-    { AT(agent_cert_file), true, offsetof(struct AgentConfig, cert_file) },
-    { AT(agent_key_file), true, offsetof(struct AgentConfig, key_file) },
-    { AT(agent_server_ca_file), true, offsetof(struct AgentConfig, server_ca_file) },
-    { AT(client_ca_file), true, offsetof(struct AgentConfig, client_ca_file) },
-};
-
 /* The lists that go by a dataset's position, split. */
 enum column {
-    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_TYPE, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_FILENAME, COL_KEY, COLUMNS
+    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_KEY, COLUMNS
 };
 static const struct {
     const char *flag;
@@ -7405,11 +7382,9 @@ static const struct {
     [COL_URL] = { "dataset-source-urls", AT(dataset_source_urls), false },
     [COL_KBS_PATH] = { "dataset-kbs-paths", AT(dataset_kbs_paths), false },
     [COL_KBS_URL] = { "dataset-kbs-urls", AT(dataset_kbs_urls), false },
-    [COL_TYPE] = { "dataset-source-types", AT(dataset_source_types), false },
     [COL_ENCRYPTED] = { "dataset-encrypted", AT(dataset_encrypted), false },
     [COL_UNPACK] = { "dataset-decompress", AT(dataset_decompress), true },
     [COL_HASH] = { "dataset-hashes", AT(dataset_hashes), false },
-    [COL_FILENAME] = { "dataset-filenames", AT(dataset_filenames), false },
     [COL_KEY] = { "dataset-public-key-paths", AT(dataset_public_key_paths), false },
 };
 
@@ -7443,14 +7418,6 @@ static const char *nth(const struct values *v, size_t i)
 static bool present(const char *s)
 {
     return s && *s;
-}
-
-static bool in_list(const char *s, const char *const *list, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (strcmp(s, list[i]) == 0)
-            return true;
-    return false;
 }
 
 /* 64 hex digits, kept; empty if they are not. */
@@ -7524,15 +7491,18 @@ static bool check_remote(struct report *r, const char *what, bool url, bool path
     return url && (path || plain);
 }
 
-static void check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
+/* Which of the words it is; the first, and a mistake, if it is none. */
+static size_t check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
 {
     struct buf all = { 0 };
-    if (in_list(value, list, n))
-        return;
+    size_t row = row_find(list, n, sizeof *list, bytes_of(value));
+    if (row < n)
+        return row;
     for (size_t i = 0; i < n; i++)
         buf_printf(&all, "%s%s", i == 0 ? "" : i + 1 == n ? " or " : ", ", list[i]);
     tell(r, USAGE, "-%s: \"%s\" is not known; use %.*s", flag, value, (int)all.len, (char *)all.p);
     buf_free(&all);
+    return 0;
 }
 
 static struct KBSConfig *new_kbs(struct options *o, const char *url)
@@ -7596,7 +7566,7 @@ static struct bytes new_input(struct manifest *m, const char *path)
 static void remote_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
                            struct Dataset *d)
 {
-    const char *url = nth(&col[COL_URL], i), *type = nth(&col[COL_TYPE], i);
+    const char *url = nth(&col[COL_URL], i);
     char *name = keep(o, 40);
     text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
     if (*url)
@@ -7604,7 +7574,7 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
     else
         tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
     d->filename = bytes_of(name);
-    d->source = new_source(o, m->compat, type ? type : o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
+    d->source = new_source(o, m->compat, o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
     d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
     if (!nth(&col[COL_HASH], i) && (i == 0 || present(o->dataset_hash)))
         d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
@@ -7616,12 +7586,10 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
 static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col,
                              size_t i, struct Dataset *d)
 {
-    const char *hash = nth(&col[COL_HASH], i), *name = nth(&col[COL_FILENAME], i), *key = nth(&col[COL_KEY], i);
+    const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i);
     const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
     if (present(hash))
         d->hash = parse_hash(o, r, "dataset-hashes", hash);
-    if (name)
-        d->filename = bytes_of(name);
     if (m->key.n)
         d->userKey = m->key;
     if (present(key))
@@ -7716,7 +7684,7 @@ static void set_algorithm(struct manifest *m, struct options *o, struct report *
     if (m->req.algorithm)
         *a = *m->req.algorithm;
     algorithm_source(m, o, r, a);
-    if (present(o->algo_type) && !in_list(o->algo_type, algo_types, PB_COUNT(algo_types)))
+    if (present(o->algo_type) && ROW_FIND(algo_types, bytes_of(o->algo_type)) == PB_COUNT(algo_types))
         tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
     if (o->algo_type)
         a->algo_type = bytes_of(o->algo_type);
@@ -7763,6 +7731,8 @@ static void set_computation_kbs(struct manifest *m, struct options *o, struct re
         m->req.kbs = m->req.algorithm->kbs;
     for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
         m->req.kbs = d[i].kbs;
+    if (m->req.kbs)                   /* its own: -set changes one of them */
+        m->req.kbs = memcpy(keep(o, sizeof *m->req.kbs), m->req.kbs, sizeof *m->req.kbs);
 }
 
 static void set_agent_config(struct manifest *m, struct options *o, struct report *r)
@@ -7771,19 +7741,30 @@ static void set_agent_config(struct manifest *m, struct options *o, struct repor
     if (m->req.agent_config)
         *config = *m->req.agent_config;
     m->req.agent_config = config;
-    for (size_t i = 0; i < PB_COUNT(text_fields); i++) {
-        const char *text = *(const char **)(void *)((char *)o + text_fields[i].option);
-        void *to = text_fields[i].config ? (void *)config : (void *)&m->req;
-        if (text)
-            *(struct bytes *)(void *)((char *)to + text_fields[i].member) = bytes_of(text);
-    }
-    int64_t port = present(o->agent_port) ? parse_decimal(bytes_of(o->agent_port)) : 1;
-    if (port < 1 || port > 65535)
-        tell(r, USAGE, "-agent-port: \"%s\" is not a port; use 1 to 65535", o->agent_port);
+    if (o->client_ca_file)
+        config->client_ca_file = bytes_of(o->client_ca_file);
     if (o->attested_tls)
         config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
     else if (!o->manifest)
         tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
+}
+
+/* -set: fields by their path, over all that other flags say. */
+static void set_fields(struct manifest *m, struct options *o, struct report *r)
+{
+    for (size_t i = 0; i < o->set.n; i++) {
+        const char *given = o->set.v[i], *eq = strchr(given, '=');
+        char why[300];
+        struct bytes path = { (const uint8_t *)given, eq ? (size_t)(eq - given) : 0 };
+        if (!path.n)
+            tell(r, USAGE, "-set: \"%s\" is not PATH=VALUE", given);
+        else if (!pb_set_path(&ComputationRunReq_message, &m->req, path, bytes_of(eq + 1), &o->arena, why, sizeof why))
+            tell(r, USAGE, "-set %s: %s", given, why);
+    }
+    struct bytes port = m->req.agent_config ? m->req.agent_config->port : (struct bytes){ 0 };
+    if (o->set.n && port.n && (parse_decimal(port) < 1 || parse_decimal(port) > 65535))
+        tell(r, USAGE, "-set agent_config.port: \"%.*s\" is not a port; use 1 to 65535", (int)port.n,
+             (const char *)port.p);
 }
 
 /* Hashes every file and folder; each gets its mistake or its line. */
@@ -7941,9 +7922,7 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct repor
 /* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
 static void manifest_build(struct manifest *m, struct options *o, struct report *r)
 {
-    check_choice(r, "compat", o->compat, compat_names, COMPATS);
-    for (m->compat = COMPAT_ALL; m->compat < COMPAT_HEAD && strcmp(o->compat, compat_names[m->compat]) != 0;)
-        m->compat++;
+    m->compat = (enum compat)check_choice(r, "compat", o->compat, compat_names, COMPATS);
     m->req.id = BYTES("1");
     m->req.name = BYTES("sample computation");
     m->req.description = BYTES("sample descrption");
@@ -7962,6 +7941,7 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
     set_consumers(m, o, r);
     set_computation_kbs(m, o, r);
     set_agent_config(m, o, r);
+    set_fields(m, o, r);
     hash_inputs(m, r);
     if (!r->usage && !r->start && !manifest_encode(m))
         tell(r, START, "out of memory for the manifest");
@@ -8456,12 +8436,9 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     *v = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
                            .grace_ms = o->grace_ms, .poll_ms = o->poll_ms > 0 ? o->poll_ms : INT64_MAX,
                            .agents = (unsigned)o->agents };
-    if (o->until) {
-        check_choice(r, "until", o->until, stage_names + STAGE_CONNECTED, STAGES - STAGE_CONNECTED);
-        for (int i = STAGE_CONNECTED; i < STAGES; i++)
-            if (strcmp(o->until, stage_names[i]) == 0)
-                v->until = (enum stage)i;
-    }
+    if (o->until)
+        v->until = (enum stage)(STAGE_CONNECTED + check_choice(r, "until", o->until, stage_names + STAGE_CONNECTED,
+                                                               STAGES - STAGE_CONNECTED));
     v->expect = list_split(o, &o->expect);
     for (size_t i = 0; i < v->expect.n; i++)
         if (!strchr(v->expect.v[i], '/'))
@@ -10383,7 +10360,7 @@ static void check_faults(const struct manifest *m, const struct faults *f, struc
 static bool server_check(struct server *v, struct options *o, struct report *r)
 {
     static const char *const outputs[] = { "text", "json" };
-    check_choice(r, "output", o->output, outputs, 2);
+    v->json = check_choice(r, "output", o->output, outputs, PB_COUNT(outputs)) == 1;
     check_environment(r);
     check_output(r, "report", o->report);
     check_output(r, "record", o->record);
@@ -10453,7 +10430,6 @@ static int cmd_serve(struct options *o, struct report *r)
     l->core.max_message = (size_t)o->max_message;
     l->max_links = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;
-    v.json = strcmp(o->output, "json") == 0;
     v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR")) && (!term || strcmp(term, "dumb") != 0);
     l->core.app = &v;
     l->turn = server_turn;
@@ -10505,13 +10481,11 @@ int main(int argc, char **argv)
         if (fcntl(fd, F_GETFD) < 0 && open("/", O_RDONLY) < 0)
             return 1;
     struct report r = { 0 };
-    int at = 1;
-    for (size_t i = 0; argc > 1 && i < COMMANDS; i++)
-        if (strcmp(argv[1], command_table[i].name) == 0) {
-            o.command = command_table[i].command;
-            at = 2;
-        }
-    options_parse(&r, &o, argv + at, (size_t)(argc - at));
+    size_t command = argc > 1 ? ROW_FIND(command_table, bytes_of(argv[1])) : COMMANDS;
+    int at = command < COMMANDS ? 2 : 1;
+    if (command < COMMANDS)
+        o.command = command_table[command].command;
+    options_parse(&r, &o, argv + at, (size_t)(argc > at ? argc - at : 0));
     if (o.help || o.version) {
         struct buf out = { 0 };
         if (o.version)

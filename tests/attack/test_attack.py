@@ -350,7 +350,7 @@ def memory_plain():
             request(i, REFLECTION) + 60 * data(i, b"\0\0\0\3\xe9\x0a\xe6\7" + 998 * b"x") for i in (1, 3)), n["answers"]),
         "unread output": (wide + b"".join(request(i, PROCESS) for i in ids(STREAMS)), 2 * n["output"] + STREAMS * n["idle"]),
     }.items()}
-    s = Server(FAST, "-max-message", str(message), "-description", 120000 * "d")
+    s = Server(FAST, "-max-message", str(message), "-set", "description=" + 120000 * "d")
     try:
         return memory_of(s, kinds, HONEST // len(kinds), lambda: connect_to(s))
     finally:

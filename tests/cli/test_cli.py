@@ -164,15 +164,17 @@ def test_every_flag():
         ("-dataset-decompress", W.remote + urls, "false,1", "datasets.1.decompress", True),
         ("-dataset-decompress", W.remote + urls, ",T", "datasets.1.decompress", True),
         ("-public-key-path", W.base, W.ecc, "resultConsumers.0.userKey", der(W.ecc)),
-        ("-dataset-source-types", W.remote + urls, "gs,", "datasets.0.source.type", "gs"),
+        ("-set", W.remote + urls, "datasets[0].source.type=gs", "datasets.0.source.type", "gs"),
         ("-dataset-encrypted", W.remote + urls, "false,true", "datasets.0.source.encrypted", None),
         ("-dataset-encrypted", W.remote + urls, "false,true", "datasets.1.source.encrypted", True),
         ("-dataset-encrypted", W.remote + urls[:2], "false,0", "datasets.1.source.url", "gs://b/y"),
         ("-dataset-hashes", W.remote + urls, f"{'01' * 32},{'02' * 32}", "datasets.1.hash", b64(b"\x02" * 32)),
         ("-dataset-hashes", [*W.remote, *urls, "-dataset-hash", "03" * 32], f"{'01' * 32},{'02' * 32}", "datasets.0.hash",
          b64(b"\x01" * 32)),
-        ("-dataset-filenames", W.remote + urls, "a.csv,b.csv", "datasets.1.filename", "b.csv"),
-        ("-dataset-filenames", [*W.base, "-data-paths", W.data], "mine.csv", "datasets.0.filename", "mine.csv"),
+        ("-set", W.remote + urls, "datasets[1].filename=b,=.csv", "datasets.1.filename", "b,=.csv"),
+        ("-set", [*W.base, "-data-paths", W.data], "datasets[0].filename=mine.csv", "datasets.0.filename", "mine.csv"),
+        ("-set", [*W.base, "-data-paths", W.data], "datasets[1].decompress=true", "datasets.1.decompress", True),
+        ("-set", [*W.base, "-algo-args", "a,b"], "algorithm.algo_args[2]=c", "algorithm.algoArgs.2", "c"),
         ("-dataset-public-key-paths", W.remote + urls, f"{W.rsa},", "datasets.0.userKey", der(W.rsa)),
         ("-dataset-public-key-paths", W.remote + urls, f"{W.rsa},", "datasets.1.userKey", der(W.key)),
         ("-algo-encrypted", W.remote, "false", "algorithm.source.encrypted", None),
@@ -182,11 +184,12 @@ def test_every_flag():
         ("-algo-public-key-path", W.base, W.rsa, "resultConsumers.0.userKey", der(W.key)),
         ("-result-consumer-keys", W.base, f"{W.rsa},{W.ecc}", "resultConsumers",
          [{"userKey": der(W.rsa)}, {"userKey": der(W.ecc)}]),
-        ("-computation-id", W.base, "c-1", "id", "c-1"), ("-name", W.base, "n", "name", "n"),
-        ("-description", W.base, "", "description", None),
-        ("-agent-port", W.base, "7", "agentConfig.port", "7"), ("-agent-log-level", W.base, "debug", "agentConfig.logLevel", "debug"),
-        ("-agent-cert-file", W.base, "/c", "agentConfig.certFile", "/c"), ("-agent-key-file", W.base, "/k", "agentConfig.keyFile", "/k"),
-        ("-agent-server-ca-file", W.base, "/s", "agentConfig.serverCaFile", "/s"),
+        ("-set", W.base, "id=c-1", "id", "c-1"), ("-set", W.base, "description=", "description", None),
+        ("-set", W.base, "agent_config.port=7", "agentConfig.port", "7"),
+        ("-set", W.base, "agent_config.log_level=debug", "agentConfig.logLevel", "debug"),
+        ("-set", W.base, "agent_config.attested_tls=true", "agentConfig.attestedTls", True),
+        ("-set", W.base, "algorithm.kbs.url=http://k", "algorithm.kbs.url", "http://k"),
+        ("-set", [*but(W.remote, "-kbs-url", ""), "-algo-kbs-url", "http://one"], "algorithm.kbs.url=http://two", "kbs.url", "http://one"),
         ("-compat", W.remote, "seed", "algorithm.kbs", None),
         ("-compat", W.remote, "head", "kbs", None),
         ("-compat", W.base + ["-data-paths", W.data], "head", "datasets.0.filename", None),
@@ -370,15 +373,20 @@ def test_mistakes_usage():
          [("-algo-source-url", "-algo-kbs-path")]),
         ("one dataset said to be plain, no KBS paths", [*remote, *data[:2], "-dataset-encrypted", "false,true"],
          [("-dataset-source-urls", "-dataset-kbs-paths")]),
-        ("two dataset names for one", [*base, "-data-paths", W.data, "-dataset-filenames", "a,b"],
-         [("-dataset-filenames", r"\b2 elements for 1 dataset\b")]),
+        ("two dataset hashes for one", [*base, "-data-paths", W.data, "-dataset-hashes", f"{h64},{h64}"],
+         [("-dataset-hashes", r"\b2 elements for 1 dataset\b")]),
+        ("-set without a value", [*base, "-set", "id"], [("-set", '"id"', "PATH=VALUE")]),
+        ("-set without a path", [*base, "-set", "=x"], [("-set", '"=x"', "PATH=VALUE")]),
+        ("-set of an unknown field", [*base, "-set", "agent_config.prot=1"], [("-set agent_config.prot=1", "unknown field", "AgentConfig has port")]),
+        ("-set behind the end", [*base, "-set", "datasets[2].filename=x"], [("-set datasets", "2")]),
+        ("-set of a bool", [*base, "-set", "agent_config.attested_tls=maybe"], [("-set agent_config.attested_tls=maybe", "true")]),
         ("-dataset-hashes not hex", [*remote, *data, "-dataset-hashes", f"{'ab' * 32},x"], [("-dataset-hashes", '"x"', "hex")]),
         ("a lone dash", [*base, "-"], [('"-"|stray| -( |$)',)]),
         ("a stray word", [*base, "stray"], [("stray",)]),
         ("unknown command", ["frobnicate", "-ready-file"], [("frobnicate", "-help")]),
     ]
     for port in ("0", "65536", "-1", "x", " 7002"):
-        rows.append((f"-agent-port {port!r}", [*base, "-agent-port", port], [("-agent-port", re.escape(f'"{port}"'), "65535")]))
+        rows.append((f"port {port!r}", [*base, "-set", f"agent_config.port={port}"], [("-set agent_config.port", re.escape(f'"{port}"'), "65535")]))
     for bad in ("maybe", "", "yes", " true", "TrUe", "2", "on"):
         rows.append((f"boolean {bad!r}", [*base, "-attested-tls-bool", bad],
                      [("-attested-tls-bool", re.escape(f'"{bad}"'), "true", "false")]))
@@ -1586,8 +1594,8 @@ def test_nasty_text():
                 entries = [line for line in out.splitlines() if re.match(r"\d{4}-\d\d-\d\dT", line)]
                 same("nasty, text: entries", len(entries), len(NASTY) + 3)
                 hasnot("nasty, text: no forged entry", out, r"^2026-01-01T00:00:00.000Z")
-                has("nasty, text: continuation", out, r"^\s+line two")
-                has("nasty, text: continuation after an empty line", out, r"^\s+line four")
+                has("nasty, text: continuation", out, r"^    \| line two")
+                has("nasty, text: continuation after an empty line", out, r"^    \| line four")
                 check("nasty, text: a long one is whole", "x" * 40000 in out, len(out), "40000 letters")
             else:
                 lines = [json.loads(x) for x in out.splitlines()]

@@ -300,7 +300,7 @@ static const char *const command_lines[] = {
     "-algo-path\ndata\n-data-paths\ndata,in.json\n-algo-type\npython\n-algo-args\n--epochs,10\n-public-key-path\nkey.pem\n-attested-tls-bool\ntrue\n-client-ca-file\n/ca.pem",
     "-algo-source-url\nhttps://e/a\n-algo-kbs-path\nd/k/a\n-algo-hash\na7ffc6f8bf1ed76651c14756a061d662f580ff4de43b49fa82d80a4b80f8434a\n-kbs-url\nhttp://l\n-public-key-path\nkey.pem\n-attested-tls-bool\nfalse",
     "-algo-source-url\ndocker://e/a\n-algo-encrypted=false\n-dataset-source-urls\ns3://a,gs://b\n-dataset-kbs-paths\na,b\n-dataset-hashes\nx,\n-dataset-kbs-urls\nu,v\n-dataset-decompress\ntrue\n-compat\nhead\n-public-key-path\nkey.pem\n-attested-tls-bool\nf",
-    "-compat\nseed\n-manifest\nin.json\n-algo-path\ndata\n-manifest-for\nj=in.json\n-dataset-filenames\na\n-dataset-encrypted\nmaybe\n-dataset-source-types\nq",
+    "-compat\nseed\n-manifest\nin.json\n-algo-path\ndata\n-manifest-for\nj=in.json\n-set\ndatasets[0].filename=a\n-dataset-encrypted\nmaybe\n-set\nalgorithm.source.type=q",
     "data\nkey.pem\nfalse\ndata\nin.json", "data\nkey.pem", "-until\nready\n-timeout\n2m30s\n-grace=1.5h\n-poll\n0\n-expect\nA/B,C/D\n-reject\nerror\n-agents\n2\n-report\nr.xml",
     "-output\nxml\n-max-message\n1\n-max-connections\n5\n-fault\ndelay=1s\n-fault\nflip=7\n-fault\ntwice\n-fault\nnone=\n-fault\nwrong-hash\n-algo-path\ndata\n-public-key-path\nkey.pem\n-attested-tls-bool\n0",
     "-server-cert\ndata\n-server-key\nkey.pem\n-client-san\nx\n-algo-pth\nx\n--help=maybe\n-unknown\n-", "@PORT=70000\n@SERVER_CERT=key.pem\n@SERVER_KEY=data\n@CLIENT_CA_CERTS=x\n-control",

@@ -26,7 +26,7 @@ from harness import (  # noqa: E402
     sanitizers, temp, write)
 
 MIB = 1 << 20                               # bytes of the manifest in a chunk
-BIG = ["-description", "d" * 100000]        # grows in big()
+BIG = ["-set", "description=" + "d" * 100000]        # grows in big()
 
 
 # The messages that are recorded, and how canonical JSON names their fields: number -> (name, kind).
@@ -149,7 +149,7 @@ def test_stages_by_poll():
                 n = answers(a, states)
                 check(f"{name}: asked", n >= len(states), n, len(states))
                 s.ended(0, stage)
-    with Server("poll, asks for the id", "-until", "ready", "-timeout", "15s", "-poll", "50ms", "-computation-id", "c-7") as s:
+    with Server("poll, asks for the id", "-until", "ready", "-timeout", "15s", "-poll", "50ms", "-set", "id=c-7") as s:
         a = s.agent()
         q = a.asked(4)
         same("poll: the question's id", q and first(q, 1), b"c-7")
@@ -950,8 +950,8 @@ def test_skip_forwarder():
 
 def test_manifest_for():
     def other(name, algo):
-        text = run("manifest", ["manifest", *W.base, "-name", name, "-computation-id", "c-" + name])[1]
-        return write(f"{name}.json", text), manifest_bytes([*W.base, "-name", name, "-computation-id", "c-" + name])
+        text = run("manifest", ["manifest", *W.base, "-set", "name=" + name, "-set", "id=c-" + name])[1]
+        return write(f"{name}.json", text), manifest_bytes([*W.base, "-set", "name=" + name, "-set", "id=c-" + name])
     (file1, bytes1), (file2, bytes2) = other("one", "a"), other("two", "b")
     with Server("manifest-for", "-manifest-for", "vm-1=" + file1, "-manifest-for", "vm=2=x=" + file2, "-manifest-for", "vm-2=" + file2,
                 "-control", stdin=subprocess.PIPE) if False else Server(
