@@ -1146,8 +1146,6 @@ struct core {
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
-    const struct grpc_method *methods;
-    size_t method_count, max_message;
     bool recording;
     struct buf record;                /* lines on their way to -record's file */
     bool touched;                     /* something was sent outside a connection's own turn */
@@ -1294,6 +1292,15 @@ struct item {
 
 struct conn;
 struct grpc_method;
+struct h2_handler;
+
+/* What the connections of a listener, or of a dial, have in common; it outlives them. */
+struct endpoint {
+    const struct h2_handler *on;      /* grpc_server or grpc_client */
+    bool client;
+    const struct grpc_method *methods;    /* a server's: what may be called */
+    size_t method_count, max_message;
+};
 
 /* gRPC's state of a stream (section 8). */
 struct grpc_stream {
@@ -1337,8 +1344,8 @@ struct h2_handler {
 struct core;
 struct conn {
     struct core *core;
+    const struct endpoint *endpoint;
     const struct h2_handler *on;
-    void *user;
     enum conn_phase phase;
     bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
         skip;
@@ -1767,7 +1774,7 @@ static bool stream_may_go_on(struct stream *s)
         if (w->share_ticket && (!first || w->share_ticket < first->share_ticket))
             first = w;
     size_t need = power_of_two(s->long_message);
-    if (first != s || c->shared + need > power_of_two(c->core->max_message))
+    if (first != s || c->shared + need > power_of_two(c->endpoint->max_message))
         return false;
     c->shared += s->share = need;
     s->share_ticket = 0;
@@ -1958,17 +1965,17 @@ static const char *fields_fault(const struct fields *f, bool response, bool trai
     return NULL;
 }
 
-/* Starts a connection.  peer is its name in log lines; the handler's calls get conn->user. */
-static void conn_init(struct conn *c, struct core *core, const struct h2_handler *on, bool client, const char *peer)
+/* Starts a connection.  peer is its name in log lines. */
+static void conn_init(struct conn *c, struct core *core, const struct endpoint *e, const char *peer)
 {
     *c = (struct conn){
-        .core = core, .on = on, .client = client, .peer_initial_window = DEFAULT_WINDOW, .send_window = DEFAULT_WINDOW,
+        .core = core, .endpoint = e, .on = e->on, .client = e->client, .peer_initial_window = DEFAULT_WINDOW, .send_window = DEFAULT_WINDOW,
         .recv_window = DEFAULT_WINDOW, .next_id = 1, .opened_ms = core->now_ms, .progress_ms = core->now_ms,
         .idle_ms = core->now_ms, .heard_ms = core->now_ms,
     };
     text_printf(c->peer, sizeof c->peer, "%s", peer);
     hpack_init(&c->hpack);
-    if (client) {
+    if (c->client) {
         buf_put(&c->out, preface, PREFACE_LEN);
         frame_put(&c->out, 6, FRAME_SETTINGS, 0, 0);
         frame_put_setting(&c->out, SETTINGS_ENABLE_PUSH, 0);
@@ -2918,11 +2925,11 @@ static int64_t grpc_timeout(struct bytes v)
 /* The service part of "/service/method", for an error text of bounded length. */
 static void grpc_unknown(struct stream *s, struct bytes path)
 {
-    struct core *core = s->conn->core;
+    const struct endpoint *e = s->conn->endpoint;
     struct buf text = { 0 };
     const char *what = "service";
-    for (size_t i = 0; i < core->method_count; i++) {
-        const char *known = core->methods[i].path;
+    for (size_t i = 0; i < e->method_count; i++) {
+        const char *known = e->methods[i].path;
         size_t n = (size_t)(strrchr(known, '/') - known) + 1;
         if (path.n >= n && memcmp(path.p, known, n) == 0)
             what = "method";
@@ -2952,6 +2959,7 @@ static unsigned grpc_http_status(const struct fields *f)
 static void grpc_request(struct stream *s, const struct fields *f, bool end)
 {
     struct core *core = s->conn->core;
+    const struct endpoint *e = s->conn->endpoint;
     const struct bytes *v = f->value;
     s->grpc.plain = (uint16_t)grpc_http_status(f);
     s->grpc.no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
@@ -2967,9 +2975,9 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         return;
     }
     s->deadline_ms = core->now_ms + timeout;
-    for (size_t i = 0; i < core->method_count; i++)
-        if (bytes_eq(v[F_PATH], bytes_of(core->methods[i].path))) {
-            s->grpc.method = &core->methods[i];
+    for (size_t i = 0; i < e->method_count; i++)
+        if (bytes_eq(v[F_PATH], bytes_of(e->methods[i].path))) {
+            s->grpc.method = &e->methods[i];
             s->grpc.method->open(s, f);
             return;
         }
@@ -2980,7 +2988,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
 static bool grpc_prefix(struct stream *s)
 {
     char text[100];
-    size_t max = s->conn->core->max_message;
+    size_t max = s->conn->endpoint->max_message;
     s->grpc.message_len = get_be32(s->grpc.prefix + 1);
     if (s->grpc.prefix[0] == 1 && s->grpc.encoded) {
         s->conn->on->abort(s, GRPC_UNIMPLEMENTED, "grpc: no decompressor for the message's encoding is installed");
@@ -4433,11 +4441,24 @@ enum {
 enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
 
 struct loop;
+struct link;
 struct watch {
     int fd;
     unsigned interest;                /* 0: not registered */
     void (*ready)(struct loop *, struct watch *, unsigned events);
     size_t index;                     /* poll: where it stands in the list */
+};
+
+/* A server to connect to, and what becomes of a try.  It outlives the links to it. */
+struct dial {
+    struct endpoint endpoint;
+    const char *name;                 /* of the peer, in log lines */
+    const struct addrinfo *addresses; /* tried in turn, then again until give_up_ms */
+    int64_t give_up_ms;
+    struct tls_config *tls;           /* NULL: plaintext */
+    void (*up)(struct link *);        /* a connect has succeeded */
+    void (*down)(struct link *, const char *why);   /* none has, in time */
+    bool retry_told;                  /* that the first try has failed */
 };
 
 /* A socket and its connection. */
@@ -4449,7 +4470,9 @@ struct link {
     int64_t deadline_ms;
     bool connecting, shut, dead, told;
     struct tls *tls;                  /* NULL: plaintext */
+    struct dial *dial;                /* NULL: it was accepted */
     const struct addrinfo *to;        /* while connecting: the address that is tried */
+    void *user;                       /* the dialler's own */
     struct conn conn;
 };
 
@@ -4465,9 +4488,10 @@ struct loop {
     struct core core;
     struct watch signals, listeners[MAX_LISTENERS];
     struct sink out, err, record;
-    size_t listener_count, link_count, max_links;
+    size_t listener_count, link_count, accepted_count, max_accepted;
     struct link *links, *graveyard;
-    struct tls_config *tls;           /* NULL: plaintext */
+    struct endpoint serving;          /* of what is accepted, and its TLS (NULL: plaintext) */
+    struct tls_config *tls;
     struct tls_pool tls_pool;
     struct link **heap;
     size_t heap_len, heap_cap;
@@ -4477,11 +4501,6 @@ struct loop {
     int exit_status, signal_number;
     const char *stop_why;             /* set: the loop is to end */
     void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
-    const struct addrinfo *addresses; /* of the server, for the client commands */
-    int64_t give_up_ms;               /* until when they try to connect */
-    bool told_retry;                  /* that the first try has failed has been told */
-    void (*link_up)(struct link *);   /* a connect has succeeded */
-    void (*link_down)(struct link *, const char *why);   /* none has, in time */
 #if CVMS_EPOLL
     int epoll;
 #else
@@ -4777,8 +4796,8 @@ static void link_close(struct link *k, const char *why)
     if (k->dead)
         return;
     k->dead = true;
-    if (l->link_down && k->connecting)
-        l->link_down(k, why);
+    if (k->dial && k->connecting)
+        k->dial->down(k, why);
     else if (!k->connecting && !k->conn.why)
         k->conn.why = why;
     heap_set(l, k, INT64_MAX);
@@ -4789,6 +4808,7 @@ static void link_close(struct link *k, const char *why)
     if (k->next)
         k->next->prev = k->prev;
     l->link_count--;
+    l->accepted_count -= !k->dial;
     if (!k->connecting)
         conn_free(&k->conn);
     if (k->tls)
@@ -5110,11 +5130,12 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
             return;
         }
         peer_name(name, &sa);
-        if (l->link_count >= l->max_links) {
+        if (l->accepted_count >= l->max_accepted) {
             accept_refuse(l, fd, name);
             continue;
         }
         struct link *k = l->refuse > 0 ? NULL : link_new(l, fd, link_ready);
+        l->accepted_count += k != NULL;
         if (k && l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
             core_note(&l->core, name, "refused: out of memory");
             k->connecting = true;     /* no connection has been made on it */
@@ -5127,12 +5148,12 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
             close(fd);
             continue;
         }
-        conn_init(&k->conn, &l->core, &grpc_server, false, name);
+        conn_init(&k->conn, &l->core, &l->serving, name);
         link_ready(l, &k->watch, WATCH_IN);   /* a client speaks first, and mostly has */
     }
 }
 
-/* ---- Connecting, for the client commands ---- */
+/* ---- Connecting ---- */
 
 static void link_dial_on(struct link *k, int error);
 
@@ -5158,15 +5179,16 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
         connect_fail(k, error);
         return;
     }
-    if (l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
+    struct dial *d = k->dial;
+    if (d->tls && !(k->tls = tls_new(d->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
         link_close(k, "out of memory");
         return;
     }
     k->connecting = false;
     w->ready = link_ready;
-    conn_init(&k->conn, &l->core, &grpc_client, true, "server");
-    k->conn.secure = l->tls != NULL;
-    l->link_up(k);
+    conn_init(&k->conn, &l->core, &d->endpoint, d->name);
+    k->conn.secure = d->tls != NULL;
+    d->up(k);
     link_flush(k);
 }
 
@@ -5192,31 +5214,34 @@ static bool link_connect(struct link *k)
 static void link_dial_on(struct link *k, int error)
 {
     struct loop *l = k->loop;
-    int64_t now = l->core.now_ms, at = now + CONNECT_MS;
+    struct dial *d = k->dial;
+    int64_t now = l->core.now_ms, left = d->give_up_ms - now;
     for (; k->to; k->to = k->to->ai_next) {
         if (link_connect(k)) {
-            heap_set(l, k, l->give_up_ms > now && l->give_up_ms < at ? l->give_up_ms : at);
+            heap_set(l, k, now + (left > 0 && left < CONNECT_MS ? left : CONNECT_MS));
             return;
         }
         error = errno;
     }
-    if (now >= l->give_up_ms) {
+    if (left <= 0) {
         link_close(k, strerror(error));
         return;
     }
-    if (!l->told_retry && l->give_up_ms - now > 1000)
-        core_note(&l->core, NULL, "no server there yet (%s); trying again for %lld s", strerror(error),
-                  (long long)(l->give_up_ms - now) / 1000);
-    l->told_retry = true;
+    if (!d->retry_told && left > 1000)
+        core_note(&l->core, NULL, "no %s there yet (%s); trying again for %lld s", d->name, strerror(error),
+                  (long long)left / 1000);
+    d->retry_told = true;
     heap_set(l, k, now + RETRY_MS);
 }
 
-/* A link to the server of l->addresses.  link_up or link_down tells what becomes of it.  NULL without memory. */
-static struct link *link_dial(struct loop *l)
+/* A link to the server of d, whose `up` or `down` tells what becomes of it.  NULL without memory. */
+static struct link *link_dial(struct loop *l, struct dial *d, void *user)
 {
     struct link *k = link_new(l, -1, connect_ready);
     if (!k)
         return NULL;
+    k->dial = d;
+    k->user = user;
     k->connecting = true;
     heap_set(l, k, l->core.now_ms);
     return k;
@@ -5474,7 +5499,7 @@ static void loop_deadlines(struct loop *l)
         }
         if (k->connecting) {
             heap_set(l, k, INT64_MAX);
-            k->to = l->addresses;
+            k->to = k->dial->addresses;
             link_dial_on(k, EADDRNOTAVAIL);
             continue;
         }
@@ -5557,8 +5582,7 @@ static void loop_free(struct loop *l)
         link_close(k, "the program ends");
     }
     loop_bury(l);
-    if (l->tls)
-        tls_config_free(l->tls);
+    tls_config_free(l->tls);
     tls_pool_free(&l->tls_pool);
     listeners_close(l);
     poller_free(l);
@@ -9378,9 +9402,9 @@ static const struct {
 
 struct agent {
     struct loop *loop;
+    struct dial dial;
     const struct options *o;
     const char *authority;
-    struct link *link[STREAMS];
     struct stream *stream[STREAMS];
     bool done[STREAMS];
     int64_t run;
@@ -9653,7 +9677,7 @@ static void agent_dial(struct agent *a, int which);
 static void agent_up(struct link *k)
 {
     struct agent *a = k->loop->core.app;
-    int which = k == a->link[AGENT] ? AGENT : FORWARDER;
+    int which = k->user == &a->stream[AGENT] ? AGENT : FORWARDER;
     const char *metadata[5] = { 0 };
     size_t n = 0;
     if (present(a->o->job_id)) {
@@ -9686,8 +9710,7 @@ static void agent_down(struct link *k, const char *why)
 
 static void agent_dial(struct agent *a, int which)
 {
-    a->link[which] = link_dial(a->loop);
-    if (!a->link[which])
+    if (!link_dial(a->loop, &a->dial, &a->stream[which]))
         agent_fail(a, "out of memory");
 }
 
@@ -9780,22 +9803,30 @@ static bool client_tls(const struct options *o, struct report *r, struct tls_con
     return *config != NULL;
 }
 
-/* A loop that connects to the server of the list; NULL: told why not. */
+/* A loop for links to the server of the list, and what they have in common; NULL: told why not. */
 static struct loop *client_loop(const struct options *o, struct report *r, const struct addrinfo *list, void *app,
-                                void (*up)(struct link *), void (*down)(struct link *, const char *))
+                                struct dial *d)
 {
-    struct tls_config *tls = NULL;
-    if (!client_tls(o, r, &tls))
+    if (!client_tls(o, r, &d->tls))
         return NULL;
     struct loop *l = loop_new();
-    l->tls = tls;
     l->core.app = app;
-    l->core.max_message = CLIENT_MAX_MESSAGE;
-    l->addresses = list;
-    l->give_up_ms = l->core.now_ms + o->wait_ms;
-    l->link_up = up;
-    l->link_down = down;
+    d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message = CLIENT_MAX_MESSAGE };
+    d->name = "server";
+    d->addresses = list;
+    d->give_up_ms = l->core.now_ms + o->wait_ms;
     return l;
+}
+
+/* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short. */
+static int client_run(struct loop *l, struct dial *d)
+{
+    int status = loop_run(l);
+    if (l->signal_number && !status)
+        status = 128 + l->signal_number;
+    loop_free(l);
+    tls_config_free(d->tls);
+    return status;
 }
 
 /* ---- cvms agent -replay ---- */
@@ -9804,7 +9835,6 @@ enum { REPLAY_FILE_MAX = 1 << 30, REPLAY_PARTS = 1000, REPLAY_AHEAD = MAX_QUEUED
 /* One recorded stream, played on a connection of its own. */
 struct replay_part {
     struct Record first;              /* who it was: peer, stream, kind, job_id */
-    struct link *link;
     struct stream *stream;
 };
 
@@ -9816,6 +9846,7 @@ struct replay_line {
 
 struct replay {
     struct loop *loop;
+    struct dial dial;
     const struct options *o;
     const char *authority;
     struct replay_part *parts;
@@ -9918,24 +9949,20 @@ static const struct grpc_method replay_method = {
 static void replay_up(struct link *k)
 {
     struct replay *r = k->loop->core.app;
+    struct replay_part *p = k->user;
     const char *metadata[5] = { 0 };
     size_t n = 0;
-    for (size_t i = 0; i < r->part_count; i++) {
-        struct replay_part *p = &r->parts[i];
-        if (p->link != k)
-            continue;
-        char *job = text_copy(p->first.job_id, 200);
-        if (job && *job)
-            metadata[n++] = "job-id", metadata[n++] = job;
-        if (n && bytes_eq(p->first.kind, bytes_of(kind_names[KIND_FORWARDER])))
-            metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
-        p->stream = job ? grpc_call(&k->conn, &replay_method, r->authority, metadata) : NULL;
-        free(job);
-        if (!p->stream)
-            replay_fail(r, "out of memory", (struct bytes){ 0 });
-        else
-            p->stream->user = p;
-    }
+    char *job = text_copy(p->first.job_id, 200);
+    if (job && *job)
+        metadata[n++] = "job-id", metadata[n++] = job;
+    if (n && bytes_eq(p->first.kind, bytes_of(kind_names[KIND_FORWARDER])))
+        metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
+    p->stream = job ? grpc_call(&k->conn, &replay_method, r->authority, metadata) : NULL;
+    free(job);
+    if (!p->stream)
+        replay_fail(r, "out of memory", (struct bytes){ 0 });
+    else
+        p->stream->user = p;
     if (++r->up == r->part_count)
         r->start_ms = r->loop->core.now_ms;
 }
@@ -9975,16 +10002,15 @@ static int cmd_replay(struct options *o, struct report *report, const struct add
     struct replay r = { .o = o, .authority = addr_text(o) };
     if (!replay_load(&r, o, report))
         return 1;
-    r.loop = client_loop(o, report, list, &r, replay_up, replay_down);
+    r.dial = (struct dial){ .up = replay_up, .down = replay_down };
+    r.loop = client_loop(o, report, list, &r, &r.dial);
     if (!r.loop)
         return report->usage ? 2 : 1;
     r.loop->turn = replay_turn;
     for (size_t i = 0; i < r.part_count; i++)
-        if (!(r.parts[i].link = link_dial(r.loop)))
+        if (!link_dial(r.loop, &r.dial, &r.parts[i]))
             replay_fail(&r, "out of memory", (struct bytes){ 0 });
-    int status = loop_run(r.loop);
-    loop_free(r.loop);
-    return status;
+    return client_run(r.loop, &r.dial);
 }
 
 static int cmd_agent(struct options *o, struct report *r)
@@ -10009,17 +10035,15 @@ static int cmd_agent(struct options *o, struct report *r)
         return status;
     }
     a.authority = addr_text(o);
-    a.loop = client_loop(o, r, list, &a, agent_up, agent_down);
+    a.dial = (struct dial){ .up = agent_up, .down = agent_down };
+    a.loop = client_loop(o, r, list, &a, &a.dial);
     if (!a.loop) {
         freeaddrinfo(list);
         return r->usage ? 2 : 1;
     }
     a.loop->turn = agent_turn;
     agent_dial(&a, AGENT);
-    int status = loop_run(a.loop);
-    if (a.loop->signal_number && !status)
-        status = 128 + a.loop->signal_number;
-    loop_free(a.loop);
+    int status = client_run(a.loop, &a.dial);
     buf_free(&a.manifest);
     buf_free(&a.id);
     freeaddrinfo(list);
@@ -10029,6 +10053,7 @@ static int cmd_agent(struct options *o, struct report *r)
 /* ---- cvms health ---- */
 struct health {
     struct loop *loop;
+    struct dial dial;
     const struct options *o;
     const char *authority;
 };
@@ -10088,17 +10113,16 @@ static void health_down(struct link *k, const char *why)
 
 static int cmd_health(struct options *o, struct report *r)
 {
-    struct health h = { .o = o, .authority = addr_text(o) };
+    struct health h = { .o = o, .authority = addr_text(o), .dial = { .up = health_up, .down = health_down } };
     struct addrinfo *list = resolve(o, r);
-    h.loop = list ? client_loop(o, r, list, &h, health_up, health_down) : NULL;
+    h.loop = list ? client_loop(o, r, list, &h, &h.dial) : NULL;
     if (!h.loop) {
         freeaddrinfo(list);
         return r->usage ? 2 : 1;
     }
-    if (!link_dial(h.loop))
+    if (!link_dial(h.loop, &h.dial, NULL))
         health_end(&h, 1, "out of memory");
-    int status = loop_run(h.loop);
-    loop_free(h.loop);
+    int status = client_run(h.loop, &h.dial);
     freeaddrinfo(list);
     return status;
 }
@@ -10425,10 +10449,9 @@ static int cmd_serve(struct options *o, struct report *r)
     }
     struct loop *l = v.loop = loop_new();
     l->tls = v.tls;
-    l->core.methods = server_methods;
-    l->core.method_count = PB_COUNT(server_methods);
-    l->core.max_message = (size_t)o->max_message;
-    l->max_links = (size_t)o->max_connections;
+    l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
+                                    .method_count = PB_COUNT(server_methods), .max_message = (size_t)o->max_message };
+    l->max_accepted = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;
     v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR")) && (!term || strcmp(term, "dumb") != 0);
     l->core.app = &v;

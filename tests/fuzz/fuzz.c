@@ -541,7 +541,7 @@ struct run_state {
     struct replay replay;
     unsigned current, used;
     struct buf last;                  /* what O repeats */
-    struct tls_config *far_config;
+    struct tls_config *far_config, *client_tls;
     struct tls_pool far_pool;
 };
 static struct run_state st;
@@ -597,6 +597,7 @@ static void accept_one(void)
         return;
     snprintf(name, sizeof name, "127.0.0.1:%d", fd);
     struct link *k = link_new(&loop, fd, link_ready);
+    loop.accepted_count += k != NULL;
     if (k && loop.tls && !(k->tls = tls_new(loop.tls, &loop.tls_pool, 1800000000))) {
         k->connecting = true;
         link_close(k, "out of memory");
@@ -604,7 +605,7 @@ static void accept_one(void)
     }
     if (!k)
         return;
-    conn_init(&k->conn, &loop.core, &grpc_server, false, name);
+    conn_init(&k->conn, &loop.core, &loop.serving, name);
     link_ready(&loop, &k->watch, WATCH_IN);
 }
 
@@ -701,7 +702,7 @@ static void check_bounds(void)
                 own += i->own;
             MUST(here == s->queued);
             queued += here;
-            MUST(s->grpc.message.len <= loop.core.max_message);
+            MUST(s->grpc.message.len <= c->endpoint->max_message);
         }
         MUST(n == c->stream_count && queued == c->queued && own == c->queued_bytes);
     }
@@ -952,9 +953,7 @@ static void loop_begin(void)
     sink_init(&loop.record, 3, &loop.core.record);
     loop.core.now_ms = NOW;
     loop.core.wall_ms = wall;
-    loop.max_links = WIRES;
-    loop.give_up_ms = INT64_MAX;
-    loop.core.max_message = CLIENT_MAX_MESSAGE;
+    loop.max_accepted = WIRES;
     run_begin();
 }
 
@@ -982,9 +981,8 @@ static void server_begin(unsigned how, unsigned fault, unsigned more)
         v->verdict.next_poll_ms = NOW + 5000;
         v->verdict.start_ms = NOW;
     }
-    loop.core.methods = server_methods;
-    loop.core.method_count = PB_COUNT(server_methods);
-    loop.core.max_message = how & 0x20 ? 100 : 4 << 20;
+    loop.serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
+                                      .method_count = PB_COUNT(server_methods), .max_message = how & 0x20 ? 100 : 4 << 20 };
     v->skip_forwarder = how & 0x10;
     v->json = how & 1;
     v->color = how & 2;
@@ -1005,34 +1003,38 @@ static void client_begin(unsigned how)
     st.options = (struct options){ .repeat = 2, .wait_ms = 1000, .once = how & 4, .service = "", .fast = how & 8,
                                    .job_id = how & 0x10 ? "job" : NULL, .replay = "in.json" };
     st.options.arena.limit = SIZE_MAX / 2;
-    if (st.secure)
-        loop.tls = config_of(true, st.mutual);
-    loop.addresses = &no_address;
+    st.client_tls = st.secure ? config_of(true, st.mutual) : NULL;
+    struct dial dial = { .endpoint = { .on = &grpc_client, .client = true, .max_message = CLIENT_MAX_MESSAGE },
+                         .name = "server", .addresses = &no_address, .give_up_ms = INT64_MAX,
+                         .tls = st.client_tls };
     if (st.role == AGENT_CLIENT) {
         st.agent = (struct agent){ .loop = &loop, .o = &st.options, .run = 1, .state = "ReceivingManifest",
                                    .authority = "localhost:7001", .fail = (int)(how >> 5) % 5 - 1 };
         loop.core.app = &st.agent;
-        loop.link_up = agent_up;
-        loop.link_down = agent_down;
+        st.agent.dial = dial;
+        st.agent.dial.up = agent_up;
+        st.agent.dial.down = agent_down;
         loop.turn = agent_turn;
         agent_dial(&st.agent, AGENT);
     } else if (st.role == HEALTH_CLIENT) {
         st.health = (struct health){ .loop = &loop, .o = &st.options, .authority = "localhost:7001" };
         loop.core.app = &st.health;
-        loop.link_up = health_up;
-        loop.link_down = health_down;
-        link_dial(&loop);
+        st.health.dial = dial;
+        st.health.dial.up = health_up;
+        st.health.dial.down = health_down;
+        link_dial(&loop, &st.health.dial, NULL);
     } else {
         struct report report = { 0 };
         st.replay = (struct replay){ .loop = &loop, .o = &st.options, .authority = "localhost:7001" };
         files[1].content = BYTES(replay_lines);
         MUST(replay_load(&st.replay, &st.options, &report));
         loop.core.app = &st.replay;
-        loop.link_up = replay_up;
-        loop.link_down = replay_down;
+        st.replay.dial = dial;
+        st.replay.dial.up = replay_up;
+        st.replay.dial.down = replay_down;
         loop.turn = replay_turn;
         for (size_t i = 0; i < st.replay.part_count; i++)
-            st.replay.parts[i].link = link_dial(&loop);
+            link_dial(&loop, &st.replay.dial, &st.replay.parts[i]);
     }
     turn_around();
 }
@@ -1064,8 +1066,8 @@ static void loop_end(void)
         link_close(k, "the program ends");
     }
     loop_bury(&loop);
-    if (loop.tls)
-        tls_config_free(loop.tls);
+    tls_config_free(loop.tls);
+    tls_config_free(st.client_tls);
     tls_pool_free(&loop.tls_pool);
     for (unsigned i = 0; i < st.used; i++) {
         struct wire *w = &wires[i];

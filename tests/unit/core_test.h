@@ -9,6 +9,8 @@ enum { NOW = 1000000 };
 static const int64_t wall = 1700000000123; /* 2023-11-14T22:13:20.123Z */
 static struct core core;
 static struct server server;
+static struct endpoint serving = { .on = &grpc_server, .methods = server_methods,
+                                   .method_count = PB_COUNT(server_methods) };
 
 static void core_reset(void)
 {
@@ -24,9 +26,7 @@ static void core_reset(void)
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
     memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);
-    core.methods = server_methods;
-    core.method_count = PB_COUNT(server_methods);
-    core.max_message = 4 << 20;
+    serving.max_message = 4 << 20;
     core.app = &server;
     pb_arena_reset(&core.arena);
 }

@@ -497,15 +497,17 @@ static void run_quiet(struct run *r, int line)
         run_fault(r, line, "got %s", r->peer.fault);
 }
 
+static const struct endpoint calling = { .on = &grpc_client, .client = true, .max_message = CLIENT_MAX_MESSAGE };
+
 static void call_message(struct stream *s, struct bytes m)
 {
-    struct run *r = s->conn->user;
+    struct run *r = s->user;
     buf_put(&r->got, m.p, m.n);
 }
 
 static void call_status(struct stream *s, unsigned status, struct bytes text)
 {
-    struct run *r = s->conn->user;
+    struct run *r = s->user;
     if (r->status >= 0)
         run_fault(r, 0, "got two statuses, wanted one");
     r->status = (long)status;
@@ -514,7 +516,7 @@ static void call_status(struct stream *s, unsigned status, struct bytes text)
 
 static void call_closed(struct stream *s)
 {
-    struct run *r = s->conn->user;
+    struct run *r = s->user;
     r->call = NULL;
 }
 
@@ -528,6 +530,8 @@ static void run_client_op(struct run *r, const struct op *op)
     snprintf(text, sizeof text, "%.*s", (int)op->text.len, op->text.len ? (const char *)op->text.p : "");
     if (op->kind == OP_CALL) {
         r->call = grpc_call(&r->conn, &call_method, "localhost", NULL);
+        if (r->call)
+            r->call->user = r;
     } else if (op->kind == OP_GOT) {
         struct bytes got = { r->got.p ? r->got.p + r->got_at : NULL, r->got.len - r->got_at };
         if (!bytes_eq(got, whole(&op->text)))
@@ -605,7 +609,7 @@ static void run_op(struct run *r, const struct op *op)
         set_manifest(whole(&op->text));
         break;
     case OP_MAX_MESSAGE:
-        core.max_message = (size_t)op->n;
+        serving.max_message = (size_t)op->n;
         break;
     case OP_JSON:
         server.json = true;
@@ -631,8 +635,7 @@ static bool script_run(const struct script *t, size_t cut)
     core_reset();
     set_manifest(BYTES("\0\0\0\0\2hi"));
     hpack_init(&r.peer.hpack);
-    conn_init(&r.conn, &core, t->client ? &grpc_client : &grpc_server, t->client, "peer");
-    r.conn.user = &r;
+    conn_init(&r.conn, &core, t->client ? &calling : &serving, "peer");
     for (size_t i = 0; i < t->n && r.ok; i++)
         run_op(&r, &t->op[i]);
     if (r.ok)

@@ -19,7 +19,7 @@ static void side_open(struct side *a)
     a->peer.who = 'S';
     a->same = true;
     hpack_init(&a->peer.hpack);
-    conn_init(&a->conn, &core, &grpc_server, false, "peer");
+    conn_init(&a->conn, &core, &serving, "peer");
 }
 
 static void side_close(struct side *a)
@@ -266,7 +266,7 @@ static void begin_two_long(struct side *a)
     static uint8_t zeros[16384];
     uint8_t prefix[5];
     core_reset();
-    core.max_message = 300000;        /* shares are powers of two: there is one for one of them */
+    serving.max_message = 300000;        /* shares are powers of two: there is one for one of them */
     manifest_of(10);
     side_open(a);
     put_preface(a);
@@ -397,7 +397,7 @@ static void test_share_beside(void)
 {
     struct side a;
     begin_two_long(&a);
-    core.max_message = 4 << 20;
+    serving.max_message = 4 << 20;
     put_zeros(&a, 1, 65535);
     put_zeros(&a, 3, 65535);
     side_exchange(&a);
@@ -762,7 +762,7 @@ static long long side_held(struct side *a)
     long long before = alloc_live;
     conn_free(&a->conn);
     before -= alloc_live;
-    conn_init(&a->conn, &core, &grpc_server, false, "peer");
+    conn_init(&a->conn, &core, &serving, "peer");
     side_close(a);
     return before;
 }
@@ -782,7 +782,7 @@ static void put_many_partial(struct side *a)
     job[200] = 0;
     put_setting(a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
     put_call(a, 1, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 0, NULL);
-    grpc_put_prefix(prefix, core.max_message);
+    grpc_put_prefix(prefix, serving.max_message);
     for (uint32_t i = 1; i < MAX_CONCURRENT_STREAMS; i++) {
         put_call(a, 2 * i + 1, process, 0, job);
         put_data(a, 2 * i + 1, prefix, 5, 0);
@@ -790,7 +790,7 @@ static void put_many_partial(struct side *a)
         side_exchange(a);
     }
     /* the one that is let past its window */
-    for (size_t left = core.max_message - 1 - (DEFAULT_WINDOW - 5), n; left; left -= n) {
+    for (size_t left = serving.max_message - 1 - (DEFAULT_WINDOW - 5), n; left; left -= n) {
         n = min_size(left, CREDIT_STEP);
         put_zeros(a, 3, n);
         side_exchange(a);
@@ -853,8 +853,8 @@ static void test_worst(void)
     CHECK(a.conn.in.len, MAX_FRAME_SIZE - 1);
     CHECK(conn_pending(&a.conn) > OUT_HIGH - 20, true);
     long long held = side_held(&a);
-    CHECK(held <= (long long)(core.max_message + WORST), true);
-    CHECK(held > (long long)(core.max_message + WORST) / 10 * 9, true);
+    CHECK(held <= (long long)(serving.max_message + WORST), true);
+    CHECK(held > (long long)(serving.max_message + WORST) / 10 * 9, true);
     CHECK(WORST + (100 << 10) <= WORST_TOLD, true);
 }
 
