@@ -81,9 +81,8 @@ def shorten(text, limit=900):
 
 def sanitizers(name, err):
     found = SANITIZER.findall(err)
-    if found:
-        frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err)
-        check(f"{name}: sanitizer", False, f"{found[0]} ({' < '.join(frames[:6])})", "no report")
+    frames = re.findall(r"in (\w+) \S*\.[ch]:\d+", err) if found else []
+    check(f"{name}: sanitizer", not found, f"{found[:1]} ({' < '.join(frames[:6])})", "no report")
 
 
 def one(name, function, count=False):

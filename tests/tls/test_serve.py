@@ -11,89 +11,33 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import CI, GOAWAY, PING, PREFACE, README, TESTS, W, check, frame, read, self_signed, shell, skip  # noqa: E402
+
 CVMS, TOOLS, WIPE = (os.path.abspath(p) for p in sys.argv[1:4])
-VECTORS = os.path.join(HERE, "../vectors")
-INPUTS = ["-algo-path", f"{VECTORS}/inputs/algo.py", "-data-paths", f"{VECTORS}/inputs/data.csv", "-public-key-path",
-          f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false"]
-CI = bool(os.environ.get("CI"))
-passed = failed = skipped = 0
 
 
-def check(name, good, got=""):
-    global passed, failed
-    passed, failed = passed + bool(good), failed + (not good)
-    if not good:
-        print(f"FAIL {name}: got {str(got)[-600:]}")
-
-
-def run(*words, env=None, timeout=60):
-    p = subprocess.run([str(w) for w in words], capture_output=True, text=True, errors="replace", timeout=timeout,
-                       stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})})
-    check(f"{words[0]}: no sanitizer report", "Sanitizer" not in p.stderr and "runtime error" not in p.stderr, p.stderr)
-    return p.returncode, p.stdout, p.stderr
+def run(*words, env=None):
+    return harness.run(str(words[0]), [], env, 60, words)[:3]
 
 
 def tool(name):
     """A client's path; None, counted as skipped or in CI as failed, where it is not installed."""
-    global skipped, failed
     path = os.path.join(TOOLS, "bin", name)
-    if os.path.exists(path):
-        return path
-    print(f"{'FAIL' if CI else 'skip'} {name}: not installed; run tests/install.sh")
-    skipped, failed = skipped + (not CI), failed + CI
-    return None
+    return path if os.path.exists(path) else skip(name, "not installed; run tests/install.sh", CI)
 
 
-class Server:
+class Server(harness.Server):
     def __init__(self, *flags, env=None, output="text", program=None):
-        self.dir = tempfile.mkdtemp(dir=os.getcwd())
-        ready = os.path.join(self.dir, "ready")
-        os.mkfifo(ready)
-        self.out, self.err = open(os.path.join(self.dir, "out"), "w+"), open(os.path.join(self.dir, "err"), "w+")
-        self.p = subprocess.Popen(
-            [program or CVMS, *INPUTS, "-ready-file", ready, "-output", output, *flags],
-            stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL,
-            env={**os.environ, "HOST": "localhost", "PORT": "0", **(env or {})})
-        with open(ready) as f:
-            self.address = f.read().strip()
-        self.port = self.address.rsplit(":", 1)[1]
-
-    def text(self, f):
-        f.flush()
-        with open(f.name) as g:
-            return g.read()
-
-    def manifest(self):
-        """What it sends, as `cvms manifest` with the same flags makes it."""
-        p = subprocess.run([CVMS, "manifest", *INPUTS, "-o", "wanted"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        check("cvms manifest", p.returncode == 0, p.stderr)
-        with open("wanted", "rb") as f:
-            return f.read()
-
-    def has(self, pattern, limit=10, f=None):
-        end = time.monotonic() + limit
-        while time.monotonic() < end:
-            if re.search(pattern, self.text(f or self.err)):
-                return True
-            time.sleep(0.02)          # a file can't be waited for
-        return False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.p.send_signal(signal.SIGTERM)
-        check("server: status", self.p.wait(10) == 0, self.text(self.err))
-        check("server: no sanitizer report", "Sanitizer" not in self.text(self.err), self.text(self.err))
+        super().__init__("server", "-output", output, *flags, base=INPUTS, program=program, env={"HOST": "localhost", **(env or {})})
 
 
 def readme_commands():
     """The README's indented openssl lines, as they stand."""
-    with open(os.path.join(HERE, "../../README.md")) as f:
+    with open(README) as f:
         lines = [line[4:].rstrip("\n") for line in f if line.startswith("    openssl ") or line.startswith("    printf ")]
     check("README: openssl commands", len(lines) >= 6, lines)
     p = subprocess.run(["sh", "-e", "-c", "\n".join(lines)], capture_output=True, text=True)
@@ -103,14 +47,14 @@ def readme_commands():
 def server_tls():
     env = {"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}
     with Server(env=env) as s:
-        check("ready line", s.has(r"listening at localhost:\d+ with TLS"), s.text(s.err))
+        check("ready line", s.err.until(r"listening at localhost:\d+ with TLS"), s.err.text())
         check("agent -ca", run(CVMS, "agent", "-ca", "ca.pem", s.address)[0] == 0)
         check("health -ca", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
         status, _, err = run(CVMS, "health", "-insecure", s.address)
         check("health -insecure warns", status == 0 and "warning" in err, err)
         status, _, err = run(CVMS, "health", s.address)
         check("health: plaintext on the TLS port", status == 1 and "if it wants TLS, give -ca" in err, err)
-        check("plaintext is named", s.has("plaintext HTTP where TLS is spoken"), s.text(s.err))
+        check("plaintext is named", s.err.until("plaintext HTTP where TLS is spoken"), s.err.text())
         status, _, err = run(CVMS, "health", "-ca", "other.pem", s.address)
         check("health: another CA", status == 1 and "not signed by a trusted authority; give its authority with -ca" in err, err)
         status, _, err = run(CVMS, "agent", "-ca", "other.pem", s.address)
@@ -125,34 +69,34 @@ def server_tls():
         clients(s, [])
         if tool("h2spec"):
             for path in ("/", "/cvms.Service/Process"):
-                out = run(tool("h2spec"), "-h", "localhost", "-p", s.port, "-t", "-k", "--strict", "-P", path)[1]
+                out = run(tool("h2spec"), "-h", "localhost", "-p", str(s.port), "-t", "-k", "--strict", "-P", path)[1]
                 check(f"h2spec over TLS at {path}", "\n146 tests, 146 passed, 0 skipped, 0 failed\n" in out, out[-400:])
         context = ssl.create_default_context(cafile="ca.pem")
         context.set_alpn_protocols(["h2"])
-        with context.wrap_socket(socket.create_connection(("localhost", int(s.port)), 10), server_hostname="localhost") as k:
-            k.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0))
-            s.p.send_signal(signal.SIGHUP)
-            check("SIGHUP", s.has("certificates loaded anew"), s.text(s.err))
-            k.sendall(frame(6, 0, b"still on"))
+        with context.wrap_socket(socket.create_connection(("localhost", s.port), 10), server_hostname="localhost") as k:
+            k.sendall(PREFACE)
+            s.signal(signal.SIGHUP)
+            check("SIGHUP", s.err.until("certificates loaded anew"), s.err.text())
+            k.sendall(frame(PING, 0, 0, b"still on"))
             got = b""
             while b"still on" not in got and (piece := k.recv(4096)):
                 got += piece
-            check("SIGHUP: an open connection goes on", frame(6, 0, b"still on", 1) in got, got)
+            check("SIGHUP: an open connection goes on", frame(PING, 1, 0, b"still on") in got, got)
         check("after SIGHUP", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
     shutil.copy("server.pem", "changing.pem")
     with Server(env={"SERVER_CERT": "changing.pem", "SERVER_KEY": "server.key"}) as s:
         shutil.copy("other.pem", "changing.pem")
-        s.p.send_signal(signal.SIGHUP)
-        check("SIGHUP, a certificate that does not fit", s.has("SIGHUP: SERVER_KEY.*the old certificates stay"), s.text(s.err))
+        s.signal(signal.SIGHUP)
+        check("SIGHUP, a certificate that does not fit", s.err.until("SIGHUP: SERVER_KEY.*the old certificates stay"), s.err.text())
         check("the old one is served", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
-        with socket.create_connection(("localhost", int(s.port)), 10):
+        with socket.create_connection(("localhost", s.port), 10):
             pass
-        check("a handshake that ends is told", s.has("TLS: the peer went away during the handshake"), s.text(s.err))
+        check("a handshake that ends is told", s.err.until("TLS: the peer went away during the handshake"), s.err.text())
 
 
 def large_manifest():
     """20 MiB through TLS, to cvms agent, which checks the chunks and prints the manifest."""
-    status, out, _ = run(CVMS, "manifest", "-algo-path", f"{VECTORS}/inputs/algo.py", "-public-key-path", f"{VECTORS}/keys/rsa4096.pem",
+    status, out, _ = run(CVMS, "manifest", "-algo-path", f"{W.vectors}/inputs/algo.py", "-public-key-path", f"{W.vectors}/keys/rsa4096.pem",
                          "-attested-tls-bool", "false")
     manifest = json.loads(out)
     manifest["description"] = "0123456789abcdef" * (20 << 16)
@@ -176,12 +120,12 @@ def clients(s, certificate):
         status, out, err = run(tool("client"), "-addr", s.address, "-tls", *go, "-mode", "logs", "-n", "10000",
                                "-tag", "tls")
         check("grpc-go: 10,000 logs", status == 0, out + err)
-        check("grpc-go: none is lost", s.has("(?s)(tls.*?){10000}", f=s.out), s.text(s.out).count("tls"))
+        check("grpc-go: none is lost", s.out.until("tls", times=10000), s.out.text().count("tls"))
     if tool("../venv/bin/python"):
-        words = [tool("../venv/bin/python"), f"{HERE}/../clients/py/client.py", s.address]
+        words = [tool("../venv/bin/python"), f"{TESTS}/clients/py/client.py", s.address]
         grpcio_and_js(s, "grpcio", words, [w for k, f in files.items() for w in (f"--{k}", f)], ["-o", "received"], {})
     if tool("../js/node_modules"):
-        words = [shutil.which("node") or "node", f"{HERE}/../clients/js/client.js", s.address]
+        words = [shutil.which("node") or "node", f"{TESTS}/clients/js/client.js", s.address]
         grpcio_and_js(s, "grpc-js", words, [], ["received"],
                       {"NODE_PATH": os.path.join(TOOLS, "js/node_modules"), **{k.upper(): f for k, f in files.items()}})
     out = run("curl", "-s", "--http2", "--cacert", *flags[1:2], *("-" + f if f.startswith("-") else f for f in certificate),
@@ -198,8 +142,8 @@ def grpcio_and_js(s, name, words, flags, into, env):
     status, out, err = run(*words, "health", *flags, env=env)
     check(f"{name}: health", status == 0, out + err)
     status, out, err = run(*words, "manifest", *into, *flags, env=env)
-    with open("received", "rb") as f:
-        check(f"{name}: the manifest", status == 0 and f.read() == s.manifest(), out + err)
+    wanted = harness.run("cvms manifest", ["manifest", *INPUTS, "-o", "wanted"])
+    check(f"{name}: the manifest", status == 0 and wanted.status == 0 and read("received") == read("wanted"), out + err + wanted.err)
 
 
 def mutual_tls():
@@ -207,14 +151,14 @@ def mutual_tls():
     mine = ["-cert", "client.pem", "-key", "client.key"]
     with Server(env=env, output="json") as s:
         check("agent with a certificate", run(CVMS, "agent", "-ca", "ca.pem", *mine, s.address)[0] == 0)
-        check("its subject is logged", s.has("connected as CN=agent"), s.text(s.err))
-        line = json.loads(s.text(s.out).splitlines()[0])
+        check("its subject is logged", s.err.until("connected as CN=agent"), s.err.text())
+        line = json.loads(s.out.text().splitlines()[0])
         check("its subject is in the JSON", line.get("subject", "").startswith("CN=agent"), line)
         status, _, err = run(CVMS, "agent", "-ca", "ca.pem", s.address)
         check("agent without one", status == 1 and "may want a client certificate; give -cert and -key" in err, err)
-        check("which is told", s.has("the client sent no certificate"), s.text(s.err))
+        check("which is told", s.err.until("the client sent no certificate"), s.err.text())
         check("a server's certificate", run(CVMS, "health", "-ca", "ca.pem", "-cert", "server.pem", "-key", "server.key", s.address)[0] == 1)
-        check("which is told, too", s.has("extended key usage"), s.text(s.err))
+        check("which is told, too", s.err.until("extended key usage"), s.err.text())
         clients(s, mine)
     rsa = {"SERVER_CERT": "rsa.pem", "SERVER_KEY": "rsa.key"}
     for more, certificate in (({}, []), ({"CLIENT_CA_CERTS": "ca.pem"}, ["-cert", "rsaclient.pem", "-key", "rsaclient.key"])):
@@ -227,13 +171,9 @@ def mutual_tls():
         check("-client-san: this name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 0)
 
 
-def frame(kind, stream, payload=b"", flags=0):
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
 def goaway_then_ping():
     """A client that says GOAWAY and goes on to send is read to its end: it gets close_notify and EOF, never a reset."""
-    goaway, ping = frame(7, 0, b"\0" * 7 + b"\xff"), frame(6, 0, b"12345678")
+    goaway, ping = frame(GOAWAY, 0, 0, b"\0" * 7 + b"\xff"), frame(PING, 0, 0, b"12345678")
     context = ssl.create_default_context(cafile="ca.pem")
     context.set_alpn_protocols(["h2"])
     for secure in (True, False):
@@ -245,7 +185,7 @@ def goaway_then_ping():
                     k.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if secure:
                         k = context.wrap_socket(k, server_hostname="localhost", suppress_ragged_eofs=False)
-                    k.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0))
+                    k.sendall(PREFACE)
                     k.recv(9)         # the server's SETTINGS: it is there
                     k.sendall(goaway)
                     if turn % 2:      # late: no time, up to 12 ms, or when all that the server says has come
@@ -271,7 +211,7 @@ def tls_to_plaintext():
         status, _, err = run(CVMS, "health", "-ca", "ca.pem", s.address)
         check("TLS to a plaintext port", status == 1 and "does that port speak TLS?" in err, err)
         check("TLS to a plaintext port: at once", time.monotonic() - began < 1.5, time.monotonic() - began)
-        check("which the server tells", s.has("the client sent a TLS ClientHello: set SERVER_CERT"), s.text(s.err))
+        check("which the server tells", s.err.until("the client sent a TLS ClientHello: set SERVER_CERT"), s.err.text())
 
 
 def start_up():
@@ -281,8 +221,8 @@ def start_up():
             ("no such file", {"SERVER_CERT": "nowhere.pem", "SERVER_KEY": "server.key"}, "nowhere.pem"),
             ("certificates that are good, a file that is not", {"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}, "nowhere.py"),
             ("key as certificate", {"SERVER_CERT": "server.key", "SERVER_KEY": "server.key"}, "SERVER_CERT")):
-        algo = "nowhere.py" if pattern == "nowhere.py" else f"{VECTORS}/inputs/algo.py"
-        status, _, err = run(CVMS, "-algo-path", algo, "-public-key-path", f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false",
+        algo = "nowhere.py" if pattern == "nowhere.py" else f"{W.vectors}/inputs/algo.py"
+        status, _, err = run(CVMS, "-algo-path", algo, "-public-key-path", f"{W.vectors}/keys/rsa4096.pem", "-attested-tls-bool", "false",
                              env={"PORT": "0", **env})
         check(f"start-up: {name}", status == 1 and re.search(pattern, err), (status, err))
 
@@ -313,10 +253,10 @@ def keys_are_wiped():
                                  ("a flag", {}, ["-server-key", inline])):
             with Server(*flags, env={"SERVER_CERT": f"{name}.pem", "WIPE_SECRETS": "secrets", **env}, program=WIPE) as s:
                 check("wipe: health", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
-                s.p.send_signal(signal.SIGHUP)
-                check("wipe: read again", s.has("certificates loaded anew"), s.text(s.err))
+                s.signal(signal.SIGHUP)
+                check("wipe: read again", s.err.until("certificates loaded anew"), s.err.text())
                 check("wipe: agent", run(CVMS, "agent", "-ca", "ca.pem", "-once", s.address)[0] == 0)
-            told = s.text(s.err)
+            told = s.err.text()
             check(f"{name}, key from {what}: looked for", re.search(f"looked for {count} secrets in [1-9]", told), told)
             check(f"{name}, key from {what}: nothing is left of it", "still in memory" not in told, told)
     count = secrets_of("client.key")
@@ -327,26 +267,18 @@ def keys_are_wiped():
         check("agent: nothing is left of its key", "still in memory" not in told, told)
 
 
-def main():
-    with tempfile.TemporaryDirectory(prefix="cvms-tls-") as place:
-        os.chdir(place)
-        tests()
-        os.chdir("/")
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return failed != 0
-
-
 def tests():
     readme_commands()
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj",
-                    "/CN=other", "-keyout", "other.key", "-out", "other.pem"], check=True, capture_output=True)
+    self_signed("other")
     for name, extensions in (("rsa", "server.ext"), ("rsaclient", "client.ext")):
-        subprocess.run(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
-                       f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem",
-                       shell=True, check=True, capture_output=True)
-    for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest,
-                 keys_are_wiped):
-        test()
+        shell(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
+              f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem")
+    return [(test.__name__, test) for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest,
+                                               keys_are_wiped)]
 
 
-sys.exit(main())
+W.make(CVMS)
+os.chdir(W.dir)
+CVMS = W.cvms
+INPUTS = ["-algo-path", W.algo, "-data-paths", W.data, "-public-key-path", W.rsa, "-attested-tls-bool", "false"]
+sys.exit(harness.main(tests(), skipped=4))

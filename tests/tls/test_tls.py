@@ -1,28 +1,19 @@
 #!/usr/bin/env python3
 """usage: test_tls.py DRIVER [FAST_DRIVER].  TLS, through the echo driver: start-up refusals, what can be negotiated, ALPN, client certificates, cuts, bulk."""
-import base64, os, re, signal, socket, ssl, subprocess, sys, tempfile, time, threading, shlex
-HERE = os.path.dirname(os.path.abspath(__file__))
+import base64, os, re, signal, socket, ssl, subprocess, sys, time, threading
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from harness import W, check, closing, need, sanitizers, shell  # noqa: E402
 DRV = os.path.abspath(sys.argv[1])
 FAST = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else DRV
-passed = failed = 0
-def ok(cond, what, got=""):
-    global passed, failed
-    passed, failed = passed + bool(cond), failed + (not cond)
-    if not cond: print("FAIL", what, "|", got, flush=True)
-d = tempfile.TemporaryDirectory(); os.chdir(d.name)
-def need(c):
-    r = subprocess.run(["bash", "-c", "set -e\n" + c], capture_output=True)
-    assert r.returncode == 0, (c[:60], r.stderr.decode()[-600:])
-    return r.stdout
-def run(*a, **k):
-    r = subprocess.run([k.pop("tool", DRV)] + [str(x) for x in a], capture_output=True, text=True, timeout=k.pop("timeout", 120), **k)
-    assert "Sanitizer" not in r.stderr and "runtime error" not in r.stderr, (a, r.stderr)
-    return r.returncode, r.stdout.strip()
+W.make(DRV); os.chdir(W.dir)
+def run(*a, tool=DRV, timeout=120):
+    r = subprocess.run([tool] + [str(x) for x in a], capture_output=True, text=True, timeout=timeout)
+    sanitizers(str(a), r.stderr); return r.returncode, r.stdout.strip()
 class Server:
     def __init__(self, *a, tool=None):
         self.p = subprocess.Popen([tool or DRV, "server", "x"] + [str(x) for x in a], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         l = self.p.stdout.readline()
-        assert l.startswith("ready"), (l, self.p.stderr.read() if self.p.poll() is not None else "")
+        need(l.startswith("ready"), (l, self.p.stderr.read() if self.p.poll() is not None else ""))
         self.port = int(l.split()[1])
     def line(self, want="end"):
         t = threading.Timer(12, self.p.kill); t.start(); seen = []
@@ -34,7 +25,7 @@ class Server:
             if l.startswith(want): return l.strip()
     def stop(self):
         self.p.send_signal(signal.SIGTERM); out, err = self.p.communicate(timeout=20)
-        ok("Sanitizer" not in err and "runtime error" not in err and self.p.returncode == 0, "server exit", err[-2000:]); return out
+        check("server exit", "Sanitizer" not in err and "runtime error" not in err and self.p.returncode == 0, err[-2000:]); return out
     def __enter__(self): return self
     def __exit__(self, *a): self.stop()
 def s_client(port, *a, inp=b"hello\n", alpn="h2"):
@@ -54,7 +45,7 @@ def s_client(port, *a, inp=b"hello\n", alpn="h2"):
     return out.decode("latin1")
 
 # ---- the PKI, made here ----
-need(r'''
+shell(r'''
 for c in 256:prime256v1 384:secp384r1 521:secp521r1; do openssl ecparam -name ${c#*:} -genkey -noout -out ec${c%:*}.sec1; done
 for b in 2048 3072 4096; do openssl genrsa -traditional -out rsa$b.pkcs1 $b; done
 for f in ec256 ec384 ec521; do openssl pkcs8 -topk8 -nocrypt -in $f.sec1 -out $f.pkcs8; done
@@ -112,9 +103,9 @@ day = 86400; now = int(time.time())
 good = [(f"{n}.crt", f"{n}.{e}") for n in ("ec256", "ec384", "ec521") for e in ("sec1", "pkcs8")] + [(f"{n}.crt", f"{n}.{e}") for n in ("rsa2048", "rsa3072", "rsa4096") for e in ("pkcs1", "pkcs8")]
 good += [(C, "ec256.params"), ("chain.crt", K), ("both.pem", "both.pem"), ("crlf.crt", K), (open(C).read(), open(K).read())]
 for c, k in good:
-    ok(run("check", "x", "-cert", c, "-key", k) == (0, "ok"), f"check {c[:20]} {k[:20]}", run("check", "x", "-cert", c, "-key", k))
+    check(f"check {c[:20]} {k[:20]}", run("check", "x", "-cert", c, "-key", k) == (0, "ok"), run("check", "x", "-cert", c, "-key", k))
 for a in (["-cca", "ca.crt"], ["-sca", "ca.crt"], ["-cca", "roots.crt", "-sca", "ca.crt"], ["-cca", "ca.crt", "-san", "x"], ["-cca", open("ca.crt").read()]):
-    ok(run("check", "x", "-cert", C, "-key", K, *a) == (0, "ok"), "check " + str(a)[:40])
+    check("check " + str(a)[:40], run("check", "x", "-cert", C, "-key", K, *a) == (0, "ok"))
 
 # ---- start-up: every refusal ----
 bad = [((C, K, "-wall", now + 100 * day), 'SERVER_CERT (ec256.crt): certificate 1, "CN=server.example", expired on 20'),
@@ -132,58 +123,52 @@ bad = [((C, K, "-wall", now + 100 * day), 'SERVER_CERT (ec256.crt): certificate 
        ((C, K, "-cca", "ca.crt", "-sca", "text"), "SERVER_CA_CERTS (text)"), ((C, K, "-san", "x"), "-client-san needs CLIENT_CA_CERTS")]
 bad += [((C, n + p8), frag) for n, (_, frag) in huge.items() for p8 in ("", ".p8")]
 for (c, k, *a), frag in bad:
-    rc, msg = run("check", "x", "-cert", c, "-key", k, *a); ok(rc == 1 and frag in msg and msg.count("\n") == ((c, k) == (K, C)), f"refuse {c} {k} {a}", msg)
-rc, msg = run("check", "x", "-cert", C); ok(rc == 1 and "SERVER_CERT is given without SERVER_KEY: TLS needs both" in msg, "no key", msg)
-rc, msg = run("check", "x", "-key", K); ok(rc == 1 and "SERVER_KEY is given without SERVER_CERT: TLS needs both" in msg, "no cert", msg)
+    rc, msg = run("check", "x", "-cert", c, "-key", k, *a); check(f"refuse {c} {k} {a}", rc == 1 and frag in msg and msg.count("\n") == ((c, k) == (K, C)), msg)
+rc, msg = run("check", "x", "-cert", C); check("no key", rc == 1 and "SERVER_CERT is given without SERVER_KEY: TLS needs both" in msg, msg)
+rc, msg = run("check", "x", "-key", K); check("no cert", rc == 1 and "SERVER_KEY is given without SERVER_CERT: TLS needs both" in msg, msg)
 inl = open(C).read().replace("\n", "", 1)
-rc, msg = run("check", "x", "-cert", open(K).read(), "-key", open(C).read()); ok(rc == 1 and msg.startswith("SERVER_CERT: holds a private key") and "BEGIN EC" not in msg, "inline never shown", msg)
-rc, msg = run("check", "x", "-cert", C, "-key", K, "-cca", "ca.crt", "-wall", now + 25 * day); ok(rc == 1 and "expired" in msg, "expired", msg)
+rc, msg = run("check", "x", "-cert", open(K).read(), "-key", open(C).read()); check("inline never shown", rc == 1 and msg.startswith("SERVER_CERT: holds a private key") and "BEGIN EC" not in msg, msg)
+rc, msg = run("check", "x", "-cert", C, "-key", K, "-cca", "ca.crt", "-wall", now + 25 * day); check("expired", rc == 1 and "expired" in msg, msg)
 for a, frag in [([], "no server name"), (["-name", "x", "-ca", "text"], "-ca (text): holds no cert"), (["-name", "a" * 300, "-ca", "ca.crt"], "longer than 255"), (["-name", "x", "-ca", "ca.crt", "-ccert", "c.crt"], "-cert is given without -key: TLS needs both")]:
-    rc, msg = run("ccheck", "x", *a); ok(rc == 1 and frag in msg, "client refuse %s" % a, msg)
-ok(run("ccheck", "x", "-name", "x") == (0, "ok"), "system bundle", run("ccheck", "x", "-name", "x"))
-
-# ---- no /dev: chroot ----
-if os.path.exists(os.path.join(os.path.dirname(DRV), "tls_driver-static")) and os.getuid() == 0:
-    need(f"mkdir jail; cp {os.path.dirname(DRV)}/tls_driver-static {C} {K} jail")
-    r = subprocess.run(["chroot", "jail", "/tls_driver-static", "check", "x", "-cert", C, "-key", K], capture_output=True, text=True); ok(r.stdout.strip() == "ok", "no /dev", r)
-    r = subprocess.run(["chroot", "jail", "/tls_driver-static", "split", "x", "-cert", C, "-key", K, "-insecure"], capture_output=True, text=True); ok(r.stdout.startswith("ok"), "no /dev handshakes", r)
+    rc, msg = run("ccheck", "x", *a); check("client refuse %s" % a, rc == 1 and frag in msg, msg)
+check("system bundle", run("ccheck", "x", "-name", "x") == (0, "ok"), run("ccheck", "x", "-name", "x"))
 
 # ---- each key kind really serves ----
 for c, k in good[:12] + [("chain.crt", K)]:
     with Server("-cert", c, "-key", k) as s:
         out = s_client(s.port, "-CAfile", "ca.crt", "-verify_hostname", "server.example", "-verify_return_error")
-        ok("Verify return code: 0 (ok)" in out and "ALPN protocol: h2" in out and "hello" in out and "TLSv1.2" in out, f"serve {c} {k}", out[-800:])
+        check(f"serve {c} {k}", "Verify return code: 0 (ok)" in out and "ALPN protocol: h2" in out and "hello" in out and "TLSv1.2" in out, out[-800:])
 
 # ---- what can be negotiated ----
 for c, k, kind in ((C, K, "ECDSA"), ("rsa2048.crt", "rsa2048.pkcs1", "RSA")):
     with Server("-cert", c, "-key", k) as s:
         p = s.port
         for v in ("-tls1", "-tls1_1", "-tls1_3"):
-            out = s_client(p, v, "-cipher", "ALL:@SECLEVEL=0"); ok("Cipher is (NONE)" in out and ("alert" in out or "wrong version" in out), kind + v, out[-400:])
+            out = s_client(p, v, "-cipher", "ALL:@SECLEVEL=0"); check(kind + v, "Cipher is (NONE)" in out and ("alert" in out or "wrong version" in out), out[-400:])
         names = subprocess.run(["openssl", "ciphers", "-tls1_2", "-s", "ALL:COMPLEMENTOFALL:@SECLEVEL=0"], capture_output=True, text=True).stdout.strip().split(":")
         allowed = {f"ECDHE-{kind}-{x}" for x in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")}
         got = set()
         for n in names:
             out = s_client(p, "-tls1_2", "-cipher", n + ":@SECLEVEL=0")
             if f"Cipher is {n}" in out: got.add(n)
-        ok(got == allowed, f"{kind} suites of {len(names)}", got)
+        check(f"{kind} suites of {len(names)}", got == allowed, got)
         out = s_client(p, "-tls1_2", "-cipher", "ECDHE-%s-CHACHA20-POLY1305:ECDHE-%s-AES256-GCM-SHA384:ECDHE-%s-AES128-GCM-SHA256" % (kind, kind, kind))
-        ok("Cipher is ECDHE-%s-AES128-GCM-SHA256" % kind in out or "CHACHA20" in out, "server preference", out[-300:])
-        for g in ("X25519", "P-256", "P-384", "P-521"): out = s_client(p, "-tls1_2", "-groups", g if g == "P-256" else g + ":P-256"); ok("Cipher is ECDHE" in out and g.replace("P-256", "prime256v1").replace("P-384", "secp384r1").replace("P-521", "secp521r1") in out or "Server Temp Key" in out, "curve " + g, out[-300:])
-        out = s_client(p, "-tls1_2"); ok("Compression: NONE" in out and "Secure Renegotiation IS supported" in out and "TLS session ticket:" not in out, "no compression, no tickets", out[-900:])
+        check("server preference", "Cipher is ECDHE-%s-AES128-GCM-SHA256" % kind in out or "CHACHA20" in out, out[-300:])
+        for g in ("X25519", "P-256", "P-384", "P-521"): out = s_client(p, "-tls1_2", "-groups", g if g == "P-256" else g + ":P-256"); check("curve " + g, "Cipher is ECDHE" in out and g.replace("P-256", "prime256v1").replace("P-384", "secp384r1").replace("P-521", "secp521r1") in out or "Server Temp Key" in out, out[-300:])
+        out = s_client(p, "-tls1_2"); check("no compression, no tickets", "Compression: NONE" in out and "Secure Renegotiation IS supported" in out and "TLS session ticket:" not in out, out[-900:])
         c1 = subprocess.Popen(["openssl", "s_client", "-connect", f"127.0.0.1:{p}", "-tls1_2", "-alpn", "h2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out, _ = c1.communicate(b"R\n", timeout=20); ok(b"no renegotiation" in out or b"RENEGOTIATING" in out and b"alert" in out.lower(), "renegotiation", out[-400:])
+        out, _ = c1.communicate(b"R\n", timeout=20); check("renegotiation", b"no renegotiation" in out or b"RENEGOTIATING" in out and b"alert" in out.lower(), out[-400:])
 
 # ---- ALPN ----
 def why(s, st=3): return s.line("end %d" % st)
 with Server("-cert", C, "-key", K) as s:
-    out = s_client(s.port, alpn="http/1.1"); w = why(s); ok("alert number 120" in out and "offers ALPN, but not h2" in w, "alpn http/1.1", (w, out[-300:]))
-    out = s_client(s.port, alpn=None); w = why(s); ok("alert number 120" in out and "did not agree on ALPN h2" in w, "no alpn", (w, out[-300:]))
-    out = s_client(s.port, alpn="http/1.1,h2"); ok("ALPN protocol: h2" in out, "alpn both")
+    out = s_client(s.port, alpn="http/1.1"); w = why(s); check("alpn http/1.1", "alert number 120" in out and "offers ALPN, but not h2" in w, (w, out[-300:]))
+    out = s_client(s.port, alpn=None); w = why(s); check("no alpn", "alert number 120" in out and "did not agree on ALPN h2" in w, (w, out[-300:]))
+    out = s_client(s.port, alpn="http/1.1,h2"); check("alpn both", "ALPN protocol: h2" in out)
     out = subprocess.run(["curl", "-sk", "--http2-prior-knowledge", "--max-time", "2", f"https://127.0.0.1:{s.port}/"], capture_output=True, text=True)
 with Server("-cert", C, "-key", K, "-noalpn") as s:
-    out = s_client(s.port, alpn=None); ok("hello" in out, "allow no alpn", out[-300:])
-    out = s_client(s.port, alpn="http/1.1"); ok("alert number 120" in out, "still refused")
+    out = s_client(s.port, alpn=None); check("allow no alpn", "hello" in out, out[-300:])
+    out = s_client(s.port, alpn="http/1.1"); check("still refused", "alert number 120" in out)
 
 # ---- plaintext, garbage, half-open ----
 def raw(s, data, shut=False):
@@ -198,16 +183,16 @@ def raw(s, data, shut=False):
     except OSError: pass
     k.close(); return got
 with Server("-cert", C, "-key", K) as s:
-    g = raw(s, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); w = why(s); ok(g == b"" and "speaks plaintext HTTP" in w, "h2c", (g, w))
-    g = raw(s, b"GET / HTTP/1.1\r\n\r\n"); w = why(s); ok(g == b"" and "plaintext" in w, "http", (g, w))
-    g = raw(s, b"\x80\x2e\x01\x00\x02" + b"x" * 40); w = why(s); ok(g[:3] == b"\x15\x03\x03" and g[5:7] == b"\x02\x46", "sslv2", (g, w))
-    g = raw(s, b"\x16\x03\x01\x00\x04\x0b\x00\x00\x00"); w = why(s); ok(g[5:7] == b"\x02\x0a", "certificate first", (g, w))
-    g = raw(s, b"\x16\x03\x01\x50\x00"); w = why(s); ok(g[5:7] == b"\x02\x16", "record too long", (g, w))
-    g = raw(s, b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"); w = why(s); ok(g[:1] == b"\x15", "truncated hello", (g, w))
-    g = raw(s, b"\x15\x03\x01\x00\x02\x02\x30"); w = why(s); ok(g == b"" and "sent alert unknown_ca (48)" in w, "alert first", (g, w))
-    g = raw(s, b"\x16\x03\x01", True); w = why(s, 0); ok(w.startswith("end 0"), "half-open", w)
+    g = raw(s, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); w = why(s); check("h2c", g == b"" and "speaks plaintext HTTP" in w, (g, w))
+    g = raw(s, b"GET / HTTP/1.1\r\n\r\n"); w = why(s); check("http", g == b"" and "plaintext" in w, (g, w))
+    g = raw(s, b"\x80\x2e\x01\x00\x02" + b"x" * 40); w = why(s); check("sslv2", g[:3] == b"\x15\x03\x03" and g[5:7] == b"\x02\x46", (g, w))
+    g = raw(s, b"\x16\x03\x01\x00\x04\x0b\x00\x00\x00"); w = why(s); check("certificate first", g[5:7] == b"\x02\x0a", (g, w))
+    g = raw(s, b"\x16\x03\x01\x50\x00"); w = why(s); check("record too long", g[5:7] == b"\x02\x16", (g, w))
+    g = raw(s, b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"); w = why(s); check("truncated hello", g[:1] == b"\x15", (g, w))
+    g = raw(s, b"\x15\x03\x01\x00\x02\x02\x30"); w = why(s); check("alert first", g == b"" and "sent alert unknown_ca (48)" in w, (g, w))
+    g = raw(s, b"\x16\x03\x01", True); w = why(s, 0); check("half-open", w.startswith("end 0"), w)
     half = [socket.create_connection(("127.0.0.1", s.port)) for _ in range(5)]
-    out = s_client(s.port); ok("hello" in out, "others go on")
+    out = s_client(s.port); check("others go on", "hello" in out)
     # a valid handshake, then a damaged record: bad_record_mac under encryption
     ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT); ctx.check_hostname = False; ctx.verify_mode = ssl.CERT_NONE; ctx.set_alpn_protocols(["h2"])
     a, b = ssl.MemoryBIO(), ssl.MemoryBIO(); o = ctx.wrap_bio(a, b); k = socket.create_connection(("127.0.0.1", s.port))
@@ -223,7 +208,7 @@ with Server("-cert", C, "-key", K) as s:
             try: o.read()
             except ssl.SSLWantReadError: continue
     except ssl.SSLError as e: got = str(e)
-    w = why(s); ok("bad record mac" in got.lower() and "does not decrypt" in w, "bad mac", (got, w)); k.close()
+    w = why(s); check("bad mac", "bad record mac" in got.lower() and "does not decrypt" in w, (got, w)); k.close()
     for h in half: h.close()
 
 # ---- client certificates ----
@@ -233,90 +218,87 @@ def mtls(s, crt, key, *extra):
     out = s_client(s.port, "-tls1_2", "-cipher", "ALL:@SECLEVEL=0", *a, *extra); return out
 for cas in (["-cca", "roots.crt"], ["-sca", "roots.crt"], ["-cca", "roots.crt", "-sca", "other.crt"]):
     with Server("-cert", C, "-key", K, *cas) as s:
-        out = mtls(s, "c.crt", "c.key"); l = s.line("open"); ok("hello" in out and l == r"open CN=agent 1,O=Acme\, Inc.,C=GB", "mtls " + str(cas), (l, out[-300:]))
+        out = mtls(s, "c.crt", "c.key"); l = s.line("open"); check("mtls " + str(cas), "hello" in out and l == r"open CN=agent 1,O=Acme\, Inc.,C=GB", (l, out[-300:]))
 with Server("-cert", C, "-key", K, "-cca", "roots.crt") as s:
     for crt, key, subj in (("crsa.crt", "crsa.key", "CN=crsa"), ("noeku.crt", "c.key", "CN=noeku"), ("anyeku.crt", "c.key", "CN=anyeku"), ("viaint.crt", "c.key", "CN=viaint"),
                            ("evil.crt", "c.key", r"CN=evil\1B[31m\0Aline\+x\;y,O=Zo\C3\AB")):
-        out = mtls(s, crt, key); l = s.line("open"); ok("hello" in out and l == "open " + subj, "accept " + crt, (l, out[-300:]))
+        out = mtls(s, crt, key); l = s.line("open"); check("accept " + crt, "hello" in out and l == "open " + subj, (l, out[-300:]))
 with Server("-cert", C, "-key", K, "-cca", "ca.crt") as s:
     cases = [(None, None, "the client sent no certificate", 40), ("wrongca.crt", "c.key", '"CN=wrongca" is refused: it is not signed by a trusted authority', 48),
              ("crsa.crt", "crsa.key", "not signed by a trusted", 48), ("srvonly.crt", "c.key", '"CN=srvonly" is refused: it has an extended key usage', 43),
              ("cweak.crt", "cweak.key", '"CN=weak" is refused: it has an RSA key of less than 2048 bits', 42), ("criteku.crt", "c.key", '"CN=criteku" is refused: it has a critical extension', 43),
              ("kuonly.crt", "c.key", "key usage", 43), ("huge.crt", "c.key", '"(unreadable)" is refused: it or its chain is too long', 43), ("far.crt", "c.key", '"CN=far" is refused: it or its chain is too long', 43), ("fromleaf.crt", "ec256.sec1", '"CN=fromleaf" is refused: it is signed by a certificate that is no authority', 42)]
     for crt, key, frag, alert in cases:
-        out = mtls(s, crt, key); w = why(s); ok(frag in w and f"alert number {alert}" in out, "refuse %s" % crt, (w, re.findall("alert number.*", out)))
+        out = mtls(s, crt, key); w = why(s); check("refuse %s" % crt, frag in w and f"alert number {alert}" in out, (w, re.findall("alert number.*", out)))
     for n, good in ((8, True), (9, True), (10, False)):   # with its own certificate one under the cap, at it, one over
         out = mtls(s, f"near{n}.crt", "c.key")
-        if good: ok("hello" in out and s.line("open") == f"open CN=near{n}", f"a chain of {n + 1}", out[-300:])
-        else: w = why(s); ok("its chain is too long" in w and "alert number 43" in out, f"a chain of {n + 1}", (w, out[-300:]))
-    out = mtls(s, "c.crt", "c.key"); ok("hello" in out, "good one after bad ones", out[-200:])
+        if good: check(f"a chain of {n + 1}", "hello" in out and s.line("open") == f"open CN=near{n}", out[-300:])
+        else: w = why(s); check(f"a chain of {n + 1}", "its chain is too long" in w and "alert number 43" in out, (w, out[-300:]))
+    out = mtls(s, "c.crt", "c.key"); check("good one after bad ones", "hello" in out, out[-200:])
     # a hundred refusals cost nothing lasting
     for i in range(20): mtls(s, "wrongca.crt", "c.key")
-for wall, frag, alert in ((now + 15 * day, None, 0), (now + 22 * day, "expired on 20", 45)):
-    pass
-need("openssl x509 -in ec256.crt -noout -enddate")
-need(r'''openssl req -x509 -key ec256.sec1 -subj /CN=server.example -days 3000 -out long.crt; openssl req -x509 -new -key ca.key -subj /O=Test/CN=ca -days 3000 -addext basicConstraints=critical,CA:TRUE -out longca.crt''')
+shell(r'''openssl req -x509 -key ec256.sec1 -subj /CN=server.example -days 3000 -out long.crt; openssl req -x509 -new -key ca.key -subj /O=Test/CN=ca -days 3000 -addext basicConstraints=critical,CA:TRUE -out longca.crt''')
 for wall, frag, alert in ((now + 100 * day, '"CN=agent 1,O=Acme\\, Inc.,C=GB" is refused: it expired on 20', 45),):
     with Server("-cert", "long.crt", "-key", K, "-cca", "longca.crt", "-wall", wall) as s:
-        out = mtls(s, "c.crt", "c.key"); w = why(s); ok(frag in w and f"alert number {alert}" in out, "expired client", (w, out[-300:]))
-need(r'''for n in long longca; do k=$([ $n = long ] && echo ec256.sec1 || echo ca.key); s=$([ $n = long ] && echo /CN=x || echo /O=Test/CN=ca); 
+        out = mtls(s, "c.crt", "c.key"); w = why(s); check("expired client", frag in w and f"alert number {alert}" in out, (w, out[-300:]))
+shell(r'''for n in long longca; do k=$([ $n = long ] && echo ec256.sec1 || echo ca.key); s=$([ $n = long ] && echo /CN=x || echo /O=Test/CN=ca); 
   openssl req -new -key $k -subj $s -out t.csr; mkdir -p demo; : > demo/index; echo 01 > demo/serial
   printf '[ca]\ndefault_ca=d\n[d]\ndatabase=demo/index\nserial=demo/serial\nnew_certs_dir=demo\ndefault_md=sha256\npolicy=p\nx509_extensions=x\nunique_subject=no\nrand_serial=yes\n[p]\ncommonName=supplied\norganizationName=optional\n[x]\nbasicConstraints=CA:TRUE\n' > demo/c
   openssl ca -batch -config demo/c -selfsign -keyfile $k -in t.csr -startdate 20200101000000Z -enddate 20400101000000Z -out old$n.crt -notext; done''')
 with Server("-cert", "oldlong.crt", "-key", K, "-cca", "oldlongca.crt", "-wall", now - 100 * day) as s:
-    out = mtls(s, "c.crt", "c.key"); w = why(s); ok("is refused: it is not yet valid; it starts on 20" in w and "alert number 45" in out, "early client", (w, out[-300:]))
+    out = mtls(s, "c.crt", "c.key"); w = why(s); check("early client", "is refused: it is not yet valid; it starts on 20" in w and "alert number 45" in out, (w, out[-300:]))
 with Server("-cert", C, "-key", K, "-cca", "ca.crt") as s:   # Ed25519: not offered, so none is sent
-    out = mtls(s, "ced.crt", "ced.key"); w = why(s); ok("sent no certificate" in w, "ed25519 client", w)
+    out = mtls(s, "ced.crt", "ced.key"); w = why(s); check("ed25519 client", "sent no certificate" in w, w)
 for san, good_ in (("agent.example", 1), ("AGENT.example", 1), ("a@b.example", 1), ("spiffe://x/y", 1), ("10.1.2.3", 1), ("10.1.2.4", 0), ("example", 0), ("agent 1", 0)):
     with Server("-cert", C, "-key", K, "-cca", "ca.crt", "-san", san) as s:
         out = mtls(s, "c.crt", "c.key")
-        if good_: ok("hello" in out, "san " + san, out[-200:])
-        else: w = why(s); ok("-client-san" in w and "CN=agent 1" in w and "alert number 49" in out, "san " + san, (w, out[-200:]))
+        if good_: check("san " + san, "hello" in out, out[-200:])
+        else: w = why(s); check("san " + san, "-client-san" in w and "CN=agent 1" in w and "alert number 49" in out, (w, out[-200:]))
 
 # ---- our client ----
 with Server("-cert", C, "-key", K) as s:
     for a, frag, rc_ in ((["-ca", "ca.crt", "-name", "server.example"], "peer CN=server.example why", 0), (["-ca", "ca.crt", "-name", "127.0.0.1"], "got 100", 0), (["-insecure"], "got 100", 0),
                          (["-ca", "other.crt", "-name", "server.example"], 'server certificate "CN=server.example" is refused: it is not signed', 1), (["-ca", "ca.crt", "-name", "no.example"], "is not for this server name", 1),
                          (["-ca", "ca.crt", "-name", "127.0.0.2"], "is not for this server address", 1), (["-name", "server.example"], "not signed by a trusted", 1)):
-        rc, out = run("client", s.port, *a); ok(rc == rc_ and frag in out, "client %s" % a, out)
+        rc, out = run("client", s.port, *a); check("client %s" % a, rc == rc_ and frag in out, out)
 with Server("-cert", "srvclient.crt", "-key", K) as s:
-    rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "server.example"); ok(rc == 1 and "extended key usage" in out, "server with clientAuth only", out)
-    w = why(s); ok("sent alert unsupported_certificate (43)" in w, "its alert", w)
+    rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "server.example"); check("server with clientAuth only", rc == 1 and "extended key usage" in out, out)
+    w = why(s); check("its alert", "sent alert unsupported_certificate (43)" in w, w)
 with Server("-cert", C, "-key", K, "-cca", "roots.crt") as s:
     for cc, ck in (("c.crt", "c.key"), ("crsa.crt", "crsa.key"), ("viaint.crt", "c.key")):
-        rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "localhost", "-ccert", cc, "-ckey", ck); ok(rc == 0 and "got 100" in out, "client cert " + cc, out)
-    rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "localhost"); ok(rc == 1 and "alert handshake_failure (40)" in out, "client without", out)
+        rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "localhost", "-ccert", cc, "-ckey", ck); check("client cert " + cc, rc == 0 and "got 100" in out, out)
+    rc, out = run("client", s.port, "-ca", "ca.crt", "-name", "localhost"); check("client without", rc == 1 and "alert handshake_failure (40)" in out, out)
 srv = subprocess.Popen(["openssl", "s_server", "-accept", "0", "-cert", C, "-key", K, "-tls1_2", "-rev", "-naccept", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE)
 while True:
     l = srv.stdout.readline()
     if l.startswith(b"ACCEPT"): port = int(l.strip().split(b":")[-1]); break
-rc, out = run("client", port, "-insecure", "-total", 1); ok(rc == 1 and "did not agree on ALPN h2" in out, "server without ALPN", out); srv.wait(10)
+rc, out = run("client", port, "-insecure", "-total", 1); check("server without ALPN", rc == 1 and "did not agree on ALPN h2" in out, out); srv.wait(10)
 
 # ---- cuts at every byte, both directions; RSA and mutual ----
 for a in (["-cert", C, "-key", K], ["-cert", "rsa2048.crt", "-key", "rsa2048.pkcs1", "-cca", "roots.crt", "-ccert", "c.crt", "-ckey", "c.key"]):
-    rc, out = run("split", "x", *a, "-ca", "ca.crt", "-name", "server.example", tool=FAST, timeout=400); ok(rc == 0 and out.startswith("ok"), "split", out); print("split", out, flush=True)
+    rc, out = run("split", "x", *a, "-ca", "ca.crt", "-name", "server.example", tool=FAST, timeout=400); check("split", rc == 0 and out.startswith("ok"), out); print("split", out, flush=True)
 
 # ---- 20 MB both ways, odd chunks; reload while a connection lives ----
 with Server("-cert", C, "-key", K, tool=FAST) as s:
     for ch in (65536, 1000, 16389):
-        rc, out = run("client", s.port, "-insecure", "-total", 20 << 20, "-chunk", ch, tool=FAST, timeout=300); ok(rc == 0, "20 MB chunk %d" % ch, out)
+        rc, out = run("client", s.port, "-insecure", "-total", 20 << 20, "-chunk", ch, tool=FAST, timeout=300); check("20 MB chunk %d" % ch, rc == 0, out)
 with Server("-cert", C, "-key", K, "-chunk", 7) as s:
-    rc, out = run("client", s.port, "-insecure", "-total", 100000, "-chunk", 3); ok(rc == 0, "small chunks", out)
-need("cp ec256.crt live.crt; cp ec256.sec1 live.key")
+    rc, out = run("client", s.port, "-insecure", "-total", 100000, "-chunk", 3); check("small chunks", rc == 0, out)
+shell("cp ec256.crt live.crt; cp ec256.sec1 live.key")
 s = Server("-cert", "live.crt", "-key", "live.key", "-cca", "ca.crt")
 ctx.load_cert_chain("c.crt", "c.key")
 k = ctx.wrap_socket(socket.create_connection(("127.0.0.1", s.port)))
 def echo(x): k.sendall(x); return k.recv(100)
-ok(echo(b"one") == b"one", "echo before")
-need("cp rsa2048.crt live.crt; cp rsa2048.pkcs1 live.key"); s.p.send_signal(signal.SIGHUP); ok(s.line("relo") == "reloaded", "reload")
-ok(echo(b"two") == b"two", "live connection goes on")
-ok("Cipher is ECDHE-RSA" in mtls(s, "c.crt", "c.key"), "new one has the new key")
-need("echo x > live.key"); s.p.send_signal(signal.SIGHUP); l = s.line("relo"); ok("holds no private key" in l, "bad reload", l)
-ok(echo(b"three") == b"three" and "Cipher is ECDHE-RSA" in mtls(s, "c.crt", "c.key"), "old stays")
+check("echo before", echo(b"one") == b"one")
+shell("cp rsa2048.crt live.crt; cp rsa2048.pkcs1 live.key"); s.p.send_signal(signal.SIGHUP); check("reload", s.line("relo") == "reloaded")
+check("live connection goes on", echo(b"two") == b"two")
+check("new one has the new key", "Cipher is ECDHE-RSA" in mtls(s, "c.crt", "c.key"))
+shell("echo x > live.key"); s.p.send_signal(signal.SIGHUP); l = s.line("relo"); check("bad reload", "holds no private key" in l, l)
+check("old stays", echo(b"three") == b"three" and "Cipher is ECDHE-RSA" in mtls(s, "c.crt", "c.key"))
 out = s.stop(); k.close()
 held = re.findall(r"held (\d)", out); m = re.search(r"idle connection (\d+)", out)
-ok(held == ["1" if "nopool" in DRV else "0"], "idle connection's buffers", out); ok(m and int(m.group(1)) < 4600, "size", out)
+check("idle connection's buffers", held == ["1" if "nopool" in DRV else "0"], out); check("size", m and int(m.group(1)) < 4600, out)
 # ---- certificates, cut and damaged at every byte ----
 for c in ("c.crt", "evil.crt", "ec256.crt"):
-    rc, out = run("walk", c); ok(rc == 0, "walk " + c, out)
-print(f"{passed} passed, {failed} failed"); sys.exit(failed != 0)
+    rc, out = run("walk", c); check("walk " + c, rc == 0, out)
+sys.exit(closing())
