@@ -39,6 +39,10 @@ cvms: $(SOURCES) build/flags
 run: cvms
 	sh tests/demo.sh ./cvms
 
+# The quick tests, in under a minute; python3 tests/check.py LAYER/FILE runs one file.
+test:
+	python3 tests/check.py --quick
+
 # Every test; what they need is installed by tests/install.sh.
 check:
 	python3 tests/check.py

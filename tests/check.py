@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Runs every test layer and adds up what each reports.  usage: check.py [LAYER...]
+"""Runs test layers and adds up what each reports.  usage: check.py [--quick] [LAYER | LAYER/FILE]...
 
-Each layer ends with a line `N passed, M failed[, K skipped]`; so does this, and the exit status agrees.
+By default all of them; --quick: the quick ones, with one compiler.  LAYER/FILE is one file of a layer: unit/test_core.
+All programs are compiled first, as many at a time as there are processors; what runs, runs alone, for some tests
+measure.  Each layer ends with a line `N passed, M failed[, K skipped]`; so does this, and the exit status agrees.
 What a layer needs is installed by tests/install.sh; without it a layer says what it skips, in CI it fails.
 """
+import concurrent.futures
 import os
 import re
 import shutil
@@ -24,7 +27,15 @@ if COVERAGE:
     COMPILERS = ["clang"]
     SANITIZE = ["-O1", "-g", "-fcoverage-mapping", f"-fprofile-instr-generate={BIN}/%m%c.profraw",
                 "-mllvm", "-runtime-counter-relocation", "-mllvm", "-instrprof-atomic-counter-update-all"]
+QUICK = "--quick" in sys.argv
+if QUICK:                             # one compiler, and of the sanitizers the one that compiles fast
+    COMPILERS = COMPILERS[:1]
+    SANITIZE = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
 totals = [0, 0, 0]
+wanted = None                         # the one file of a layer that is to run
+planning = False                      # True: what a layer needs is compiled, and nothing runs
+made_already = {}                     # programs that are made, or being made
+compiling = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
 def count(name, output, status):
@@ -45,12 +56,16 @@ def count(name, output, status):
 
 def missing(name, why):
     """What can't be run: skipped by name, in CI a failure."""
+    if planning:
+        return
     print(f"{'FAIL' if CI else 'skip'} {name}: {why}")
     totals[1 if CI else 2] += 1
 
 
 def layer(name, command, **kw):
     """Runs a command; shows its lines if it failed, else only what it skipped."""
+    if not wants(name):
+        return
     p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
     lines = p.stdout.splitlines()
     keep = lines[-60:] if p.returncode else [line for line in lines if line.startswith(("skip", "SKIP"))]
@@ -59,17 +74,32 @@ def layer(name, command, **kw):
     count(name, p.stdout, p.returncode)
 
 
+def wants(name):
+    """Whether this test of a layer is to run: unit/test_core wants test_core-gcc, but not test_core_services-gcc."""
+    return not wanted or bool(re.match(re.escape(wanted) + r"(-|$| )", name))
+
+
+def compiled(cc, out, source, flags, strict=STRICT):
+    """Begins to compile a file, in the background; the same program but once."""
+    libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
+    command = [cc, *strict, *flags, "-o", os.path.join(BIN, out), source, *libraries]
+    if tuple(command) not in made_already:
+        made_already[tuple(command)] = compiling.submit(subprocess.run, command, cwd=TOP, capture_output=True, text=True)
+    return made_already[tuple(command)]
+
+
 def build(cc, out, source, flags, strict=STRICT):
     """Compiles one file without a warning.  Returns the program's path, or None and a failure."""
-    path = os.path.join(BIN, out)
-    libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
-    p = subprocess.run([cc, *strict, *flags, "-o", path, source, *libraries], cwd=TOP, capture_output=True, text=True)
+    p = compiled(cc, out, source, flags, strict)
+    if planning:
+        return None
+    p = p.result()
     if p.returncode:
         print(f"FAIL build of {out} with {cc}:\n{p.stderr[-3000:]}")
         totals[1] += 1
         return None
     totals[0] += 1
-    return path
+    return os.path.join(BIN, out)
 
 
 def expect(name, good, got):
@@ -80,13 +110,12 @@ def expect(name, good, got):
 
 def unit():
     """Layers 1 to 6: no socket, sanitizers on, every compiler there is."""
+    sources = sorted(f[:-2] for f in os.listdir(os.path.join(HERE, "unit")) if re.match(r"test_.*\.c$", f))
     for cc in COMPILERS:
-        for source in sorted(os.listdir(os.path.join(HERE, "unit"))):
-            if source.startswith("test_") and source.endswith(".c"):
-                name = f"{source[:-2]}-{cc}"
-                program = build(cc, name, f"tests/unit/{source}", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
-                if program:
-                    layer(name, [program], cwd=os.path.join(HERE, "unit"))
+        for name in sources:
+            made = wants(name) and build(cc, f"{name}-{cc}", f"tests/unit/{name}.c", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
+            if made:
+                layer(f"{name}-{cc}", [made], cwd=os.path.join(HERE, "unit"))
 
 
 def program(cc="gcc", name="cvms-san", flags=SANITIZE):
@@ -95,7 +124,7 @@ def program(cc="gcc", name="cvms-san", flags=SANITIZE):
 
 def script(directory, name, *args):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
-    cvms = program()
+    cvms = wants(name) and program()
     if cvms:
         layer(name, [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
 
@@ -103,10 +132,10 @@ def script(directory, name, *args):
 def cli():
     script("cli", "test_checksum", os.path.join(HERE, "vectors"), "--small")
     script("cli", "test_cli")
-    plain = program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
+    plain = wants("test_plain") and program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
     if plain:
         layer("test_plain", [sys.executable, os.path.join(HERE, "cli", "test_plain.py"), plain])
-    poll = program(name="cvms-san-poll", flags=SANITIZE + ["-DCVMS_EPOLL=0"])
+    poll = not QUICK and wants("test_smoke with poll") and program(name="cvms-san-poll", flags=SANITIZE + ["-DCVMS_EPOLL=0"])
     if poll:                          # the loop of other systems
         demo = subprocess.run(["sh", os.path.join(HERE, "demo.sh"), poll], capture_output=True, text=True)
         expect("with poll: make run", demo.returncode == 0, demo.stderr)
@@ -120,14 +149,14 @@ def smoke():
 def tls():
     """PEM files, the TLS section through an echo driver, then the whole server."""
     driver = ["-std=c11", "-D_GNU_SOURCE"]
-    pem = build(COMPILERS[0], "pem_driver", "tests/tls/pem_driver.c", SANITIZE + ["-DCVMS_TLS=0"], driver)
+    pem = wants("test_pem") and build(COMPILERS[0], "pem_driver", "tests/tls/pem_driver.c", SANITIZE + ["-DCVMS_TLS=0"], driver)
     if pem:
         layer("test_pem", [sys.executable, os.path.join(HERE, "tls", "test_pem.py"), pem])
-    echo = build(COMPILERS[0], "tls_driver", "tests/tls/tls_driver.c", SANITIZE, driver)
-    fast = build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
+    echo = wants("test_tls") and build(COMPILERS[0], "tls_driver", "tests/tls/tls_driver.c", SANITIZE, driver)
+    fast = wants("test_tls") and build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
     if echo and fast:
         layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast])
-    wipe = build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2"], driver)
+    wipe = wants("test_serve") and build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2"], driver)
     script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
 
 
@@ -226,18 +255,34 @@ def builds():
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke,
           "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
 ON_REQUEST = {"inject-all"}           # only by name: minutes
+QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]
+PLANNED = {*LAYERS} - {"builds", "inject", "inject-all"}  # what these do besides building can't be left out
 NOT_COVERAGE = {"builds", "attack"}   # one hardly runs what it made, the other reaches nothing that the rest does not
 
 
 def main():
-    os.makedirs(BUILD, exist_ok=True)
-    if CI and len(COMPILERS) < 2:
+    global planning, wanted
+    os.makedirs(BIN, exist_ok=True)
+    if CI and len(COMPILERS) < 2 and not QUICK:
         print("FAIL both gcc and clang are wanted in CI")
         totals[1] += 1
-    for name in sys.argv[1:] or [n for n in LAYERS if n not in ON_REQUEST and not (COVERAGE and n in NOT_COVERAGE)]:
-        print(f"==== {name}", flush=True)
-        LAYERS[name]()
+    every = QUICK_LAYERS if QUICK else [n for n in LAYERS if n not in ON_REQUEST and not (COVERAGE and n in NOT_COVERAGE)]
+    names = [a for a in sys.argv[1:] if not a.startswith("-")] or every
+    unknown = [n for n in names if n.partition("/")[0] not in LAYERS]
+    if unknown:
+        sys.exit(f"no layer {', '.join(unknown)}; there are {', '.join(LAYERS)}")
+    for planning in (True, False):
+        for name in names:
+            layer_name, _, wanted = name.partition("/")
+            wanted = re.sub(r"\.(c|py)$", "", wanted)
+            if not planning:
+                print(f"==== {name}", flush=True)
+            if not planning or layer_name in PLANNED:
+                LAYERS[layer_name]()
+        concurrent.futures.wait(made_already.values())
     passed, failed, skipped = totals
+    if not passed + failed + skipped:
+        print(f"there is no {' '.join(names)}")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed or not passed else 0
 
