@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Runs test layers and adds up what each reports.  usage: check.py [--quick] [LAYER | LAYER/FILE]...
 
-By default all of them; --quick: the quick ones, with one compiler.  LAYER/FILE is one file of a layer: unit/test_core.
-All programs are compiled first, as many at a time as there are processors; what runs, runs alone, for some tests
-measure.  Each layer ends with a line `N passed, M failed[, K skipped]`; so does this, and the exit status agrees.
-What a layer needs is installed by tests/install.sh; without it a layer says what it skips, in CI it fails.
+By default all of them; --quick: the quick ones, with one compiler, no sanitizers, several at a time.  LAYER/FILE is one
+file of a layer: unit/test_core.  All programs are compiled first, as many at a time as there are processors; then what
+runs, runs alone, for some tests measure.  Each layer ends with a line `N passed, M failed[, K skipped]`; so does this,
+and the exit status agrees.  What a layer needs is installed by tests/install.sh; without it a layer says what it skips,
+in CI it fails.
 """
 import concurrent.futures
 import os
@@ -28,14 +29,16 @@ if COVERAGE:
     SANITIZE = ["-O1", "-g", "-fcoverage-mapping", f"-fprofile-instr-generate={BIN}/%m%c.profraw",
                 "-mllvm", "-runtime-counter-relocation", "-mllvm", "-instrprof-atomic-counter-update-all"]
 QUICK = "--quick" in sys.argv
-if QUICK:                             # one compiler, and of the sanitizers the one that compiles fast
+if QUICK:                             # one compiler, no sanitizers
     COMPILERS = COMPILERS[:1]
-    SANITIZE = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
+    SANITIZE = ["-O1", "-g"]
 totals = [0, 0, 0]
 wanted = None                         # the one file of a layer that is to run
 planning = False                      # True: what a layer needs is compiled, and nothing runs
 made_already = {}                     # programs that are made, or being made
 compiling = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+running = concurrent.futures.ThreadPoolExecutor(3)
+shown_later = []                      # of the quick tests, which run beside each other
 
 
 def count(name, output, status):
@@ -66,12 +69,20 @@ def layer(name, command, **kw):
     """Runs a command; shows its lines if it failed, else only what it skipped."""
     if not wants(name):
         return
-    p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
-    lines = p.stdout.splitlines()
-    keep = lines[-60:] if p.returncode else [line for line in lines if line.startswith(("skip", "SKIP"))]
-    for line in keep:
-        print("     | " + line)
-    count(name, p.stdout, p.returncode)
+    p = running.submit(subprocess.run, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
+    shown_later.append((name, p))
+    if not QUICK:
+        show()
+
+
+def show():
+    for name, p in shown_later:
+        p = p.result()
+        lines = p.stdout.splitlines()
+        for line in lines[-60:] if p.returncode else [line for line in lines if line.startswith(("skip", "SKIP"))]:
+            print("     | " + line)
+        count(name, p.stdout, p.returncode)
+    shown_later.clear()
 
 
 def wants(name):
@@ -275,11 +286,12 @@ def main():
         for name in names:
             layer_name, _, wanted = name.partition("/")
             wanted = re.sub(r"\.(c|py)$", "", wanted)
-            if not planning:
+            if not planning and not QUICK:
                 print(f"==== {name}", flush=True)
             if not planning or layer_name in PLANNED:
                 LAYERS[layer_name]()
         concurrent.futures.wait(made_already.values())
+    show()
     passed, failed, skipped = totals
     if not passed + failed + skipped:
         print(f"there is no {' '.join(names)}")
