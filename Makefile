@@ -99,4 +99,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: FORCE all run check check-large inject analyze cppcheck coverage fuzz bench static install clean
+.PHONY: FORCE all run test check check-large inject analyze cppcheck coverage fuzz bench static install clean
