@@ -5950,7 +5950,7 @@ struct options {
         dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
         reject, fault;
     int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
-    bool once, base64, help, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
+    bool once, base64, help, help_short, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
     bool *given;                      /* a row of option_table each: whether its flag was there */
     const char **args;
     size_t arg_count;
@@ -5960,6 +5960,7 @@ struct options {
 /* A text or list goes to agents and must be UTF-8; a path is only this machine's. */
 enum option_kind { OPT_TEXT, OPT_LIST, OPT_PATH, OPT_PATHS, OPT_FLAG, OPT_COUNT, OPT_DURATION, OPT_IGNORED };
 
+/* A row without a name is the heading of those below it. */
 struct option {
     const char *name, *arg, *preset;
     enum option_kind kind;
@@ -5972,6 +5973,7 @@ struct option {
 enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
 
 static const struct option option_table[] = {
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Inputs" },
     { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
       "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
     { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
@@ -5983,6 +5985,7 @@ static const struct option option_table[] = {
     { "algo-type", "TYPE", NULL, OPT_TEXT, BOTH, AT(algo_type), "bin, python, wasm or docker" },
     { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args),
       "arguments of the algorithm; an empty element is an empty argument" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Delivery" },
     { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url),
       "where the agent fetches the algorithm; needs -algo-kbs-path" },
     { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path),
@@ -6006,6 +6009,7 @@ static const struct option option_table[] = {
       "key broker of the algorithm (newer agents; default -kbs-url)" },
     { "dataset-kbs-urls", "URL,...", NULL, OPT_LIST, BOTH, AT(dataset_kbs_urls),
       "key brokers of the datasets, as many as URLs (default -kbs-url)" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Manifest" },
     { "client-ca-file", "FILE", NULL, OPT_TEXT, BOTH, AT(client_ca_file),
       "AgentConfig.client_ca_file: a path on the agent's machine" },
     { "algo-encrypted", "BOOL", NULL, OPT_TEXT, BOTH, AT(algo_encrypted),
@@ -6027,9 +6031,11 @@ static const struct option option_table[] = {
       "another manifest for the agents with this job-id; may be repeated" },
     { "compat", "WHICH", "all", OPT_TEXT, BOTH, AT(compat),
       "manifest dialect: all (every agent), or exactly that of seed or head" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Output" },
     { "output", "FORM", "text", OPT_TEXT, CMD_SERVE, AT(output),
       "how messages are shown on stdout: text, or json (one object a line)" },
     { "ready-file", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(ready_file), "written with HOST:PORT once the port is open" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "TLS" },
     { "server-cert", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_cert),
       "certificate chain, a path or PEM text: serve with TLS (default $SERVER_CERT)" },
     { "server-key", "PEM", NULL, OPT_PATH, CMD_SERVE, AT(server_key), "its private key (default $SERVER_KEY)" },
@@ -6039,14 +6045,15 @@ static const struct option option_table[] = {
       "and it must carry this subject alternative name" },
     { "allow-no-alpn", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(allow_no_alpn),
       "serve TLS clients that offer no ALPN, too" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Smoke test" },
     { "until", "STAGE", NULL, OPT_TEXT, CMD_SERVE, AT(until),
       "end with a verdict once an agent is connected, accepted, running, ready or complete" },
     { "timeout", "DURATION", "0", OPT_DURATION, CMD_SERVE, AT(timeout_ms),
-      "verdict 4 if that has not happened in time (0: wait for ever)" },
+      "verdict 4 if that has not happened in time; 0 waits for ever" },
     { "grace", "DURATION", "15s", OPT_DURATION, CMD_SERVE, AT(grace_ms),
       "verdict 5 if a lost agent has not come back in this time" },
     { "poll", "DURATION", "5s", OPT_DURATION, CMD_SERVE, AT(poll_ms),
-      "with a verdict wanted: ask agents for their state so often (0: never)" },
+      "with a verdict wanted: ask agents for their state so often; 0 never does" },
     { "expect", "TYPE/STATUS,...", NULL, OPT_LIST, CMD_SERVE, AT(expect),
       "events that must come, in this order; others may stand between" },
     { "reject", "TEXT", NULL, OPT_LIST, CMD_SERVE, AT(reject),
@@ -6057,6 +6064,7 @@ static const struct option option_table[] = {
       "the verdict as JUnit XML, or as JSON if FILE ends in .json" },
     { "record", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(record),
       "keep every message, both ways, as JSON lines for cvms agent -replay" },
+    { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Advanced" },
     { "control", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(control),
       "lines on stdin are commands, as on a terminal; help lists them" },
     { "skip-forwarder", NULL, NULL, OPT_FLAG, CMD_SERVE, AT(skip_forwarder),
@@ -6089,9 +6097,9 @@ static const struct option option_table[] = {
     { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
     { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for (default: the server as a whole)" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
-    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
-    { "h", NULL, NULL, OPT_FLAG, 31, AT(help), "show this help" },
-    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version" },
+    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show all flags" },
+    { "h", NULL, NULL, OPT_FLAG, 31, AT(help_short), "show the short help" },
+    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version, and how this program was built" },
     { "dataset-type", "TYPE", NULL, OPT_IGNORED, BOTH, 0, "deprecated: without effect" },
     { "ca-url", "URL", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; the agent's CA is -client-ca-file" },
     { "cvm-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
@@ -6164,20 +6172,19 @@ static int parse_bool(const char *s)
     return -1;
 }
 
-/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds, at least 1 of what is not 0; -1 if it is
- * none, or over ten years. */
-static int64_t parse_duration(const char *s)
+/* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds, at least 1 of what is not 0; -1 and *why if
+ * it is none. */
+static int64_t parse_duration(const char *s, const char **why)
 {
     static const struct {
         const char *unit;
         double ms;
     } units[] = { { "ns", 1e-6 }, { "us", 1e-3 }, { "ms", 1 }, { "s", 1e3 }, { "m", 6e4 }, { "h", 3.6e6 } };
     double total = 0;
+    *why = *s == '-' ? "is negative" : "is not a duration";
     if (strcmp(s, "0") == 0)
         return 0;
-    if (!*s)
-        return -1;
-    while (*s) {
+    for (bool any = false; *s || !any; any = true) {
         double v = 0, place = 1;
         size_t digits = strspn(s, "0123456789"), i = 0;
         for (; i < digits; i++)
@@ -6186,13 +6193,15 @@ static int64_t parse_duration(const char *s)
             for (s++; *s >= '0' && *s <= '9'; digits++)
                 v += (*s++ - '0') * (place /= 10);
         size_t unit = strcspn(s, "0123456789.");
-        for (i = 0; i < 6 && (strlen(units[i].unit) != unit || strncmp(s, units[i].unit, unit) != 0);)
-            i++;
-        if (!digits || i == 6)
+        i = ROW_FIND(units, ((struct bytes){ (const uint8_t *)s, unit }));
+        if (digits && !unit)
+            *why = "has no unit";
+        if (!digits || i == PB_COUNT(units))
             return -1;
         total += v * units[i].ms;
         s += unit;
     }
+    *why = "is longer than ten years";
     return total > 10 * 365.25 * 86400e3 ? -1 : total > 0 && total < 1 ? 1 : (int64_t)total;
 }
 
@@ -6218,12 +6227,17 @@ static unsigned edit_distance(const char *a, const char *b)
     return row[n];
 }
 
+/* The most letters in which two words of this length may differ and still be neighbours. */
+static unsigned edit_limit(size_t len)
+{
+    return len < 3 ? 0 : len < 5 ? 1 : 2;
+}
+
 static const struct option *option_find(const char *name, size_t n, unsigned command)
 {
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (option_table[i].commands & command && strlen(option_table[i].name) == n &&
-            memcmp(option_table[i].name, name, n) == 0)
-            return &option_table[i];
+    for (const struct option *o = option_table; o < option_table + OPTIONS; o++)
+        if (o->commands & command && bytes_eq(bytes_of(o->name), (struct bytes){ (const uint8_t *)name, n }))
+            return o;
     return NULL;
 }
 
@@ -6233,24 +6247,29 @@ static bool option_given(const struct options *o, const char *name)
     return opt && o->given[opt - option_table];
 }
 
-/* An unknown flag: the nearest one of this command, or the commands that know it. */
+/* An unknown flag: the variable that it may mean, the nearest flag of this command, or that another command knows it. */
 static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
 {
+    static const struct {
+        const char *flag, *variable;
+    } variables[] = { { "port", "PORT" }, { "p", "PORT" }, { "host", "HOST" }, { "listen", "HOST and PORT" } };
     char word[40];
-    const struct option *near = NULL, *other = option_find(name, n, ~0u);
-    unsigned best = 4;
+    const struct option *near = NULL;
+    unsigned best = edit_limit(n) + 1;
     text_printf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
-    for (size_t i = 0; i < OPTIONS; i++) {
-        unsigned d = edit_distance(word, option_table[i].name);
-        if (option_table[i].commands & command && d < best && d < strlen(option_table[i].name))
-            best = d, near = &option_table[i];
+    size_t variable = ROW_FIND(variables, bytes_of(word));
+    for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
+        bool known = o->commands & command, begins = known && n >= 4 && strncmp(o->name, name, n) == 0;
+        unsigned d = !known ? best : begins ? best - 1 : edit_distance(word, o->name);
+        if (d < best)
+            best = d, near = o;
     }
-    for (size_t i = 0; i < OPTIONS && !near && n >= 4; i++)
-        if (option_table[i].commands & command && strncmp(option_table[i].name, name, n) == 0)
-            near = &option_table[i];
     if (near)
         tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
-    else if (other)
+    else if (variable < PB_COUNT(variables))
+        tell(r, USAGE, "there is no flag -%s: the variable %s says so, as in PORT=7001 cvms FLAGS", word,
+             variables[variable].variable);
+    else if (option_find(name, n, ~0u))
         tell(r, USAGE, "-%s is not a flag of this command; see cvms -help", word);
     else
         tell(r, USAGE, "unknown flag -%s; see cvms -help", word);
@@ -6277,6 +6296,7 @@ static void values_add(struct options *o, struct values *list, const char *value
 static void option_set(struct report *r, struct options *o, const struct option *opt, const char *value)
 {
     void *at = (char *)o + opt->offset;
+    const char *why;
     int64_t n;
     switch (opt->kind) {
     case OPT_TEXT:
@@ -6304,9 +6324,9 @@ static void option_set(struct report *r, struct options *o, const struct option 
         *(int64_t *)at = n;
         break;
     case OPT_DURATION:
-        n = parse_duration(value);
+        n = parse_duration(value, &why);
         if (n < 0)
-            tell(r, USAGE, "-%s: \"%s\" is not a duration; write it like 90s or 2m30s", opt->name, value);
+            tell(r, USAGE, "-%s: \"%s\" %s; write it like 90s or 2m30s", opt->name, value, why);
         *(int64_t *)at = n;
         break;
     case OPT_IGNORED:
@@ -6314,45 +6334,60 @@ static void option_set(struct report *r, struct options *o, const struct option 
     }
 }
 
+/* Takes the value of the flag at words[i]; returns how many words it takes. */
+static size_t option_take(struct report *r, struct options *o, char **words, size_t n)
+{
+    const char *name = words[0] + 1 + (words[0][1] == '-'), *next = n > 1 ? words[1] : NULL;
+    size_t len = strcspn(name, "=");
+    const struct option *opt = option_find(name, len, o->command);
+    const char *value = name[len] ? name + len + 1 : NULL, *word = next && *next == '-' ? next + 1 + (next[1] == '-') : "";
+    if (!opt) {
+        option_unknown(r, name, len, o->command);
+        return !value && next && *next != '-' ? 2 : 1;
+    }
+    o->given[opt - option_table] = true;
+    if (opt->kind == OPT_FLAG || value) {
+        option_set(r, o, opt, value);
+        return 1;
+    }
+    if (!next) {
+        tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
+        return 1;
+    }
+    if (option_find(word, strcspn(word, "="), o->command))
+        tell(r, WARNING, "-%s: its value \"%s\" looks like a flag; if it is one, give -%s its value %s", opt->name, next,
+             opt->name, opt->arg);
+    option_set(r, o, opt, next);
+    return 2;
+}
+
 /* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
- * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The client commands take their
- * address in front of the flags as well. */
+ * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The commands that take paths or an
+ * address have flags behind these as well. */
 static void options_parse(struct report *r, struct options *o, char **words, size_t n)
 {
+    bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM);
+    size_t i = 0, kept = 0;
     o->given = keep(o, OPTIONS * sizeof *o->given);
-    for (size_t i = 0; i < OPTIONS; i++)
-        if (option_table[i].preset && option_table[i].commands & (unsigned)o->command)
-            option_set(r, o, &option_table[i], option_table[i].preset);
-    size_t i = 0;
-    bool address = n && o->command & (CMD_AGENT | CMD_HEALTH) && words[0][0] != '-';
-    for (i = address; i < n && words[i][0] == '-' && words[i][1]; i++) {
-        const char *name = words[i] + 1 + (words[i][1] == '-');
-        if (!*name) {
-            i++;
+    for (const struct option *opt = option_table; opt < option_table + OPTIONS; opt++)
+        if (opt->preset && opt->commands & (unsigned)o->command)
+            option_set(r, o, opt, opt->preset);
+    while (i < n) {
+        if (words[i][0] == '-' && words[i][1]) {
+            if (strcmp(words[i++], "--") == 0)
+                break;
+            o->flagged = true;
+            i += option_take(r, o, words + i - 1, n - i + 1) - 1;
+        } else if (anywhere) {
+            words[kept++] = words[i++];
+        } else {
             break;
         }
-        size_t len = strcspn(name, "=");
-        const struct option *opt = option_find(name, len, o->command);
-        o->flagged = true;
-        const char *value = name[len] ? name + len + 1 : NULL;
-        if (opt)
-            o->given[opt - option_table] = true;
-        if (!opt) {
-            option_unknown(r, name, len, o->command);
-            if (!value && i + 1 < n && words[i + 1][0] != '-')
-                i++;
-        } else if (opt->kind == OPT_FLAG || value) {
-            option_set(r, o, opt, value);
-        } else if (i + 1 < n) {
-            option_set(r, o, opt, words[++i]);
-        } else {
-            tell(r, USAGE, "-%s needs a value: -%s %s", opt->name, opt->name, opt->arg);
-        }
     }
-    if (address)
-        words[--i] = words[0];
-    o->args = (const char **)(words + i);
-    o->arg_count = n - i;
+    while (kept && i < n)
+        words[kept++] = words[i++];
+    o->args = (const char **)(kept ? words : words + i);
+    o->arg_count = kept ? kept : n - i;
 }
 
 /* -fault NAME[=VALUE], each of them. */
@@ -6367,73 +6402,139 @@ static void faults_parse(struct report *r, const struct options *o, struct fault
             tell(r, USAGE, "-fault: \"%s\" is not known; cvms -help lists the faults", given);
             continue;
         }
-        const char *value = given[n] ? given + n + 1 : NULL;
-        f->value[i] = !value ? 0 : i == FAULT_DELAY ? parse_duration(value) : parse_decimal(bytes_of(value));
+        const char *value = given[n] ? given + n + 1 : NULL, *why;
+        f->value[i] = !value ? 0 : i == FAULT_DELAY ? parse_duration(value, &why) : parse_decimal(bytes_of(value));
         if (!fault_table[i].arg != !value || f->value[i] < 0)
             tell(r, USAGE, "-fault: write %s%s%s", fault_table[i].name, fault_table[i].arg ? "=" : " alone",
                  fault_table[i].arg ? fault_table[i].arg : "");
     }
 }
 
-/* A line of -help: name and argument, then what it is. */
-PRINTF_LIKE(5, 6) static void help_line(struct buf *out, const char *name, const char *between, const char *arg,
-                                        const char *fmt, ...)
+enum { HELP_COLUMN = 30, HELP_WIDTH = 98 };
+
+/* An entry of -help: what is typed, and behind it, from one column on, what it is. */
+static void help_entry(struct buf *out, const char *typed, const char *between, const char *arg, const char *text)
 {
-    char head[48];
-    va_list ap;
-    text_printf(head, sizeof head, "%s%s%s", name, arg ? between : "", arg ? arg : "");
-    buf_printf(out, "  %-35s ", head);
-    va_start(ap, fmt);
-    buf_vprintf(out, fmt, ap);
-    va_end(ap);
+    size_t start = out->len;
+    buf_printf(out, "  %s%s%s", typed, arg ? between : "", arg ? arg : "");
+    if (out->len - start >= HELP_COLUMN)
+        start = out->len + 1, buf_putc(out, '\n');
+    for (size_t n; *text; text += n + (text[n] == ' ')) {
+        n = strcspn(text, " ");
+        if (out->len - start + 1 + n > HELP_WIDTH)
+            start = out->len + 1, buf_putc(out, '\n');
+        do                            /* between words, or up to the column */
+            buf_putc(out, ' ');
+        while (out->len - start < HELP_COLUMN);
+        buf_put(out, text, n);
+    }
     buf_putc(out, '\n');
 }
 
-/* The flags that a command has, but for those that another has as well. */
+static void help_flag(struct buf *out, const struct option *o)
+{
+    char name[40], text[300];
+    bool preset = o->preset && *o->preset && strcmp(o->preset, "0") != 0;
+    text_printf(name, sizeof name, "-%s", o->name);
+    text_printf(text, sizeof text, "%s%s%s", o->help, preset ? "; default " : "", preset ? o->preset : "");
+    help_entry(out, name, " ", o->arg, text);
+}
+
+/* The flags that a command has, but for those that another has as well, under the headings of the server's. */
 static void help_flags(struct buf *out, unsigned command, unsigned without)
 {
+    const char *heading = NULL;
     for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
-        char name[32];
-        bool preset = o->preset && *o->preset;
+        if (!o->name)
+            heading = o->help;
         if (!(o->commands & command) || o->commands & without)
             continue;
-        text_printf(name, sizeof name, "-%s", o->name);
-        help_line(out, name, " ", o->arg, "%s%s%s%s", o->help, preset ? " (default " : "", preset ? o->preset : "",
-                  preset ? ")" : "");
+        if (heading && command == CMD_SERVE)
+            buf_printf(out, "\n%s:\n", heading);
+        heading = NULL;
+        help_flag(out, o);
     }
+}
+
+static const char help_address[] = "\nADDR is HOST:PORT; default $AGENT_CVM_GRPC_URL, else localhost:7001.\n";
+
+static void help_commands(struct buf *out)
+{
+    for (size_t c = 0; c < COMMANDS; c++)
+        help_entry(out, command_table[c].synopsis, "", NULL, command_table[c].what);
+}
+
+/* -h of the server: what it is, and what most users need. */
+static void help_short(struct buf *out)
+{
+    static const char *const flags[] = {
+        "algo-path", "data-paths", "algo-type", "public-key-path", "attested-tls-bool", "until", "timeout", "report",
+        "output", "server-cert",
+    };
+    buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents (https://github.com/ultravioletrs/cocos).  "
+                  "An agent\nconnects, gets the computation manifest, and what it sends back is shown.\n\nCommands:\n");
+    help_commands(out);
+    buf_puts(out, "\nThe flags that matter:\n");
+    for (size_t i = 0; i < PB_COUNT(flags); i++)
+        help_flag(out, option_find(flags[i], strlen(flags[i]), CMD_SERVE));
+    buf_puts(out, "\nExamples:\n"
+                  "  cvms -algo-path algo.py -data-paths data.csv -public-key-path pub.pem -attested-tls-bool false\n"
+                  "  cvms -algo-path algo.py -public-key-path pub.pem -attested-tls-bool false -until ready\n"
+                  "  HOST= PORT=7001 SERVER_CERT=cert.pem SERVER_KEY=key.pem cvms -manifest manifest.json\n"
+                  "\nAll flags, faults and variables: cvms -help.  A command's own: cvms COMMAND -h.\n");
 }
 
 /* -help: of one command its own flags, of the server everything. */
 static void options_help(struct buf *out, enum command command)
 {
-    static const char address[] = "\nADDR is HOST:PORT (default $AGENT_CVM_GRPC_URL, else localhost:7001).\n";
     size_t c = 0;
     if (command != CMD_SERVE) {
         while (command_table[c].command != command)
             c++;
         buf_printf(out, "%s: %s\n\nFlags:\n", command_table[c].synopsis, command_table[c].what);
         help_flags(out, command, 0);
-        buf_puts(out, command & CLIENTS ? address : "");
+        buf_puts(out, command & CLIENTS ? help_address : "");
         return;
     }
     buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents\n\nCommands:\n");
+    help_commands(out);
+    help_flags(out, CMD_SERVE, 0);
     for (c = 0; c < COMMANDS; c++)
-        help_line(out, command_table[c].synopsis, "", NULL, "%s", command_table[c].what);
-    for (c = 0; c < COMMANDS; c++) {
-        bool serve = command_table[c].command == CMD_SERVE;
-        buf_printf(out, "\nFlags of cvms%s%s:%s\n", serve ? "" : " ", serve ? "" : command_table[c].name,
-                   command_table[c].command == CMD_MANIFEST ? " those of the manifest above, and" : "");
-        help_flags(out, command_table[c].command, serve ? 0 : CMD_SERVE);
-    }
+        if (command_table[c].command != CMD_SERVE) {
+            buf_printf(out, "\ncvms %s%s:\n", command_table[c].name,
+                       command_table[c].command == CMD_MANIFEST ? ", those of the manifest above, and" : "");
+            help_flags(out, command_table[c].command, CMD_SERVE);
+        }
     buf_puts(out, "\nFaults, for -fault:\n");
     for (size_t i = 0; i < FAULTS; i++)
-        help_line(out, fault_table[i].name, "=", fault_table[i].arg, "%s", fault_table[i].help);
+        help_entry(out, fault_table[i].name, "=", fault_table[i].arg, fault_table[i].help);
     buf_puts(out, "\nEnvironment:\n");
-    for (size_t i = 0; i < sizeof environment_table / sizeof *environment_table; i++)
-        help_line(out, environment_table[i][0], "", NULL, "%s", environment_table[i][1]);
-    buf_puts(out, address);
-    buf_puts(out, "Exit status: 0 good, 1 cannot start or failed, 2 usage; of a smoke test: 3 the agent failed, "
-                  "4 timed out, 5 the agent was lost.\n");
+    for (size_t i = 0; i < PB_COUNT(environment_table); i++)
+        help_entry(out, environment_table[i][0], "", NULL, environment_table[i][1]);
+    buf_puts(out, help_address);
+    buf_puts(out, "Exit status: 0 good, 1 cannot start or failed, 2 usage;\n"
+                  "of a smoke test: 3 the agent failed, 4 timed out, 5 the agent was lost.\n");
+}
+
+/* -version: also what a report of a fault needs. */
+static void options_version(struct buf *out)
+{
+#if defined(__clang__)
+    const char *compiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+    const char *compiler = "gcc " __VERSION__;
+#else
+    const char *compiler = "unknown";
+#endif
+    unsigned sha3 = sha3_features();
+    buf_printf(out, "cvms " CVMS_VERSION "\ncompiler: %s\n", compiler);
+#if defined(__GLIBC__)
+    buf_printf(out, "C library: glibc %d.%d\n", __GLIBC__, __GLIBC_MINOR__);
+#else
+    buf_puts(out, "C library: not glibc\n");
+#endif
+    buf_printf(out, "TLS: %s\nSHA3: %s\n", CVMS_TLS ? "BearSSL" : "none (built with TLS=0)",
+               sha3 & SHA3_AVX512 ? "AVX-512" : sha3 & SHA3_AVX2 ? "AVX2" : sha3 & SHA3_BMI2 ? "BMI2" : "portable");
 }
 
 /* ==== 13. Checksums: files and folders =============================================================================
@@ -10209,8 +10310,17 @@ static bool positional_form(struct options *o, struct report *r, bool any_flag)
     if (o->arg_count == 0)
         return true;
     if (!any_flag && o->arg_count < 3) {
-        tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health) nor a flag; see cvms -help",
-             o->args[0]);
+        size_t near = COMMANDS;
+        for (size_t c = 0; c < COMMANDS; c++)
+            if (edit_distance(o->args[0], command_table[c].name) <= edit_limit(strlen(o->args[0])))
+                near = c;
+        if (near < COMMANDS && command_table[near].command != CMD_SERVE)
+            tell(r, USAGE, "\"%s\" is no command: did you mean %s?", o->args[0], command_table[near].name);
+        else if (near < COMMANDS)
+            tell(r, USAGE, "\"%s\" is no command: the server needs no word, only its flags; see cvms -help", o->args[0]);
+        else
+            tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health) nor a flag; see cvms -help",
+                 o->args[0]);
         return false;
     }
     if (any_flag) {
@@ -10508,13 +10618,16 @@ int main(int argc, char **argv)
     int at = command < COMMANDS ? 2 : 1;
     if (command < COMMANDS)
         o.command = command_table[command].command;
+    o.help = argc == 2 && strcmp(argv[1], "help") == 0;
     options_parse(&r, &o, argv + at, (size_t)(argc > at ? argc - at : 0));
-    if (o.help || o.version) {
+    if (o.help || o.help_short || o.version) {
         struct buf out = { 0 };
         if (o.version)
-            buf_puts(&out, "cvms " CVMS_VERSION "\n");
-        else
+            options_version(&out);
+        else if (o.help || o.command != CMD_SERVE)
             options_help(&out, o.command);
+        else
+            help_short(&out);
         pb_arena_free(&o.arena);
         if (!buf_write(&out, STDOUT_FILENO))
             tell(&r, START, "stdout: %s", strerror(errno));

@@ -97,8 +97,6 @@ def test_flag_syntax():
         ("= in the value", [*base, "-client-ca-file=/a=b"], "agentConfig.clientCaFile", "/a=b"),
         ("= and then nothing", [*base, "-algo-type="], "algorithm.algoType", None),
         ("a value that begins with a dash", [*base, "-algo-args", "-x,--y"], "algorithm.algoArgs", ["-x", "--y"]),
-        ("a value that is a flag's name", [*base, "-client-ca-file", "-algo-type"], "agentConfig.clientCaFile",
-         "-algo-type"),
         ("a value that is two dashes", [*base, "-client-ca-file", "--"], "agentConfig.clientCaFile", "--"),
         ("an empty value", [*base, "-client-ca-file", ""], "agentConfig.clientCaFile", None),
         ("last of two wins", [*base, "-algo-type", "wasm", "--algo-type=bin"], "algorithm.algoType", "bin"),
@@ -288,31 +286,42 @@ OTHER_FLAGS = "wait repeat once fail job-id service b o".split()
 
 
 def test_help():
-    for args in (["-help"], ["--help"], ["-h"], ["-help", "-nonsense"], ["agent", "-help"], ["manifest", "-help"],
+    for args in (["-help"], ["--help"], ["-h"], ["help"], ["-help", "-nonsense"], ["agent", "-help"], ["manifest", "-help"],
                  ["checksum", "-help"], ["health", "--help"], [*W.base, "-help"]):
         r = run(f"help {args[0]}", args)
         same(f"help {args}: status", r.status, 0)
         check(f"help {args}: on stdout", "-" in r.out, r.out, "the flags")
         if "-nonsense" not in args:
             same(f"help {args}: nothing on stderr", r.err, "")
-    r = run("help", ["-help"])
+    short, r = run("help", ["-h"]).out, run("help", ["-help"])
+    same("help: a word for it", run("help", ["help"]).out, r.out)
+    same("-h of a command: its help", run("help", ["agent", "-h"]).out, run("help", ["agent", "-help"]).out)
+    check("-h: a screen", len(short.splitlines()) <= 40, len(short.splitlines()), "at most 40 lines")
+    has("-h: the rest", short, "cvms -help", "COMMAND -h")
+    groups = re.findall(r"^([A-Z][A-Za-z ]+):$", r.out, re.M)
+    same("help: groups", groups, ["Commands", "Inputs", "Delivery", "Manifest", "Output", "TLS", "Smoke test", "Advanced", "Environment"])
+    flat = re.sub(r"\n {20,}", " ", r.out)    # entries without their folds
     for flag in SERVER_FLAGS + OTHER_FLAGS:
-        has(f"help lists -{flag}", r.out, rf"^\s+-{flag}( |$)", r"\S{3,} \S+")
+        has(f"help lists -{flag}", flat, rf"^\s+-{flag}( |$)", r"\S{3,} \S+")
     for flag, default in (("algo-source-type", "oci-image"), ("dataset-source-type", "oci-image"), ("compat", "all"),
                           ("output", "text"), ("max-message", "4194304|4 MiB"), ("wait", "10s"), ("repeat", "1"),
                           ("HOST", "localhost"), ("PORT", "7001"), ("algo-hash", "32 zero bytes"),
                           ("dataset-decompress", "false"), ("ADDR", "localhost:7001")):
-        has(f"help: default of {flag}", r.out, rf"^\s*-?{flag}\b", rf"default.*({default})")
+        has(f"help: default of {flag}", flat, rf"^\s*-?{flag}\b", rf"default.*({default})")
     for command, own, others in (("agent", "fail", "service"), ("manifest", "o", "until"), ("checksum", "b", "wait"),
                                  ("health", "service", "fail"), ("manifest", "algo-path", "fault")):
         has(f"help lists cvms {command}", r.out, f"cvms {command} ")
         help_of = run(f"help {command}", [command, "-help"]).out
         has(f"help of {command}: its own flags", help_of, rf"^  -{own}( |$)")
         hasnot(f"help of {command}: nothing else's", help_of, rf"^  -{others}( |$)")
-    check("help: no line over 140 columns", max(map(len, r.out.splitlines())) <= 140, max(map(len, r.out.splitlines())), 140)
+    widest = max(map(len, r.out.splitlines() + short.splitlines()))
+    check("help: under 100 columns", widest < 100, widest, 99)
+    hasnot("help: no bracket twice", flat, r"\) \(")
     r = run("version", ["-version"])
     same("-version: status", r.status, 0)
     has("-version", r.out, r"cvms \d+\.\d+")
+    for line in ("compiler: (gcc|clang) \\d", "C library: ", "TLS: (BearSSL|none)", "SHA3: (portable|BMI2|AVX)"):
+        has("-version", r.out, "^" + line)
     with open("/dev/full", "wb") as full:
         same("help into a full device: status", run("help", ["-help"], stdout=full).status, 1)
 
@@ -366,8 +375,9 @@ def test_mistakes_usage():
          [("-max-connections", "4294967295", "limit of descriptors", "ulimit")]),
         ("-max-message of 2^64", [*base, "-max-message", "18446744073709551617"], [("-max-message", "number")]),
         ("-max-connections of 2^32", [*base, "-max-connections", "4294967296"], [("-max-connections", "4294967296", "number")]),
-        ("-timeout 1.5", [*base, "-timeout", "1.5"], [("-timeout", '"1.5"', "90s")]),
-        ("-timeout of over ten years", [*base, "-timeout", "87661h"], [("-timeout", "87661h")]),
+        ("-timeout 1.5", [*base, "-timeout", "1.5"], [("-timeout", '"1.5"', "no unit", "90s")]),
+        ("-timeout of over ten years", [*base, "-timeout", "87661h"], [("-timeout", "87661h", "longer than ten years")]),
+        ("-timeout negative", [*base, "-timeout", "-5s"], [("-timeout", "-5s", "negative")]),
         ("-algo-encrypted maybe", [*remote, "-algo-encrypted", "maybe"], [("-algo-encrypted", '"maybe"', "true", "false")]),
         ("-algo-encrypted true and no KBS path", [*W.required, "-algo-source-url", "s3://x", "-algo-encrypted", "true"],
          [("-algo-source-url", "-algo-kbs-path")]),
@@ -401,7 +411,21 @@ def test_mistakes_usage():
     refused("usage: -allow-no-alpn without a certificate", [*base, "-allow-no-alpn"], 1, ["-allow-no-alpn", "needs TLS"])
     r = refused("usage: half a remote algorithm", [*W.required, "-algo-source-url", "s3://x"], 2, ["-algo-kbs-path"])
     hasnot("usage: half a remote algorithm: told once", r.err, "no algorithm")
-    for words in (["help"], ["agnet"], ["agnet", "localhost:7001"], [W.algo, W.key]):
+    for words, patterns in ((["agnet"], ("did you mean agent",)), (["agnet", "localhost:7001"], ("did you mean agent",)),
+                            (["cheksum", "x"], ("did you mean checksum",)), (["server"], ("needs no word", "-help"))):
+        r = run(f"no command {words}", words)
+        same(f"no command {words}: status", r.status, 2)
+        has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), *patterns)
+    for flag, patterns in (("-port", ("PORT",)), ("-host", ("HOST",)), ("-timeut", ("-timeout",)), ("-tsl", ("cvms -help",))):
+        refused(f"usage: {flag}", [*base, flag, "1"], 2, [f"flag {flag}", *patterns])
+    r = run("health", ["health", "127.0.0.1:1", "-insecur"])
+    has("a flag behind the address", r.err, "-insecure")
+    r = run("checksum", ["checksum", W.algo, "-b"])
+    has("a flag behind a path", r.out, "^[A-Za-z0-9+/]{43}=  ")
+    r = run("looks like a flag", ["manifest", *base, "-algo-type", "-data-paths"])
+    has("a value that looks like a flag: it counts", r.out, '"algoType": "-data-paths"')
+    has("a value that looks like a flag", r.err, "-algo-type", '"-data-paths"', "looks like a flag")
+    for words in (["frobnicate"], [W.algo, W.key]):
         r = run(f"no command {words}", words)
         same(f"no command {words}: status", r.status, 2)
         same(f"no command {words}: one line", len(r.err.splitlines()), 1)
