@@ -8654,7 +8654,10 @@ static const struct shown {
     [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 0 },
 };
 
-enum { TEXT_BYTES = 48 };             /* of a bytes field, as many are shown in text */
+enum {
+    TEXT_BYTES = 48,                  /* of a bytes field, as many are shown in text */
+    UNKNOWN_MAX = 100,                /* unknown fields of one message: each may show as many times its size */
+};
 #define COLOR_DIM "\x1b[2m"
 #define COLOR_OFF "\x1b[0m"
 static const struct {
@@ -8721,15 +8724,39 @@ static struct bytes string_field(const struct pb_message *m, const void *msg, ui
     return f ? *(const struct bytes *)(const void *)((const char *)msg + f->offset) : (struct bytes){ 0 };
 }
 
+/* Unknown fields on their way out: of one message UNKNOWN_MAX are shown, the others counted. */
+struct unknowns {
+    struct buf *out;
+    unsigned long count;
+};
+
+/* Shows what the tables don't know of a message.  Returns how many fields were left out. */
+static unsigned long put_unknowns(struct buf *out, struct bytes wire, pb_unknown_fn *show)
+{
+    struct unknowns u = { out, 0 };
+    pb_unknown(&ClientStreamMessage_message, wire, show, &u);
+    return u.count > UNKNOWN_MAX ? u.count - UNKNOWN_MAX : 0;
+}
+
 static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
 {
-    struct buf *out = arg;
+    struct unknowns *u = arg;
+    struct buf *out = u->out;
+    if (u->count++ >= UNKNOWN_MAX)
+        return;
     buf_printf(out, "  (unknown field %s: ", path);
     if (wire == PB_LEN || wire == PB_SGROUP)
         put_bytes_field(out, value);
     else
         buf_printf(out, "%llu", (unsigned long long)number);
     buf_putc(out, ')');
+}
+
+static void put_unknowns_text(struct buf *out, struct bytes wire)
+{
+    unsigned long left_out = put_unknowns(out, wire, put_unknown);
+    if (left_out)
+        buf_printf(out, "  (%lu more unknown fields)", left_out);
 }
 
 /* The word in front of an entry, padded; coloured by what it says. */
@@ -8793,14 +8820,17 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     }
     buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
     if (unknown)
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, out);
+        put_unknowns_text(out, wire);
     buf_puts(out, server->color ? COLOR_OFF "\n" : "\n");
 }
 
 static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
 {
-    struct buf *out = arg;
-    buf_puts(out, out->len && out->p[out->len - 1] == '[' ? "" : ",");
+    struct unknowns *u = arg;
+    struct buf *out = u->out;
+    if (u->count++ >= UNKNOWN_MAX)
+        return;
+    buf_puts(out, u->count == 1 ? "" : ",");
     buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
     if (wire == PB_LEN || wire == PB_SGROUP) {
         buf_putc(out, '"');
@@ -8852,8 +8882,10 @@ static void show_json(struct stream *s, const struct ClientStreamMessage *msg, s
     pb_json(out, &ClientStreamMessage_message, msg, 0);
     if (unknown) {
         buf_puts(out, ",\"unknown\":[");
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown_json, out);
-        buf_putc(out, ']');
+        unsigned long left_out = put_unknowns(out, wire, put_unknown_json);
+        buf_puts(out, "]");
+        if (left_out)
+            buf_printf(out, ",\"unknown_left_out\":%lu", left_out);
     }
     buf_puts(out, "}\n");
     json_defuse(out, start);
@@ -8879,7 +8911,7 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
     } else {
         put_origin(core, s);
         buf_puts(&core->out, "an empty message");
-        pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &core->out);
+        put_unknowns_text(&core->out, wire);
         buf_putc(&core->out, '\n');
     }
 }

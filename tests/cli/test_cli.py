@@ -1646,7 +1646,8 @@ def test_bad_utf8():
 
 def test_unknown_fields():
     """Every field is shown, unknown ones by number; so are messages that are hardly any."""
-    messages = [field(15, "future"), field(1, field(1, "known") + field(77, "extra")), b"", field(16, 12345), log("the last one")]
+    messages = [field(15, "future"), field(1, field(1, "known") + field(77, "extra")), b"", field(16, 12345),
+                field(1, field(1, "many")) + 100000 * field(15, 1), log("the last one")]
     for form in ("text", "json"):
         with Server(f"unknown fields, {form}", "-output", form) as s:
             stream = Stream(s.address, deaf=True)
@@ -1657,7 +1658,12 @@ def test_unknown_fields():
             same(f"unknown fields, {form}: entries", len(out), len(messages))
             for line, number in ((0, "15"), (1, "77"), (3, "16")):
                 has(f"unknown fields, {form}: {number}", out[line] if line < len(out) else "", rf"\b{number}\b")
+            check(f"unknown fields, {form}: of many a hundred", len(out[4]) < 8000, len(out[4]), "a bounded line")
+            if form == "text":
+                has("unknown fields, text: the rest is counted", out[4], r"many.*\(99900 more unknown fields\)$")
             if form == "json":
+                many = json.loads(out[4])
+                same("unknown fields, json: the rest is counted", (len(many["unknown"]), many["unknown_left_out"]), (100, 99900))
                 same("unknown fields, json: message stays the known part", json.loads(out[1])["message"], {"agentLog": {"message": "known"}})
     with Server("every field", "-output", "text") as s:
         stream = Stream(s.address, [("job-id", "jobX"), ("user-agent", "test")], deaf=True)
