@@ -8844,9 +8844,9 @@ static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_
 /* Writes the JSON from `start` on anew, without the commands of CI runners. */
 static void json_defuse(struct buf *out, size_t start)
 {
-    struct bytes line = { out->p + start, out->len - start };
+    struct bytes line = out->failed ? (struct bytes){ 0 } : (struct bytes){ out->p + start, out->len - start };
     struct buf whole = { 0 };
-    size_t n = out->failed ? line.n : text_command(line);
+    size_t n = text_command(line);
     if (n == line.n)
         return;
     buf_put(&whole, line.p, line.n);

@@ -499,6 +499,7 @@ struct ShownLine {
     struct bytes peer, stream, job_id, subject;
     struct ClientStreamMessage *message;
     struct pb_list unknown;
+    int64_t unknown_left_out;
 };
 PB_DEFINE(ShownLine, PB_PLAIN, NULL,
     PB_ROW(ShownLine, 1, MESSAGE, 0, time,    &Timestamp_message),
@@ -507,7 +508,8 @@ PB_DEFINE(ShownLine, PB_PLAIN, NULL,
     PB_ROW(ShownLine, 4, STRING,  0, job_id,  NULL),
     PB_ROW(ShownLine, 5, STRING,  0, subject, NULL),
     PB_ROW(ShownLine, 6, MESSAGE, 0, message, &ClientStreamMessage_message),
-    PB_ROW(ShownLine, 7, MESSAGE, PB_REPEATED, unknown, &ShownField_message));
+    PB_ROW(ShownLine, 7, MESSAGE, PB_REPEATED, unknown, &ShownField_message),
+    PB_ROW(ShownLine, 8, INT64,   0, unknown_left_out, NULL));
 
 static struct pb_arena arena;
 
