@@ -252,6 +252,8 @@ static void put_safe(struct buf *out, struct bytes t, const char *indent)
         const char *name = n && c && c < 0x80 ? strchr(names, (int)c) : NULL;
         if (name && *name == '\n' && indent)
             buf_putc(out, '\n'), buf_puts(out, indent);
+        else if (name && *name == '\t' && indent)
+            buf_putc(out, '\t');
         else if (name)
             buf_putc(out, '\\'), buf_putc(out, letters[name - names]);
         else
@@ -280,8 +282,8 @@ static size_t text_command(struct bytes t)
 
 /* Appends foreign text so that neither a terminal nor a CI runner can be fooled: control characters, escapes,
  * bidirectional overrides and bytes that are not UTF-8 appear as \t, \x1b, \u202e, and ##[ as ##\x5b.  With indent, a
- * newline in the text starts a new line that begins with it, and one newline at the very end is dropped; without, it
- * appears as \n. */
+ * newline in the text starts a new line that begins with it, one newline at the very end is dropped, and a tab is a tab;
+ * without, they appear as \n and \t. */
 static void put_text(struct buf *out, struct bytes t, const char *indent)
 {
     for (size_t n; (n = text_command(t)) < t.n; t = (struct bytes){ t.p + n + 1, t.n - n - 1 }) {
@@ -6423,9 +6425,9 @@ static void help_entry(struct buf *out, const char *typed, const char *between, 
         n = strcspn(text, " ");
         if (out->len - start + 1 + n > HELP_WIDTH)
             start = out->len + 1, buf_putc(out, '\n');
-        do                            /* between words, or up to the column */
+        size_t column = out->len - start, blanks = column < HELP_COLUMN ? HELP_COLUMN - column : 1;
+        while (blanks--)
             buf_putc(out, ' ');
-        while (out->len - start < HELP_COLUMN);
         buf_put(out, text, n);
     }
     buf_putc(out, '\n');
@@ -8689,12 +8691,35 @@ static void put_bytes_field(struct buf *out, struct bytes b)
         buf_puts(out, "...");
 }
 
-/* name=value of a field that is set and not in the head. */
+/* Whether a time is more than a second off the line's own. */
+static bool time_is_off(const struct core *core, const struct Timestamp *t)
+{
+    int64_t s = core->wall_ms / 1000, ms = core->wall_ms % 1000;
+    if (t->seconds < s - 2 || t->seconds > s + 2)
+        return true;
+    int64_t off = (t->seconds - s) * 1000 + t->nanos / 1000000 - ms;
+    return off > 1000 || off < -1000;
+}
+
+/* Whether a field says something: what every message of a run repeats does not. */
+static bool field_tells(const struct stream *s, const struct pb_field *f, const void *at)
+{
+    const struct session *session = s->user;
+    if (!pb_is_set(f, at))
+        return false;
+    if (f->kind == PB_MESSAGE)
+        return time_is_off(s->conn->core, pb_pointer(at));
+    const struct bytes usual = strcmp(f->name, "originator") == 0     ? BYTES("agent")
+                               : strcmp(f->name, "details") == 0        ? BYTES("{}")
+                               : strcmp(f->name, "computation_id") == 0 ? session->manifest->req.id
+                                                                        : (struct bytes){ 0 };
+    return !bytes_eq(*(const struct bytes *)at, usual);
+}
+
+/* name=value of a field that is not in the head. */
 static void put_field_text(struct buf *out, const struct pb_field *f, const void *msg, bool *first)
 {
     const void *at = (const char *)msg + f->offset;
-    if (!pb_is_set(f, at))
-        return;
     buf_puts(out, *first ? "  (" : " ");
     *first = false;
     buf_puts(out, f->name);
@@ -8815,7 +8840,8 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     buf_puts(out, server->color ? COLOR_DIM : "");
     for (size_t i = 0; i < m->n; i++) {
         uint32_t number = m->fields[i].number;
-        if (number != how->head && number != how->head2 && number != how->text)
+        if (number != how->head && number != how->head2 && number != how->text &&
+            field_tells(s, &m->fields[i], (const char *)msg + m->fields[i].offset))
             put_field_text(out, &m->fields[i], msg, &first);
     }
     buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");

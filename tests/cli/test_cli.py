@@ -1610,7 +1610,7 @@ def test_nasty_text():
             data = s.out.bytes()
             out = data.decode(errors="replace")
             check(f"nasty, {form}: valid UTF-8", b"\xff" not in data and "\ufffd" not in out.replace("\\ufffd", ""), repr(out[-300:]), "UTF-8")
-            found = CONTROL.search(out)
+            found = CONTROL.search(out.replace("\t", ""))   # a tab is a tab
             check(f"nasty, {form}: nothing raw", not found, found and repr(out[max(0, found.start() - 60):found.end() + 20]), "escapes")
             if form == "text":
                 for wanted in (r"\x1b[31mred\x1b[0m", r"\x07", r"\u202egpj.exe", "größe 漢字 😀", r"carriage\rreturn"):
@@ -1678,7 +1678,7 @@ def test_unknown_fields():
         out = s.out.text()
         for words in (["ATTESTATION", "serial9", "0102"], ["went wrong", "comp7"], ["stopped it", "comp8"], ["Running", "id9"],
                       ["tok", "serial10"], ["WARN", "hello", "comp11", r"2023-11-14T22:13:20\.005Z"],
-                      ["Type/Stat", "comp12", "orig", r"\{\}", "2023-11-14T22:13:21"]):
+                      ["Type/Stat", "comp12", "orig", "2023-11-14T22:13:21"]):
             has(f"every field: {words}", out, r"agent\[jobX\]", *words)
 
 
