@@ -12,6 +12,7 @@ import filecmp
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -51,9 +52,9 @@ def readme_modes():
     names = ["direct", "remote algorithm", "remote algorithm and datasets", "mixed: local algorithm, remote datasets", "attested TLS"]
     with open(os.path.join(HERE, "../../README.md")) as f:
         section = f.read().split("## The five modes")[1].split("\n## ")[0]
-    commands = [line.strip() for line in section.splitlines() if line.startswith("    ./cvms -")]
+    commands = re.findall(r"^    \./cvms -(?:.*\\\n)*.*", section, re.M)
     assert len(commands) == len(names), "the README has %d commands for %d modes" % (len(commands), len(names))
-    return {n: shlex.split(c.replace("tests/vectors/", ""))[1:] for n, c in zip(names, commands)}
+    return {n: shlex.split(c.replace("tests/vectors/", "").replace("\\\n", ""))[1:] for n, c in zip(names, commands)}
 
 
 MODES.update(readme_modes())

@@ -1135,6 +1135,29 @@ def test_replay_mistakes():
     has("replay to no server", err, "FAILED: can't connect")
 
 
+# ---- The README's CI jobs ----
+
+def test_readme_jobs():
+    """Both jobs' shell lines, as they stand: they end with the verdict and leave a report."""
+    with open(harness.README, encoding="utf-8") as f:
+        text = f.read()
+    scripts = re.findall(r"^( *)- (?:run: )?\|\n((?:\1   *.*\n)+)", text, re.M)
+    same("README: CI jobs", len(scripts), 2)
+    for n, (_, script) in enumerate(scripts):
+        folder = os.path.join(temp(f"job{n}"), "repository")
+        os.makedirs(f"{folder}/cvms")
+        for link, to in (("cvms/cvms", os.path.abspath(W.cvms)), ("algo.py", W.algo), ("data.csv", W.data), ("pub.pem", W.key)):
+            os.symlink(to, f"{folder}/{link}")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        p = subprocess.run(["bash", "-e", "-c", script], cwd=folder, timeout=60, capture_output=True, text=True, errors="replace",
+                           env=harness.environment({"HOST": "127.0.0.1", "PORT": str(port), "AGENT_CVM_GRPC_URL": f"127.0.0.1:{port}"}))
+        same(f"README, job {n}: status", p.returncode, 0)
+        has(f"README, job {n}: verdict", p.stderr, "^cvms: PASSED: ready reached")
+        junit(f"README, job {n}", f"{folder}/cvms.xml", 0)
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
