@@ -8157,6 +8157,15 @@ static const struct {
     { "Complete", NULL, STAGE_COMPLETE },
 };
 
+/* What an agent that stands in a state waits for, and what brings it on. */
+static const struct {
+    const char *state, *cure;
+} waits[] = {
+    { "ReceivingAlgorithm", "no algorithm was uploaded: cocos-cli algo FILE KEY" },
+    { "ReceivingData", "a dataset was not uploaded: cocos-cli data FILE KEY" },
+    { "ConsumingResults", "its results were not fetched: cocos-cli result KEY" },
+};
+
 /* Log lines of level WARN or ERROR that mean a failure which no event tells. */
 static const char *const silent_failures[] = {
     "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
@@ -8171,6 +8180,7 @@ struct host {
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
     unsigned agents, forwarders;      /* streams that are open */
     bool had_agent, had_forwarder;
+    const char *cure;                 /* of what it waits for; NULL: nothing from outside */
     size_t expected;                  /* of -expect, as many have been seen */
     uint64_t messages, bytes;
     char *context[CONTEXT_LINES];     /* a ring of the last lines */
@@ -8264,6 +8274,8 @@ static const char *host_failure(const struct host *h)
 static void host_context(struct host *h, const char *head, struct bytes text)
 {
     struct buf line = { 0 };
+    while (text.n && text.p[text.n - 1] == '\n')
+        text.n--;
     put_text(&line, bytes_of(head), NULL);
     buf_putc(&line, ' ');
     put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
@@ -8300,6 +8312,13 @@ static void verdict_log(const struct verdict *v, struct host *h, const struct Ag
     verdict_reject(v, h, log->message);
 }
 
+/* The host says that it stands in this state. */
+static void host_state(struct host *h, struct bytes state)
+{
+    size_t row = ROW_FIND(waits, state);
+    h->cure = row < PB_COUNT(waits) ? waits[row].cure : NULL;
+}
+
 static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
 {
     struct buf name = { 0 };
@@ -8308,6 +8327,7 @@ static void verdict_event(const struct verdict *v, struct host *h, const struct 
     buf_put(&name, event->status.p, event->status.n);
     struct bytes told = { name.p, name.len };
     host_context(h, "event", told);
+    host_state(h, event->event_type);
     if (h->expected < v->expect.n && bytes_eq(told, bytes_of(v->expect.v[h->expected])))
         h->expected++;
     if (bytes_eq(event->status, BYTES("Failed")) || name.failed)
@@ -8323,6 +8343,7 @@ static void verdict_event(const struct verdict *v, struct host *h, const struct 
 
 static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
 {
+    host_state(h, state);
     if (bytes_eq(state, BYTES("Failed")))
         host_fail(h, "state Failed");
     for (size_t i = 0; i < PB_COUNT(state_stages); i++)
@@ -8381,7 +8402,7 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
 {
     buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
     if (!h->had_agent)
-        buf_puts(out, "; only its log-forwarder connected, no agent");
+        buf_puts(out, "; only its log-forwarder connected: is the agent running? Its AGENT_CVM_GRPC_URL must be this server");
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
@@ -8389,7 +8410,7 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
         buf_puts(out, "; event "), put_text(out, bytes_of(v->expect.v[h->expected]), NULL),
             buf_puts(out, " was not seen");
     else if (h->stage < v->until)
-        buf_printf(out, "; %s", stage_signs[h->stage + 1]);
+        buf_printf(out, "; %s", h->cure ? h->cure : stage_signs[h->stage + 1]);
 }
 
 static void verdict_timeout(struct verdict *v, unsigned done)

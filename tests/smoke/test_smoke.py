@@ -284,7 +284,7 @@ def test_timeouts():
         s.ended(4, "no agent connected")
     with Server("only the log-forwarder", "-until", "connected", "-timeout", "700ms") as s:
         s.forwarder("j").send(log("hello"))
-        s.ended(4, "only (its|the) log-forwarder")
+        s.ended(4, "only its log-forwarder connected: is the agent running.*AGENT_CVM_GRPC_URL")
     with Server("only a log-forwarder of the old kind", "-until", "connected", "-timeout", "700ms") as s:
         s.forwarder()
         s.ended(4, "only (its|the) log-forwarder")
@@ -311,7 +311,10 @@ def test_timeouts():
             f.events(*RUN[:upto])
             s.ended(4, rf"\bj\b.*\b{last}\b")
     for stage, sends, sign in (("accepted", [], "no run_res"), ("running", [ACCEPTED], "no event or state Running"),
-                               ("complete", [ACCEPTED, state("ConsumingResults")], "results have not been fetched")):
+                               ("complete", [ACCEPTED, state("Running")], "no event ConsumingResults"),
+                               ("running", [ACCEPTED, state("ReceivingAlgorithm")], "no algorithm was uploaded: cocos-cli algo"),
+                               ("running", [ACCEPTED, state("ReceivingData")], "a dataset was not uploaded: cocos-cli data"),
+                               ("complete", [ACCEPTED, state("ConsumingResults")], "results were not fetched: cocos-cli result")):
         with Server(f"what is missing for {stage}", "-until", stage, "-timeout", "600ms", "-poll", "0") as s:
             a, f = s.both("j")
             f.send(log("a line of its log"))
