@@ -8,18 +8,19 @@
  *   socket <--send-- conn_peek <--frames-- streams <--blobs-- grpc_send <--messages-- a service
  *
  * The sections stand bottom up.  3 to 9 hold no descriptor, read no clock and never block.  The event loop, section 10,
- * owns every socket; 11 to 17 are what this server does with the bytes.
+ * owns every socket; 11 to 18 are what this server does with the bytes.
  *
  *    1  this map, includes                       11  message tables
  *    2  base: bytes, safe text, whole files      12  options: one table for every command
  *    3  HPACK                                    13  checksums of files and folders
- *    4  frames                                   14  public keys
+ *    4  frames                                   14  keys of users
  *    5  PEM and DER                              15  the manifest
  *    6  streams and flow control                 16  the verdict of a smoke test
- *    7  connections                              17  services; how messages are shown
- *    8  gRPC                                     18  control: commands on stdin
- *    9  TLS                                      19  the client commands: stand-in agent, health
- *   10  event loop                               20  the server command, main
+ *    7  connections                              17  delivery: uploads and results
+ *    8  gRPC                                     18  services; how messages are shown
+ *    9  TLS                                      19  control: commands on stdin
+ *   10  event loop                               20  the client commands: stand-in agent, health
+ *                                                21  the server command, main
  *
  * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
  */
@@ -39,6 +40,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -216,6 +218,14 @@ static int64_t parse_decimal(struct bytes b)
         v = v * 10 + (b.p[i] - '0');
     }
     return v;
+}
+
+static bool bytes_printable(struct bytes b)
+{
+    for (size_t i = 0; i < b.n; i++)
+        if (b.p[i] < ' ' || b.p[i] > '~')
+            return false;
+    return true;
 }
 
 static bool bytes_start(struct bytes b, const char *prefix)
@@ -1850,7 +1860,7 @@ enum { PREFACE_LEN = sizeof preface - 1 };
 enum field_id {
     F_METHOD, F_SCHEME, F_AUTHORITY, F_PATH, F_STATUS, F_PSEUDO_END,
     F_CONTENT_TYPE = F_PSEUDO_END, F_CONTENT_LENGTH, F_TE, F_GRPC_ENCODING, F_GRPC_TIMEOUT, F_GRPC_STATUS,
-    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_KNOWN,
+    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_FILE_SIZE, F_KNOWN,
     F_FORBIDDEN = F_KNOWN, FIELD_RULES = F_FORBIDDEN + 5
 };
 
@@ -1859,7 +1869,7 @@ static const char *const field_names[FIELD_RULES] = {
     [F_STATUS] = ":status", [F_CONTENT_TYPE] = "content-type", [F_CONTENT_LENGTH] = "content-length", [F_TE] = "te",
     [F_GRPC_ENCODING] = "grpc-encoding", [F_GRPC_TIMEOUT] = "grpc-timeout", [F_GRPC_STATUS] = "grpc-status",
     [F_GRPC_MESSAGE] = "grpc-message", [F_USER_AGENT] = "user-agent", [F_JOB_ID] = "job-id",
-    [F_CONNECTION_TYPE] = "connection-type",
+    [F_CONNECTION_TYPE] = "connection-type", [F_FILE_SIZE] = "file-size",
     /* RFC 9113 8.2.2 */
     [F_FORBIDDEN] = "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade",
 };
@@ -2755,10 +2765,10 @@ static const char *const grpc_status_names[GRPC_STATUSES] = {
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 };
 
-/* One row a method; NULL: nothing to do.  A server's row has open, a client's has status. */
+/* One row a method; NULL: nothing to do.  A server's row has open, a client's has status and may have open. */
 struct grpc_method {
     const char *path;
-    void (*open)(struct stream *, const struct fields *);     /* the request is good; before any message */
+    void (*open)(struct stream *, const struct fields *);     /* the fields are good; before any message */
     void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
     void (*end)(struct stream *);                             /* the client has sent all */
     void (*drained)(struct stream *);                         /* all that was queued is on its way */
@@ -3150,6 +3160,8 @@ static void grpc_response(struct stream *s, const struct fields *f, bool end)
                (v[F_CONTENT_TYPE].n < 16 || memcmp(v[F_CONTENT_TYPE].p, "application/grpc", 16) != 0)) {
         grpc_client_status(s, GRPC_UNKNOWN, BYTES("the response is not gRPC"));
         stream_reset(s, CANCEL);
+    } else if (!end && s->grpc.method && s->grpc.method->open) {
+        s->grpc.method->open(s, f);
     } else if (end) {
         int64_t status = parse_decimal(v[F_GRPC_STATUS]);
         grpc_client_status(s, status < 0 || status >= GRPC_STATUSES ? GRPC_UNKNOWN : (unsigned)status,
@@ -3657,17 +3669,17 @@ static bool key_decode(br_skey_decoder_context *key, const struct tls_source *s,
            source_bad(s, e, "this kind of private key is not supported; use " KEYS_SUPPORTED);
 }
 
-/* The first private key of a setting: PKCS#1, SEC1 or PKCS#8. */
-static bool key_load(struct tls_config *c, const struct tls_source *s, struct err *e)
+/* The DER of the first private key of a setting: PKCS#1, SEC1 or PKCS#8.  wipe_buf it. */
+static bool key_read(const struct tls_source *s, struct buf *der, struct err *e)
 {
-    struct buf text = { 0 }, der = { 0 };
+    struct buf text = { 0 };
     char label[PEM_LABEL] = "", other[PEM_LABEL] = "";
     bool ok = source_load(s, &text, e);
     struct bytes in = { text.p, text.len };
     int got = ok;
-    while (got > 0 && (got = pem_next(&in, label, &der)) > 0 && !label_is_private(label))
+    while (got > 0 && (got = pem_next(&in, label, der)) > 0 && !label_is_private(label))
         memcpy(other, label, sizeof other);
-    if (der.failed)
+    if (der->failed)
         ok = source_bad(s, e, "no memory");
     else if (got < 0)
         ok = source_bad(s, e, "the PEM block \"%s\" is damaged or cut off", label);
@@ -3675,14 +3687,19 @@ static bool key_load(struct tls_config *c, const struct tls_source *s, struct er
         ok = source_bad(s, e, "the private key is encrypted; decrypt it with: openssl pkey -in KEY -out PLAIN");
     else if (got > 0 && strncmp(label, "OPENSSH ", 8) == 0)
         ok = source_bad(s, e, "is an OpenSSH private key; convert a copy with: ssh-keygen -p -m PKCS8 -f COPY");
-    else if (got > 0)
-        ok = key_decode(&c->key, s, (struct bytes){ der.p, der.len }, e);
-    else if (ok && *other)
+    else if (ok && got == 0 && *other)
         ok = source_bad(s, e, "holds a \"%s\", not a private key; are two settings swapped?", other);
-    else if (ok)
+    else if (ok && got == 0)
         ok = source_bad(s, e, "holds no private key in PEM (\"BEGIN PRIVATE KEY\")");
-    wipe_buf(&der);
     wipe_buf(&text);
+    return ok;
+}
+
+static bool key_load(struct tls_config *c, const struct tls_source *s, struct err *e)
+{
+    struct buf der = { 0 };
+    bool ok = key_read(s, &der, e) && key_decode(&c->key, s, (struct bytes){ der.p, der.len }, e);
+    wipe_buf(&der);
     return ok;
 }
 
@@ -4460,6 +4477,7 @@ struct dial {
     struct tls_config *tls;           /* NULL: plaintext */
     void (*up)(struct link *);        /* a connect has succeeded */
     void (*down)(struct link *, const char *why);   /* none has, in time */
+    void (*closed)(struct link *, const char *why); /* a link that was up is over; NULL: nothing to do */
     bool retry_told;                  /* that the first try has failed */
 };
 
@@ -4765,6 +4783,50 @@ static void sink_init(struct sink *s, int fd, struct buf *lines)
     s->regular = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
 }
 
+/* ---- Addresses ---- */
+
+struct address {
+    char host[256];                   /* without brackets; empty: none was given */
+    int port;                         /* -1: none was given */
+    bool bare;                        /* IPv6 without brackets */
+};
+
+/* HOST, HOST:PORT, [IPv6]:PORT or IPv6 alone, taken apart.  False: it is none of these. */
+static bool address_parse(const char *text, struct address *a)
+{
+    bool brackets = text[0] == '[';
+    const char *host = text + brackets, *end = strchr(text, brackets ? ']' : ':');
+    a->bare = !brackets && end && strchr(end + 1, ':');
+    if ((brackets && !end) || (a->bare && !strchr("%", host[strspn(host, "0123456789abcdefABCDEF:.")])))
+        return false;
+    size_t n = a->bare || !end ? strlen(host) : (size_t)(end - host);
+    const char *port = host + n + brackets;
+    int64_t number = *port == ':' ? parse_decimal(bytes_of(port + 1)) : -1;
+    if (n >= sizeof a->host || number > 65535 || (*port && number < 0))
+        return false;
+    text_printf(a->host, sizeof a->host, "%.*s", (int)n, host);
+    a->port = (int)number;
+    return true;
+}
+
+/* HOST:PORT, with brackets around an IPv6 address. */
+static void host_port(char *out, size_t cap, const char *host, unsigned port)
+{
+    bool v6 = strchr(host, ':') && host[0] != '[';
+    text_printf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
+}
+
+/* The addresses of a host, the caller's; flags: AI_PASSIVE for all interfaces, and host is empty.  NULL: *why tells. */
+static struct addrinfo *resolve_host(const char *host, unsigned port, int flags, const char **why)
+{
+    char number[12];
+    struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = flags }, *list = NULL;
+    text_printf(number, sizeof number, "%u", port);
+    int error = getaddrinfo(*host ? host : NULL, number, &hints, &list);
+    *why = error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error);
+    return error ? NULL : list;
+}
+
 /* ---- Links ---- */
 
 static struct link *link_new(struct loop *l, int fd, void (*ready)(struct loop *, struct watch *, unsigned))
@@ -4802,6 +4864,8 @@ static void link_close(struct link *k, const char *why)
         k->dial->down(k, why);
     else if (!k->connecting && !k->conn.why)
         k->conn.why = why;
+    if (k->dial && k->dial->closed && !k->connecting)
+        k->dial->closed(k, why);
     heap_set(l, k, INT64_MAX);
     poller_forget(l, &k->watch);
     if (k->watch.fd >= 0)
@@ -5780,6 +5844,22 @@ PB_DEFINE(ServerStreamMessage, PB_PLAIN, "message",
     PB_ROW(ServerStreamMessage, 4, MESSAGE, PB_ONEOF, agentStateReq,   &AgentStateReq_message),
     PB_ROW(ServerStreamMessage, 5, MESSAGE, PB_ONEOF, disconnectReq,   &DisconnectReq_message));
 
+/* ---- agent: what the users of an agent call ---- */
+struct AlgoRequest { struct bytes algorithm, requirements; };
+PB_DEFINE(AlgoRequest, PB_PLAIN, NULL,
+    PB_ROW(AlgoRequest, 1, BYTES, 0, algorithm,    NULL),
+    PB_ROW(AlgoRequest, 2, BYTES, 0, requirements, NULL));
+struct DataRequest { struct bytes dataset, filename; };
+PB_DEFINE(DataRequest, PB_PLAIN, NULL,
+    PB_ROW(DataRequest, 1, BYTES,  0, dataset,  NULL),
+    PB_ROW(DataRequest, 2, STRING, 0, filename, NULL));
+struct ResultRequest { char empty; };
+static const struct pb_message ResultRequest_message = {
+    "ResultRequest", NULL, 0, sizeof(struct ResultRequest), PB_PLAIN, NULL
+};
+struct ResultResponse { struct bytes file; };
+PB_DEFINE(ResultResponse, PB_PLAIN, NULL, PB_ROW(ResultResponse, 1, BYTES, 0, file, NULL));
+
 /* ---- A line of -record: one message as it came (received) or went (sent), and its very bytes ---- */
 struct Record {
     struct Timestamp *time;
@@ -5947,7 +6027,8 @@ struct options {
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
         *until, *report, *record, *replay, *server_cert,
-        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name;
+        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *private_key_path,
+        *agent_address, *algo_requirements, *python_runtime, *results;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
         reject, fault;
@@ -5977,9 +6058,9 @@ enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
 static const struct option option_table[] = {
     { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Inputs" },
     { "public-key-path", "FILE", NULL, OPT_PATH, BOTH, AT(public_key_path),
-      "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required" },
+      "public key of the data owners and the result consumer, PEM \"PUBLIC KEY\"; required without -deliver" },
     { "attested-tls-bool", "BOOL", NULL, OPT_TEXT, BOTH, AT(attested_tls),
-      "whether the agent is to serve attested TLS: true or false; required" },
+      "whether the agent is to serve attested TLS: true or false; required without -deliver" },
     { "algo-path", "PATH", NULL, OPT_PATH, BOTH, AT(algo_path),
       "algorithm that is uploaded directly: a file or folder to hash" },
     { "data-paths", "PATH,...", NULL, OPT_PATHS, BOTH, AT(data_paths),
@@ -5988,6 +6069,18 @@ static const struct option option_table[] = {
     { "algo-args", "ARG,...", NULL, OPT_LIST, BOTH, AT(algo_args),
       "arguments of the algorithm; an empty element is an empty argument" },
     { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Delivery" },
+    { "deliver", "WAY[,WAY]", NULL, OPT_TEXT, CMD_SERVE, AT(deliver),
+      "how algorithm and datasets reach the agent: cli (somebody else uploads them, the default) or upload" },
+    { "private-key-path", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(private_key_path),
+      "the users' private key, RSA or EC, PEM (default: a key pair is made for the run)" },
+    { "algo-requirements", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(algo_requirements),
+      "requirements.txt that is uploaded with a Python algorithm" },
+    { "python-runtime", "NAME", "python3", OPT_TEXT, CMD_SERVE, AT(python_runtime),
+      "the agent's interpreter for an uploaded Python algorithm" },
+    { "results", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(results),
+      "fetch the results into FILE; of several agents into one each, their names before the ending" },
+    { "agent-address", "HOST:PORT", NULL, OPT_TEXT, CMD_SERVE, AT(agent_address),
+      "where the agent takes uploads (default: the address that its stream comes from, port 7002)" },
     { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url),
       "where the agent fetches the algorithm; needs -algo-kbs-path" },
     { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path),
@@ -7126,6 +7219,7 @@ struct checksum {
     bool ok;
     uint8_t hash[32];
     struct file_id id;
+    unsigned version;            /* of the first manifest that had this hash */
 };
 
 /* A source on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
@@ -7467,6 +7561,160 @@ MUST_USE static bool public_key_load(const char *path, struct buf *der, struct e
     return ok;
 }
 
+/* ---- The users' private key: what it signs is all that an agent knows them by ---- */
+
+#if CVMS_TLS
+struct user_key {
+    br_skey_decoder_context decoder;  /* of a key that was read */
+    br_ec_private_key made;           /* and one that was made, with its number */
+    uint8_t x[BR_EC_KBUF_PRIV_MAX_SIZE];
+    const br_rsa_private_key *rsa;
+    const br_ec_private_key *ec;
+    struct buf rsa_public;            /* RSAPublicKey: BearSSL can't tell the exponent of every key */
+};
+
+static void user_key_free(struct user_key *k)
+{
+    if (!k)
+        return;
+    buf_free(&k->rsa_public);
+    wipe(k, sizeof *k);
+    free(k);
+}
+
+/* Appends an element (X.690 8.1); `in` may not stand in `out`. */
+static void der_put(struct buf *out, int tag, struct bytes in)
+{
+    buf_putc(out, tag);
+    if (in.n >= 128)
+        buf_putc(out, in.n >= 256 ? 0x82 : 0x81);
+    if (in.n >= 256)
+        buf_putc(out, (int)(in.n >> 8));
+    buf_putc(out, (int)(in.n & 255));
+    buf_put(out, in.p, in.n);
+}
+
+/* RSAPublicKey (RFC 8017 A.1.1), of two numbers without leading zeros. */
+static void der_put_rsa(struct buf *out, const struct bytes number[2])
+{
+    struct buf body = { 0 };
+    for (int i = 0; i < 2; i++) {
+        struct buf positive = { 0 };
+        if (number[i].n && number[i].p[0] >= 0x80)
+            buf_putc(&positive, 0);
+        buf_put(&positive, number[i].p, number[i].n);
+        der_put(&body, DER_INTEGER, (struct bytes){ positive.p, positive.len });
+        body.failed |= positive.failed;
+        buf_free(&positive);
+    }
+    der_put(out, DER_SEQUENCE, (struct bytes){ body.p, body.len });
+    out->failed |= body.failed;
+    buf_free(&body);
+}
+
+/* RSA or EC, PEM as PKCS#1, SEC1 or PKCS#8.  NULL: e has the reason; else for user_key_free, as user_key_make's. */
+static struct user_key *user_key_load(const char *path, struct err *e)
+{
+    const struct tls_source source = { "-private-key-path", path };
+    struct user_key *k = calloc(1, sizeof *k);
+    struct buf der = { 0 };
+    struct der_private parts;
+    bool ok = k ? key_read(&source, &der, e) && key_decode(&k->decoder, &source, (struct bytes){ der.p, der.len }, e)
+                : err_set(e, "-private-key-path: out of memory");
+    if (ok) {
+        k->rsa = br_skey_decoder_get_rsa(&k->decoder);
+        k->ec = br_skey_decoder_get_ec(&k->decoder);
+    }
+    if (ok && k->rsa && der_private_key((struct bytes){ der.p, der.len }, &parts))
+        der_put_rsa(&k->rsa_public, parts.rsa);
+    wipe_buf(&der);
+    if (ok)
+        return k;
+    user_key_free(k);
+    return NULL;
+}
+
+/* A P-256 key of the kernel's randomness, for one run. */
+static struct user_key *user_key_make(struct err *e)
+{
+    struct user_key *k = calloc(1, sizeof *k);
+    br_hmac_drbg_context rng;
+    uint8_t seed[32];
+    if (!k || getentropy(seed, sizeof seed) != 0) {
+        err_set(e, "no key can be made for the run: %s", k ? strerror(errno) : "out of memory");
+        free(k);
+        return NULL;
+    }
+    br_hmac_drbg_init(&rng, &br_sha256_vtable, seed, sizeof seed);
+    br_ec_keygen(&rng.vtable, br_ec_get_default(), &k->made, k->x, BR_EC_secp256r1);
+    wipe(seed, sizeof seed);
+    wipe(&rng, sizeof rng);
+    k->ec = &k->made;
+    return k;
+}
+
+/* SubjectPublicKeyInfo (RFC 5280 4.1, RFC 5480 2) of its public half, appended.  False without memory. */
+static bool user_key_public(const struct user_key *k, struct buf *spki)
+{
+    static const uint8_t rsa_algorithm[] = { 6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1, 5, 0 };
+    static const uint8_t p256[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1,
+                                    7 };
+    static const uint8_t p384[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0x22 };
+    static const uint8_t p521[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0x23 };
+    struct buf body = { 0 }, key = { 0 };
+    struct bytes algorithm = { rsa_algorithm, sizeof rsa_algorithm };
+    buf_putc(&key, 0);                /* no unused bits */
+    if (k->rsa) {
+        buf_put(&key, k->rsa_public.p, k->rsa_public.len);
+    } else {
+        uint8_t q[BR_EC_KBUF_PUB_MAX_SIZE];
+        br_ec_public_key pub = { 0 };
+        br_ec_compute_pub(br_ec_get_default(), &pub, q, k->ec);
+        buf_put(&key, pub.q, min_size(pub.qlen, sizeof q));
+        algorithm = k->ec->curve == BR_EC_secp256r1 ? (struct bytes){ p256, sizeof p256 }
+                  : k->ec->curve == BR_EC_secp384r1 ? (struct bytes){ p384, sizeof p384 }
+                                                    : (struct bytes){ p521, sizeof p521 };
+    }
+    der_put(&body, DER_SEQUENCE, algorithm);
+    der_put(&body, DER_BIT_STRING, (struct bytes){ key.p, key.len });
+    der_put(spki, DER_SEQUENCE, (struct bytes){ body.p, body.len });
+    spki->failed |= body.failed || key.failed || k->rsa_public.failed;
+    buf_free(&body);
+    buf_free(&key);
+    return !spki->failed;
+}
+
+/* Appends the signature over the text: RSA PKCS#1 v1.5, or ECDSA in ASN.1 form, over SHA-256. */
+static bool user_key_sign(const struct user_key *k, struct bytes text, struct buf *signature)
+{
+    uint8_t hash[br_sha256_SIZE], out[TLS_RSA_MAX / 8];
+    br_sha256_context h;
+    size_t n = 0;
+    br_sha256_init(&h);
+    br_sha256_update(&h, text.p, text.n);
+    br_sha256_out(&h, hash);
+    if (!k->rsa)
+        n = br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), &br_sha256_vtable, hash, k->ec, out);
+    else if (br_rsa_pkcs1_sign_get_default()(BR_HASH_OID_SHA256, hash, sizeof hash, k->rsa, out))
+        n = (k->rsa->n_bitlen + 7) / 8;
+    buf_put(signature, out, n);
+    return n && !signature->failed;
+}
+#else
+struct user_key { int unused; };
+
+static struct user_key *user_key_make(struct err *e)
+{
+    err_set(e, "this cvms was built without TLS (make TLS=0), and so without keys; build it with TLS");
+    return NULL;
+}
+
+#define user_key_load(path, e) ((void)(path), user_key_make(e))
+#define user_key_free(k) ((void)(k))
+#define user_key_public(k, spki) ((void)(k), (void)(spki), false)
+#define user_key_sign(k, text, signature) ((void)(k), (void)(text), (void)(signature), false)
+#endif
+
 /* ==== 15. The manifest: from options to finished bytes =============================================================
  * Owns: the ComputationRunReq, its inputs and their hashes, its chunks as gRPC messages, encoded once for all streams.
  * Never: opens a port.
@@ -7495,6 +7743,7 @@ struct manifest {
     const struct faults *faults;      /* NULL: none */
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
     size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
+    unsigned version;                 /* how often it has been encoded */
 };
 
 /* The lists that go by a dataset's position, split. */
@@ -7630,6 +7879,25 @@ static size_t check_choice(struct report *r, const char *flag, const char *value
     tell(r, USAGE, "-%s: \"%s\" is not known; use %.*s", flag, value, (int)all.len, (char *)all.p);
     buf_free(&all);
     return 0;
+}
+
+/* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
+static void check_output(struct report *r, const char *flag, const char *path)
+{
+    struct stat st;
+    char folder[PATH_MAX];
+    if (!path)
+        return;
+    if (stat(path, &st) == 0) {
+        if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
+            tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
+                 strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
+        return;
+    }
+    const char *slash = strrchr(path, '/');
+    text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    if (!*path || (slash && !slash[1]) || errno != ENOENT || access(folder, W_OK | X_OK) != 0)
+        tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
 }
 
 static struct KBSConfig *new_kbs(struct options *o, const char *url)
@@ -7994,6 +8262,7 @@ static bool manifest_encode(struct manifest *m)
         return false;
     blob_unref(m->stream);
     m->stream = stream;
+    m->version++;
     m->len = wire.n;
     m->chunks = (wire.n + CHUNK_LEN - 1) / CHUNK_LEN + 1;
     return true;
@@ -8061,7 +8330,7 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
     }
     if (present(o->public_key_path))
         m->key = load_key(o, r, "public-key-path", o->public_key_path);
-    else if (!o->manifest)
+    else if (!o->manifest && !m->key.n && !r->start && !r->usage)
         tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
     set_datasets(m, o, r);
     set_algorithm(m, o, r);
@@ -8113,7 +8382,9 @@ static void manifest_refresh(struct manifest *m, struct core *core)
             char hex[2 * SHA3_256_LEN + 1];
             hex_text(hex, again.hash, SHA3_256_LEN);
             core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
-            changed |= memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
+            bool differs = memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
+            changed |= differs;
+            again.version = differs ? m->version + 1 : in->version;
             *in = again;
         } else {
             core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
@@ -8161,14 +8432,23 @@ static const struct {
 static const struct {
     const char *state, *cure;
 } waits[] = {
-    { "ReceivingAlgorithm", "no algorithm was uploaded: cocos-cli algo FILE KEY" },
-    { "ReceivingData", "a dataset was not uploaded: cocos-cli data FILE KEY" },
-    { "ConsumingResults", "its results were not fetched: cocos-cli result KEY" },
+    { "ReceivingAlgorithm", "no algorithm was uploaded: -deliver upload, or cocos-cli algo FILE KEY" },
+    { "ReceivingData", "a dataset was not uploaded: -deliver upload, or cocos-cli data FILE KEY" },
+    { "ConsumingResults", "its results were not fetched: -results FILE, or cocos-cli result KEY" },
 };
 
 /* Log lines of level WARN or ERROR that mean a failure which no event tells. */
 static const char *const silent_failures[] = {
     "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
+};
+
+/* What is carried between the users and an agent host: a file that is uploaded, or the results. */
+struct parcel {
+    const char *what, *name;          /* "algorithm", "dataset" or "results", and the file */
+    enum stage stage;                 /* which is not reached without it */
+    bool begun, done;
+    uint64_t bytes;
+    uint8_t hash[32];                 /* of results: SHA3-256 */
 };
 
 /* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
@@ -8185,6 +8465,9 @@ struct host {
     uint64_t messages, bytes;
     char *context[CONTEXT_LINES];     /* a ring of the last lines */
     size_t context_at;
+    struct parcel *parcels;
+    size_t parcel_count;
+    char *trouble;                    /* what keeps its uploads from it; NULL: nothing */
 };
 
 struct verdict {
@@ -8209,6 +8492,8 @@ static void verdict_free(struct verdict *v)
             free(h->context[i]);
         free(h->name);
         free(h->failure);
+        free(h->parcels);
+        free(h->trouble);
         free(h);
     }
     buf_free(&v->why);
@@ -8235,9 +8520,18 @@ static struct host *verdict_host(struct verdict *v, const char *job_id, const ch
     return *at = h;
 }
 
+/* Whether all is carried that a stage needs. */
+static bool host_has(const struct host *h, enum stage stage)
+{
+    for (size_t i = 0; i < h->parcel_count; i++)
+        if (h->parcels[i].stage <= stage && !h->parcels[i].done)
+            return false;
+    return true;
+}
+
 static bool host_is_done(const struct verdict *v, const struct host *h)
 {
-    return !h->failed && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+    return !h->failed && host_has(h, v->until) && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
 }
 
 /* Stages are counted until the host is where it should be. */
@@ -8263,6 +8557,13 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
     put_text(&safe, bytes_of(text), NULL);
     h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
     buf_free(&safe);
+}
+
+/* What keeps uploads from a host, for the reason of a time-out; NULL: nothing. */
+static void host_trouble(struct host *h, const char *text)
+{
+    free(h->trouble);
+    h->trouble = text ? text_copy(bytes_of(text), SIZE_MAX) : NULL;
 }
 
 static const char *host_failure(const struct host *h)
@@ -8401,8 +8702,15 @@ static const char *const stage_signs[STAGES] = {
 static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
 {
     buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
+    const struct parcel *p = h->parcels, *end = p ? p + h->parcel_count : NULL;
+    while (p < end && (!p->begun || p->done))
+        p++;
     if (!h->had_agent)
         buf_puts(out, "; only its log-forwarder connected: is the agent running? Its AGENT_CVM_GRPC_URL must be this server");
+    else if (h->trouble)
+        buf_printf(out, "; %s", h->trouble);
+    else if (p < end)
+        buf_printf(out, "; the %s %s stood at %llu bytes", p->what, p->name, (unsigned long long)p->bytes);
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
@@ -8488,6 +8796,33 @@ static const char *verdict_word(int status)
          : status == VERDICT_BROKEN ? "FAILED" : "INTERRUPTED";
 }
 
+/* What has been carried; for people, and as JSON. */
+static void put_parcel(struct buf *out, const struct parcel *p)
+{
+    char hex[65];
+    if (!p->done)
+        return;
+    bool results = p->stage == STAGE_COMPLETE;
+    buf_printf(out, results ? "; %s in " : "; %s ", p->what);
+    put_text(out, bytes_of(p->name), NULL);
+    buf_puts(out, results ? "" : p->begun ? " uploaded" : " was there already");
+    if (p->begun)
+        buf_printf(out, ", %llu bytes", (unsigned long long)p->bytes);
+    hex_text(hex, p->hash, sizeof p->hash);
+    if (results && p->begun)
+        buf_printf(out, ", SHA3-256 %s", hex);
+}
+
+static void put_parcel_json(struct buf *out, const struct parcel *p, bool first)
+{
+    char hex[65];
+    hex_text(hex, p->hash, sizeof p->hash);
+    buf_printf(out, "%s{\"what\":\"%s\",\"file\":", first ? "" : ",", p->what);
+    pb_json_string(out, bytes_of(p->name));
+    buf_printf(out, ",\"done\":%s,\"bytes\":%llu", p->done ? "true" : "false", (unsigned long long)p->bytes);
+    buf_printf(out, p->done && p->stage == STAGE_COMPLETE ? ",\"sha3_256\":\"%s\"}" : "}", hex);
+}
+
 /* The summary for people. */
 static void verdict_summary(const struct verdict *v, struct buf *out)
 {
@@ -8499,6 +8834,8 @@ static void verdict_summary(const struct verdict *v, struct buf *out)
             buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, " %llu message%s, %llu bytes", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
                    (unsigned long long)h->bytes);
+        for (size_t i = 0; i < h->parcel_count; i++)
+            put_parcel(out, &h->parcels[i]);
         buf_printf(out, h->failed ? "; failed: %s\n" : "\n", host_failure(h));
         if (h->failed && h->context_at)
             buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
@@ -8563,6 +8900,10 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
             pb_json_string(out, bytes_of(host_failure(h)));
         else
             buf_puts(out, "null");
+        buf_puts(out, h->parcel_count ? ",\"deliveries\":[" : "");
+        for (size_t i = 0; i < h->parcel_count; i++)
+            put_parcel_json(out, &h->parcels[i], i == 0);
+        buf_puts(out, h->parcel_count ? "]" : "");
         buf_puts(out, ",\"lines\":[");
         bool first = true;
         for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
@@ -8615,11 +8956,844 @@ static void verdict_start(struct verdict *v, const struct options *o, int64_t no
     v->start_ms = now_ms;
     if (o->timeout_ms)
         v->timeout_ms = now_ms + o->timeout_ms;
-    if (v->wanted && o->poll_ms)
+    if ((v->wanted || v->control) && o->poll_ms)
         v->next_poll_ms = now_ms + o->poll_ms;
 }
 
-/* ==== 17. Services: Process, Health, Reflection; how messages are shown ============================================
+/* ==== 17. Delivery: uploads and results =============================================================================
+ * Owns: the users' side of a direct run: their key, and the calls of agent.AgentService by which algorithm and datasets
+ * reach each agent host and its results come back.
+ * Never: guesses where an agent stands; it acts on what the agent has said.
+ */
+enum way { WAY_CLI, WAY_UPLOAD, WAYS };
+static const char *const way_names[WAYS] = { "cli", "upload" };
+
+enum {
+    PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
+    RESULT_MESSAGE_MAX = 4 << 20,     /* what gRPC's own clients take */
+    SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
+    REDIAL_MS = 500,
+    UNREACHABLE_MS = 2000,            /* before it is told that a port is not open yet */
+    BACKOFF_MAX = 5,                  /* doublings of REDIAL_MS between calls that break off */
+    ARGS_MAX = 8192,                  /* bytes of arguments in a call's metadata: one frame, and most servers' limit */
+};
+
+/* The states of an agent, which its events carry as well, in the order in which a run goes through them. */
+enum agent_state {
+    AGENT_UNKNOWN, AGENT_IDLE, AGENT_MANIFEST, AGENT_ALGORITHM, AGENT_DATA, AGENT_RUNNING, AGENT_RESULTS,
+    AGENT_COMPLETE, AGENT_STATES
+};
+static const char *const agent_states[AGENT_STATES] = {
+    "", "Idle", "ReceivingManifest", "ReceivingAlgorithm", "ReceivingData", "Running", "ConsumingResults", "Complete",
+};
+
+/* What the users of an agent do: who they are to it, and in which states it listens to them. */
+enum user_role { ROLE_ALGORITHM, ROLE_DATA, ROLE_RESULT, ROLES };
+static const struct {
+    const char *what, *user_id;
+    enum agent_state from, until;
+} roles[ROLES] = {
+    { "algorithm", "algorithm-provider", AGENT_ALGORITHM, AGENT_ALGORITHM },
+    { "dataset", "data-provider", AGENT_DATA, AGENT_DATA },
+    { "results", "consumer", AGENT_RESULTS, AGENT_COMPLETE },
+};
+
+/* Words of a status by which an agent says "not now"; all else is a refusal. */
+static const char *const not_yet[] = { "not expecting this operation", "results are not yet ready" };
+
+/* One call, the same for every agent. */
+struct errand {
+    enum user_role role;
+    const struct checksum *input;     /* NULL: the results */
+    const char *filename;
+    const char **metadata;            /* name, value, ..., NULL */
+};
+
+/* What all agents have in common. */
+struct delivery {
+    struct loop *loop;
+    struct verdict *verdict;
+    const struct options *o;
+    const struct manifest *manifest;
+    enum way algorithm, data;
+    bool wanted;
+    struct user_key *key;
+    char *signature[ROLES];
+    struct errand *errands;
+    size_t count;
+    struct address at;                /* -agent-address, if it is given */
+    struct addrinfo *addresses;
+    struct courier *couriers;
+    uint8_t *piece;                   /* PIECE_LEN bytes on their way from a file into a message */
+};
+
+/* What is done for one agent host.  The errands before `next` are done. */
+struct courier {
+    struct courier *after;
+    struct delivery *delivery;
+    struct host *host;
+    struct dial dial;
+    struct addrinfo *own;             /* the addresses of `where`; NULL: not looked up, or those of -agent-address */
+    struct link *link;                /* of the call that is made now; NULL: none */
+    char where[300];                  /* its service, HOST:PORT */
+    enum agent_state state;
+    unsigned version, runs, broken;   /* of the manifest that it has; runs with results; calls that broke off in a row */
+    size_t next;
+    bool ask, over, told, job_id;     /* ask it for its state; the call has ended; it has been told that the port is shut */
+    int64_t begin_ms, redial_ms, unreachable_ms;  /* unreachable_ms: the first try that failed; INT64_MAX: none */
+    struct source source;
+    bool open, extra, whole;          /* source is open, and is -algo-requirements; all has been handed to gRPC */
+    uint64_t pieces, expected;        /* messages of this source; the results' size (UINT64_MAX: not known) */
+    int fd;                           /* of the results' file, -1: none */
+    char *path, *part;                /* its name, and the one that it has until it is complete */
+    struct sha3_256 hash;
+};
+
+static struct parcel *courier_parcel(const struct courier *c)
+{
+    return &c->host->parcels[c->next];
+}
+
+static const struct errand *courier_errand(const struct courier *c)
+{
+    return &c->delivery->errands[c->next];
+}
+
+PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, ...)
+{
+    char text[1000];
+    struct buf safe = { 0 };
+    va_list ap;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    put_text(&safe, bytes_of(text), NULL);
+    core_note(&c->delivery->loop->core, c->host->name, "%.*s", (int)safe.len, safe.p ? (const char *)safe.p : "");
+    buf_free(&safe);
+}
+
+/* Nothing more is done for this agent until its next run.  The verdict, if one is wanted, is its failure. */
+PRINTF_LIKE(2, 3) static void courier_fail(struct courier *c, const char *fmt, ...)
+{
+    char text[800];
+    va_list ap;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    courier_note(c, "%s", text);
+    host_fail(c->host, "%s", text);
+    c->over = true;
+    c->next = c->delivery->count;
+}
+
+/* Lets go of the files of a call. */
+static void courier_close(struct courier *c)
+{
+    if (c->open)
+        source_close(&c->source);
+    if (c->fd >= 0)
+        close(c->fd);
+    if (c->part)
+        unlink(c->part);
+    free(c->part);
+    c->part = NULL;
+    c->fd = -1;
+    c->open = false;
+}
+
+/* The call is over; what comes next waits for the agent to say where it stands, or for the time. */
+static void courier_end(struct courier *c)
+{
+    c->over = true;
+    courier_close(c);
+}
+
+/* "12.345 s, 67.8 MB/s" of what has taken its time. */
+static void put_rate(char out[64], uint64_t bytes, int64_t ms)
+{
+    uint64_t tenths = bytes / 100 / (uint64_t)(ms > 0 ? ms : 1) ;
+    text_printf(out, 64, SECONDS " s, %llu.%u MB/s", SECONDS_OF(ms), (unsigned long long)tenths / 10,
+                (unsigned)(tenths % 10));
+}
+
+static void courier_done(struct courier *c)
+{
+    const struct errand *e = courier_errand(c);
+    struct parcel *p = courier_parcel(c);
+    char rate[64];
+    put_rate(rate, p->bytes, c->delivery->loop->core.now_ms - c->begin_ms);
+    p->done = true;
+    c->broken = 0;
+    if (e->role == ROLE_RESULT) {
+        char hex[2 * SHA3_256_LEN + 1];
+        hex_text(hex, p->hash, SHA3_256_LEN);
+        courier_note(c, "results are in %s: %llu bytes, %s, SHA3-256 %s", p->name, (unsigned long long)p->bytes, rate,
+                     hex);
+        c->runs++;
+        c->ask = true;
+    } else {
+        courier_note(c, "%s %s is uploaded: %llu bytes, %s", roles[e->role].what, p->name,
+                     (unsigned long long)p->bytes, rate);
+    }
+    c->next++;
+    if (c->next < c->delivery->count && courier_errand(c)->role == ROLE_DATA && c->state < AGENT_DATA)
+        c->state = AGENT_DATA;        /* it says so itself, but later */
+}
+
+/* ---- Uploads ---- */
+
+/* Queues the next piece, or the end of the file.  Called whenever all that was queued is on its way. */
+static void courier_pull(struct stream *s)
+{
+    struct courier *c = s->user;
+    struct delivery *d = c->delivery;
+    const struct errand *errand = courier_errand(c);
+    struct err e;
+    if (c->whole || c->over)
+        return;
+    ssize_t n = source_read(&c->source, d->piece, PIECE_LEN, &e);
+    if (n == 0 && c->extra) {
+        source_close(&c->source);
+        c->extra = false;
+        c->open = source_open(&c->source, errand->input->path, &e);
+        n = c->open ? source_read(&c->source, d->piece, PIECE_LEN, &e) : -1;
+    }
+    if (n < 0) {
+        courier_fail(c, "the upload of %s is given up: %s", errand->filename, e.text);
+        return;
+    }
+    struct bytes piece = { d->piece, (size_t)n };
+    if (n == 0 && c->pieces) {
+        c->whole = true;
+        grpc_half_close(s);
+        return;
+    }
+    c->pieces += !c->extra;
+    courier_parcel(c)->bytes += c->extra ? 0 : (uint64_t)n;
+    if (errand->role == ROLE_DATA)
+        grpc_send(s, &DataRequest_message,
+                  &(struct DataRequest){ .dataset = piece, .filename = bytes_of(errand->filename) });
+    else
+        grpc_send(s, &AlgoRequest_message, &(struct AlgoRequest){ .algorithm = c->extra ? (struct bytes){ 0 } : piece,
+                                                                  .requirements = c->extra ? piece
+                                                                                           : (struct bytes){ 0 } });
+    s->conn->core->touched = true;
+}
+
+/* Opens what is to be uploaded.  False: told, and nothing will be. */
+static bool courier_open(struct courier *c)
+{
+    const struct errand *errand = courier_errand(c);
+    const struct checksum *in = errand->input;
+    const char *extra = errand->role == ROLE_ALGORITHM ? c->delivery->o->algo_requirements : NULL;
+    struct err e;
+    if (in->version > c->version || checksum_changed(in->path, &in->id)) {
+        courier_fail(c, "%s has changed since its hash was sent to the agent, so it is not uploaded", in->path);
+        return false;
+    }
+    c->extra = present(extra);
+    c->open = source_open(&c->source, c->extra ? extra : in->path, &e);
+    if (!c->open)
+        courier_fail(c, "%s can't be uploaded: %s", errand->filename, e.text);
+    return c->open;
+}
+
+/* ---- Results ---- */
+
+/* The results' name for this agent: that of -results, with the host's before its ending where there are several, and a
+ * number from the second run on. */
+static char *results_path(const struct courier *c)
+{
+    const char *path = c->delivery->o->results, *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *dot = strrchr(name, '.');
+    struct buf b = { 0 };
+    if (!dot || dot == name)
+        dot = name + strlen(name);
+    buf_put(&b, path, (size_t)(dot - path));
+    if (c->job_id || c->delivery->o->agents > 1 || c->after) {
+        buf_putc(&b, '-');
+        for (const char *h = c->host->name; *h; h++)
+            buf_putc(&b, *h == '/' || *h == ':' || (unsigned char)*h < ' ' ? '_' : *h);
+    }
+    if (c->runs)
+        buf_printf(&b, "-%u", c->runs + 1);
+    buf_put(&b, dot, strlen(dot) + 1);
+    return (char *)b.p;
+}
+
+static bool results_open(struct courier *c)
+{
+    free(c->path);
+    c->path = results_path(c);
+    size_t n = c->path ? strlen(c->path) : 0;
+    c->part = c->path ? malloc(n + sizeof ".part") : NULL;
+    if (c->part) {
+        memcpy(c->part, c->path, n);
+        memcpy(c->part + n, ".part", sizeof ".part");
+        c->fd = open(c->part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0644);
+    }
+    if (c->fd < 0) {
+        courier_fail(c, "-results: %s: %s", c->part ? c->part : c->delivery->o->results, strerror(errno));
+        return false;
+    }
+    courier_parcel(c)->name = c->path;
+    c->expected = UINT64_MAX;
+    sha3_256_init(&c->hash, sha3_features());
+    return true;
+}
+
+static void results_headers(struct stream *s, const struct fields *f)
+{
+    struct courier *c = s->user;
+    int64_t size = parse_decimal(f->value[F_FILE_SIZE]);
+    c->expected = size >= 0 ? (uint64_t)size : UINT64_MAX;
+}
+
+static void results_message(struct stream *s, struct bytes wire)
+{
+    struct courier *c = s->user;
+    struct core *core = s->conn->core;
+    struct ResultResponse res = { 0 };
+    bool unknown;
+    if (c->over)
+        return;
+    pb_arena_reset(&core->arena);
+    enum pb_error err = pb_decode(&ResultResponse_message, &res, wire, &core->arena, &unknown);
+    if (err != PB_OK) {
+        courier_fail(c, "a message of %zu bytes among the results is not an agent.ResultResponse: %s", wire.n,
+                     pb_error_text(err));
+        return;
+    }
+    if (!fd_write(c->fd, res.file.p, res.file.n)) {
+        courier_fail(c, "-results: %s: %s after %llu bytes; what there is of it is removed", c->part, strerror(errno),
+                     (unsigned long long)courier_parcel(c)->bytes);
+        courier_close(c);
+        return;
+    }
+    sha3_256_update(&c->hash, res.file.p, res.file.n);
+    courier_parcel(c)->bytes += res.file.n;
+}
+
+/* All results are here: their file gets its name.  False: told. */
+static bool results_finish(struct courier *c)
+{
+    struct parcel *p = courier_parcel(c);
+    if (c->expected != UINT64_MAX && c->expected != p->bytes) {
+        courier_fail(c, "the results end after %llu bytes of %llu", (unsigned long long)p->bytes,
+                     (unsigned long long)c->expected);
+        return false;
+    }
+    bool ok = close(c->fd) == 0 && rename(c->part, c->path) == 0;
+    c->fd = -1;
+    if (!ok) {
+        courier_fail(c, "-results: %s: %s", c->path, strerror(errno));
+        return false;
+    }
+    free(c->part);
+    c->part = NULL;
+    sha3_256_final(&c->hash, p->hash);
+    return true;
+}
+
+/* ---- A call ---- */
+
+/* The text of a grpc-message, which is percent-encoded. */
+static void percent_decode(struct buf *out, struct bytes t)
+{
+    for (size_t i = 0; i < t.n; i++) {
+        char two[3] = { 0 };
+        if (t.p[i] == '%' && i + 2 < t.n) {
+            memcpy(two, t.p + i + 1, 2);
+            if (strspn(two, "0123456789abcdefABCDEF") == 2) {
+                buf_putc(out, (int)strtoul(two, NULL, 16));
+                i += 2;
+                continue;
+            }
+        }
+        buf_putc(out, t.p[i]);
+    }
+}
+
+/* The call broke off, or came too early: the agent is asked where it stands, and all goes on from there. */
+static void courier_again(struct courier *c)
+{
+    struct parcel *p = courier_parcel(c);
+    c->ask = true;
+    c->state = AGENT_UNKNOWN;
+    c->redial_ms = c->delivery->loop->core.now_ms + ((int64_t)REDIAL_MS << c->broken);
+    c->broken += c->broken < BACKOFF_MAX;
+    p->begun = false;
+    p->bytes = 0;
+}
+
+static void courier_status(struct stream *s, unsigned status, struct bytes text)
+{
+    struct courier *c = s->user;
+    const struct errand *errand = courier_errand(c);
+    struct buf why = { 0 };
+    if (c->over)
+        return;
+    percent_decode(&why, text);
+    struct bytes words = { why.p, why.len };
+    bool early = false;
+    for (size_t i = 0; i < PB_COUNT(not_yet); i++)
+        early |= bytes_contain(words, not_yet[i]);
+    bool results = errand->role == ROLE_RESULT;
+    if (status == GRPC_OK && !results && !c->whole) {
+        courier_fail(c, "the agent ended the upload of the %s before it had all of it", roles[errand->role].what);
+    } else if (status == GRPC_OK) {
+        if (!results || results_finish(c))
+            courier_done(c);
+    } else if (status == GRPC_UNAVAILABLE) {
+        char broke[600];
+        text_printf(broke, sizeof broke, "the %s of %s broke off after %llu bytes: %.*s", results ? "transfer" : "upload",
+                    courier_parcel(c)->name, (unsigned long long)courier_parcel(c)->bytes, (int)min_size(words.n, 300),
+                    words.n ? (const char *)words.p : "");
+        courier_note(c, "%s", broke);
+        host_trouble(c->host, broke);
+        courier_again(c);
+    } else if (early) {
+        courier_again(c);
+    } else {
+        courier_fail(c, "the agent refused the %s: %.*s", roles[errand->role].what, (int)words.n,
+                     words.n ? (const char *)words.p : grpc_status_names[status]);
+    }
+    buf_free(&why);
+    courier_end(c);
+}
+
+static void courier_closed(struct stream *s)
+{
+    s->user = NULL;
+}
+
+static const struct grpc_method courier_methods[ROLES] = {
+    { .path = "/agent.AgentService/Algo", .drained = courier_pull, .status = courier_status, .closed = courier_closed },
+    { .path = "/agent.AgentService/Data", .drained = courier_pull, .status = courier_status, .closed = courier_closed },
+    { .path = "/agent.AgentService/Result", .open = results_headers, .message = results_message,
+      .status = courier_status, .closed = courier_closed },
+};
+
+/* The agent's service has been reached. */
+static void courier_up(struct link *k)
+{
+    struct courier *c = k->user;
+    const struct errand *errand = courier_errand(c);
+    bool results = errand->role == ROLE_RESULT;
+    c->unreachable_ms = INT64_MAX;
+    c->told = c->whole = false;
+    c->pieces = 0;
+    c->begin_ms = k->loop->core.now_ms;
+    courier_parcel(c)->bytes = 0;
+    host_trouble(c->host, NULL);
+    if (results ? !results_open(c) : !courier_open(c))
+        return;
+    struct stream *s = grpc_call(&k->conn, &courier_methods[errand->role], c->where, errand->metadata);
+    if (!s) {
+        courier_fail(c, "out of memory for a call");
+        return;
+    }
+    courier_parcel(c)->begun = true;
+    s->user = c;
+    if (results) {
+        courier_note(c, "fetching the results from %s", c->where);
+        grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });
+        grpc_half_close(s);
+        return;
+    }
+    courier_note(c, "uploading the %s %s to %s", roles[errand->role].what, errand->filename, c->where);
+    courier_pull(s);
+}
+
+/* It could not be reached, or the call's connection has ended. */
+static void courier_down(struct link *k, const char *why)
+{
+    struct courier *c = k->user;
+    int64_t now = k->loop->core.now_ms;
+    c->link = NULL;
+    if (!k->connecting)
+        return;
+    char text[500];
+    c->redial_ms = now + REDIAL_MS;
+    c->unreachable_ms = c->unreachable_ms < now ? c->unreachable_ms : now;
+    text_printf(text, sizeof text, "its service at %s can't be reached: %s; if it is reached by another address, as behind "
+                "a forwarded port, give -agent-address HOST:PORT", c->where, why);
+    host_trouble(c->host, text);
+    if (!c->told && now - c->unreachable_ms >= UNREACHABLE_MS) {
+        c->told = true;
+        courier_note(c, "%s; trying on", text);
+    }
+}
+
+static void courier_dial(struct courier *c)
+{
+    struct delivery *d = c->delivery;
+    const char *why = "out of memory";
+    struct address at;
+    if (!d->addresses && !c->own && address_parse(c->where, &at))
+        c->own = resolve_host(at.host, (unsigned)at.port, AI_NUMERICHOST, &why);
+    c->dial = (struct dial){ .endpoint = { .on = &grpc_client, .client = true, .max_message = RESULT_MESSAGE_MAX },
+                             .name = "agent", .addresses = d->addresses ? d->addresses : c->own,
+                             .up = courier_up, .down = courier_down, .closed = courier_down };
+    c->over = false;
+    c->link = c->dial.addresses ? link_dial(d->loop, &c->dial, c) : NULL;
+    if (!c->link)
+        courier_fail(c, "can't connect to the agent's service at %s: %s", c->where, why);
+}
+
+/* ---- What the agents say ---- */
+
+static struct courier *courier_of(struct delivery *d, struct host *h)
+{
+    struct courier **at = &d->couriers;
+    for (; *at; at = &(*at)->after)
+        if ((*at)->host == h)
+            return *at;
+    struct courier *c = calloc(1, sizeof *c);
+    struct parcel *p = calloc(d->count, sizeof *p);
+    if (!c || !p) {
+        free(c);
+        free(p);
+        core_note(&d->loop->core, h->name, "out of memory: nothing is delivered to this agent");
+        return NULL;
+    }
+    *c = (struct courier){ .delivery = d, .host = h, .next = d->count, .unreachable_ms = INT64_MAX, .fd = -1,
+                           .after = d->couriers };
+    h->parcels = p;
+    h->parcel_count = d->count;
+    return d->couriers = c;
+}
+
+/* A run begins: whatever was under way is of the past. */
+static void courier_start(struct courier *c, enum agent_state state, unsigned version)
+{
+    struct delivery *d = c->delivery;
+    if (c->link)
+        c->over = true;
+    courier_close(c);
+    c->next = 0;
+    c->state = state;
+    c->version = version;
+    c->broken = 0;
+    c->redial_ms = d->loop->core.now_ms;
+    for (size_t i = 0; i < d->count; i++)
+        c->host->parcels[i] = (struct parcel){
+            .what = roles[d->errands[i].role].what, .name = d->errands[i].filename,
+            .stage = d->errands[i].role == ROLE_RESULT ? STAGE_COMPLETE : STAGE_RUNNING };
+}
+
+static enum agent_state agent_state_of(struct bytes name)
+{
+    enum agent_state state = AGENT_COMPLETE;
+    while (state && !bytes_eq(name, bytes_of(agent_states[state])))
+        state--;
+    return state;
+}
+
+/* An agent has connected: one that was here before is asked where it stands. */
+static void delivery_back(struct delivery *d, struct host *h)
+{
+    for (struct courier *c = d->couriers; c; c = c->after)
+        c->ask |= c->host == h && c->version;
+}
+
+/* A message of an agent host has come; peer is the address of its stream, version that of the manifest on it. */
+static void delivery_message(struct delivery *d, struct host *h, const struct ClientStreamMessage *msg,
+                             const char *peer, bool job_id, unsigned version)
+{
+    struct courier *c = d->count && h ? courier_of(d, h) : NULL;
+    struct address at;
+    if (!c)
+        return;
+    c->job_id = job_id;
+    if ((msg->run_res || msg->agentStateRes) && !c->link && address_parse(peer, &at)) {
+        freeaddrinfo(c->own);
+        c->own = NULL;
+        host_port(c->where, sizeof c->where, d->addresses ? d->at.host : at.host,
+                  d->addresses ? (unsigned)d->at.port : SERVICE_PORT);
+    }
+    if (msg->run_res && !msg->run_res->error.n) {
+        courier_start(c, AGENT_ALGORITHM, version);
+    } else if (msg->agentStateRes && !c->link) {
+        enum agent_state state = agent_state_of(msg->agentStateRes->state);
+        if (c->version == 0 && state >= AGENT_ALGORITHM && state < AGENT_COMPLETE)
+            courier_start(c, state, version);
+        c->state = state;
+    } else if (msg->agent_event && !bytes_eq(msg->agent_event->status, BYTES("Failed")) && c->version) {
+        enum agent_state state = agent_state_of(msg->agent_event->event_type);
+        if (state > c->state && c->state)
+            c->state = state;
+    }
+}
+
+/* Whether the host is to be asked for its state; it is asked once. */
+static bool delivery_asks(struct delivery *d, const struct host *h)
+{
+    for (struct courier *c = d->couriers; c; c = c->after)
+        if (c->host == h && c->ask) {
+            c->ask = false;
+            return true;
+        }
+    return false;
+}
+
+/* Once a turn of the loop: calls that are over end, those that are due begin.  Returns when it wants its next turn. */
+static int64_t delivery_tick(struct delivery *d, int64_t now_ms)
+{
+    int64_t at = INT64_MAX;
+    for (struct courier *c = d->couriers; c; c = c->after) {
+        if (c->link && c->over)
+            link_close(c->link, "the call is over");
+        while (c->next < d->count && c->state > roles[courier_errand(c)->role].until && !c->link) {
+            courier_note(c, "the agent has the %s %s already", courier_parcel(c)->what, courier_parcel(c)->name);
+            courier_parcel(c)->done = true;
+            c->next++;
+        }
+        if (c->link || c->next == d->count || c->state < roles[courier_errand(c)->role].from)
+            continue;
+        if (now_ms >= c->redial_ms)
+            courier_dial(c);
+        else if (c->redial_ms < at)
+            at = c->redial_ms;
+    }
+    return at;
+}
+
+static void delivery_free(struct delivery *d)
+{
+    while (d->couriers) {
+        struct courier *c = d->couriers;
+        d->couriers = c->after;
+        courier_close(c);
+        freeaddrinfo(c->own);
+        free(c->path);
+        free(c);
+    }
+    freeaddrinfo(d->addresses);
+    free(d->piece);
+}
+
+/* ---- What the flags ask for ---- */
+
+static enum way way_parse(struct report *r, const char *word, size_t n)
+{
+    for (int i = 0; i < WAYS; i++)
+        if (strlen(way_names[i]) == n && strncmp(way_names[i], word, n) == 0)
+            return (enum way)i;
+    tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli or upload", (int)n, word);
+    return WAY_CLI;
+}
+
+/* Before the manifest is made: the ways, and the users' key, whose public half goes into it. */
+static void delivery_setup(struct delivery *d, struct options *o, struct report *r)
+{
+    const char *ways = o->deliver ? o->deliver : "cli", *comma = strchr(ways, ',');
+    struct err e = { "" };
+    d->o = o;
+    d->algorithm = way_parse(r, ways, comma ? (size_t)(comma - ways) : strlen(ways));
+    d->data = comma ? way_parse(r, comma + 1, strlen(comma + 1)) : d->algorithm;
+    d->wanted = d->algorithm == WAY_UPLOAD || d->data == WAY_UPLOAD || o->results;
+    static const char *const of_delivery[] = { "private-key-path", "agent-address" };
+    for (size_t i = 0; i < PB_COUNT(of_delivery); i++)
+        if (!d->wanted && option_given(o, of_delivery[i]))
+            tell(r, USAGE, "-%s: nothing is delivered; add -deliver upload or -results FILE", of_delivery[i]);
+    static const char *const of_algorithm[] = { "algo-requirements", "python-runtime" };
+    for (size_t i = 0; i < PB_COUNT(of_algorithm); i++)
+        if (d->algorithm != WAY_UPLOAD && option_given(o, of_algorithm[i]))
+            tell(r, USAGE, "-%s: the algorithm is not uploaded from here; add -deliver upload", of_algorithm[i]);
+    if (!d->wanted)
+        return;
+    if (!o->attested_tls && !o->manifest)
+        o->attested_tls = "false";
+    if (present(o->public_key_path) && !present(o->private_key_path)) {
+        tell(r, USAGE, "-private-key-path is missing: uploads and results are signed with the private half of "
+                       "-public-key-path; without both, a key pair is made for the run");
+        return;
+    }
+    d->key = present(o->private_key_path) ? user_key_load(o->private_key_path, &e) : user_key_make(&e);
+    if (!d->key && present(o->private_key_path))
+        tell(r, START, "%s; without -private-key-path and -public-key-path a key pair is made for the run; openssl ecparam "
+                       "-name prime256v1 -genkey -noout makes one to keep", e.text);
+    else if (!d->key)
+        tell(r, START, "-deliver: %s", e.text);
+}
+
+/* The public half of the users' key, kept; empty without one. */
+static struct bytes delivery_public(const struct delivery *d, struct options *o)
+{
+    struct buf b = { 0 };
+    struct bytes key = { 0 };
+    if (d->key && user_key_public(d->key, &b))
+        key = (struct bytes){ memcpy(keep(o, b.len), need(b.p), b.len), b.len };
+    buf_free(&b);
+    return key;
+}
+
+/* base64 of the signature over the role's own word: what the agent knows a user by. */
+static const char *delivery_signature(const struct delivery *d, struct options *o, enum user_role role)
+{
+    struct buf b = { 0 }, text = { 0 };
+    char *kept = "";
+    if (d->key && user_key_sign(d->key, bytes_of(roles[role].user_id), &b)) {
+        pb_base64(&text, (struct bytes){ b.p, b.len });
+        buf_putc(&text, 0);
+        kept = memcpy(keep(o, text.len), need(text.p), text.len);
+    }
+    buf_free(&b);
+    buf_free(&text);
+    return kept;
+}
+
+/* A value that gRPC's metadata can carry: printable ASCII, without blanks at its ends. */
+static void check_metadata(struct report *r, const char *flag, struct bytes value)
+{
+    if (!bytes_printable(value) || (value.n && (value.p[0] == ' ' || value.p[value.n - 1] == ' ')))
+        tell(r, USAGE, "-%s: \"%.*s\" can't be uploaded: gRPC carries it as metadata, which is printable ASCII without "
+             "blanks at its ends", flag, (int)min_size(value.n, 80), (const char *)value.p);
+}
+
+static const char *keep_text(struct options *o, struct bytes b)
+{
+    char *s = keep(o, b.n + 1);
+    if (b.n)
+        memcpy(s, b.p, b.n);
+    return s;
+}
+
+/* Adds a call; key is the public half that its resource has in the manifest. */
+static struct errand *delivery_add(struct delivery *d, struct options *o, struct report *r, enum user_role role,
+                                   const struct checksum *input, struct bytes key, struct bytes name)
+{
+    struct errand *errand = &d->errands[d->count++];
+    struct bytes ours = delivery_public(d, o);
+    size_t args = role == ROLE_ALGORITHM ? d->manifest->req.algorithm->algo_args.n : 0;
+    errand->role = role;
+    errand->input = input;
+    errand->filename = keep_text(o, name);
+    errand->metadata = keep(o, 2 * (args + 6) * sizeof *errand->metadata);
+    errand->metadata[0] = "user-id", errand->metadata[1] = roles[role].user_id;
+    errand->metadata[2] = "signature", errand->metadata[3] = delivery_signature(d, o, role);
+    if (d->key && !bytes_eq(ours, key))
+        tell(r, START, "-private-key-path: %s is not the other half of the public key that the manifest has for the %s%s%s: "
+             "the agent would refuse it; leave the public keys out and the private one's own is used",
+             present(o->private_key_path) ? o->private_key_path : "the key made for the run", roles[role].what,
+             input ? " " : "", input ? errand->filename : "");
+    return errand;
+}
+
+static void delivery_add_algorithm(struct delivery *d, struct options *o, struct report *r)
+{
+    const struct manifest *m = d->manifest;
+    const struct Algorithm *a = m->req.algorithm;
+    if (!m->algo_input) {
+        if (!a || !a->source)
+            tell(r, USAGE, "-deliver upload: there is no algorithm to upload; give -algo-path");
+        return;
+    }
+    const struct checksum *in = &m->inputs[m->input_count - 1];
+    struct errand *errand = delivery_add(d, o, r, ROLE_ALGORITHM, in, a->userKey, base_name(in->path));
+    const char **to = errand->metadata + 4;
+    const struct bytes *arg = a->algo_args.items;
+    if (!a->algo_type.n)
+        tell(r, USAGE, "-algo-type is missing: an agent has to know how to run what is uploaded: bin, python, wasm or "
+                       "docker");
+    check_metadata(r, "algo-type", a->algo_type);
+    *to++ = "algo_type", *to++ = keep_text(o, a->algo_type);
+    size_t len = 0;
+    for (size_t i = 0; i < a->algo_args.n; i++) {
+        check_metadata(r, "algo-args", arg[i]);
+        len += arg[i].n + sizeof "algo_args" + 8;
+        *to++ = "algo_args", *to++ = keep_text(o, arg[i]);
+    }
+    if (len > ARGS_MAX)
+        tell(r, USAGE, "-algo-args: %zu bytes are too long for the metadata of an upload, which takes %d", len, ARGS_MAX);
+    check_metadata(r, "python-runtime", bytes_of(o->python_runtime));
+    *to++ = "python_runtime", *to++ = o->python_runtime;
+    struct stat st;
+    struct err e;
+    int fd = o->algo_requirements ? file_open(o->algo_requirements, false, &st, &e) : -1;
+    if (o->algo_requirements && fd < 0)
+        tell(r, START, "-algo-requirements: %s", e.text);
+    if (fd >= 0)
+        close(fd);
+}
+
+static void delivery_add_data(struct delivery *d, struct options *o, struct report *r)
+{
+    const struct manifest *m = d->manifest;
+    const struct Dataset *data = m->req.datasets.items;
+    for (size_t i = 0; i < m->input_count - m->algo_input; i++) {
+        const struct checksum *in = &m->inputs[i];
+        struct bytes name = data[i].filename.n ? data[i].filename : base_name(in->path);
+        struct errand *errand = delivery_add(d, o, r, ROLE_DATA, in, data[i].userKey, name);
+        errand->metadata[4] = "decompress", errand->metadata[5] = data[i].decompress ? "true" : "false";
+        if (!pb_utf8_valid(name))
+            tell(r, USAGE, "-data-paths: %s: its name is not UTF-8 and can't be uploaded", in->path);
+    }
+}
+
+static void delivery_add_results(struct delivery *d, struct options *o, struct report *r)
+{
+    const struct pb_list *list = &d->manifest->req.result_consumers;
+    const struct ResultConsumer *consumer = list->items;
+    struct bytes key = delivery_public(d, o);
+    size_t i = 0;
+    while (i < list->n && !bytes_eq(consumer[i].userKey, key))
+        i++;
+    delivery_add(d, o, r, ROLE_RESULT, NULL, i < list->n ? key : (struct bytes){ 0 }, bytes_of(o->results));
+    struct stat st;
+    if (stat(o->results, &st) == 0 && !S_ISREG(st.st_mode))
+        tell(r, USAGE, "-results: \"%s\" is not a regular file; the results become one", o->results);
+    else
+        check_output(r, "results", o->results);
+    if (d->verdict->until && d->verdict->until < STAGE_COMPLETE)
+        tell(r, USAGE, "-results: with -until %s the run ends before they are there; use -until complete",
+             stage_names[d->verdict->until]);
+}
+
+/* -agent-address, looked up before anything starts: the loop can't wait for a resolver. */
+static void delivery_address(struct delivery *d, const struct options *o, struct report *r)
+{
+    const char *why;
+    if (!o->agent_address)
+        return;
+    if (!address_parse(o->agent_address, &d->at) || d->at.port < 1 || d->at.bare || !*d->at.host)
+        tell(r, USAGE, "-agent-address: \"%s\" is not an address; write it like localhost:7002 or [::1]:7002",
+             o->agent_address);
+    else if (!(d->addresses = resolve_host(d->at.host, (unsigned)d->at.port, 0, &why)))
+        tell(r, START, "-agent-address: can't resolve \"%s\": %s", d->at.host, why);
+    if (o->agents > 1)
+        tell(r, USAGE, "-agent-address is that of one agent, but -agents says %lld", (long long)o->agents);
+}
+
+/* After the manifest is made: the calls, and whether an agent can take them.  The key is needed no longer. */
+static void delivery_check(struct delivery *d, const struct manifest *m, struct options *o, struct report *r)
+{
+    d->manifest = m;
+    if (!d->wanted)
+        return;
+    d->errands = keep(o, (m->input_count + 1) * sizeof *d->errands);
+    if (m->req.agent_config && m->req.agent_config->attested_tls)
+        tell(r, USAGE, "-attested-tls-bool true: agents then serve their users over attested TLS, which uploads from here "
+                       "do not speak; say false, or use -deliver cli");
+    if (d->algorithm == WAY_UPLOAD)
+        delivery_add_algorithm(d, o, r);
+    if (d->data == WAY_UPLOAD)
+        delivery_add_data(d, o, r);
+    if (!d->count && !o->results && !r->usage)
+        tell(r, USAGE, "-deliver upload: there is nothing to upload: both algorithm and datasets are remote");
+    if (o->results)
+        delivery_add_results(d, o, r);
+    else if (d->verdict->until == STAGE_COMPLETE)
+        tell(r, WARNING, "-until complete comes about only when somebody fetches the results: add -results FILE, or use "
+                         "-until ready");
+    delivery_address(d, o, r);
+    user_key_free(d->key);
+    d->key = NULL;
+    d->piece = need(malloc(PIECE_LEN));
+}
+
+/* ==== 18. Services: Process, Health, Reflection; how messages are shown ============================================
  * Owns: what each method answers, and the lines on stdout that an agent's messages become.
  * Never: touches frames; it sends messages and a status.
  */
@@ -8631,6 +9805,7 @@ struct server {
     const struct options *o;
     struct manifest manifest;         /* what Process serves */
     struct verdict verdict;
+    struct delivery delivery;
     struct faults faults;
     struct session *sessions;         /* open Process streams */
     bool color, json;                 /* how messages are shown on stdout */
@@ -8657,6 +9832,7 @@ struct session {
     struct host *host;                /* NULL: no verdict is wanted */
     enum stream_kind kind;
     uint64_t messages, bytes;
+    unsigned version;                 /* of the manifest that was sent; 0: none, or not the one that is delivered for */
     int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
     bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
     char *job_id;                     /* safe to print; NULL: none was sent */
@@ -8689,14 +9865,6 @@ static const struct {
     { "ERROR", "\x1b[31m" }, { "Failed", "\x1b[31m" }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
     { "Completed", "\x1b[32m" }, { "Ready", "\x1b[32m" },
 };
-
-static bool bytes_printable(struct bytes b)
-{
-    for (size_t i = 0; i < b.n; i++)
-        if (b.p[i] < ' ' || b.p[i] > '~')
-            return false;
-    return true;
-}
 
 /* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
 static void put_bytes_field(struct buf *out, struct bytes b)
@@ -9024,6 +10192,8 @@ static void session_send_manifest(struct session *session)
 {
     struct stream *s = session->stream;
     session->send_ms = INT64_MAX;
+    if (session->manifest == &server_of(s)->manifest)
+        session->version = session->manifest->version;
     record_sent(s, session->manifest->stream);
     grpc_send_blob(s, blob_ref(session->manifest->stream));
     if (session->ended)
@@ -9039,6 +10209,8 @@ static void session_kind(struct session *session, enum stream_kind kind)
     session->host = verdict_host(&server->verdict, session->job_id, session->stream->conn->peer);
     if (session->host)
         verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    if (session->host && kind == KIND_AGENT)
+        delivery_back(&server->delivery, session->host);
     else if (server->verdict.host_count == MAX_HOSTS)
         core_cap(core, session->stream->conn->peer, CAP_HOSTS);
 }
@@ -9115,6 +10287,9 @@ static void process_message(struct stream *s, struct bytes wire)
     }
     if (session->host)
         verdict_message(&server_of(s)->verdict, session->host, &msg, wire.n, core->now_ms);
+    if (session->host && session->version)
+        delivery_message(&server_of(s)->delivery, session->host, &msg, s->conn->peer, session->job_id,
+                         session->version);
     if (core->recording)
         record_line(s, (struct Record){ .received = &msg }, wire);
 }
@@ -9363,7 +10538,7 @@ static const struct grpc_method server_methods[] = {
       .message = reflection_message, .end = reflection_end },
 };
 
-/* ==== 18. Control: commands on stdin ===============================================================================
+/* ==== 19. Control: commands on stdin ===============================================================================
  * Owns: what a line on stdin may ask of agents and of the server.
  * Never: waits for a line.
  */
@@ -9537,7 +10712,7 @@ static void control_start(struct server *v)
     control_bytes(v, "\n", 1);
 }
 
-/* ==== 19. The client commands: a stand-in agent, and health ========================================================
+/* ==== 20. The client commands: a stand-in agent, and health ========================================================
  * Owns: what a real agent host sends, in its order and on its two streams; the check of the manifest that it gets.
  * Never: runs a computation.
  */
@@ -10307,14 +11482,7 @@ static int cmd_health(struct options *o, struct report *r)
     return status;
 }
 
-/* ==== 20. The server command, and main =========================================================================== */
-
-/* HOST:PORT, with brackets around an IPv6 address. */
-static void host_port(char *out, size_t cap, const char *host, unsigned port)
-{
-    bool v6 = strchr(host, ':') && host[0] != '[';
-    text_printf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
-}
+/* ==== 21. The server command, and main =========================================================================== */
 
 /* Opens the port that HOST and PORT name.  False: told. */
 static bool serve_listen(struct loop *l, struct report *r, char *where, size_t cap)
@@ -10352,25 +11520,6 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     freeaddrinfo(list);
     host_port(where, cap, bare, real);
     return real != 0;
-}
-
-/* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
-static void check_output(struct report *r, const char *flag, const char *path)
-{
-    struct stat st;
-    char folder[PATH_MAX];
-    if (!path)
-        return;
-    if (stat(path, &st) == 0) {
-        if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
-            tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
-                 strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
-        return;
-    }
-    const char *slash = strrchr(path, '/');
-    text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
-    if (!*path || (slash && !slash[1]) || errno != ENOENT || access(folder, W_OK | X_OK) != 0)
-        tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
 }
 
 /* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
@@ -10499,12 +11648,13 @@ static void server_turn(struct loop *l)
         } else if (s->send_ms < next)
             next = s->send_ms;
     }
-    if (now >= v->verdict.next_poll_ms) {
-        for (struct session *s = v->sessions; s; s = s->next)
-            if (s->kind == KIND_AGENT && !s->ended)
-                ask_state(s);
+    bool poll_due = now >= v->verdict.next_poll_ms;
+    int64_t delivery_ms = delivery_tick(&v->delivery, now);
+    for (struct session *s = v->sessions; s; s = s->next)
+        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(&v->delivery, s->host) || poll_due))
+            ask_state(s);
+    if (poll_due)
         v->verdict.next_poll_ms = now + v->verdict.poll_ms;
-    }
     verdict_tick(&v->verdict, now);
     if (v->verdict.over) {
         l->exit_status = v->verdict.status;
@@ -10513,6 +11663,8 @@ static void server_turn(struct loop *l)
     l->timer_ms = verdict_deadline(&v->verdict);
     if (next < l->timer_ms)
         l->timer_ms = next;
+    if (delivery_ms < l->timer_ms)
+        l->timer_ms = delivery_ms;
 }
 
 /* Writes -report.  False: told. */
@@ -10595,8 +11747,13 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
         tell(r, WARNING, "%s does nothing without SERVER_CERT and SERVER_KEY: there is no TLS",
              present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
+    v->delivery.verdict = &v->verdict;
+    delivery_setup(&v->delivery, o, r);
+    v->manifest.key = delivery_public(&v->delivery, o);
     manifest_build(&v->manifest, o, r);
     check_faults(&v->manifest, &v->faults, r);
+    delivery_check(&v->delivery, &v->manifest, o, r);
+    v->verdict.control |= v->delivery.wanted;
     return !r->usage && !r->start;
 }
 
@@ -10630,13 +11787,14 @@ static int cmd_serve(struct options *o, struct report *r)
     const char *term = getenv("TERM");
     struct server v = { .o = o };
     if (!server_check(&v, o, r)) {
+        delivery_free(&v.delivery);
         manifest_free(&v.manifest);
         verdict_free(&v.verdict);
         if (v.tls)
             tls_config_free(v.tls);
         return r->usage ? 2 : 1;
     }
-    struct loop *l = v.loop = loop_new();
+    struct loop *l = v.loop = v.delivery.loop = loop_new();
     l->tls = v.tls;
     l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
                                     .method_count = PB_COUNT(server_methods), .max_message = (size_t)o->max_message };
@@ -10659,6 +11817,7 @@ static int cmd_serve(struct options *o, struct report *r)
             status = verdict_finish(&v, status);
     }
     loop_free(l);
+    delivery_free(&v.delivery);
     manifest_free(&v.manifest);
     verdict_free(&v.verdict);
     return status;

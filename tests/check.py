@@ -157,6 +157,12 @@ def smoke():
     script("smoke", "test_smoke")
 
 
+def deliver():
+    """Uploads and results, against a grpc-go AgentService."""
+    fast = wants("test_deliver") and program(name="cvms-fast", flags=["-O2"])
+    script("deliver", "test_deliver", fast or "", os.path.join(BUILD, "tools", "bin", "agent"))
+
+
 def tls():
     """PEM files, the TLS section through an echo driver, then the whole server."""
     driver = ["-std=c11", "-D_GNU_SOURCE"]
@@ -263,7 +269,7 @@ def builds():
     made("make", "-B", "cvms")
 
 
-LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke,
+LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke, "deliver": deliver,
           "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
 ON_REQUEST = {"inject-all"}           # only by name: minutes
 QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]

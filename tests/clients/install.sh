@@ -38,7 +38,7 @@ done_() { printf '%s\n' "$2" >"$tools/$1.stamp"; }
 
 # Go's own cache makes these quick.
 (cd "$here/tools" && GOBIN="$tools/bin" go install tool)
-(cd "$here/go" && go build -trimpath -o "$tools/bin/" ./client ./peer)
+(cd "$here/go" && go build -trimpath -o "$tools/bin/" ./agent ./client ./peer)
 
 wanted=$(cksum <"$here/py/requirements.txt")
 if ! fresh venv "$wanted" || ! [ -x "$tools/venv/bin/python" ]; then

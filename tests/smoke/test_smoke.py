@@ -312,9 +312,9 @@ def test_timeouts():
             s.ended(4, rf"\bj\b.*\b{last}\b")
     for stage, sends, sign in (("accepted", [], "no run_res"), ("running", [ACCEPTED], "no event or state Running"),
                                ("complete", [ACCEPTED, state("Running")], "no event ConsumingResults"),
-                               ("running", [ACCEPTED, state("ReceivingAlgorithm")], "no algorithm was uploaded: cocos-cli algo"),
-                               ("running", [ACCEPTED, state("ReceivingData")], "a dataset was not uploaded: cocos-cli data"),
-                               ("complete", [ACCEPTED, state("ConsumingResults")], "results were not fetched: cocos-cli result")):
+                               ("running", [ACCEPTED, state("ReceivingAlgorithm")], "no algorithm was uploaded: -deliver upload, or cocos-cli algo"),
+                               ("running", [ACCEPTED, state("ReceivingData")], "a dataset was not uploaded: -deliver upload, or cocos-cli data"),
+                               ("complete", [ACCEPTED, state("ConsumingResults")], "results were not fetched: -results FILE, or cocos-cli result")):
         with Server(f"what is missing for {stage}", "-until", stage, "-timeout", "600ms", "-poll", "0") as s:
             a, f = s.both("j")
             f.send(log("a line of its log"))

@@ -1,0 +1,550 @@
+#!/usr/bin/env python3
+"""Direct runs: uploads, results, and what is told at the start.  usage: test_deliver.py CVMS FAST AGENT [-v] [NAME...]
+
+FAST is the same program without sanitizers, whose memory is measured.  AGENT is the grpc-go AgentService of tests/clients/go/agent, which verifies signatures with Go's own crypto; the agent's
+and the log-forwarder's streams are played message by message.  The last line is `N passed, M failed`.
+"""
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import (  # noqa: E402
+    ACCEPTED, LIMIT, Collector, Server, Skip, W, check, event, field, fields, first, has, hasnot, named, need, read, run, same,
+    sha3, shell, temp, write)
+
+MIB = 1 << 20
+FAST, GO = map(os.path.abspath, sys.argv[2:4])
+DONE = ["Running/Completed", "ConsumingResults/Ready"]
+
+
+def state(text):
+    return field(5, field(1, "1") + field(2, text))
+
+
+class Agent:
+    """The grpc-go AgentService; .lines is what it says."""
+    def __init__(self, listen="127.0.0.1:0"):
+        if not os.path.exists(GO):
+            raise Skip("no grpc-go AgentService; run tests/install.sh")
+        self.p = subprocess.Popen([GO, "-listen", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.out = Collector(self.p.stdout.fileno())
+        need(self.out.until(r"^listening \S+$"), "no AgentService")
+        self.address = re.search(r"^listening (\S+)$", self.out.text(), re.M).group(1)
+        self.told = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.p.kill()
+        self.out.thread.join(LIMIT)
+        harness.drop(self.p)
+
+    def tell(self, text):
+        self.told += 1
+        self.p.stdin.write(text.encode() + b"\n")
+        self.p.stdin.flush()
+        need(self.out.until(r"^done", times=self.told), f"{text} was not taken")
+
+    def keys(self, manifest):
+        """Takes the key of the manifest's algorithm."""
+        self.tell("key " + base64.b64encode(first(first(manifest, 5), 2)).decode())
+
+    def saw(self, pattern, times=1):
+        return self.out.until("^" + pattern, times=times)
+
+
+class Run:
+    """A server that delivers to an agent host: .agent and .forwarder are its streams, .go its service."""
+    def __init__(self, name, *args, go=None, base=None, until="complete", **kw):
+        self.name, self.go = name, go
+        where = ["-agent-address", go.address] if go else []
+        until = ["-until", until, "-timeout", "20s"] if until else []
+        self.server = Server(name, "-deliver", "upload", *where, *until, *args, base=basic() if base is None else base, **kw)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.close()
+
+    def connect(self, job=None):
+        self.agent, self.forwarder = self.server.both(job)
+        self.manifest = self.agent.manifest()
+        self.go.keys(self.manifest)
+        return self
+
+    def accept(self):
+        self.agent.send(ACCEPTED)
+        self.forwarder.events("ReceivingAlgorithm/InProgress")
+        return self
+
+    def results(self):
+        self.forwarder.events("Running/Starting", "Running/InProgress", *DONE)
+        return self
+
+    def said(self, pattern, times=1):
+        return check(f"{self.name}: says {pattern}", self.server.err.until(pattern, times=times), self.server.err.text(), pattern)
+
+
+def basic(*data, algo=None):
+    return ["-algo-path", algo or W.algo, "-algo-type", "python"] + (["-data-paths", ",".join(data)] if data else [])
+
+
+def counting(n):
+    return bytes(i * 7 & 255 for i in range(n))
+
+
+# ---- A whole run ----
+
+def test_whole_run():
+    out = os.path.join(temp(), "out.zip")
+    with Agent() as go, Run("whole", "-results", out, "-algo-args", "--epochs,10,,x y", "-report", out + ".json",
+                            go=go, base=basic(W.data)) as r:
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        has("whole: the algorithm", go.out.text(), rf"algo {os.path.getsize(W.algo)} {sha3(read(W.algo))} ", 'type=\\["python"\\]',
+            r'args=\["--epochs" "10" "" "x y"\]', r'runtime=\["python3"\]', "requirements=0 ")
+        need(go.saw("data"), "no dataset")
+        has("whole: the dataset", go.out.text(), rf"data {os.path.getsize(W.data)} {sha3(read(W.data))} ", 'name="data.csv"',
+            r'decompress=\["false"\]')
+        go.tell("results 1000 1048576")
+        r.results()
+        need(go.saw("result 1000"), "no results")
+        r.said(r"results are in \S+out.zip: 1000 bytes, .* SHA3-256 " + sha3(counting(1000)))
+        r.forwarder.events("Complete/Completed")
+        err = r.server.ended(0, "complete reached")
+        has("whole: the summary", err, rf"algorithm algo.py uploaded, {os.path.getsize(W.algo)} bytes; dataset data.csv uploaded",
+            rf"results in {out}, 1000 bytes, SHA3-256 {sha3(counting(1000))}")
+        same("whole: the results", read(out), counting(1000))
+        same("whole: nothing else is left", sorted(os.listdir(os.path.dirname(out))), ["out.zip", "out.zip.json"])
+        report = json.loads(read(out + ".json"))["agents"][0]["deliveries"]
+        same("whole: the report", [(d["what"], d["done"], d["bytes"]) for d in report],
+             [("algorithm", True, os.path.getsize(W.algo)), ("dataset", True, os.path.getsize(W.data)), ("results", True, 1000)])
+        same("whole: the results' hash", report[2]["sha3_256"], sha3(counting(1000)))
+
+
+# ---- What is told at the start ----
+
+def test_mistakes():
+    folder = temp()
+    out = os.path.join(folder, "out.zip")
+    base = ["-algo-path", W.algo, "-algo-type", "python"]
+    up = [*base, "-deliver", "upload"]
+    rows = [
+        ([*base, "-deliver", "ftp"], 2, r'-deliver: "ftp" is no way to deliver; use cli or upload'),
+        ([*base, "-deliver", "upload,ftp"], 2, r'-deliver: "ftp" is no way'),
+        ([*base, *W.required, "-agent-address", "h:7002"], 2, "-agent-address: nothing is delivered"),
+        ([*base, *W.required, "-private-key-path", W.key], 2, "-private-key-path: nothing is delivered"),
+        ([*base, *W.required, "-algo-requirements", W.data], 2, "-algo-requirements: the algorithm is not uploaded from here"),
+        ([*base, "-deliver", "cli,upload", "-data-paths", W.data, "-python-runtime", "x"], 2, "-python-runtime: the algorithm is"),
+        ([*up, "-public-key-path", W.rsa], 2, "-private-key-path is missing: .*a key pair is made for the run"),
+        ([*up, "-attested-tls-bool", "true"], 2, "-attested-tls-bool true: .*attested TLS"),
+        ([*up, "-agent-address", "here"], 2, '-agent-address: "here" is not an address'),
+        ([*up, "-agent-address", "h:7002", "-agents", "2", "-until", "ready"], 2, "-agent-address is that of one agent"),
+        ([*up, "-algo-requirements", folder], 1, f"-algo-requirements: {folder}: is a folder"),
+        ([*up, "-algo-requirements", out], 1, f"-algo-requirements: {out}: No such file"),
+        ([*up, "-results", out, "-until", "ready"], 2, "-results: with -until ready the run ends before they are there"),
+        ([*up, "-results", folder], 2, "-results: .* is not a regular file"),
+        ([*up, "-results", "/dev/null"], 2, "-results: .*/dev/null. is not a regular file"),
+        ([*up, "-results", folder + "/no/out"], 1, "-results: .* can't be written: No such file"),
+        ([*up, "-algo-args", "\u00e9"], 2, "-algo-args: .* can't be uploaded"),
+        ([*up, "-algo-args", " x"], 2, "-algo-args: .* can't be uploaded"),
+        ([*up, "-algo-args", "x" * 20000], 2, "-algo-args: .*too long"),
+        ([*base[:2], "-deliver", "upload"], 2, "-algo-type is missing"),
+        ([*W.remote, "-deliver", "upload"], 2, "-private-key-path is missing"),
+        ([*W.remote[4:], "-deliver", "upload"], 2, "-deliver upload: there is nothing to upload"),
+        ([*up, "-manifest", write("m.json", "{}"), "-algo-path", ""], 2, "-deliver upload: there is no algorithm to upload"),
+    ]
+    for args, status, pattern in rows:
+        r = run(f"mistake {pattern}", args)
+        same(f"mistake {pattern}: status", r.status, status)
+        has(f"mistake {pattern}", r.err, "^cvms: " + pattern)
+
+
+# ---- Keys ----
+
+def pair(kind):
+    """(private, public, other): two PEM files of a kind, as openssl makes them, and the public half of another one."""
+    folder = temp()
+    made = {"rsa": "genrsa -traditional -out k {}", "rsa8": "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:{} -out k",
+            "ec": "ecparam -name {} -genkey -noout -out k", "ec8": "genpkey -algorithm EC -pkeyopt ec_paramgen_curve:{} -out k",
+            "ed": "genpkey -algorithm ed25519 -out k"}[kind.split()[0]].format(kind.split()[-1])
+    shell(f"openssl {made}; openssl pkey -in k -pubout -out p; openssl ecparam -name prime256v1 -genkey -noout | "
+          "openssl pkey -pubout -out o", folder)
+    return [os.path.join(folder, n) for n in "kpo"]
+
+
+KINDS = ["rsa 2048", "rsa8 3072", "rsa 4096", "ec prime256v1", "ec secp384r1", "ec secp521r1", "ec8 P-256", "ec8 P-521"]
+
+
+def key_row(kind):
+    """Go takes the signature, and so does openssl; the manifest has the public half as openssl writes it."""
+    private, public, _ = pair(kind)
+    der = shell(f"openssl pkey -pubin -in {public} -outform DER")
+    with Agent() as go, Run(f"key {kind}", "-private-key-path", private, go=go, until=None) as r:
+        r.connect().accept()
+        need(go.saw("algo .*$"), f"no algorithm: {r.server.err.text()}")
+        same(f"key {kind}: the public half", first(first(r.manifest, 5), 2), der)
+        same(f"key {kind}: the consumer's", first(first(r.manifest, 6), 1), der)
+        signature = base64.b64decode(re.search(r"signature=(\S+)", go.out.text()).group(1))
+        path = write("signature", signature)
+        shell(f"printf algorithm-provider | openssl dgst -sha256 -verify {public} -signature {path}")
+        check(f"key {kind}: openssl verifies", True)
+
+
+def test_keys():
+    for kind in KINDS:
+        key_row(kind)
+
+
+def test_key_mistakes():
+    base = [*basic(W.data), "-deliver", "upload"]
+    private, public, other = pair("ec prime256v1")
+    rows = [
+        ([*base, "-private-key-path", private, "-public-key-path", other],
+         "-private-key-path: .* is not the other half of the public key that the manifest has for the algorithm algo.py"),
+        ([*base, "-private-key-path", private, "-public-key-path", other],
+         "-private-key-path: .* is not the other half of the public key that the manifest has for the dataset data.csv"),
+        ([*base, "-private-key-path", private, "-algo-public-key-path", other], "manifest has for the algorithm algo.py"),
+        ([*base, "-private-key-path", private, "-dataset-public-key-paths", other], "manifest has for the dataset data.csv"),
+        ([*base, "-private-key-path", private, "-result-consumer-keys", other, "-results", temp() + "/out"],
+         "manifest has for the results"),
+        ([*base, "-private-key-path", pair("ed")[0]], "is an Ed25519 key, .* a key pair is made for the run; openssl ecparam"),
+        ([*base, "-private-key-path", public], "not a private key"),
+        ([*base, "-private-key-path", "/no/such"], "-private-key-path.*No such file"),
+        ([*base, "-private-key-path", pair("rsa 1024")[0]], "the RSA key has 1024 bits"),
+    ]
+    for args, pattern in rows:
+        r = run(f"key mistake {pattern}", args)
+        same(f"key mistake {pattern}: status", r.status, 1)
+        has(f"key mistake {pattern}", r.err, "^cvms: .*" + pattern)
+    with Server("keys: several consumers", *base, "-private-key-path", private, "-result-consumer-keys", f"{other},{public}",
+                "-results", temp() + "/out", base=[]):
+        pass
+
+
+# ---- Uploads of every kind ----
+
+def test_sizes():
+    for n in (0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB + 12345):
+        data = os.urandom(n)
+        with Agent() as go, Run(f"size {n}", go=go, base=basic(write("d.bin", data)), until="running") as r:
+            r.connect().accept()
+            need(go.saw("data"), f"no dataset of {n}")
+            pieces = max(1, -(-n // MIB))
+            has(f"size {n}", go.out.text(), rf"data {n} {sha3(data)} messages={pieces} longest={min(n, MIB)} ", 'name="d.bin"')
+            r.forwarder.events("Running/Starting")
+            r.server.ended(0, "running reached")
+
+
+def test_empty_algorithm():
+    with Agent() as go, Run("empty algorithm", go=go, base=basic(algo=write("a.py", b"")), until="running") as r:
+        r.connect().accept()
+        check("empty algorithm: uploaded", go.saw(f"algo 0 {sha3(b'')} messages=1"), go.out.text())
+
+
+def test_large_in_little_memory():
+    """100 MiB: the server grows by a few pieces, not by the file."""
+    data = os.urandom(100 * MIB)
+    with Agent() as go, Run("large", go=go, base=basic(write("large.bin", data)), until=None, program=FAST) as r:
+        r.connect().accept()
+        need(go.saw("data"), "no dataset")
+        has("large: 100 MiB", go.out.text(), f"data {len(data)} {sha3(data)} messages=100 ")
+        check("large: memory", r.server.memory("VmHWM") < 8 * MIB, r.server.memory("VmHWM"), "under 8 MiB")
+
+
+def test_requirements():
+    extra = write("requirements.txt", b"numpy==2\n" * 200000)
+    with Agent() as go, Run("requirements", "-algo-requirements", extra, "-python-runtime", "python3.12", go=go, until=None) as r:
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        has("requirements", go.out.text(), rf"algo {os.path.getsize(W.algo)} {sha3(read(W.algo))} ", f"requirements={len(read(extra))} {sha3(read(extra))} ",
+            r'runtime=\["python3.12"\]')
+
+
+def test_decompress_and_two_datasets():
+    first_, second = write("a.csv", b"a"), write("b.csv", b"b")
+    with Agent() as go, Run("two datasets", "-dataset-decompress", "false,true", go=go, base=basic(first_, second), until=None) as r:
+        r.connect().accept()
+        need(go.saw("data", 2), "not both")
+        has("two datasets: first", go.out.text(), 'name="a.csv" decompress=\\["false"\\]')
+        has("two datasets: second", go.out.text(), 'name="b.csv" decompress=\\["true"\\]')
+
+
+# ---- Refusals and agents that behave badly ----
+
+def test_refused():
+    for call, what in (("algo", "algorithm"), ("data", "dataset"), ("result", "results")):
+        with Agent() as go, Run(f"refused {what}", "-results", os.path.join(temp(), "r.zip"), go=go, base=basic(W.data)) as r:
+            go.tell(f"mode {call} refuse signature verification failed: 100% \u00e4")
+            r.connect().accept()
+            if call == "result":
+                r.results()
+            r.said(f"the agent refused the {what}: signature verification failed: 100% \u00e4")
+            r.server.ended(3, f"the agent refused the {what}: signature verification failed")
+
+
+def test_wrong_key():
+    """The service knows another key than that of the run: it is the signature that is refused."""
+    other = shell("openssl ecparam -name prime256v1 -genkey -noout | openssl pkey -pubout -outform DER | base64 -w0").decode()
+    with Agent() as go, Run("wrong key", go=go) as r:
+        r.connect()
+        go.tell("key " + other)
+        r.accept()
+        r.server.ended(3, "the agent refused the algorithm: signature verification failed")
+
+
+def test_early():
+    with Agent() as go, Run("early", go=go, base=basic(algo=write("a.py", os.urandom(3 * MIB)))) as r:
+        go.tell("mode algo early")
+        r.connect().accept()
+        r.server.ended(3, "the agent ended the upload of the algorithm before it had all of it")
+
+
+def test_not_yet():
+    """An agent that is not there yet is asked where it stands, and gets its algorithm then."""
+    with Agent() as go, Run("not yet", go=go, until="running") as r:
+        go.tell("mode algo busy 2")
+        r.connect().accept()
+        for i in range(2):
+            need(r.agent.asked(4, i + 1) is not None, "the agent is not asked")
+            r.agent.send(state("ReceivingAlgorithm"))
+        need(go.saw("algo"), "no algorithm")
+        r.forwarder.events("Running/Starting")
+        r.server.ended(0, "running reached")
+
+
+def test_deaf():
+    with Agent() as go, Run("deaf", "-timeout", "3s", go=go, base=basic(write("d.bin", os.urandom(MIB)))) as r:
+        go.tell("mode data deaf")
+        r.connect().accept()
+        r.server.ended(4, "the dataset d.bin stood at 1048576 bytes")
+
+
+def test_unreachable():
+    with Run("unreachable", "-agent-address", "127.0.0.1:1", "-timeout", "4s") as r:
+        a, _ = r.server.both()
+        a.send(ACCEPTED)
+        r.said("its service at 127.0.0.1:1 can't be reached: Connection refused; .* -agent-address .*; trying on")
+        r.server.ended(4, "127.0.0.1:1 can't be reached", "-agent-address HOST:PORT")
+
+
+def test_port_opens_late():
+    with Agent() as probe:
+        where = probe.address
+    with Run("late", "-agent-address", where, until="running") as r:
+        a, f = r.server.both()
+        a.send(ACCEPTED)
+        with Agent(where) as go:
+            go.keys(a.manifest())
+            need(go.saw("algo"), "no algorithm")
+            f.events("Running/Starting")
+            r.server.ended(0, "running reached")
+
+
+# ---- Lost and back ----
+
+def test_broken_upload():
+    """The connection ends in the middle: the agent is asked, and the upload begins anew."""
+    data = os.urandom(5 * MIB)
+    with Agent() as go, Run("broken", go=go, base=basic(write("d.bin", data)), until="running") as r:
+        go.tell(f"mode data drop {2 * MIB}")
+        r.connect().accept()
+        r.said("the upload of d.bin broke off after")
+        need(r.agent.asked(4) is not None, "the agent is not asked")
+        r.agent.send(state("ReceivingData"))
+        need(go.saw("data"), "no second upload")
+        has("broken: whole in the end", go.out.text(), f"data {len(data)} {sha3(data)} ")
+        same("broken: the algorithm is not sent again", len(re.findall("^algo", go.out.text(), re.M)), 1)
+        r.forwarder.events("Running/Starting")
+        r.server.ended(0, "running reached")
+
+
+def test_agent_back():
+    """Its own stream ends in the middle of an upload, too; back, it says where it stands, and all goes on from there."""
+    data = os.urandom(3 * MIB)
+    with Agent() as go, Run("back", go=go, base=basic(write("d.bin", data)), until="running") as r:
+        go.tell(f"mode data drop {2 * MIB}")
+        r.connect().accept()
+        need(go.saw("dropped"), "the upload went through")
+        r.agent.close()
+        again = r.server.agent()
+        need(again.asked(4) is not None, "it is not asked when it is back")
+        again.send(state("ReceivingData"))
+        need(go.saw("data"), "no second upload")
+        has("back: whole in the end", go.out.text(), f"data {len(data)} {sha3(data)} ")
+        r.forwarder.events("Running/Starting")
+        r.server.ended(0, "running reached")
+
+
+def test_taken_meanwhile():
+    """An upload whose answer was lost, but which the agent has: it is not sent again."""
+    with Agent() as go, Run("taken", go=go, base=basic(write("d.bin", os.urandom(2 * MIB))), until="running") as r:
+        go.tell(f"mode data drop {2 * MIB}")
+        r.connect().accept()
+        need(r.agent.asked(4) is not None, "it is not asked")
+        r.agent.send(state("Running"))
+        r.said("the agent has the dataset d.bin already")
+        r.server.ended(0, "running reached")
+
+
+def test_new_run():
+    """Agent after agent without -until: the second run of a host gets all again, and its results a name of their own."""
+    out = os.path.join(temp(), "out.zip")
+    with Agent() as go, Run("again", "-results", out, go=go, until=None) as r:
+        for i in (1, 2):
+            go.tell(f"results {i * 100} 7")
+            r.connect().accept()
+            need(go.saw("algo", i), f"no algorithm {i}")
+            r.results()
+            r.said("results are in", i)
+            r.agent.close()
+            r.forwarder.close()
+        same("again: first", read(out), counting(100))
+        same("again: second", read(out.replace(".zip", "-2.zip")), counting(200))
+
+
+def test_changed():
+    algo = write("a.py", b"one")
+    with Agent() as go, Run("changed", go=go, base=basic(algo=algo)) as r:
+        r.connect()
+        write(algo, b"another")
+        r.accept()
+        r.server.ended(3, f"{algo} has changed since its hash was sent to the agent, so it is not uploaded")
+        hasnot("changed: not uploaded", go.out.text(), "^algo")
+
+
+def test_changed_for_one():
+    """A second agent gets the new hash and the new bytes; the first one, which has the old hash, gets none."""
+    algo = write("a.py", b"one")
+    with Agent() as go, Run("changed for one", go=go, base=basic(algo=algo), until=None) as r:
+        r.connect("old")
+        write(algo, b"another")
+        new = r.server.agent("new")
+        new.manifest()
+        r.agent.send(ACCEPTED)
+        r.said("old a.py has changed|old .*a.py has changed since")
+        new.send(ACCEPTED)
+        need(go.saw("algo"), "no algorithm")
+        has("changed for one: the new bytes", go.out.text(), f"algo 7 {sha3(b'another')} ")
+
+
+# ---- Results ----
+
+def test_results_in_bytes():
+    out = os.path.join(temp(), "out")
+    with Agent() as go, Run("bytes", "-results", out, go=go) as r:
+        go.tell("results 5000 1")
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        r.results()
+        r.said("results are in")
+        r.forwarder.events("Complete/Completed")
+        r.server.ended(0, "complete reached")
+        same("bytes: results", read(out), counting(5000))
+
+
+def test_results_short():
+    folder = temp()
+    with Agent() as go, Run("short", "-results", folder + "/out", go=go) as r:
+        go.tell("mode result short")
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        r.results()
+        r.server.ended(3, "the results end after 999 bytes of 1000")
+        same("short: nothing is left", os.listdir(folder), [])
+
+
+def test_results_endless():
+    folder = temp()
+    limit = "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)); os.execv(sys.argv[1], sys.argv[1:])"
+    with Agent() as go:
+        command = [sys.executable, "-c", limit, W.cvms, *basic(), "-deliver", "upload", "-agent-address", go.address, "-results",
+                   folder + "/out", "-until", "complete", "-timeout", "20s"]
+        with Server("endless", command=command) as s:
+            go.tell("results -1 100000")
+            a, f = s.both()
+            go.keys(a.manifest())
+            a.send(ACCEPTED)
+            need(go.saw("algo"), "no algorithm")
+            f.events(*DONE)
+            s.ended(3, "-results: .*out.part: File too large after 5200000 bytes")
+            same("endless: nothing is left", os.listdir(folder), [])
+
+
+def test_results_broken():
+    """Results that break off are fetched again, from the agent that still has them."""
+    out = os.path.join(temp(), "out")
+    with Agent() as go, Run("broken results", "-results", out, go=go) as r:
+        go.tell(f"results {4 * MIB} 1000000")
+        go.tell("mode result drop 2000000")
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        r.results()
+        need(r.agent.asked(4) is not None, "it is not asked")
+        r.agent.send(state("ConsumingResults"))
+        r.said("results are in")
+        r.forwarder.events("Complete/Completed")
+        r.server.ended(0, "complete reached")
+        same("broken results", read(out), counting(4 * MIB))
+
+
+def test_no_forwarder():
+    """No events: the agent is asked, again and again."""
+    out = os.path.join(temp(), "out")
+    with Agent() as go, Run("no forwarder", "-results", out, "-poll", "100ms", go=go, base=basic(W.data)) as r:
+        r.agent = r.server.agent()
+        go.keys(r.agent.manifest())
+        r.agent.send(ACCEPTED)
+        need(go.saw("data"), "no dataset")
+        for i, s in enumerate(["Running", "ConsumingResults"]):
+            need(r.agent.asked(4, i + 1) is not None, "not asked")
+            r.agent.send(state(s))
+        r.said("results are in")
+        asked = len([m for m in r.agent.messages if fields(m)[0][0] == 4])
+        need(r.agent.asked(4, asked + 1) is not None, "not asked at the end")
+        r.agent.send(state("Complete"))
+        r.server.ended(0, "complete reached")
+
+
+# ---- Several agents ----
+
+def test_two_agents():
+    """Each gets its uploads, and its results a file of its own."""
+    folder = temp()
+    with Agent() as go, Run("two", "-results", folder + "/out.zip", go=go, until=None) as r:
+        pairs = [r.server.both(job) for job in ("vm7", "vm/8")]
+        go.keys(pairs[0][0].manifest())
+        for a, _ in pairs:
+            a.send(ACCEPTED)
+        need(go.saw("algo", 2), "not both")
+        for _, f in pairs:
+            f.events(*DONE)
+        r.said("results are in", 2)
+        same("two: names", sorted(os.listdir(folder)), ["out-vm7.zip", "out-vm_8.zip"])
+
+
+def test_two_of_which_one_refuses():
+    with Agent() as go, Run("one refuses", go=go, until=None) as r:
+        go.tell("mode algo busy 0")
+        a, _ = r.server.both("good")
+        go.keys(a.manifest())
+        b, _ = r.server.both("bad")
+        a.send(ACCEPTED)
+        need(go.saw("algo"), "no algorithm")
+        go.tell("mode algo refuse no")
+        b.send(ACCEPTED)
+        r.said("bad the agent refused the algorithm: no")
+        hasnot("one refuses: the other's upload stands", r.server.err.text(), "good the agent refused")
+
+
+if __name__ == "__main__":
+    W.make(sys.argv[1])
+    sys.exit(harness.main(named(globals()), jobs=2, skipped=4))
