@@ -8465,6 +8465,7 @@ struct host {
     uint64_t messages, bytes;
     char *context[CONTEXT_LINES];     /* a ring of the last lines */
     size_t context_at;
+    struct courier *courier;          /* section 17: what is done for it; NULL: nothing */
     struct parcel *parcels;
     size_t parcel_count;
     char *trouble;                    /* what keeps its uploads from it; NULL: nothing */
@@ -9016,7 +9017,7 @@ struct delivery {
     const struct options *o;
     const struct manifest *manifest;
     enum way algorithm, data;
-    bool wanted;
+    bool wanted, asks;                /* asks: an agent is to be asked for its state */
     struct user_key *key;
     char *signature[ROLES];
     struct errand *errands;
@@ -9086,6 +9087,12 @@ PRINTF_LIKE(2, 3) static void courier_fail(struct courier *c, const char *fmt, .
     c->next = c->delivery->count;
 }
 
+/* The agent is to say where it stands, now or when it is back. */
+static void courier_ask(struct courier *c)
+{
+    c->ask = c->delivery->asks = true;
+}
+
 /* Lets go of the files of a call. */
 static void courier_close(struct courier *c)
 {
@@ -9130,7 +9137,7 @@ static void courier_done(struct courier *c)
         courier_note(c, "results are in %s: %llu bytes, %s, SHA3-256 %s", p->name, (unsigned long long)p->bytes, rate,
                      hex);
         c->runs++;
-        c->ask = true;
+        courier_ask(c);
     } else {
         courier_note(c, "%s %s is uploaded: %llu bytes, %s", roles[e->role].what, p->name,
                      (unsigned long long)p->bytes, rate);
@@ -9318,7 +9325,7 @@ static void percent_decode(struct buf *out, struct bytes t)
 static void courier_again(struct courier *c)
 {
     struct parcel *p = courier_parcel(c);
-    c->ask = true;
+    courier_ask(c);
     c->state = AGENT_UNKNOWN;
     c->redial_ms = c->delivery->loop->core.now_ms + ((int64_t)REDIAL_MS << c->broken);
     c->broken += c->broken < BACKOFF_MAX;
@@ -9445,10 +9452,8 @@ static void courier_dial(struct courier *c)
 
 static struct courier *courier_of(struct delivery *d, struct host *h)
 {
-    struct courier **at = &d->couriers;
-    for (; *at; at = &(*at)->after)
-        if ((*at)->host == h)
-            return *at;
+    if (h->courier)
+        return h->courier;
     struct courier *c = calloc(1, sizeof *c);
     struct parcel *p = calloc(d->count, sizeof *p);
     if (!c || !p) {
@@ -9461,7 +9466,7 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
                            .after = d->couriers };
     h->parcels = p;
     h->parcel_count = d->count;
-    return d->couriers = c;
+    return d->couriers = h->courier = c;
 }
 
 /* A run begins: whatever was under way is of the past. */
@@ -9491,10 +9496,10 @@ static enum agent_state agent_state_of(struct bytes name)
 }
 
 /* An agent has connected: one that was here before is asked where it stands. */
-static void delivery_back(struct delivery *d, struct host *h)
+static void delivery_back(const struct host *h)
 {
-    for (struct courier *c = d->couriers; c; c = c->after)
-        c->ask |= c->host == h && c->version;
+    if (h->courier && h->courier->version)
+        courier_ask(h->courier);
 }
 
 /* A message of an agent host has come; peer is the address of its stream, version that of the manifest on it. */
@@ -9527,14 +9532,12 @@ static void delivery_message(struct delivery *d, struct host *h, const struct Cl
 }
 
 /* Whether the host is to be asked for its state; it is asked once. */
-static bool delivery_asks(struct delivery *d, const struct host *h)
+static bool delivery_asks(const struct host *h)
 {
-    for (struct courier *c = d->couriers; c; c = c->after)
-        if (c->host == h && c->ask) {
-            c->ask = false;
-            return true;
-        }
-    return false;
+    bool ask = h && h->courier && h->courier->ask;
+    if (ask)
+        h->courier->ask = false;
+    return ask;
 }
 
 /* Once a turn of the loop: calls that are over end, those that are due begin.  Returns when it wants its next turn. */
@@ -10210,7 +10213,7 @@ static void session_kind(struct session *session, enum stream_kind kind)
     if (session->host)
         verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
     if (session->host && kind == KIND_AGENT)
-        delivery_back(&server->delivery, session->host);
+        delivery_back(session->host);
     else if (server->verdict.host_count == MAX_HOSTS)
         core_cap(core, session->stream->conn->peer, CAP_HOSTS);
 }
@@ -11650,9 +11653,10 @@ static void server_turn(struct loop *l)
     }
     bool poll_due = now >= v->verdict.next_poll_ms;
     int64_t delivery_ms = delivery_tick(&v->delivery, now);
-    for (struct session *s = v->sessions; s; s = s->next)
-        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(&v->delivery, s->host) || poll_due))
+    for (struct session *s = poll_due || v->delivery.asks ? v->sessions : NULL; s; s = s->next)
+        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(s->host) || poll_due))
             ask_state(s);
+    v->delivery.asks = false;
     if (poll_due)
         v->verdict.next_poll_ms = now + v->verdict.poll_ms;
     verdict_tick(&v->verdict, now);

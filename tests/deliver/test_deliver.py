@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -257,6 +258,33 @@ def test_large_in_little_memory():
         need(go.saw("data"), "no dataset")
         has("large: 100 MiB", go.out.text(), f"data {len(data)} {sha3(data)} messages=100 ")
         check("large: memory", r.server.memory("VmHWM") < 8 * MIB, r.server.memory("VmHWM"), "under 8 MiB")
+
+
+def test_folder():
+    """A folder goes as the zip whose hash is in the manifest."""
+    folder = temp()
+    for name, data in (("b/c.txt", b"c" * 100000), ("a.csv", b"1,2"), ("empty", b"")):
+        write(os.path.join(folder, name), data)
+    with Agent() as go, Run("folder", go=go, base=basic(folder), until=None) as r:
+        r.connect().accept()
+        need(go.saw("data .*$"), "no dataset")
+        has("folder", go.out.text(), rf"data \d+ {first(first(r.manifest, 4), 1).hex()} ", f'name="{os.path.basename(folder)}"')
+
+
+def test_own_address():
+    """Without -agent-address: the address that the agent's stream comes from, port 7002."""
+    real, own = harness.connect, "127.77.7.2"
+    with Agent(own + ":7002") as go, Server("own address", "-deliver", "upload", base=basic()) as s:
+        harness.connect = lambda a: socket.create_connection(a.rsplit(":", 1), LIMIT, source_address=(own, 0)) \
+            if a == s.address else real(a)
+        try:
+            a = s.agent()
+        finally:
+            harness.connect = real
+        go.keys(a.manifest())
+        a.send(ACCEPTED)
+        check("own address: uploaded", go.saw("algo"), s.err.text(), "an upload")
+        has("own address: told", s.err.text(), f"uploading the algorithm algo.py to {own}:7002")
 
 
 def test_requirements():
