@@ -8563,8 +8563,11 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
 /* What keeps uploads from a host, for the reason of a time-out; NULL: nothing. */
 static void host_trouble(struct host *h, const char *text)
 {
+    struct buf safe = { 0 };
     free(h->trouble);
-    h->trouble = text ? text_copy(bytes_of(text), SIZE_MAX) : NULL;
+    put_text(&safe, bytes_of(text ? text : ""), NULL);
+    h->trouble = text ? text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX) : NULL;
+    buf_free(&safe);
 }
 
 static const char *host_failure(const struct host *h)
@@ -8711,7 +8714,8 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
     else if (h->trouble)
         buf_printf(out, "; %s", h->trouble);
     else if (p < end)
-        buf_printf(out, "; the %s %s stood at %llu bytes", p->what, p->name, (unsigned long long)p->bytes);
+        buf_printf(out, "; the %s ", p->what), put_text(out, bytes_of(p->name), NULL),
+            buf_printf(out, " stood at %llu bytes", (unsigned long long)p->bytes);
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
@@ -9385,6 +9389,8 @@ static const struct grpc_method courier_methods[ROLES] = {
 static void courier_up(struct link *k)
 {
     struct courier *c = k->user;
+    if (c->over)
+        return;                       /* another run has begun meanwhile */
     const struct errand *errand = courier_errand(c);
     bool results = errand->role == ROLE_RESULT;
     c->unreachable_ms = INT64_MAX;
@@ -9545,8 +9551,10 @@ static int64_t delivery_tick(struct delivery *d, int64_t now_ms)
 {
     int64_t at = INT64_MAX;
     for (struct courier *c = d->couriers; c; c = c->after) {
-        if (c->link && c->over)
+        if (c->link && c->over) {
             link_close(c->link, "the call is over");
+            courier_close(c);
+        }
         while (c->next < d->count && c->state > roles[courier_errand(c)->role].until && !c->link) {
             courier_note(c, "the agent has the %s %s already", courier_parcel(c)->what, courier_parcel(c)->name);
             courier_parcel(c)->done = true;

@@ -318,6 +318,15 @@ def test_refused():
             r.server.ended(3, f"the agent refused the {what}: signature verification failed")
 
 
+def test_words_made_safe():
+    """What an agent says by a status reaches a terminal escaped, in the log and in the summary."""
+    with Agent() as go, Run("safe words", go=go) as r:
+        go.tell("mode algo refuse a\x1b[31mb")
+        r.connect().accept()
+        err = r.server.ended(3, r"refused the algorithm: a\\x1b\[31mb")
+        hasnot("safe words", err, "\x1b")
+
+
 def test_wrong_key():
     """The service knows another key than that of the run: it is the signature that is refused."""
     other = shell("openssl ecparam -name prime256v1 -genkey -noout | openssl pkey -pubout -outform DER | base64 -w0").decode()
