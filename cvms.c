@@ -98,14 +98,21 @@ struct err {
 #define MUST_USE
 #endif
 
-/* Writes all n bytes; where a descriptor takes no more, waits until it does.  False: errno tells why. */
-static bool fd_write(int fd, const void *p, size_t n)
+enum { TOLD_MS = 5000 };              /* so long a line for the user waits for a reader of stderr */
+
+/* Writes all n bytes; where a descriptor takes no more, waits up to wait_ms for each piece (-1: for ever).  False: errno
+ * tells why. */
+static bool fd_write(int fd, const void *p, size_t n, int wait_ms)
 {
     while (n) {
-        ssize_t k = write(fd, p, n);
+        struct pollfd w = { .fd = fd, .events = POLLOUT };
+        int ready = wait_ms < 0 ? 1 : poll(&w, 1, wait_ms);
+        ssize_t k = ready > 0 ? write(fd, p, wait_ms < 0 || n < PIPE_BUF ? n : PIPE_BUF) : ready;
+        if (ready == 0)
+            errno = ETIMEDOUT;
         if (k < 0 && errno == EAGAIN)
-            poll(&(struct pollfd){ .fd = fd, .events = POLLOUT }, 1, -1);
-        else if (k < 0 && errno != EINTR)
+            poll(&w, 1, wait_ms);
+        else if (ready == 0 || (k < 0 && errno != EINTR))
             return false;
         p = (const uint8_t *)p + (k > 0 ? k : 0);
         n -= k > 0 ? (size_t)k : 0;
@@ -116,7 +123,7 @@ static bool fd_write(int fd, const void *p, size_t n)
 /* Writes a buffer and frees it.  False: errno tells why. */
 static bool buf_write(struct buf *b, int fd)
 {
-    bool failed = b->failed, ok = !failed && fd_write(fd, b->p, b->len);
+    bool failed = b->failed, ok = !failed && fd_write(fd, b->p, b->len, -1);
     int error = failed ? ENOMEM : errno;
     buf_free(b);
     errno = error;
@@ -329,7 +336,7 @@ enum severity { USAGE, START, WARNING };
 static void tell_no_memory(void)
 {
     static const char line[] = "cvms: out of memory\n";
-    fd_write(STDERR_FILENO, line, sizeof line - 1);
+    fd_write(STDERR_FILENO, line, sizeof line - 1, TOLD_MS);
 }
 
 PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_list ap)
@@ -342,7 +349,7 @@ PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_li
     if (text.failed || line.failed)
         tell_no_memory();
     else
-        fd_write(STDERR_FILENO, line.p, line.len);
+        fd_write(STDERR_FILENO, line.p, line.len, TOLD_MS);
     buf_free(&text);
     buf_free(&line);
 }
@@ -418,11 +425,48 @@ MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, st
     return true;
 }
 
+/* Whether a path leads to what stdin, stdout or stderr is; returns that descriptor, or -1. */
+static int path_is_standard(const char *path)
+{
+    struct stat st, own;
+    for (int fd = 0; fd < 3 && stat(path, &st) == 0; fd++)
+        if (fstat(fd, &own) == 0 && own.st_dev == st.st_dev && own.st_ino == st.st_ino &&
+            (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
+            return fd;
+    return -1;
+}
+
+/* Opens a file for writing, emptied where it is a regular file of its own; what stdout or stderr is already keeps its
+ * place and content.  -1 and errno. */
+static int output_open(const char *path)
+{
+    struct stat st;
+    int standard = path_is_standard(path), fd;
+    if (standard >= 0)
+        return fcntl(standard, F_DUPFD_CLOEXEC, 3);
+    fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && ftruncate(fd, 0) != 0) {
+        int error = errno;
+        close(fd);
+        fd = -1;
+        errno = error;
+    }
+    return fd;
+}
+
+/* What an earlier run has left at a path misleads who waits for it: removed, if it is a regular file of its own. */
+static void output_forget(const char *path)
+{
+    struct stat st;
+    if (path && lstat(path, &st) == 0 && S_ISREG(st.st_mode) && path_is_standard(path) < 0)
+        unlink(path);
+}
+
 /* Makes a file of these bytes. */
 static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
 {
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && fd_write(fd, p, n);
+    int fd = output_open(path);
+    bool ok = fd >= 0 && fd_write(fd, p, n, -1);
     int error = errno;
     if (fd >= 0 && close(fd) != 0 && ok)
         error = errno, ok = false;
@@ -4781,6 +4825,16 @@ static void sink_init(struct sink *s, int fd, struct buf *lines)
     struct stat st;
     *s = (struct sink){ .watch = { .fd = fd, .ready = sink_ready }, .lines = lines };
     s->regular = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+    const char *name = isatty(fd) ? ttyname(fd) : NULL;
+    int own = name ? open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+    if (own >= 0)                     /* a terminal may take less than poll says; the user's own stays as it is */
+        s->watch.fd = own;
+}
+
+static void sink_close(const struct sink *s)
+{
+    if (s->watch.fd > STDERR_FILENO)
+        close(s->watch.fd);
 }
 
 /* ---- Addresses ---- */
@@ -5332,13 +5386,22 @@ static int listen_on(const struct addrinfo *a, unsigned port)
         ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
-    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || listen(fd, BACKLOG) != 0 || !fd_prepare(fd)) {
+    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || !fd_prepare(fd)) {
         int error = errno;
         close(fd);
         errno = error;
         return -1;
     }
     return fd;
+}
+
+/* Lets clients in. */
+static bool listeners_open(struct loop *l)
+{
+    for (size_t i = 0; i < l->listener_count; i++)
+        if (listen(l->listeners[i].fd, BACKLOG) != 0)
+            return false;
+    return listeners_watch(l, WATCH_IN);
 }
 
 static unsigned port_of(int fd)
@@ -5455,9 +5518,30 @@ static void signals_ready(struct loop *l, struct watch *w, unsigned events)
     }
 }
 
-static bool signals_init(struct loop *l)
+/* Sets what the signals that end the program do; none of them stays blocked, as a parent may have left it. */
+static void signals_handle(void (*handler)(int))
 {
     static const int stops[] = { SIGINT, SIGTERM, SIGQUIT, SIGABRT };
+    struct sigaction sa = { .sa_handler = handler };
+    sigset_t set;
+    sigemptyset(&sa.sa_mask);
+    sigemptyset(&set);
+    sigaddset(&set, SIGHUP);
+    for (size_t i = 0; i < PB_COUNT(stops); i++) {
+        sigaction(stops[i], &sa, NULL);
+        sigaddset(&set, stops[i]);
+    }
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+}
+
+/* Outside the loop: as process 1, which signals without a handler don't reach, too. */
+static void on_signal_end(int number)
+{
+    _exit(128 + number);
+}
+
+static bool signals_init(struct loop *l)
+{
     int fds[2];
     if (pipe(fds) != 0)
         return false;
@@ -5467,9 +5551,8 @@ static bool signals_init(struct loop *l)
     l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
     struct sigaction sa = { .sa_handler = on_signal };
     sigemptyset(&sa.sa_mask);
-    for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
-        sigaction(stops[i], &sa, NULL);
     sigaction(SIGHUP, &sa, NULL);
+    signals_handle(on_signal);
     sa.sa_handler = SIG_IGN;
     sigaction(SIGPIPE, &sa, NULL);
     return poller_set(l, &l->signals, WATCH_IN);
@@ -5513,11 +5596,13 @@ static struct loop *loop_new(void)
 /* stdout is behind, or has caught up: senders are held back, then let go (see HOLD_BYTES). */
 static void loop_pressure(struct loop *l)
 {
-    size_t waiting = sink_pending(&l->out);
+    size_t waiting = sink_pending(&l->out), record = sink_pending(&l->record);
+    waiting = waiting > record ? waiting : record;
     bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
     bool release = l->core.backpressure && waiting < HOLD_BYTES / 4;
     sink_compact(&l->out);
     sink_compact(&l->err);
+    sink_compact(&l->record);
     if (paused == l->paused && !(held && !l->core.backpressure) && !release)
         return;
     bool touch = paused != l->paused || release;
@@ -5632,6 +5717,7 @@ static int loop_run(struct loop *l)
         poller_wait(l, loop_timeout(l));
         loop_deadlines(l);
     }
+    signals_handle(on_signal_end);    /* what is told now may wait for its reader */
     sink_end(l, &l->out, "stdout");
     sink_end(l, &l->record, "-record");
     if (l->core.notes_lost && sink_pending(&l->err) == 0)
@@ -5652,8 +5738,9 @@ static void loop_free(struct loop *l)
     tls_pool_free(&l->tls_pool);
     listeners_close(l);
     poller_free(l);
-    if (l->record.watch.fd >= 0)
-        close(l->record.watch.fd);
+    sink_close(&l->out);
+    sink_close(&l->err);
+    sink_close(&l->record);
     close(l->signals.fd);
     close((int)signal_pipe);
     signal_pipe = -1;
@@ -8162,6 +8249,21 @@ static void set_fields(struct manifest *m, struct options *o, struct report *r)
              (const char *)port.p);
 }
 
+/* Whether every file and folder is there, before any is hashed. */
+static void check_inputs(const struct manifest *m, struct report *r)
+{
+    for (size_t i = 0; i < m->input_count; i++) {
+        struct stat st;
+        struct err e;
+        const char *path = m->inputs[i].path, *flag = m->algo_input && i + 1 == m->input_count ? "algo-path" : "data-paths";
+        int fd = *path ? file_open(path, true, &st, &e) : -1;
+        if (fd >= 0)
+            close(fd);
+        else if (*path)
+            tell(r, START, "-%s: %s", flag, e.text);
+    }
+}
+
 /* Hashes every file and folder; each gets its mistake or its line. */
 static void hash_inputs(struct manifest *m, struct report *r)
 {
@@ -8310,8 +8412,6 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct repor
         of->next = m->next;
         m->next = of;
         manifest_read(of, o, r, "manifest-for", eq + 1);
-        if (!r->usage && !r->start && !manifest_encode(of))
-            tell(r, START, "out of memory for the manifest");
     }
 }
 
@@ -8338,10 +8438,20 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
     set_computation_kbs(m, o, r);
     set_agent_config(m, o, r);
     set_fields(m, o, r);
-    hash_inputs(m, r);
-    if (!r->usage && !r->start && !manifest_encode(m))
-        tell(r, START, "out of memory for the manifest");
     manifests_by_job(m, o, r);
+    check_inputs(m, r);
+}
+
+/* Hashes the inputs and makes the bytes that agents get: what may take long, when nothing else is wrong. */
+static bool manifest_finish(struct manifest *m, struct report *r)
+{
+    if (r->usage || r->start)
+        return false;
+    hash_inputs(m, r);
+    for (struct manifest *of = m; of && !r->start; of = of->next)
+        if (!manifest_encode(of))
+            tell(r, START, "out of memory for the manifest");
+    return !r->start;
 }
 
 /* The manifest of an agent with this job-id ("" for none). */
@@ -9275,7 +9385,7 @@ static void results_message(struct stream *s, struct bytes wire)
                      pb_error_text(err));
         return;
     }
-    if (!fd_write(c->fd, res.file.p, res.file.n)) {
+    if (!fd_write(c->fd, res.file.p, res.file.n, -1)) {
         courier_fail(c, "-results: %s: %s after %llu bytes; what there is of it is removed", c->part, strerror(errno),
                      (unsigned long long)courier_parcel(c)->bytes);
         courier_close(c);
@@ -11520,8 +11630,6 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
     unsigned real = 0;
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
         real = listen_all(l, list, (unsigned)port);
-    if (real && !listeners_watch(l, WATCH_IN))
-        real = 0;
     if (!real)
         tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
              (long long)port, strerror(errno),
@@ -11588,7 +11696,7 @@ static int cmd_manifest(struct options *o, struct report *r)
     struct buf out = { 0 };
     check_output(r, "o", o->out_file);
     manifest_build(&m, o, r);
-    if (r->usage || r->start)
+    if (!manifest_finish(&m, r))
         return r->usage ? 2 : 1;
     if (o->out_file) {
         struct bytes wire = pb_encode(&out, &ComputationRunReq_message, &m.req);
@@ -11715,8 +11823,11 @@ static int verdict_finish(struct server *v, int status)
     if (v->o->report && !verdict_report(v, v->loop->core.now_ms - v->verdict.start_ms))
         verdict_broken(&v->verdict, "the report");
     verdict_summary(&v->verdict, &text);
-    if (!buf_write(&text, STDERR_FILENO) && errno == ENOMEM)
+    if (text.failed)
         tell_no_memory();
+    else
+        fd_write(v->loop->err.watch.fd, text.p, text.len, TOLD_MS);
+    buf_free(&text);
     return v->verdict.status;
 }
 
@@ -11742,9 +11853,6 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     check_output(r, "report", o->report);
     check_output(r, "record", o->record);
     check_output(r, "ready-file", o->ready_file);
-    struct stat st;
-    if (o->ready_file && stat(o->ready_file, &st) == 0 && S_ISREG(st.st_mode))
-        unlink(o->ready_file);        /* an earlier server's: who waits for it would be misled */
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
     int64_t room = (int64_t)raise_descriptor_limit();
@@ -11763,34 +11871,57 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     delivery_setup(&v->delivery, o, r);
     v->manifest.key = delivery_public(&v->delivery, o);
     manifest_build(&v->manifest, o, r);
-    check_faults(&v->manifest, &v->faults, r);
     delivery_check(&v->delivery, &v->manifest, o, r);
     v->verdict.control |= v->delivery.wanted;
+    if (!r->usage) {
+        output_forget(o->ready_file);
+        output_forget(o->report);
+    }
     return !r->usage && !r->start;
 }
 
-/* Opens what is written to and listened on.  False: told. */
+/* Takes the port, makes the manifest, opens what is written to, and lets agents in.  False: told. */
 static bool server_open(struct server *v, struct report *r, char *where, size_t cap)
 {
     const struct options *o = v->o;
     struct err e;
-    if (o->record) {
-        int fd = open(o->record, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-        if (fd < 0) {
-            tell(r, START, "-record: %s: %s", o->record, strerror(errno));
-            return false;
-        }
-        sink_init(&v->loop->record, fd, &v->loop->core.record);
-        v->loop->core.recording = true;
-    }
     if (!serve_listen(v->loop, r, where, cap))
         return false;
+    signals_handle(on_signal_end);    /* hashing may take long, and the loop does not run yet */
+    bool whole = manifest_finish(&v->manifest, r);
+    signals_handle(on_signal);
+    if (!whole)
+        return false;
+    check_faults(&v->manifest, &v->faults, r);
+    int record = o->record && !r->usage ? output_open(o->record) : -1;
+    if (o->record && record < 0 && !r->usage)
+        tell(r, START, "-record: %s: %s", o->record, strerror(errno));
+    if (record >= 0) {
+        sink_init(&v->loop->record, record, &v->loop->core.record);
+        v->loop->core.recording = true;
+    }
+    if (!r->usage && !r->start && !listeners_open(v->loop))
+        tell(r, START, "HOST, PORT: can't listen at %s: %s", where, strerror(errno));
     char line[302];
     text_printf(line, sizeof line, "%s\n", where);
-    bool ok = !o->ready_file || write_file(o->ready_file, (uint8_t *)line, strlen(line), &e);
-    if (!ok)
+    if (!r->usage && !r->start && o->ready_file && !write_file(o->ready_file, (uint8_t *)line, strlen(line), &e))
         tell(r, START, "-ready-file: %s", e.text);
-    return ok;
+    return !r->usage && !r->start;
+}
+
+/* The server can't start: who waits at a FIFO for its address must not wait for ever. */
+static void ready_release(const struct options *o)
+{
+    struct stat st;
+    int fd = -1;
+    bool fifo = o->ready_file && stat(o->ready_file, &st) == 0 && S_ISFIFO(st.st_mode);
+    for (int try = 0; fifo && fd < 0 && try < 100; try++) {   /* the reader may come a little later than the mistake */
+        fd = open(o->ready_file, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+        if (fd < 0)
+            poll(NULL, 0, 10);
+    }
+    if (fd >= 0)
+        close(fd);
 }
 
 static int cmd_serve(struct options *o, struct report *r)
@@ -11800,6 +11931,7 @@ static int cmd_serve(struct options *o, struct report *r)
     struct server v = { .o = o };
     if (!server_check(&v, o, r)) {
         delivery_free(&v.delivery);
+        ready_release(o);
         manifest_free(&v.manifest);
         verdict_free(&v.verdict);
         if (v.tls)
@@ -11816,8 +11948,11 @@ static int cmd_serve(struct options *o, struct report *r)
     l->core.app = &v;
     l->turn = server_turn;
     l->refuse = v.faults.value[FAULT_REFUSE];
-    int status = 1;
-    if (server_open(&v, r, where, sizeof where)) {
+    int status;
+    if (!server_open(&v, r, where, sizeof where)) {
+        ready_release(o);
+        status = r->usage ? 2 : 1;
+    } else {
         core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s %s", where,
                   l->tls ? "with TLS" : "without TLS");
         loop_clock(l);
@@ -11864,6 +11999,7 @@ int main(int argc, char **argv)
         if (fcntl(fd, F_GETFD) < 0 && open("/", O_RDONLY) < 0)
             return 1;
     struct report r = { 0 };
+    signals_handle(on_signal_end);
     size_t command = argc > 1 ? ROW_FIND(command_table, bytes_of(argv[1])) : COMMANDS;
     int at = command < COMMANDS ? 2 : 1;
     if (command < COMMANDS)

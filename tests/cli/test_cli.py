@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import harness  # noqa: E402
@@ -495,7 +496,8 @@ def test_mistakes_unreadable():
     unreadable("unreadable dataset", [*W.base, "-data-paths", secret], ["-data-paths", "secret.csv", "denied"])
     unreadable("unreadable algorithm", [*W.base, "-algo-path", secret], ["-algo-path", "secret.csv", "denied"])
     unreadable("unreadable key", [*W.base, "-public-key-path", secret], ["-public-key-path", "secret.csv", "denied"])
-    unreadable("unreadable file in a folder", [*W.base, "-data-paths", f"{d}/tree"], ["-data-paths", "inner", "denied"])
+    unreadable("unreadable file in a folder", [*W.base, "-data-paths", f"{d}/tree", "-ready-file", "/dev/null"],
+               ["-data-paths", "inner", "denied"])
     unreadable("unreadable folder", [*W.base, "-data-paths", f"{d}/locked"], ["-data-paths", "locked", "denied"])
     unreadable("ready file that may not be written", [*W.base, "-ready-file", f"{d}/ready"], ["-ready-file", "denied"])
     os.chmod(f"{d}/locked", 0o755)
@@ -514,10 +516,6 @@ def test_mistakes_output():
     refused("outputs beside another mistake", ["-algo-path", "nope", *W.required, "-until", "ready", "-report", f"{d}/none/r"], 1,
             [("-report", "none/r"), ("-algo-path", "nope")])
     same("outputs: none is made", os.listdir(d), [])
-    kept = os.path.join(d, "kept")
-    write(kept, b"the report of another day")
-    refused("outputs: what is there stays", ["-algo-path", "nope", *W.required, "-until", "ready", "-report", kept], 1, ["nope"])
-    same("outputs: what is there stays", read(kept), b"the report of another day")
 
 
 def test_tls_mistakes_together():
@@ -1021,6 +1019,87 @@ def test_ready_file_of_old():
     write(ready, b"127.0.0.1:1\n" * 100)
     with Server("old ready file", "-ready-file", ready) as s:
         same("old ready file: the new one's", read(ready).decode(), s.address + "\n")
+
+
+def test_outputs_not_plain():
+    """What a path leads to beside a regular file of its own is neither emptied nor removed, and nobody is left waiting."""
+    d = temp("plain")
+    log, link, target = f"{d}/out.log", f"{d}/link", f"{d}/target"
+    write(log, "before\n")
+    with open(log, "ab") as out:
+        r = run("report to stdout", [*W.base, "-until", "ready", "-timeout", "1ms", "-report", "/dev/stdout", "-record", "/dev/stderr"],
+                stdout=out)
+    same("report to stdout: status", r.status, 4)
+    text = read(log).decode()
+    check("report to stdout: behind what was there", text.startswith("before\n") and "<testsuite" in text, text, "both")
+    has("record to stderr: the rest is whole", r.err, "^cvms: TIMED OUT")
+    write(target, "keep\n")
+    os.symlink(target, link)
+    refused("ready file is a link", [*W.required, "-algo-path", "nope", "-ready-file", link], 1, ["nope"])
+    check("ready file is a link: it stays", os.path.islink(link) and read(target) == b"keep\n", os.listdir(d), "both")
+    write(f"{d}/report.xml", "old")
+    refused("a report of an earlier run", [*W.required, "-algo-path", "nope", "-until", "ready", "-report", f"{d}/report.xml"], 1, ["nope"])
+    check("a report of an earlier run: gone", not os.path.exists(f"{d}/report.xml"), "there", "gone")
+    write(f"{d}/report.xml", "old")
+    refused("a mistake in the words", [*W.base, "-until", "nope", "-report", f"{d}/report.xml"], 2, ["nope"])
+    same("a mistake in the words: nothing is touched", read(f"{d}/report.xml"), b"old")
+    os.mkfifo(f"{d}/fifo")
+    with Server("FIFO of a server that can't start", "-algo-path", "nope", "-ready-file", f"{d}/fifo", wait=False) as s:
+        with ThreadPoolExecutor(1) as pool:
+            got = pool.submit(lambda: open(f"{d}/fifo", "rb").read())
+            same("FIFO of a server that can't start: its end", got.result(10), b"")
+        same("FIFO of a server that can't start: status", s.wait(), 1)
+
+
+def hashing(p, path):
+    """Waits until the process has the file open."""
+    for _ in range(2000):
+        try:
+            if any(os.readlink(f"/proc/{p.pid}/fd/{n}") == path for n in os.listdir(f"/proc/{p.pid}/fd")):
+                return True
+        except OSError:
+            pass
+        time.sleep(0.005)
+    return False
+
+
+def test_signals_while_hashing():
+    """Before the port is open, and in checksum, a signal ends the program; a taken port is told before anything is hashed."""
+    path = f"{temp('large')}/sparse"
+    with open(path, "wb") as f:
+        f.truncate(64 << 30)
+    path = os.path.realpath(path)
+    block = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    for name, args in (("serve", [*W.required, "-algo-path", path]), ("checksum", ["checksum", path])):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            p = subprocess.Popen([W.cvms, *args], env=environment({"PORT": "0"}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 preexec_fn=block)
+            check(f"{name}, {number.name} while hashing: it hashes", hashing(p, path), "nothing", "the file open")
+            p.send_signal(number)
+            same(f"{name}, {number.name} while hashing, blocked by the parent: status", p.wait(10), 128 + number)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        refused("a taken port before 64 GiB", [*W.required, "-algo-path", path], 1, ["PORT", "in use|another program"],
+                env={"PORT": str(s.getsockname()[1])})
+    refused("a typo before 64 GiB", [*W.required, "-algo-path", path, "-timeuot", "5s"], 2, ["-timeout"])
+
+
+def test_terminal_nobody_reads():
+    """A terminal that takes no more: other connections are served, the time-out comes, and a signal ends it."""
+    master, slave = pty.openpty()
+    with Server("full terminal", "-until", "complete", "-timeout", "3s", stdout=slave) as s:
+        stream = Stream(s.address, deaf=True)
+        stream.s.settimeout(0.2)
+        try:
+            for _ in range(200):
+                stream.send(log("x" * 10000))
+        except OSError:
+            pass
+        same("full terminal: health", run("health", ["health", s.address]).status, 0)
+        same("full terminal: the time-out comes", s.wait(12), 4)
+    os.close(slave)
+    os.close(master)
 
 
 def test_ready_fifo_unread():

@@ -91,7 +91,9 @@ static int fake_access(const char *path, int mode)
 #define close fake_close
 #define fstat fake_fstat
 #define stat(path, st) fake_stat(path, st)
+#define lstat(path, st) fake_stat(path, st)
 #define unlink(path) ((void)(path))
+#define ftruncate(fd, n) ((void)(fd), 0)
 #define shutdown fake_shutdown
 #define socket fake_socket
 #define access fake_access
@@ -484,7 +486,7 @@ static void check_text_safe(struct bytes t, bool color)
     MUST(pb_utf8_valid(t));
     for (uint32_t c; t.n; t = bytes_from(t, (size_t)pb_utf8_char(t.p, end, &c))) {
         MUST(pb_utf8_char(t.p, end, &c) != 0);
-        MUST(!pb_is_unsafe(c) || c == '\n' || (color && c == 0x1b && t.n > 3 && t.p[1] == '['));
+        MUST(!pb_is_unsafe(c) || c == '\n' || c == '\t' || (color && c == 0x1b && t.n > 3 && t.p[1] == '['));
     }
 }
 
@@ -1498,7 +1500,7 @@ static void check_manifest_stream(const struct manifest *m)
 static void cli_serve(struct options *o, struct report *r)
 {
     struct server v = { .o = o };
-    bool good = server_check(&v, o, r);
+    bool good = server_check(&v, o, r) && manifest_finish(&v.manifest, r);
     MUST(good == !(r->usage || r->start));
     MUST(!good || v.manifest.stream);
     for (const struct manifest *m = &v.manifest; good && m; m = m->next)

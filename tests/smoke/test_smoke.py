@@ -589,7 +589,7 @@ def test_reports():
     report = json.loads(read(path))
     same("record of a success that can't be written: report", (report["verdict"], report["status"]), ("FAILED", 1))
     path = os.path.join(W.dir, "control.xml")
-    with Server("a control character in -expect", "-expect", "A\x01/B", "-timeout", "300ms", "-report", path) as s:
+    with Server("a control character in -expect", "-expect", "A\x01/B", "-timeout", "1500ms", "-report", path) as s:
         s.both("vm")
         s.ended(4, r"A\\x01/B")
     junit("a control character in -expect", path, 4)
