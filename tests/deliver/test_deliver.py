@@ -533,6 +533,39 @@ def test_results_broken():
         same("broken results", read(out), counting(4 * MIB))
 
 
+def test_complete_too_early():
+    """Complete/Completed comes on another connection than the results: the verdict waits for them."""
+    out = os.path.join(temp(), "out")
+    with Agent() as go, Run("complete early", "-results", out, go=go) as r:
+        go.tell("mode result busy 1")
+        r.connect().accept()
+        need(go.saw("algo"), "no algorithm")
+        r.results()
+        need(r.agent.asked(4) is not None, "it is not asked")
+        r.forwarder.events("Complete/Completed")
+        check("complete early: goes on", r.agent.alive(), r.server.err.text(), "a server that goes on")
+        r.agent.send(state("ConsumingResults"))
+        r.server.ended(0, "complete reached")
+        same("complete early: the results", read(out), counting(1000))
+
+
+def test_back_without_events():
+    """An agent that went while nothing was under way is asked when it is back, long before the next poll."""
+    out = os.path.join(temp(), "out")
+    with Agent() as go, Run("back, no events", "-results", out, "-poll", "1h", go=go) as r:
+        r.connect().accept()
+        r.said("algorithm algo.py is uploaded")
+        r.agent.close()
+        r.forwarder.close()
+        again = r.server.agent()
+        need(again.asked(4) is not None, "it is not asked when it is back")
+        again.send(state("ConsumingResults"))
+        r.said("results are in")
+        need(again.asked(4, 2) is not None, "it is not asked at the end")
+        again.send(state("Complete"))
+        r.server.ended(0, "complete reached")
+
+
 def test_no_forwarder():
     """No events: the agent is asked, again and again."""
     out = os.path.join(temp(), "out")
