@@ -1476,6 +1476,7 @@ static void blob_unref(struct blob *b)
 static struct buf *conn_out(struct conn *c)
 {
     if (!c->out.p && c->core->spare.p) {
+        c->core->spare.failed = c->out.failed;
         c->out = c->core->spare;
         c->core->spare = (struct buf){ 0 };
     }

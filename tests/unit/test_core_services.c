@@ -1225,6 +1225,20 @@ static void test_allocations(bool json)
     buf_free(&whole_out);
 }
 
+/* Memory was short for a connection that has no output buffer: it ends, also when it borrows one after that. */
+static void test_failure_sticks(void)
+{
+    struct conn c;
+    core_reset();
+    conn_init(&c, &core, &serving, "peer");
+    buf_room(&core.spare, 100);
+    c.out.failed = true;
+    CHECK(conn_out(&c)->p != NULL, true);
+    CHECK(c.out.failed, true);
+    CHECK(core.spare.failed, false);
+    conn_free(&c);
+}
+
 /* Addresses as inet_ntop shows them: every choice of groups that are zero. */
 static void test_peer_name(void)
 {
@@ -1252,6 +1266,7 @@ static void test_peer_name(void)
 
 int main(void)
 {
+    test_failure_sticks();
     test_peer_name();
     test_long_manifest();
     test_shared_window();
