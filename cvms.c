@@ -9295,10 +9295,10 @@ static void courier_pull(struct stream *s)
     if (errand->role == ROLE_DATA)
         grpc_send(s, &DataRequest_message,
                   &(struct DataRequest){ .dataset = piece, .filename = bytes_of(errand->filename) });
+    else if (c->extra)
+        grpc_send(s, &AlgoRequest_message, &(struct AlgoRequest){ .requirements = piece });
     else
-        grpc_send(s, &AlgoRequest_message, &(struct AlgoRequest){ .algorithm = c->extra ? (struct bytes){ 0 } : piece,
-                                                                  .requirements = c->extra ? piece
-                                                                                           : (struct bytes){ 0 } });
+        grpc_send(s, &AlgoRequest_message, &(struct AlgoRequest){ .algorithm = piece });
     s->conn->core->touched = true;
 }
 
@@ -10020,10 +10020,13 @@ static bool field_tells(const struct stream *s, const struct pb_field *f, const 
         return false;
     if (f->kind == PB_MESSAGE)
         return time_is_off(s->conn->core, pb_pointer(at));
-    const struct bytes usual = strcmp(f->name, "originator") == 0     ? BYTES("agent")
-                               : strcmp(f->name, "details") == 0        ? BYTES("{}")
-                               : strcmp(f->name, "computation_id") == 0 ? session->manifest->req.id
-                                                                        : (struct bytes){ 0 };
+    struct bytes usual = { 0 };
+    if (strcmp(f->name, "originator") == 0)
+        usual = BYTES("agent");
+    else if (strcmp(f->name, "details") == 0)
+        usual = BYTES("{}");
+    else if (strcmp(f->name, "computation_id") == 0)
+        usual = session->manifest->req.id;
     return !bytes_eq(*(const struct bytes *)at, usual);
 }
 

@@ -1003,6 +1003,7 @@ static void test_pressure(void)
     struct loop *l = (calloc)(1, sizeof *l);
     l->out.lines = &l->core.out;
     l->err.lines = &l->core.err;
+    l->record.lines = &l->core.record;
     for (size_t i = 0; i < PB_COUNT(steps); i++) {
         l->core.out.len = steps[i].waiting;
         loop_pressure(l);
