@@ -9866,8 +9866,9 @@ static void delivery_add_results(struct delivery *d, struct options *o, struct r
     struct stat st;
     if (stat(o->results, &st) == 0 && !S_ISREG(st.st_mode))
         tell(r, USAGE, "-results: \"%s\" is not a regular file; the results become one", o->results);
-    else
-        check_output(r, "results", o->results);
+    char part[PATH_MAX];              /* the file that is written; a longer name is told by its opening */
+    text_printf(part, sizeof part, *o->results ? "%s.part" : "%s", o->results);
+    check_output(r, "results", part);
     if (d->verdict->until && d->verdict->until < STAGE_COMPLETE)
         tell(r, USAGE, "-results: with -until %s the run ends before they are there; use -until complete",
              stage_names[d->verdict->until]);

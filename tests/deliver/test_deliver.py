@@ -154,6 +154,7 @@ def test_mistakes():
         ([*up, "-results", folder], 2, "-results: .* is not a regular file"),
         ([*up, "-results", "/dev/null"], 2, "-results: .*/dev/null. is not a regular file"),
         ([*up, "-results", folder + "/no/out"], 1, "-results: .* can't be written: No such file"),
+        ([*up, "-results", ""], 1, "-results: .* can't be written: No such file"),
         ([*up, "-algo-args", "\u00e9"], 2, "-algo-args: .* can't be uploaded"),
         ([*up, "-algo-args", " x"], 2, "-algo-args: .* can't be uploaded"),
         ([*up, "-algo-args", "x" * 20000], 2, "-algo-args: .*too long"),
