@@ -10185,8 +10185,11 @@ static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_
 /* Writes the JSON from `start` on anew, without the commands of CI runners. */
 static void json_defuse(struct buf *out, size_t start)
 {
-    struct bytes line = out->failed ? (struct bytes){ 0 } : (struct bytes){ out->p + start, out->len - start };
+    struct bytes line = { out->p, out->len };
     struct buf whole = { 0 };
+    if (out->failed)
+        return;
+    line = bytes_from(line, start);
     size_t n = text_command(line);
     if (n == line.n)
         return;
