@@ -365,9 +365,9 @@ class Server:
     def close(self):
         for s in self.streams:
             s.close()
-        if self.out:
-            self.out.gate.set()
         ended = self.p.poll() is not None
+        if self.out and not ended:
+            self.out.gate.set()
         status = self.stop()
         if not ended and not self.verdict:
             same(f"{self.name}: status at the end", status, 0)

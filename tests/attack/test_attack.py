@@ -12,47 +12,27 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
-import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "../clients"))
-from run import LIMIT, Lines, check, end, short  # noqa: E402
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import PREFACE, PROCESS, Collector, drop, frame, literal, need, request, self_signed, shorten  # noqa: E402
 
+LIMIT = 60                            # seconds that any one step may take
 CVMS, TOOLS, FAST = (os.path.abspath(p) for p in sys.argv[1:4])
-VECTORS = os.path.join(HERE, "../vectors")
-INPUTS = ["-algo-path", f"{VECTORS}/inputs/algo.py", "-public-key-path", f"{VECTORS}/keys/rsa4096.pem", "-attested-tls-bool", "false"]
 HONEST, PER = 1000, 4                 # streams, and how many of them share a connection
 STREAMS = 100                         # that a connection may have
 
 # ---- frames ----
-PROCESS, WATCH = "/cvms.Service/Process", "/grpc.health.v1.Health/Watch"
+WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 
 
-def frame(kind, flags, stream, body=b""):
-    return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
-
-
-def literal(name, value, into=0):
-    """A field that is not Huffman-coded; into=0x40: it enters the table."""
-    def string(s):
-        return (bytes([len(s)]) if len(s) < 127 else bytes([127, (len(s) - 127) & 127 | 128, (len(s) - 127) >> 7])) + s
-    return bytes([into]) + string(name.encode()) + string(value.encode())
-
-
-def request(stream, path, flags=4, more=b"", method="POST"):
-    return frame(1, flags, stream, literal(":method", method) + literal(":scheme", "http") + literal(":path", path) +
-                 literal("content-type", "application/grpc") + literal("te", "trailers") + more)
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
 PING, SETTINGS = frame(6, 0, 0, b"12345678"), frame(4, 0, 0)
 BOMB = literal("x-bomb", 4000 * "b", 0x40)
 ids = lambda n, first=1: range(first, first + 2 * n, 2)
@@ -166,42 +146,14 @@ class Hostile:
             self.p.join()
 
 
-class Server:
-    def __init__(self, binary, *flags, secure=False):
-        self.dir, self.secure = tempfile.mkdtemp(prefix="cvms-attack-"), secure
-        env = {k: v for k, v in os.environ.items() if k not in ("SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS")}
-        env.update(HOST="127.0.0.1", PORT="0")
+class Server(harness.Server):
+    def __init__(self, program, *flags, secure=False):
+        self.dir, self.secure = harness.temp("server"), secure
         if secure:
-            cert, key = os.path.join(self.dir, "c.pem"), os.path.join(self.dir, "k.pem")
-            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-                            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
-                           check=True, capture_output=True)
-            env.update(SERVER_CERT=cert, SERVER_KEY=key)
-        self.p = subprocess.Popen([binary, *INPUTS, *flags], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE)
-        self.out, self.err = Lines(self.p.stdout), Lines(self.p.stderr)
-        ready = self.err.wait(lambda d: re.search(rb"listening at (\S+:(\d+)) with(out)? TLS\n", bytes(d)), "ready line")
-        self.addr, self.port = ready[1].decode(), int(ready[2])
-
-    def memory(self):
-        with open(f"/proc/{self.p.pid}/status") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("VmRSS:"))
-
-    def told(self):
-        return bytes(self.err.data).decode("utf-8", "replace")
-
-    def close(self):
-        if self.p.poll() is None:
-            self.p.send_signal(signal.SIGTERM)
-        try:
-            status = self.p.wait(LIMIT)
-        finally:
-            end(self.p)
-            shutil.rmtree(self.dir, True)
-        text = self.told()
-        check(status == 0, f"the server's status is {status}: {short(text[-2000:])}")
-        for sign in ("Sanitizer", "runtime error:"):
-            check(sign not in text, short(text[text.find(sign) - 100:], 3000))
+            self_signed("localhost", self.dir)
+        cert, key = (os.path.join(self.dir, "localhost." + x) for x in ("pem", "key"))
+        super().__init__("server", *flags, program=program, env={"SERVER_CERT": cert, "SERVER_KEY": key} if secure else {})
+        self.addr = self.address
 
 
 class Honest:
@@ -209,12 +161,12 @@ class Honest:
 
     def __init__(self, s, secure):
         self.s, self.rounds, self.seen = s, 0, 0
-        more = ["-tls", "-ca", os.path.join(s.dir, "c.pem")] if secure else []
+        more = ["-tls", "-ca", os.path.join(s.dir, "localhost.pem")] if secure else []
         self.p = subprocess.Popen([os.path.join(TOOLS, "bin/client"), "-addr", s.addr, "-mode", "crowd", "-n", str(HONEST), "-per", str(PER),
                                    "-tag", "honest", "-timeout", "10m", *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE)
-        self.lines = Lines(self.p.stdout)
-        self.lines.text("0\n")
+        self.lines = Collector(self.p.stdout.fileno())
+        self.lines.need("0\n")
 
     def round(self):
         """Each stream sends one message, and each is shown."""
@@ -222,21 +174,21 @@ class Honest:
         self.p.stdin.flush()
         self.rounds += 1
         with contextlib.suppress(AssertionError):
-            self.lines.text(f"\n{self.rounds}\n")
-            self.s.out.wait(lambda d: d.count(b"honest-") >= self.rounds * HONEST, "every message")
-            return
-        check(False, f"{bytes(self.s.out.data).count(b'honest-')} of {self.rounds * HONEST} messages are shown; the client said "
-                     f"{short(bytes(self.lines.data)[-200:])}{short(self.p.stderr.read()) if self.p.poll() is not None else ''}")
+            self.lines.need(f"\n{self.rounds}\n")
+            if self.s.out.wait(lambda d: d.count(b"honest-") >= self.rounds * HONEST, LIMIT):
+                return
+        need(False, f"{bytes(self.s.out.data).count(b'honest-')} of {self.rounds * HONEST} messages are shown; the client said "
+                     f"{shorten(bytes(self.lines.data)[-200:])}{shorten(self.p.stderr.read()) if self.p.poll() is not None else ''}")
 
     def finish(self):
         self.p.stdin.close()
         status = self.p.wait(LIMIT)
-        check(status == 0, f"the honest client ends with {status}: {short(self.p.stderr.read())}")
+        need(status == 0, f"the honest client ends with {status}: {shorten(self.p.stderr.read())}")
         numbers = collections.Counter(int(n) for n in re.findall(rb"honest-(\d+);", bytes(self.s.out.data)))
-        check(len(numbers) == self.rounds * HONEST and set(numbers.values()) == {1}, "not every message is shown once")
+        need(len(numbers) == self.rounds * HONEST and set(numbers.values()) == {1}, "not every message is shown once")
 
     def close(self):
-        end(self.p)
+        drop(self.p)
 
 
 def caps_told(text):
@@ -245,7 +197,7 @@ def caps_told(text):
     for stamp, cap in re.findall(r"^\S+T(\S+)Z .*over the cap on ([^:(]*)", text, re.M):
         h, m, s = stamp.split(":")
         at = int(h) * 3600 + int(m) * 60 + float(s)
-        check(cap not in last or (at - last[cap]) % 86400 > 0.9, f"two lines on {cap} within a second")
+        need(cap not in last or (at - last[cap]) % 86400 > 0.9, f"two lines on {cap} within a second")
         last[cap] = at
     return " ".join(last)
 
@@ -257,7 +209,7 @@ def beside(secure):
         honest = Honest(s, secure)
         try:
             honest.round()
-            check("over the cap" not in s.told(), f"honest clients met a cap: {s.told()[-300:]}")
+            need("over the cap" not in s.err.text(), f"honest clients met a cap: {s.err.text()[-300:]}")
             for name in [*FLOODS, *STALLS, *RAW]:
                 hostile = Hostile(s.port, secure, name)
                 try:
@@ -270,9 +222,9 @@ def beside(secure):
                 finally:
                     hostile.close()
             honest.finish()
-            told = caps_told(s.told())
+            told = caps_told(s.err.text())
             for name, (cap, _) in FLOODS.items():
-                check(cap is None or cap in told, f"{name}: no line on {cap} in {told}")
+                need(cap is None or cap in told, f"{name}: no line on {cap} in {told}")
         finally:
             honest.close()
     finally:
@@ -283,14 +235,14 @@ def beside(secure):
 # ---- Memory ----
 def limits():
     """Numbers of the README's limits, in bytes."""
-    with open(os.path.join(HERE, "../../README.md")) as f:
+    with open(harness.README) as f:
         text = f.read()
     found = {name: re.search(r"\n\| " + row, text) for name, row in {
         "block": r"field block.*?\| ([\d,]+) bytes", "table": r"HPACK dynamic table, frame \| ([\d,]+) bytes",
         "frame": r"HPACK dynamic table, frame \| [\d,]+ bytes, ([\d,]+) bytes", "answers": r"answers.* ([\d,]+) bytes on a connection",
         "output": r"output that waits on a connection \| ([\d,]+) bytes", "idle": r"memory of an idle connection \| (\d+) KiB",
         "idle TLS": r"memory of an idle connection.* over TLS (\d+) KiB", "handshake": r"memory of a TLS handshake \| (\d+) KiB"}.items()}
-    check(all(found.values()), f"the README's limits lack {[n for n, m in found.items() if not m]}")
+    need(all(found.values()), f"the README's limits lack {[n for n, m in found.items() if not m]}")
     return {n: int(m[1].replace(",", "")) << (10 if "KiB" in m[0] else 0) for n, m in found.items()}
 
 
@@ -301,7 +253,7 @@ def settled(s):
         if now == last:
             break
         p = subprocess.run([FAST, "health", "-wait", "10s", *(["-insecure"] if s.secure else []), s.addr], capture_output=True)
-        check(p.returncode == 0, f"cvms health: {p.stderr}")
+        need(p.returncode == 0, f"cvms health: {p.stderr}")
         last, now = now, s.memory()
     return now
 
@@ -318,8 +270,8 @@ def memory_of(s, kinds, each, connect):
                 with contextlib.suppress(TimeoutError):
                     k.sendall(payload)
         grown, bound = settled(s) - before, sum(bound for _, bound in kinds.values()) * each
-        check(grown <= bound, f"{len(open_)} connections hold {grown >> 10} KiB, by the limits at most {bound >> 10}")
-        check(grown >= bound // 5, f"{len(open_)} connections hold but {grown >> 10} KiB of {bound >> 10}: the test is not hostile")
+        need(grown <= bound, f"{len(open_)} connections hold {grown >> 10} KiB, by the limits at most {bound >> 10}")
+        need(grown >= bound // 5, f"{len(open_)} connections hold but {grown >> 10} KiB of {bound >> 10}: the test is not hostile")
         return f"{len(open_)} connections hold {grown >> 10} KiB, by the limits at most {bound >> 10}"
     finally:
         for k in open_:
@@ -374,20 +326,6 @@ def memory_tls():
     return "; ".join(told)
 
 
-def main():
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    passed, failed = 0, 0
-    for name, test in [t for t in TESTS if "".join(sys.argv[4:]) in t[0]]:
-        try:
-            print(f"ok {name}: {test()}", flush=True)
-            passed += 1
-        except (AssertionError, OSError, subprocess.SubprocessError) as e:
-            print(f"FAIL {name}: {e}", flush=True)
-            failed += 1
-    print(f"{passed} passed, {failed} failed")
-    return failed != 0
-
-
 TESTS = [
     ("1,000 honest streams beside every kind of hostile client, plaintext", lambda: beside(False)),
     ("1,000 honest streams beside every kind of hostile client, TLS", lambda: beside(True)),
@@ -395,5 +333,12 @@ TESTS = [
     ("memory of 1,000 connections over TLS", memory_tls),
 ]
 
+def told(name, test):
+    print(f"ok {name}: {test()}", flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    harness.W.make(CVMS)
+    harness.W.base = ["-algo-path", harness.W.algo, "-public-key-path", harness.W.rsa, "-attested-tls-bool", "false"]
+    sys.exit(harness.main([(name, lambda n=name, t=test: told(n, t)) for name, test in TESTS], skipped=4, count=True))

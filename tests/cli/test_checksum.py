@@ -16,21 +16,14 @@ import subprocess
 import sys
 import tempfile
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from harness import closing, same, sha3, write  # noqa: E402
+
 BINARY, VECTORS = (os.path.abspath(a) for a in sys.argv[1:3])
 SMALL = "--small" in sys.argv
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOO_LONG = (b"File name too long\n", b"Filename too long\n") # glibc's and musl's words
 LOOP = ("Too many levels of symbolic links", "Symbolic link loop")
-passed = failed = 0
-
-
-def check(what, got, wanted):
-    global passed, failed
-    if got == wanted:
-        passed += 1
-    else:
-        failed += 1
-        print(f"{os.path.basename(__file__)}: {what}: {got!r}, {wanted!r}")
 
 
 def run(*args, tz="UTC", timeout=60, **more):
@@ -59,15 +52,6 @@ def build(root, entries):
             os.chmod(path, int(entry.get("mode", "0644"), 8))
 
 
-def sha3(data):
-    return hashlib.sha3_256(data).hexdigest()
-
-
-def write(path, data):
-    with open(path, "wb") as f:
-        f.write(data)
-
-
 def unprivileged():
     """Arguments for subprocess that give up root, which reads even files of mode 0."""
     return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
@@ -85,13 +69,13 @@ def test_trees(tmp):
             got = run(root, tz=tree["tz"])
             what = f"{tree['name']} in {tree['tz']}"
             if tree.get("error"):
-                check(what, (got.returncode, got.stdout), (1, b""))
-                check(what, got.stderr.startswith(b"cvms: checksum: " + root.encode()), True)
+                same(what, (got.returncode, got.stdout), (1, b""))
+                same(what, got.stderr.startswith(b"cvms: checksum: " + root.encode()), True)
                 continue
-            check(what, (got.returncode, got.stdout.decode(), got.stderr), (0, f"{tree['sha3_256']}  {root}\n", b""))
+            same(what, (got.returncode, got.stdout.decode(), got.stderr), (0, f"{tree['sha3_256']}  {root}\n", b""))
             slash = run(root + "/", tz=tree["tz"]).stdout.split(b" ")[0].decode()
-            check(what + " with a slash", slash, tree["sha3_256"])
-            check(what + " as .", run(".", tz=tree["tz"], cwd=root).stdout.decode(), f"{tree['sha3_256']}  .\n")
+            same(what + " with a slash", slash, tree["sha3_256"])
+            same(what + " as .", run(".", tz=tree["tz"], cwd=root).stdout.decode(), f"{tree['sha3_256']}  .\n")
 
 
 def test_files(tmp):
@@ -107,26 +91,26 @@ def test_files(tmp):
         write(paths[-1], data)
         wanted += f"{sha3(data)}  {paths[-1]}\n"
     got = run(*paths)
-    check("60 files", (got.returncode, got.stdout.decode(), got.stderr), (0, wanted, b""))
+    same("60 files", (got.returncode, got.stdout.decode(), got.stderr), (0, wanted, b""))
     for path, line in zip(paths[:12], wanted.splitlines(True)):
-        check("one file", run(path).stdout.decode(), line)
+        same("one file", run(path).stdout.decode(), line)
     for n in range(1, 10):
-        check(f"{n} files", run(*paths[:n]).stdout.decode(), "".join(wanted.splitlines(True)[:n]))
+        same(f"{n} files", run(*paths[:n]).stdout.decode(), "".join(wanted.splitlines(True)[:n]))
     b64 = base64.b64encode(hashlib.sha3_256(b"").digest()).decode()
-    check("-b", run("-b", paths[0]).stdout.decode(), f"{b64}  {paths[0]}\n")
+    same("-b", run("-b", paths[0]).stdout.decode(), f"{b64}  {paths[0]}\n")
 
     missing, folder = os.path.join(d, "missing"), os.path.join(tmp, "mixed")
     build(folder, [{"path": "a", "text": "x"}])
     alone = run(folder).stdout.decode()
     got = run(paths[3], missing, folder, missing + "2", paths[5], paths[5])
     lines = wanted.splitlines(True)
-    check("order of results", got.stdout.decode(), lines[3] + alone + lines[5] + lines[5])
-    check("order of errors", got.stderr.decode(), f"cvms: checksum: {missing}: No such file or directory\n"
+    same("order of results", got.stdout.decode(), lines[3] + alone + lines[5] + lines[5])
+    same("order of errors", got.stderr.decode(), f"cvms: checksum: {missing}: No such file or directory\n"
           f"cvms: checksum: {missing}2: No such file or directory\n")
-    check("exit status", got.returncode, 1)
+    same("exit status", got.returncode, 1)
     with open("/dev/full", "wb") as full:
         got = subprocess.run([BINARY, "checksum", paths[0]], stdout=full, stderr=subprocess.PIPE, timeout=60)
-    check("full disk", (got.returncode, got.stderr[:16]), (1, b"cvms: checksum: "))
+    same("full disk", (got.returncode, got.stderr[:16]), (1, b"cvms: checksum: "))
 
 
 def test_names(tmp):
@@ -139,11 +123,11 @@ def test_names(tmp):
         write(path, name)
         mark = b"\\" if shown != name else b""
         wanted = mark + sha3(name).encode() + b"  " + os.path.join(d, shown) + b"\n"
-        check(f"name {name!r}", run(path).stdout, wanted)
+        same(f"name {name!r}", run(path).stdout, wanted)
     got = run(os.path.join(d, b"\x1b[31m\nno"))
-    check("control characters on stderr", got.stderr, b"cvms: checksum: " + d + b"/?[31m?no: No such file or directory\n")
+    same("control characters on stderr", got.stderr, b"cvms: checksum: " + d + b"/?[31m?no: No such file or directory\n")
     got = run(os.path.join(tmp, "x" * 3000))
-    check("long path", (got.returncode, got.stderr.endswith(TOO_LONG), len(got.stderr) < 620),
+    same("long path", (got.returncode, got.stderr.endswith(TOO_LONG), len(got.stderr) < 620),
           (1, True, True))
 
 
@@ -161,11 +145,11 @@ def test_special(tmp):
         make(os.path.join(root, "sub", "odd"))
         got = run(root)
         reason = got.stderr.decode().removeprefix(f"cvms: checksum: {root}/sub/odd: ").removesuffix("\n")
-        check(what, (got.returncode, got.stdout), (1, b""))
-        check(what, reason, why[1] if reason == why[1] else why[0])
+        same(what, (got.returncode, got.stdout), (1, b""))
+        same(what, reason, why[1] if reason == why[1] else why[0])
     fifo = os.path.join(tmp, "fifo")
     os.mkfifo(fifo)
-    check("pipe itself", (run(fifo).returncode, run("/dev/zero").returncode), (1, 1))
+    same("pipe itself", (run(fifo).returncode, run("/dev/zero").returncode), (1, 1))
 
     root = os.path.join(tmp, "closed")
     build(root, [{"path": "sub/f", "text": "x"}])
@@ -174,12 +158,12 @@ def test_special(tmp):
         path = os.path.join(root, closed)
         os.chmod(path, 0)
         got = run(root, **unprivileged())
-        check(f"unreadable {closed}", (got.returncode, got.stderr.decode()),
+        same(f"unreadable {closed}", (got.returncode, got.stderr.decode()),
               (1, f"cvms: checksum: {path}: Permission denied\n"))
         os.chmod(path, 0o755)
     link = os.path.join(tmp, "link-to-closed")
     os.symlink("closed", link)
-    check("link to a folder, itself given", run(link).stdout[:64], run(root).stdout[:64])
+    same("link to a folder, itself given", run(link).stdout[:64], run(root).stdout[:64])
 
 
 def test_deep(tmp):
@@ -193,10 +177,10 @@ def test_deep(tmp):
     for _ in range(levels):
         os.mkdir(level)
         os.chdir(level)
-    write("f", b"deep")
+    write("./f", b"deep")
     os.fchdir(home)
     got = run(root, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8)))
-    check("deep tree", (got.returncode, len(got.stdout)), (0, 64 + 2 + len(root) + 1))
+    same("deep tree", (got.returncode, len(got.stdout)), (0, 64 + 2 + len(root) + 1))
     compare_with_go("deep tree, as Go", root)
     os.chdir(root)
     for i in range(levels + 3):
@@ -205,7 +189,7 @@ def test_deep(tmp):
         os.chdir(level)
     os.fchdir(home)
     got = run(root)
-    check("too deep", (got.returncode, got.stderr.endswith(TOO_LONG)), (1, True))
+    same("too deep", (got.returncode, got.stderr.endswith(TOO_LONG)), (1, True))
     shutil.rmtree(root)
 
 
@@ -226,8 +210,8 @@ def compare_with_go(what, root, tz="UTC"):
     if not GOZIP:
         return
     go = subprocess.run([GOZIP, root], capture_output=True, env=dict(os.environ, TZ=tz))
-    check(what + ": go", go.returncode, 0)
-    check(what, run(root, tz=tz, timeout=600).stdout[:64], go.stdout[:64])
+    same(what + ": go", go.returncode, 0)
+    same(what, run(root, tz=tz, timeout=600).stdout[:64], go.stdout[:64])
 
 
 def test_go_names(tmp):
@@ -250,8 +234,8 @@ def test_go_names(tmp):
         ours = run(*folders)
         got = [line[:64] for line in ours.stdout.splitlines()]
         for name, a, b in zip(names, got, go.stdout.split()):
-            check(f"name {name!r}", a, b)
-        check("all names", (ours.returncode, len(got), len(go.stdout.split())), (0, len(names), len(names)))
+            same(f"name {name!r}", a, b)
+        same("all names", (ours.returncode, len(got), len(go.stdout.split())), (0, len(names), len(names)))
     for tz in ("UTC", "America/New_York", "Pacific/Apia", "Asia/Kathmandu", "Africa/Monrovia"):
         compare_with_go(f"names in {tz}", os.fsdecode(root), tz)
 
@@ -260,7 +244,7 @@ def test_size_from_stat(tmp):
     """A file whose stat says 0 bytes, but which has some: what is read counts."""
     with open("/proc/version", "rb") as f:
         data = f.read()
-    check("/proc file", run("/proc/version").stdout[:64].decode(), sha3(data))
+    same("/proc file", run("/proc/version").stdout[:64].decode(), sha3(data))
     root = os.path.join(tmp, "proc")
     os.mkdir(root)
     os.symlink("/proc/version", os.path.join(root, "version"))
@@ -295,8 +279,7 @@ def main():
         build_go(tmp)
         for test in (test_trees, test_files, test_names, test_special, test_deep, test_go_names, test_size_from_stat, test_zip64):
             test(tmp)
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed else 0
+    return closing()
 
 
 sys.exit(main())

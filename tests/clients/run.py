@@ -21,13 +21,15 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import harness  # noqa: E402
+from harness import ACCEPTED, GOAWAY, HEADERS, PREFACE, Collector, Skip, drop, event, field, fields, frame, log, need, request, shorten  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHUNK = 1 << 20
 LIMIT = 60  # seconds that any one step may take
-PLAIN = "cvms_test_server service gRPC server listening at "
 HASH = "a7ffc6f8bf1ed76651c14756a061d662f580ff4de43b49fa82d80a4b80f8434a"
 KEY = ["-public-key-path", "keys/rsa4096.pem", "-attested-tls-bool", "false"]
 DIRECT = ["-algo-path", "inputs/algo.py", "-data-paths", "inputs/data.csv,inputs/empty.bin,inputs/x1000003.bin"] + KEY
@@ -50,7 +52,7 @@ MODES = {
 def readme_modes():
     """The README's own commands, one for each mode, as they stand; the test's folder is its tests/vectors."""
     names = ["direct", "remote algorithm", "remote algorithm and datasets", "mixed: local algorithm, remote datasets", "attested TLS"]
-    with open(os.path.join(HERE, "../../README.md")) as f:
+    with open(harness.README) as f:
         section = f.read().split("## The five modes")[1].split("\n## ")[0]
     commands = re.findall(r"^    \./cvms -(?:.*\\\n)*.*", section, re.M)
     assert len(commands) == len(names), "the README has %d commands for %d modes" % (len(commands), len(names))
@@ -58,66 +60,6 @@ def readme_modes():
 
 
 MODES.update(readme_modes())
-
-
-class Skip(Exception):
-    pass
-
-
-def check(true, why):
-    if not true:
-        raise AssertionError(why)
-
-
-def short(text, n=600):
-    text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-    return text if len(text) <= n else text[:n // 2] + " … " + text[-n // 2:]
-
-
-class Lines:
-    """What comes out of a pipe, read by a thread as it comes; `gate` holds the reader back."""
-
-    def __init__(self, pipe, reading=True):
-        self.pipe, self.data, self.eof = pipe, bytearray(), False
-        self.changed, self.gate = threading.Condition(), threading.Event()
-        if reading:
-            self.gate.set()
-        self.thread = threading.Thread(target=self.pump, daemon=True)
-        self.thread.start()
-
-    def pump(self):
-        self.gate.wait()
-        while True:
-            try:
-                b = os.read(self.pipe.fileno(), 1 << 16)
-            except (OSError, ValueError):
-                b = b""
-            with self.changed:
-                self.data += b
-                self.eof = not b
-                self.changed.notify_all()
-            if not b:
-                return
-
-    def wait(self, until, what, limit=LIMIT):
-        """Waits until `until(data)` is true and returns its value; the pipe's end or the limit is a failure."""
-        with self.changed:
-            end = time.monotonic() + limit
-            while True:
-                got = until(self.data)
-                if got:
-                    return got
-                left = end - time.monotonic()
-                check(left > 0 and not self.eof, "no %s in %r" % (what, short(bytes(self.data))))
-                self.changed.wait(left)
-
-    def text(self, text, limit=LIMIT):
-        return self.wait(lambda d: text.encode() in d, text, limit)
-
-    def count(self, n, limit=LIMIT):
-        """Waits for n lines and returns all that are there, as bytes."""
-        self.wait(lambda d: d.count(b"\n") >= n, "%d lines" % n, limit)
-        return bytes(self.data).split(b"\n")[:-1]
 
 
 class Test:
@@ -153,7 +95,7 @@ class Test:
         p = subprocess.run(command, cwd=self.dir, input=input, capture_output=True, timeout=LIMIT + 30,
                            env=dict(os.environ, **(env or {})))
         if ok:
-            check(p.returncode == 0, "%s: status %d: %s" % (os.path.basename(command[0]), p.returncode, short(p.stderr or p.stdout)))
+            need(p.returncode == 0, "%s: status %d: %s" % (os.path.basename(command[0]), p.returncode, shorten(p.stderr or p.stdout)))
         return p
 
     def go(self, server, mode, *args, ok=True):
@@ -176,8 +118,8 @@ class Test:
         """A Go client that goes on by itself: (process, its stdout as Lines)."""
         p = subprocess.Popen([self.tool("bin/client"), "-addr", server.addr, "-mode", mode, *args], cwd=self.dir,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.cleanup.callback(end, p)
-        return p, Lines(p.stdout)
+        self.cleanup.callback(drop, p)
+        return p, Collector(p.stdout.fileno())
 
     def finish(self, client):
         """Tells a held client to go on and wants it to end well."""
@@ -186,7 +128,7 @@ class Test:
             p.stdin.write(b"\n")
             p.stdin.flush()
         status = p.wait(LIMIT)
-        check(status == 0, "client: %s" % short(p.stderr.read()))
+        need(status == 0, "client: %s" % shorten(p.stderr.read()))
         lines.thread.join(LIMIT)
         return bytes(lines.data).decode()
 
@@ -203,110 +145,46 @@ class Test:
             self.cleanup.close()
 
 
-def end(p):
-    if p.poll() is None:
-        p.kill()
-    p.wait()
-    for pipe in (p.stdin, p.stdout, p.stderr):
-        if pipe:
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-
-class Server:
+class Server(harness.Server):
+    """One without TLS, whose -ready-file and ready line agree; unless .capped, no client goes over a cap."""
     def __init__(self, test, args, reading=True, env=None):
         ready = test.path("ready-%d" % len(test.servers))
-        env = dict(os.environ, HOST="127.0.0.1", PORT="0", **(env or {}))
-        for name in ("SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS"):
-            env.pop(name, None)
-        self.p = subprocess.Popen([test.binary, "-ready-file", ready, *args], cwd=test.dir, env=env, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        test.cleanup.callback(end, self.p)
-        self.out, self.err = Lines(self.p.stdout, reading), Lines(self.p.stderr)
-        self.capped = False  # True: a client goes over a cap; the PINGs of grpc-go and others never do
-        line = self.err.wait(self.ready_line, "ready line")
-        self.addr = line.split()[0]
-        self.port = int(self.addr.rsplit(":", 1)[1])
-        check(line == self.addr + " without TLS", "ready line: %r" % line)
-        until = time.monotonic() + 5
-        while not (os.path.exists(ready) and os.path.getsize(ready)) and time.monotonic() < until:
-            time.sleep(0.005)  # the file and the line may come in either order
-        with open(ready) as f:
-            text = f.read()
-        check(text.strip() == self.addr, "ready file holds %r, the ready line says %s" % (text, self.addr))
-
-    @staticmethod
-    def ready_line(data):
-        text = bytes(data).decode("utf-8", "replace")
-        at = text.find(PLAIN)
-        line, newline, _ = text[at + len(PLAIN):].partition("\n")
-        return line.strip() if at >= 0 and newline else None
+        os.mkfifo(ready)
+        fd = os.open(ready, os.O_RDWR)          # so that a server that fails does not hold up the test
+        self.capped = False
+        try:
+            super().__init__("server", "-ready-file", ready, *args, base=[], program=test.binary, env=env, reading=reading, cwd=test.dir)
+            self.addr = self.address
+            need(self.line.endswith(" %s without TLS" % self.addr), "ready line: %r" % self.line)
+            got = os.read(fd, 100).decode().strip()
+            need(got == self.addr, "ready file holds %r, the ready line says %s" % (got, self.addr))
+        finally:
+            os.close(fd)
 
     def connect(self):
-        s = socket.create_connection(("127.0.0.1", self.port), LIMIT)
+        s = harness.connect(self.address)
         s.settimeout(LIMIT)
         return s
 
-    def memory(self, what="VmRSS"):
-        """KiB of resident memory, now (VmRSS) or at most (VmHWM)."""
-        with open("/proc/%d/status" % self.p.pid) as f:
-            return next(int(line.split()[1]) for line in f if line.startswith(what + ":"))
-
-    def signal(self, number):
-        self.p.send_signal(number)
-
     def exit(self, limit=5.0):
         """Waits for the end and returns the exit status."""
-        try:
-            status = self.p.wait(limit)
-        except subprocess.TimeoutExpired:
-            raise AssertionError("the server still runs after %g s" % limit) from None
-        self.err.thread.join(LIMIT)
+        status = self.wait(limit)
+        need(status is not None, "the server still runs after %g s" % limit)
         return status
 
     def close(self):
-        """Ends the server as a user would; a crash, a hang or a sanitizer's report fails the test."""
-        if self.p.poll() is None:
-            self.out.gate.set()
-            self.signal(signal.SIGTERM)
-            status = self.exit(10)
-            check(status in (0, 143, -signal.SIGTERM), "exit status %d after SIGTERM" % status)
-        text = bytes(self.err.data).decode("utf-8", "replace")
-        for sign in ("Sanitizer", "runtime error:", "panic:", *([] if self.capped else ["over the cap"])):
-            check(sign not in text, short(text[text.find(sign) - 100:] if sign in text else "", 2000))
-
-
-# ---- reading a manifest without any library ----
-
-def fields(b):
-    """(number, value) of each field; a value is an int or bytes."""
-    i = 0
-
-    def varint():
-        nonlocal i
-        v = shift = 0
-        while True:
-            v |= (b[i] & 127) << shift
-            shift += 7
-            i += 1
-            if b[i - 1] < 128:
-                return v
-    while i < len(b):
-        tag = varint()
-        v = varint()
-        if tag & 7 == 2:
-            v, i = b[i:i + v], i + v
-        else:
-            check(tag & 7 == 0, "wire type %d in a manifest" % (tag & 7))
-        yield tag >> 3, v
-
-
-def same(wanted, got, who):
-    check(filecmp.cmp(wanted, got, shallow=False), "%s got %d bytes that differ from the %d of `cvms manifest`" %
-          (who, os.path.getsize(got), os.path.getsize(wanted)))
+        super().close()
+        text = self.err.text()
+        for sign in ("panic:", *([] if self.capped else ["over the cap"])):
+            need(sign not in text, shorten(text[text.find(sign) - 100:] if sign in text else ""))
 
 
 # ---- the manifest ----
+
+def same(wanted, got, who):
+    need(filecmp.cmp(wanted, got, shallow=False), "%s got %d bytes that differ from the %d of `cvms manifest`" %
+          (who, os.path.getsize(got), os.path.getsize(wanted)))
+
 
 def golden(vector):
     def test(t):
@@ -317,9 +195,9 @@ def golden(vector):
         t.go(s, "manifest", "-messages", t.path("messages"))
         with open(t.path("messages")) as f:
             got = json.load(f)
-        check(len(got) == len(vector["messages"]), "%d messages, want %d" % (len(got), len(vector["messages"])))
+        need(len(got) == len(vector["messages"]), "%d messages, want %d" % (len(got), len(vector["messages"])))
         for n, (g, w) in enumerate(zip(got, vector["messages"])):
-            check(g == w, "message %d: got %s, want %s" % (n, short(str(g)), short(str(w))))
+            need(g == w, "message %d: got %s, want %s" % (n, shorten(str(g)), shorten(str(w))))
     return test
 
 
@@ -367,22 +245,22 @@ def manifest_of_100_mib(t):
             "-attested-tls-bool", "false"]
     wanted = t.manifest(*args)
     size = os.path.getsize(wanted)
-    check(size > 100 << 20, "the manifest has only %d bytes" % size)
+    need(size > 100 << 20, "the manifest has only %d bytes" % size)
     with open(wanted, "rb") as f:
         datasets = [dict(fields(v)) for n, v in fields(f.read()) if n == 4]
-    check(len(datasets) == count and all(d[2] == spki for d in datasets), "%d datasets, or another key" % len(datasets))
+    need(len(datasets) == count and all(d[2] == spki for d in datasets), "%d datasets, or another key" % len(datasets))
     s = t.serve(*args)
     before = s.memory()
     with open("/proc/%d/clear_refs" % s.p.pid, "w") as f:
         f.write("5")                  # the peak of the start is not the streams'
     blocked = [t.start(s, "never-read", "-n", "100", "-tag", "b%d" % i) for i in range(3)]
     for _, lines in blocked:
-        lines.text("sent")
+        lines.need("sent")
     t.go(s, "manifest", "-o", t.path("got"))
     same(wanted, t.path("got"), "grpc-go")
     grown = s.memory("VmHWM") - before
-    check(t.sanitized or grown < 32 << 10, "seven streams cost %d KiB over the %d KiB of the idle server" % (grown, before))
-    check(t.sanitized or before < 3 * size >> 10, "%d KiB for a manifest of %d" % (before, size >> 10))
+    need(t.sanitized or grown < 32 << 20, "seven streams cost %d bytes over the %d of the idle server" % (grown, before))
+    need(t.sanitized or before < 3 * size, "%d bytes for a manifest of %d" % (before, size))
     for c in blocked:
         t.finish(c)
 
@@ -398,15 +276,15 @@ def changed_file(t):
     def real():
         with open(t.path("inputs/data.csv"), "rb") as f:
             return [hashlib.sha3_256(f.read()).digest()]
-    check(digest() == real(), "the first manifest's hash is not the file's")
+    need(digest() == real(), "the first manifest's hash is not the file's")
     first = len(s.err.data)
     with open(t.path("inputs/data.csv"), "a") as f:
         f.write("7,8,9\n")
-    check(digest() == real(), "the next agent did not get the changed file's hash")
+    need(digest() == real(), "the next agent did not get the changed file's hash")
     second = len(s.err.data)
-    check(digest() == real(), "the third manifest differs")
+    need(digest() == real(), "the third manifest differs")
     said = [bytes(s.err.data[first:second]).count(b"data.csv"), bytes(s.err.data[second:]).count(b"data.csv")]
-    check(said[0] > said[1], "no note names the changed file, or again though nothing changed: %r" % bytes(s.err.data[first:]))
+    need(said[0] > said[1], "no note names the changed file, or again though nothing changed: %r" % bytes(s.err.data[first:]))
 
 
 # ---- what agents send ----
@@ -416,14 +294,14 @@ def kinds_json(t):
     t.py(s, "kinds", "-o", t.path("sent"))
     with open(t.path("sent")) as f:
         n = len(f.readlines())
-    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(n)) + b"\n")
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.lines(n)) + b"\n")
     t.go(s, "send", "-send", t.path("sent"))
-    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(2 * n)[n:]) + b"\n")
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.lines(2 * n)[n:]) + b"\n")
     t.js(s, "send", t.path("sent"))
-    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.count(3 * n)[2 * n:]) + b"\n")
-    check(len(s.out.data.split(b"\n")) == 3 * n + 1, "more lines than messages")
+    t.py(s, "verify", "-i", t.path("sent"), input=b"\n".join(s.out.lines(3 * n)[2 * n:]) + b"\n")
+    need(len(s.out.data.split(b"\n")) == 3 * n + 1, "more lines than messages")
     raw = {c for c in s.out.data if c < 32 or c == 127} - {10}
-    check(not raw, "control characters %s in the JSON output" % raw)
+    need(not raw, "control characters %s in the JSON output" % raw)
 
 
 def kinds_text(t):
@@ -432,32 +310,32 @@ def kinds_text(t):
     with open(t.path("sent")) as f:
         n = len(f.readlines())
     t.go(s, "logs", "-n", "1", "-tag", "the-end")
-    s.out.text("the-end-0;")
+    s.out.need("the-end-0;")
     text = bytes(s.out.data)
     raw = {c for line in text.split(b"\n") for c in line.lstrip() if (c < 32 and c != 9) or c == 127}
-    check(not raw, "control characters %s reach the terminal" % raw)
+    need(not raw, "control characters %s reach the terminal" % raw)
     text = text.decode("utf-8")  # raises when it is none
     bad = [hex(ord(c)) for c in text if ord(c) in (*range(0x80, 0xa0), *range(0x2028, 0x202f), *range(0x2066, 0x206a))]
-    check(not bad, "line separators or bidirectional overrides reach the terminal: %s" % bad)
+    need(not bad, "line separators or bidirectional overrides reach the terminal: %s" % bad)
     at = 0
     for want in ("a log", "Running", "Starting", "no such key", "stopped it", "ReceivingManifest", "serial-01:ab", "serial-02",
                  "first line", "second line", "third", "right to left", "漢", "abc", "99", "the-end-0;"):
         found = text.find(want, at)
-        check(found >= 0, "no %r after %r" % (want, short(text[max(0, at - 200):at])))
+        need(found >= 0, "no %r after %r" % (want, shorten(text[max(0, at - 200):at])))
         at = found
     entries = [line for line in text.rstrip("\n").split("\n") if not line.startswith((" ", "\t"))]
-    check(len(entries) == n + 1, "%d entries for %d messages (a continuation line must be indented)" % (len(entries), n + 1))
-    check("cvm-17" in text, "the job-id is not shown")
-    check("127.0.0.1:" in entries[0], "the peer is not shown")
+    need(len(entries) == n + 1, "%d entries for %d messages (a continuation line must be indented)" % (len(entries), n + 1))
+    need("cvm-17" in text, "the job-id is not shown")
+    need("127.0.0.1:" in entries[0], "the peer is not shown")
 
 
 def metadata(t):
     s = t.serve(*DIRECT)
     t.go(s, "metadata", "-n", "1", "-tag", "meta", "-metadata", "job-id=cvm-42,connection-type=log-forwarder,key-bin=00ff")
-    s.out.text("meta-0;")
-    text = bytes(s.out.data).decode() + bytes(s.err.data).decode()
-    check("cvm-42" in text, "the job-id is not shown: " + short(text))
-    check("forwarder" in text, "the kind of the stream is not shown: " + short(text))
+    s.out.need("meta-0;")
+    text = s.out.text() + s.err.text()
+    need("cvm-42" in text, "the job-id is not shown: " + shorten(text))
+    need("forwarder" in text, "the kind of the stream is not shown: " + shorten(text))
 
 
 def logs_in(data, tag):
@@ -475,19 +353,19 @@ def logs_in(data, tag):
 
 def all_logs(lines, tag, n):
     """Waits for log n - 1, then wants all of 0 to n - 1 in order."""
-    lines.text("%s-%d;" % (tag, n - 1))
+    lines.need("%s-%d;" % (tag, n - 1))
     got = logs_in(bytes(lines.data), tag)
-    check(got == list(range(n)), "%d of %d logs, or out of order" % (len(got), n))
+    need(got == list(range(n)), "%d of %d logs, or out of order" % (len(got), n))
 
 
 def never_reading(t):
     args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["inputs/data.csv"] * 2500)] + KEY  # more than a window
     s = t.serve(*args)
     c = t.start(s, "never-read", "-n", "20000", "-tag", "nr")
-    c[1].text("sent")
+    c[1].need("sent")
     all_logs(s.out, "nr", 20000)
     t.finish(c)
-    s.out.text("nr-agent;")
+    s.out.need("nr-agent;")
 
 
 def slow_stdout(t):
@@ -500,14 +378,14 @@ def slow_stdout(t):
         now = tuple(len(lines.data) for _, lines in flood)
         if now == seen and all(now):
             break
-        check(all(p.poll() is None for p, _ in flood), "a sender ended though nobody reads stdout")
+        need(all(p.poll() is None for p, _ in flood), "a sender ended though nobody reads stdout")
         seen = now
-        with flood[0][1].changed:
-            flood[0][1].changed.wait(1)
+        with flood[0][1].cond:
+            flood[0][1].cond.wait(1)
         time.sleep(1)  # the time without progress is what is measured
     grown = s.memory() - before
-    check(t.sanitized or grown < 16 << 10, "memory grew by %d KiB while stdout was not read" % grown)
-    check(t.go(s, "health").returncode == 0, "no health answer while stdout is full")
+    need(t.sanitized or grown < 16 << 20, "memory grew by %d bytes while stdout was not read" % grown)
+    need(t.go(s, "health").returncode == 0, "no health answer while stdout is full")
     s.out.gate.set()
     for c in flood:
         t.finish(c)
@@ -519,13 +397,13 @@ def closed_stdout(t):
     s = t.serve(*DIRECT, reading=False)
     s.p.stdout.close()
     waiting = t.start(s, "wait")
-    waiting[1].text("waiting")
+    waiting[1].need("waiting")
     t.go(s, "logs", "-n", "2000", ok=False)
     status = s.exit()
-    check(status > 0, "exit status %d, want one that says it failed" % status)
-    check("stdout" in bytes(s.err.data).decode() or "standard output" in bytes(s.err.data).decode(),
-          "stderr does not say why: %r" % short(bytes(s.err.data)))
-    check("Unavailable" in t.finish(waiting), "the waiting client did not get UNAVAILABLE")
+    need(status > 0, "exit status %d, want one that says it failed" % status)
+    need("stdout" in s.err.text() or "standard output" in s.err.text(),
+          "stderr does not say why: %r" % shorten(bytes(s.err.data)))
+    need("Unavailable" in t.finish(waiting), "the waiting client did not get UNAVAILABLE")
 
 
 def started_without_stdout(t):
@@ -533,22 +411,22 @@ def started_without_stdout(t):
     ready = t.path("ready")
     p = subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", t.binary, "-ready-file", ready, *DIRECT], cwd=t.dir,
                          env=dict(os.environ, HOST="127.0.0.1", PORT="0"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    t.cleanup.callback(end, p)
-    err = Lines(p.stderr)
+    t.cleanup.callback(drop, p)
+    err = Collector(p.stderr.fileno())
     until = time.monotonic() + 10
     while p.poll() is None and not (os.path.exists(ready) and os.path.getsize(ready)) and time.monotonic() < until:
         time.sleep(0.005)
     if p.poll() is not None:
         err.thread.join(LIMIT)
-        check(p.returncode in (1, 2) and err.data, "exit status %d, stderr %r" % (p.returncode, bytes(err.data)))
+        need(p.returncode in (1, 2) and err.data, "exit status %d, stderr %r" % (p.returncode, bytes(err.data)))
         return
     with open(ready) as f:
         s = type("S", (), {"addr": f.read().strip()})
     t.go(s, "logs", "-n", "10", ok=False)
-    check(os.path.exists("/proc/%d" % p.pid), "no such process")
+    need(os.path.exists("/proc/%d" % p.pid), "no such process")
     r = t.go(s, "manifest", ok=False)
     if r.returncode != 0:  # it may end, but then clearly
-        check(p.wait(5) > 0, "exit status %d" % p.returncode)
+        need(p.wait(5) > 0, "exit status %d" % p.returncode)
 
 
 # ---- signals ----
@@ -558,35 +436,20 @@ def stops(number):
         s = t.serve(*DIRECT)
         clients = [t.start(s, "wait") for _ in range(3)]
         for _, lines in clients:
-            lines.text("waiting")
+            lines.need("waiting")
         s.signal(number)
         for c in clients:
             said = t.finish(c)
-            check("Unavailable" in said, "a client got %r" % said)
-            check("error reading from server" not in said and "reset" not in said, "the stream broke off: %r" % said)
+            need("Unavailable" in said, "a client got %r" % said)
+            need("error reading from server" not in said and "reset" not in said, "the stream broke off: %r" % said)
         status = s.exit()
-        check(status in (0, 128 + number, -number), "exit status %d" % status)
+        need(status in (0, 128 + number, -number), "exit status %d" % status)
     return test
 
 
 # ---- verdicts, through grpc-go ----
 
-def field(number, content):
-    """A length-delimited protobuf field, content under 128 bytes."""
-    content = content.encode() if isinstance(content, str) else content
-    return bytes([number << 3 | 2, len(content)]) + content
-
-
-def event(name):
-    kind, status = name.split("/")
-    return field(2, field(1, kind) + field(6, status))
-
-
-def log(level, text):
-    return field(1, field(1, text) + field(3, level))
-
-
-ATTESTATION, ACCEPTED = field(6, b""), field(3, field(1, "1"))
+ATTESTATION = field(6, b"")
 RUN = [event(e) for e in ("ReceivingAlgorithm/InProgress", "Running/Starting", "Running/InProgress", "AlgorithmRun/Warning")]
 DONE = [event("Running/Completed"), event("ConsumingResults/Ready")]
 
@@ -601,17 +464,13 @@ def verdict(want, says, agent, forwarder, *flags):
             if messages:
                 t.go(s, "send", "-send", t.path(name), ok=False)
         status = s.exit(25)
-        text = bytes(s.err.data).decode()
-        check(status == want, "exit status %d, wanted %d: %s" % (status, want, short(text)))
-        check(says in text, "%r is not in %s" % (says, short(text)))
+        text = s.err.text()
+        need(status == want, "exit status %d, wanted %d: %s" % (status, want, shorten(text)))
+        need(says in text, "%r is not in %s" % (says, shorten(text)))
     return test
 
 
-HEADERS, GOAWAY = 1, 7
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4\0" + bytes(4)
-# HEADERS of a Process request, not Huffman-coded, from the static table and literals
-REQUEST = (lambda h: len(h).to_bytes(3, "big") + b"\1\4\0\0\0\1" + h)(
-    b"\x83\x86\x04\x15/cvms.Service/Process\x01\x01x\x0f\x10\x10application/grpc\0\2te\x08trailers")
+REQUEST = request(1)
 
 
 class Frames:
@@ -623,7 +482,7 @@ class Frames:
     def take(self, n, wanted):
         while len(self.data) < n:
             b = self.sock.recv(1 << 16)
-            check(b, "the connection ended without a frame of type %d" % wanted)
+            need(b, "the connection ended without a frame of type %d" % wanted)
             self.data += b
         taken, self.data = self.data[:n], self.data[n:]
         return taken
@@ -668,7 +527,7 @@ def broken_pipes(t):
     args = ["-algo-path", "inputs/algo.py", "-data-paths", ",".join(["inputs/data.csv"] * 2500)] + KEY
     s = t.serve(*args)
     held = t.start(s, "logs", "-n", "10", "-tag", "pipe", "-hold")
-    held[1].text("sent")
+    held[1].need("sent")
     for _ in range(20):
         with s.connect() as sock:
             sock.sendall(PREFACE + REQUEST)
@@ -689,15 +548,15 @@ def go_mode(name, *args):
 def many_streams(t):
     s = t.serve(*DIRECT)
     t.go(s, "streams", "-n", "40", "-tag", "st")
-    s.out.wait(lambda d: len(logs_in(bytes(d), "st")) >= 40, "40 logs")
-    check(sorted(logs_in(bytes(s.out.data), "st")) == list(range(40)), "not every stream's log is there once")
+    need(s.out.wait(lambda d: len(logs_in(bytes(d), "st")) >= 40, LIMIT), "no 40 logs")
+    need(sorted(logs_in(bytes(s.out.data), "st")) == list(range(40)), "not every stream's log is there once")
 
 
 def oversize(t):
     s = t.serve(*DIRECT)
     s.capped = True
     t.go(s, "oversize")
-    s.out.wait(lambda d: d.count(b"y") >= 4 << 20 >> 1, "the message of 4 MiB")
+    need(s.out.wait(lambda d: d.count(b"y") >= 4 << 20 >> 1, LIMIT), "no the message of 4 MiB")
 
 
 def healths(t):
@@ -710,26 +569,26 @@ def healths(t):
 def health_command(t):
     s = t.serve(*DIRECT)
     p = t.run(t.binary, "health", s.addr, ok=False)
-    check(p.returncode == 0, "cvms health: status %d %s" % (p.returncode, short(p.stderr)))
+    need(p.returncode == 0, "cvms health: status %d %s" % (p.returncode, shorten(p.stderr)))
     p = t.run(t.binary, "health", s.addr, "-service", "agent", ok=False)
-    check(p.returncode > 0, "cvms health -service agent: status %d" % p.returncode)
+    need(p.returncode > 0, "cvms health -service agent: status %d" % p.returncode)
 
 
 def grpcurl(t):
     s = t.serve(*DIRECT)
     names = t.grpcurl(s, "list").split()
-    check({"cvms.Service", "grpc.health.v1.Health"} <= set(names), "list: %s" % names)
-    check(t.grpcurl(s, "list cvms.Service").split() == ["cvms.Service.Process"], "list cvms.Service")
+    need({"cvms.Service", "grpc.health.v1.Health"} <= set(names), "list: %s" % names)
+    need(t.grpcurl(s, "list cvms.Service").split() == ["cvms.Service.Process"], "list cvms.Service")
     text = t.grpcurl(s, "describe cvms.Service")
-    check("rpc Process ( stream .cvms.ClientStreamMessage ) returns ( stream .cvms.ServerStreamMessage );" in text, text)
+    need("rpc Process ( stream .cvms.ClientStreamMessage ) returns ( stream .cvms.ServerStreamMessage );" in text, text)
     for name, want in (("cvms.ServerStreamMessage", ".cvms.RunReqChunks runReqChunks = 1;"),
                        ("cvms.ComputationRunReq", "repeated .cvms.ResultConsumer result_consumers = 6;"),
                        ("cvms.ClientStreamMessage", ".cvms.azureAttestationToken azureAttestationToken = 7;"),
                        ("cvms.AgentLog", ".google.protobuf.Timestamp timestamp = 4;")):
         text = t.grpcurl(s, "describe " + name)
-        check(want in text, "describe %s: %s" % (name, text))
+        need(want in text, "describe %s: %s" % (name, text))
     text = t.grpcurl(s, "-d", '{"service": "cvms_test_server"}', "grpc.health.v1.Health/Check")
-    check('"SERVING"' in text, text)
+    need('"SERVING"' in text, text)
 
 
 def grpcurl_call(t):
@@ -743,13 +602,13 @@ def grpcurl_call(t):
         while at < len(text) and text[at].isspace():
             at += 1
         chunk = o["runReqChunks"]
-        check(not last and chunk["id"] == "1", "chunk %s" % short(str(chunk)))
+        need(not last and chunk["id"] == "1", "chunk %s" % shorten(str(chunk)))
         data, last = data + base64.b64decode(chunk.get("data", "")), chunk.get("isLast", chunk.get("is_last", False))
-    check(last, "no last chunk")
+    need(last, "no last chunk")
     with open(wanted, "rb") as f:
-        check(f.read() == data, "another manifest than that of `cvms manifest`")
-    s.out.text("from grpcurl")
-    check(t.grpcurl(s, "-d", "", "cvms.Service/Process").count("runReqChunks") == 2, "an empty call got no manifest")
+        need(f.read() == data, "another manifest than that of `cvms manifest`")
+    s.out.need("from grpcurl")
+    need(t.grpcurl(s, "-d", "", "cvms.Service/Process").count("runReqChunks") == 2, "an empty call got no manifest")
 
 
 def h2load(t):
@@ -759,7 +618,7 @@ def h2load(t):
     p = t.run(t.tool("h2load"), "-n", "20000", "-c", "8", "-m", "20", "-d", t.path("check"), "-H", "content-type: application/grpc",
               "-H", "te: trailers", "http://%s/grpc.health.v1.Health/Check" % s.addr)
     text = p.stdout.decode()
-    check("20000 succeeded, 0 failed, 0 errored, 0 timeout" in text and "status codes: 20000 2xx" in text, short(text, 2000))
+    need("20000 succeeded, 0 failed, 0 errored, 0 timeout" in text and "status codes: 20000 2xx" in text, shorten(text, 2000))
 
 
 def curl(t):
@@ -769,10 +628,10 @@ def curl(t):
     p = t.run(t.tool("curl"), "-sS", "--http2-prior-knowledge", "--max-time", "20", "-D", t.path("headers"),
               "-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary", "@" + t.path("check"),
               "http://%s/grpc.health.v1.Health/Check" % s.addr)
-    check(p.stdout == b"\0\0\0\0\2\x08\1", "curl got %r" % p.stdout)
+    need(p.stdout == b"\0\0\0\0\2\x08\1", "curl got %r" % p.stdout)
     with open(t.path("headers")) as f:
         text = f.read().lower()
-    check("http/2 200" in text and "grpc-status: 0" in text, text)
+    need("http/2 200" in text and "grpc-status: 0" in text, text)
 
 
 def not_grpc(t):
@@ -787,10 +646,10 @@ def not_grpc(t):
                           (["--http1.1"], 505), (["--http1.1", "-d", "x"], 505)):
         p = t.run(t.tool("curl"), "-sS", "--max-time", "20", "-w", "%{stderr}%{http_code}", *flags, "http://%s/x.Y/Z" % s.addr, ok=False)
         said, got = p.stdout.decode(), p.stderr.decode()
-        check(got == str(status), "%s: status %s, wanted %d" % (flags[:3], got, status))
-        check(said.startswith("This port speaks gRPC") and said.count("\n") == 1, "%s: the body is %r" % (flags[:3], said))
+        need(got == str(status), "%s: status %s, wanted %d" % (flags[:3], got, status))
+        need(said.startswith("This port speaks gRPC") and said.count("\n") == 1, "%s: the body is %r" % (flags[:3], said))
     p = t.run(t.tool("curl"), "-sS", "--max-time", "20", "--http2-prior-knowledge", "-D", "-", "-X", "POST", *grpc[:2], "http://%s/x.Y/Z" % s.addr)
-    check(b"HTTP/2 200" in p.stdout and b"grpc-status: 12" in p.stdout and b"unknown service /x.Y/Z" in p.stdout, "unknown method: %r" % p.stdout)
+    need(b"HTTP/2 200" in p.stdout and b"grpc-status: 12" in p.stdout and b"unknown service /x.Y/Z" in p.stdout, "unknown method: %r" % p.stdout)
 
 
 H2SPEC = 146  # cases of h2spec 2.2.1, one of them strict; 7541-2.3.3-literal-index-too-high.txt is what later ones add
@@ -804,7 +663,7 @@ def h2spec(path):
         text = p.stdout.decode("utf-8", "replace")
         count = text.rstrip().rsplit("\n", 1)[-1]
         at = text.find("Failures:")
-        check(count == "%d tests, %d passed, 0 skipped, 0 failed" % (H2SPEC, H2SPEC) and p.returncode == 0, "%s %s" % (count, short(text[at:], 3000) if at >= 0 else ""))
+        need(count == "%d tests, %d passed, 0 skipped, 0 failed" % (H2SPEC, H2SPEC) and p.returncode == 0, "%s %s" % (count, shorten(text[at:], 3000) if at >= 0 else ""))
     return test
 
 
@@ -812,12 +671,11 @@ def strangers(t):
     """What is no HTTP/2 on the port ends in time and does not disturb a stream that goes on beside it."""
     s = t.serve(*DIRECT)
     held = t.start(s, "logs", "-n", "10", "-tag", "beside", "-hold")
-    held[1].text("sent")
+    held[1].need("sent")
     hello = ssl.MemoryBIO()
     tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost")
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
-    frame = lambda kind, flags, stream, body: len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
     for name, data in (
             ("garbage", hashlib.shake_128(b"garbage").digest(4096)),
             ("HTTP/1.1 GET", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
@@ -854,8 +712,8 @@ TESTS = [
     ("verdict: the algorithm fails", verdict(3, "event Running/Failed", [ATTESTATION, ACCEPTED], RUN + [event("Running/Failed")])),
     ("verdict: run_res with an error", verdict(3, "run_res: bad key", [ATTESTATION, field(3, field(2, "bad key"))], [])),
     ("verdict: a failure that only a log line tells", verdict(3, "hash does not match manifest", [ATTESTATION, ACCEPTED],
-                                                              RUN + [log("ERROR", "dataset: hash does not match manifest")])),
-    ("verdict: only the log-forwarder", verdict(4, "only its log-forwarder", [], [log("INFO", "x")], "-timeout", "1s")),
+                                                              RUN + [log("dataset: hash does not match manifest", "ERROR")])),
+    ("verdict: only the log-forwarder", verdict(4, "only its log-forwarder", [], [log("x", "INFO")], "-timeout", "1s")),
     ("verdict: the agent is lost", verdict(5, "LOST", [ATTESTATION, ACCEPTED], [], "-grace", "100ms")),
     ("metadata", metadata),
     ("log-forwarder that never reads", never_reading),
@@ -891,39 +749,15 @@ TESTS = [
 ]
 
 
-def main():
-    if len(sys.argv) not in (3, 4):
-        sys.exit(__doc__)
-    binary, tools, part = os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2]), "".join(sys.argv[3:])
-    passed, failed, skipped = 0, 0, []
-    for name, test in TESTS:
-        if part not in name:
-            continue
-        t = Test(binary, tools)
-        began, why = time.monotonic(), None
-        try:
-            try:
-                test(t)
-            finally:
-                t.close()
-        except Skip as e:
-            if not os.environ.get("CI"):
-                skipped.append(name)
-                print("skip %s: %s" % (name, e), flush=True)
-                continue
-            why = str(e)
-        except (AssertionError, OSError, subprocess.SubprocessError, ValueError, KeyError) as e:
-            why = str(e) if isinstance(e, AssertionError) else repr(e)
-        took = time.monotonic() - began
-        if why is None:
-            passed += 1
-            print("ok %s%s" % (name, " (%.1f s)" % took if took > 3 else ""), flush=True)
-        else:
-            failed += 1
-            print("FAIL %s: %s" % (name, why), flush=True)
-    print("%d passed, %d failed%s" % (passed, failed, ", %d skipped: %s" % (len(skipped), "; ".join(skipped)) if skipped else ""))
-    sys.exit(1 if failed or not passed + len(skipped) else 0)
+def one(test):
+    t = Test(os.path.abspath(sys.argv[1]), os.path.abspath(sys.argv[2]))
+    try:
+        test(t)
+    finally:
+        t.close()
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    sys.exit(harness.main([(name, lambda test=test: one(test)) for name, test in TESTS], skipped=3, count=True))

@@ -16,8 +16,6 @@ The last line is `N passed, M failed`.
 import collections
 import concurrent.futures
 import errno
-import itertools
-import json
 import os
 import re
 import select
@@ -28,10 +26,12 @@ import sys
 import tempfile
 import threading
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from harness import LIMIT, VERBOSE, check, closing, environment, finish, lock, shell  # noqa: E402
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 INPUTS = os.path.join(HERE, "../vectors/inputs")
 KEYS = os.path.join(HERE, "../vectors/keys")
-LIMIT = 20                            # seconds for anything to end; an undisturbed run takes a fraction of one
 FIRST = 3                             # so many reads, writes and waits of each kind are failed by their number as well
 TRIES = 8
 JOBS = 6                              # runs at a time, for each processor: they mostly wait
@@ -83,21 +83,13 @@ BY_NUMBER = re.compile(r"read|write|send|epoll_wait|poll|accept")
 PASSING = {SHORT, errno.EINTR, errno.EAGAIN, errno.ECONNABORTED}     # these do not go on and on
 LASTS = {"alloc", "open", "write", "epoll_add", "socket"}  # what may fail from some call on
 
-VERBOSE = "-v" in sys.argv
 ALL = "--all" in sys.argv
 FAULT = next((a[8:] for a in sys.argv if a.startswith("--fault=")), None)
 NAMES = [a for a in sys.argv[3:] if not a.startswith("-")]
 CVMS, PEER = (os.path.abspath(p) for p in sys.argv[1:3])
-totals = collections.Counter()
-lock = threading.Lock()
+runs = collections.Counter()
 W = tempfile.mkdtemp(prefix="cvms-inject-")
 DIRECT = ["-algo-path", f"{INPUTS}/algo.py", "-public-key-path", f"{KEYS}/rsa4096.pem", "-attested-tls-bool", "false"]
-
-
-def environment(**more):
-    own = ("HOST", "PORT", "NO_COLOR", "SERVER_CERT", "SERVER_KEY", "SERVER_CA_CERTS", "CLIENT_CA_CERTS", "INJECT")
-    env = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("AGENT_CVM")}
-    return {**env, "TZ": "UTC", "LC_ALL": "C.UTF-8", "HOST": "localhost", "PORT": "0", **more}
 
 
 # ---- One run ----
@@ -114,7 +106,7 @@ class Run:
         return os.path.join(self.dir, name)
 
     def start(self, *args, stdin=subprocess.DEVNULL, **env):
-        env = environment(**env, INJECT_LOG=self.path("log"))
+        env = environment({"HOST": "localhost", **env, "INJECT_LOG": self.path("log")})
         if self.fault:
             env["INJECT"] = self.fault
         self.streams = [open(self.path(name), "w+b") for name in ("out", "err")]
@@ -143,9 +135,9 @@ class Run:
 
     def peer(self, *args):
         """The other side, undisturbed.  It fails only with a line that says so."""
-        p = subprocess.Popen([PEER, *args], cwd=self.dir, env=environment(), stdin=subprocess.DEVNULL,
+        p = subprocess.Popen([PEER, *args], cwd=self.dir, env=environment({"HOST": "localhost"}), stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.peers.append(finish(p))
+        self.peers.append(finish(p)[:3])
 
     def end(self, *signals):
         for number in signals:
@@ -183,17 +175,6 @@ class Run:
             self.files[name] = self.read(name)
 
 
-def finish(p):
-    """(status, stdout, stderr) of a peer; status None if it had to be killed."""
-    try:
-        out, err = p.communicate(timeout=LIMIT)
-        return p.returncode, out.decode(errors="replace"), err.decode(errors="replace")
-    except subprocess.TimeoutExpired:
-        p.kill()
-        out, err = p.communicate()
-        return None, out.decode(errors="replace"), err.decode(errors="replace")
-
-
 # ---- The scenarios: what is run, and with it what must be the same afterwards ----
 
 def folder():
@@ -221,7 +202,7 @@ def certificates():
         {ec} -subj /CN=agent -keyout client.key -out client.csr
         printf 'subjectAltName=DNS:agent\\nextendedKeyUsage=clientAuth\\n' > client.ext
         {sign} -in client.csr -extfile client.ext -out client.pem"""
-    subprocess.run(["sh", "-e", "-c", script], cwd=made, check=True, capture_output=True)
+    shell(script, made)
     return made
 
 
@@ -277,7 +258,7 @@ class Clean:
         self.run = run
         ready = run.path("ready")
         os.mkfifo(ready)
-        self.p = subprocess.Popen([PEER, *DIRECT, "-ready-file", ready, *flags], cwd=run.dir, env=environment(**env),
+        self.p = subprocess.Popen([PEER, *DIRECT, "-ready-file", ready, *flags], cwd=run.dir, env=environment({"HOST": "localhost", **env}),
                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with open(ready) as f:
             self.address = f.read().strip()
@@ -287,7 +268,7 @@ class Clean:
 
     def __exit__(self, *_):
         self.p.send_signal(signal.SIGTERM)
-        status, out, err = finish(self.p)
+        status, out, err, _ = finish(self.p)
         self.run.server = (status, err)
         self.run.files["what the server has shown"] = out
 
@@ -347,7 +328,7 @@ SCENARIOS = {
 def prepare():
     folder()
     with open(f"{W}/manifest.json", "w") as f:
-        subprocess.run([PEER, *MANIFEST], stdout=f, stderr=subprocess.DEVNULL, env=environment(), check=True)
+        subprocess.run([PEER, *MANIFEST], stdout=f, stderr=subprocess.DEVNULL, env=environment({"HOST": "localhost"}), check=True)
     run = Run()
     with Clean(run, "-record", f"{W}/replay.jsonl") as address:
         run.peer("agent", "-wait", "1s", "-job-id", "cvm-7", address)
@@ -466,15 +447,6 @@ def errors(kind):
     return ERRORS.get(kind) or ERRORS[kind.split(".")[0]]
 
 
-def check(name, good, why):
-    with lock:
-        totals["passed" if good else "failed"] += 1
-        if not good:
-            print(f"FAIL {name}: {why}", flush=True)
-        elif VERBOSE:
-            print(f"ok   {name}: {why}", flush=True)
-
-
 def disturbed(name, scenario, base, fault):
     """A run with the fault; again where timing took another path, so that the call was not reached."""
     for _ in range(TRIES):
@@ -491,8 +463,8 @@ def disturbed(name, scenario, base, fault):
         if wrong or run.fired:
             break
     with lock:
-        totals["fired"] += run.fired
-        totals["runs"] += 1
+        runs["fired"] += run.fired
+        runs["runs"] += 1
     said = more(run.err, base.err) if hasattr(run, "err") else []
     why = "; ".join(wrong) or f"status {run.status}, peers {[p[0] for p in run.peers]}: {said}"
     check(f"{name}, {fault}", not wrong, why)
@@ -537,12 +509,11 @@ def main():
             waiting += [pool.submit(disturbed, name, scenario, base, fault) for fault in planned]
         for future in concurrent.futures.as_completed(waiting):
             future.result()
-    check("the failures came about", totals["fired"] > 0.9 * totals["runs"], f"{totals['fired']} of {totals['runs']}")
+    check("the failures came about", runs["fired"] > 0.9 * runs["runs"], f"{runs['fired']} of {runs['runs']}")
     if not VERBOSE:
         shutil.rmtree(W, ignore_errors=True)
-    print(f"     {totals['runs']} runs, in {totals['fired']} of them the call failed")
-    print(f"{totals['passed']} passed, {totals['failed']} failed")
-    return 1 if totals["failed"] else 0
+    print(f"     {runs['runs']} runs, in {runs['fired']} of them the call failed")
+    return closing()
 
 
 sys.exit(main())

@@ -1,11 +1,14 @@
 """Compares proto_wire.h with Python protobuf: run by `python test_pb.py PATH_OF_TOOL PATH_OF_manifests.jsonl [ROUNDS]`."""
-import difflib, json, random, subprocess, sys, tempfile, os
+import difflib, json, os, random, subprocess, sys, tempfile
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message, message_factory, text_format, timestamp_pb2
 from google.protobuf.descriptor import FieldDescriptor as F
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 import grpc_tools
 from grpc_tools import protoc
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from harness import closing, same  # noqa: E402
 
 CVMS = """syntax = "proto3"; package cvms; import "google/protobuf/timestamp.proto";
 service Service { rpc Process(stream ClientStreamMessage) returns (stream ServerStreamMessage); }
@@ -41,20 +44,8 @@ message AgentConfig { string port = 1; string cert_file = 2; string key_file = 3
   string server_ca_file = 5; string log_level = 6; bool attested_tls = 7; }
 """
 
-passed = failed = 0
-
-
 def difference(got, wanted):
     return "".join(difflib.unified_diff(wanted.splitlines(1), got.splitlines(1), "wanted", "got"))
-
-
-def check(what, got, wanted):
-    global passed, failed
-    if got == wanted:
-        passed += 1
-    else:
-        failed += 1
-        print("%s:\n  got    %.300r\n  wanted %.300r" % (what, got, wanted))
 
 
 class Tool:
@@ -127,21 +118,21 @@ def test_descriptors(tool, files):
                  "grpc/reflection/v1/reflection.proto", "grpc/reflection/v1alpha/reflection.proto"):
         raw = tool.bytes("file", name)
         ours = descriptor_pb2.FileDescriptorProto.FromString(raw)
-        check(name + " bytes", raw, ours.SerializeToString(deterministic=True))
-        check(name, difference(str(plain(ours)), str(plain(files[name]))), "")
+        same(name + " bytes", raw, ours.SerializeToString(deterministic=True))
+        same(name, difference(str(plain(ours)), str(plain(files[name]))), "")
         pool.AddSerializedFile(raw)
         loaded = pool.FindFileByName(name)
         for m in loaded.message_types_by_name.values():
             for f in m.fields:
                 auto = "".join(w if i == 0 else w[:1].upper() + w[1:] for i, w in enumerate(f.name.split("_")))
-                check("json_name of " + f.full_name, (f.json_name, f.has_presence),
+                same("json_name of " + f.full_name, (f.json_name, f.has_presence),
                       (auto, (f.containing_oneof is not None or f.message_type is not None) and
                        not getattr(f, "is_repeated", False)))
     method = pool.FindServiceByName("cvms.Service").methods_by_name["Process"]
-    check("Process", (method.client_streaming, method.server_streaming, method.input_type.full_name), (True, True,
+    same("Process", (method.client_streaming, method.server_streaming, method.input_type.full_name), (True, True,
           "cvms.ClientStreamMessage"))
     watch = pool.FindServiceByName("grpc.health.v1.Health").methods_by_name["Watch"]
-    check("Watch", (watch.client_streaming, watch.server_streaming), (False, True))
+    same("Watch", (watch.client_streaming, watch.server_streaming), (False, True))
     return pool
 
 
@@ -212,22 +203,22 @@ def test_messages(tool, pool, rounds):
             for indent in (0, 2):
                 ours = tool.bytes("json", name, indent, wire.hex())
                 if isinstance(ours, str):
-                    check(name, ours, "json")
+                    same(name, ours, "json")
                     continue
                 out = ours.decode()
-                check(name + " safe", [c for c in out if (ord(c) < 32 and (c != "\n" or not indent)) or 127 <= ord(c) < 160 or
+                same(name + " safe", [c for c in out if (ord(c) < 32 and (c != "\n" or not indent)) or 127 <= ord(c) < 160 or
                                        c in "\u2028\u2029\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"], [])
-                check(name + " our JSON", json_format.Parse(out, cls()), m)
-                check(name + " canonical", json.loads(out), json.loads(json_format.MessageToJson(m)))
+                same(name + " our JSON", json_format.Parse(out, cls()), m)
+                same(name + " canonical", json.loads(out), json.loads(json_format.MessageToJson(m)))
                 theirs = json_format.MessageToJson(m, indent=indent or None, ensure_ascii=r.random() < 0.5,
                                                    preserving_proto_field_name=r.random() < 0.5)
                 if indent and "\\" not in out:
-                    check(name + " layout", [l.split(":")[0] for l in out.split("\n")],
+                    same(name + " layout", [l.split(":")[0] for l in out.split("\n")],
                           [l.split(":")[0] for l in json_format.MessageToJson(m, ensure_ascii=False).split("\n")])
                 again = json.dumps(other_spellings(r, json.loads(theirs)), ensure_ascii=r.random() < 0.5)
                 for source in (out, theirs, again) * (name != "grpc.health.v1.HealthCheckResponse"):    # no enum by name
-                    check(name + " JSON to wire", tool.bytes("wire", name, source.encode().hex()), wire)
-            check(name + " again", tool.bytes("again", name, wire.hex()), wire)
+                    same(name + " JSON to wire", tool.bytes("wire", name, source.encode().hex()), wire)
+            same(name + " again", tool.bytes("again", name, wire.hex()), wire)
 
 
 def test_python_agrees(tool, pool):
@@ -252,7 +243,7 @@ def test_python_agrees(tool, pool):
             except json_format.ParseError:
                 theirs = "error"
             ours = tool.bytes("wire", name, t.encode().hex())
-            check("%s %s" % (name, t), "error" if isinstance(ours, str) else ours, theirs)
+            same("%s %s" % (name, t), "error" if isinstance(ours, str) else ours, theirs)
 
 
 def test_mutated(tool, pool, rounds):
@@ -277,7 +268,7 @@ def test_mutated(tool, pool, rounds):
         except message.DecodeError:
             theirs = "error"
         ours = tool.bytes("again", name, wire.hex())
-        check("%s %s" % (name, wire.hex()[:200]), "error" if isinstance(ours, str) else ours, theirs)
+        same("%s %s" % (name, wire.hex()[:200]), "error" if isinstance(ours, str) else ours, theirs)
     print("mutated messages: %d of %d were still good" % (good, rounds * 20))
 
 
@@ -291,15 +282,15 @@ def test_manifests(tool, pool, path):
             continue                                # too long to be kept in the file: only a digest
         data = b""
         for h in v["messages"]:
-            check(v["name"] + " chunk", tool.bytes("again", "cvms.ServerStreamMessage", h), bytes.fromhex(h))
+            same(v["name"] + " chunk", tool.bytes("again", "cvms.ServerStreamMessage", h), bytes.fromhex(h))
             data += cls.FromString(bytes.fromhex(h)).runReqChunks.data
-        check(v["name"], tool.bytes("again", "cvms.ComputationRunReq", data.hex()), data)
+        same(v["name"], tool.bytes("again", "cvms.ComputationRunReq", data.hex()), data)
         out = tool.bytes("json", "cvms.ComputationRunReq", 2, data.hex())
-        check(v["name"] + " JSON", json_format.Parse(out.decode(), req()), req.FromString(data))
-        check(v["name"] + " back", tool.bytes("wire", "cvms.ComputationRunReq", out.hex()), data)
+        same(v["name"] + " JSON", json_format.Parse(out.decode(), req()), req.FromString(data))
+        same(v["name"] + " back", tool.bytes("wire", "cvms.ComputationRunReq", out.hex()), data)
         count += 1
     print("%d manifests" % count)
-    check("manifests seen", count > 5, True)
+    same("manifests seen", count > 5, True)
 
 
 def main():
@@ -311,9 +302,8 @@ def main():
     test_mutated(tool, pool, rounds)
     test_manifests(tool, pool, sys.argv[2])
     tool.p.stdin.close()
-    check("tool's exit status", tool.p.wait(), 0)
-    print("%d passed, %d failed" % (passed, failed))
-    return failed != 0
+    same("tool's exit status", tool.p.wait(), 0)
+    return closing()
 
 
 sys.exit(main())
