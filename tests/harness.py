@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 VECTORS = os.path.join(TESTS, "vectors")
@@ -95,10 +96,9 @@ def one(name, function, count=False):
     except Skip as e:
         skip(name, e, CI)
     except Exception as e:                     # noqa: BLE001
-        where = e.__traceback__
-        while where.tb_next and where.tb_next.tb_frame.f_code.co_filename != __file__:
-            where = where.tb_next
-        check(f"{name}, line {where.tb_lineno}", False, e if isinstance(e, AssertionError) else repr(e), "no exception")
+        frames, script = traceback.extract_tb(e.__traceback__), os.path.abspath(sys.argv[0])
+        line = [f.lineno for f in frames if os.path.abspath(f.filename) == script or f is frames[-1]][0]
+        check(f"{name}, line {line}", False, e if isinstance(e, AssertionError) else repr(e), "no exception")
     if VERBOSE:
         with lock:
             print(f"     {name}: {time.monotonic() - began:.1f} s", flush=True)
