@@ -9583,7 +9583,9 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
                            .after = d->couriers };
     h->parcels = p;
     h->parcel_count = d->count;
-    return d->couriers = h->courier = c;
+    d->couriers = c;
+    h->courier = c;
+    return c;
 }
 
 /* A run begins: whatever was under way is of the past. */
