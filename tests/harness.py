@@ -97,7 +97,7 @@ def one(name, function, count=False):
         skip(name, e, CI)
     except Exception as e:                     # noqa: BLE001
         frames, script = traceback.extract_tb(e.__traceback__), os.path.abspath(sys.argv[0])
-        line = [f.lineno for f in frames if os.path.abspath(f.filename) == script or f is frames[-1]][0]
+        line = [f.lineno for f in frames if os.path.abspath(f.filename) == script or f is frames[0]][-1]
         check(f"{name}, line {line}", False, e if isinstance(e, AssertionError) else repr(e), "no exception")
     if VERBOSE:
         with lock:
