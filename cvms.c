@@ -7810,7 +7810,8 @@ static struct user_key *user_key_make(struct err *e)
 enum {
     CHUNK_LEN = 1 << 20,              /* bytes of the manifest in one RunReqChunks */
     SHA3_256_LEN = 32,
-    MANIFEST_FILE_MAX = 512 << 20,
+    MANIFEST_FILE_MAX = 512 << 20,    /* bytes of a manifest, too */
+    MANIFEST_ID_MAX = 1024,           /* bytes of its id, which stands in every chunk */
 };
 enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
 static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
@@ -8250,9 +8251,13 @@ static void set_fields(struct manifest *m, struct options *o, struct report *r)
              (const char *)port.p);
 }
 
-/* Whether every file and folder is there, before any is hashed. */
+/* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
 static void check_inputs(const struct manifest *m, struct report *r)
 {
+    for (const struct manifest *of = m; of; of = of->next)
+        if (of->req.id.n > MANIFEST_ID_MAX)
+            tell(r, USAGE, "the manifest's id has %zu bytes; every chunk of it repeats the id: use at most %d", of->req.id.n,
+                 MANIFEST_ID_MAX);
     for (size_t i = 0; i < m->input_count; i++) {
         struct stat st;
         struct err e;
@@ -8302,6 +8307,8 @@ static bool blob_append(struct blob *b, struct buf *scratch, const struct Server
 static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct bytes manifest,
                                     const struct faults *faults)
 {
+    if (manifest.n > MANIFEST_FILE_MAX || req->id.n > MANIFEST_ID_MAX)
+        return NULL;                  /* so that no size below wraps, with 32 bits either */
     size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
     size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
     struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
@@ -8451,7 +8458,8 @@ static bool manifest_finish(struct manifest *m, struct report *r)
     hash_inputs(m, r);
     for (struct manifest *of = m; of && !r->start; of = of->next)
         if (!manifest_encode(of))
-            tell(r, START, "out of memory for the manifest");
+            tell(r, START, "the manifest%s%s: out of memory, or larger than %d MiB", of->job_id ? " for " : "",
+                 of->job_id ? of->job_id : "", MANIFEST_FILE_MAX >> 20);
     return !r->start;
 }
 

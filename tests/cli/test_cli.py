@@ -386,6 +386,7 @@ def test_mistakes_usage():
          [("-dataset-source-urls", "-dataset-kbs-paths")]),
         ("two dataset hashes for one", [*base, "-data-paths", W.data, "-dataset-hashes", f"{h64},{h64}"],
          [("-dataset-hashes", r"\b2 elements for 1 dataset\b")]),
+        ("an id of 1,025 bytes", [*base, "-set", "id=" + "x" * 1025], [("id", "1025 bytes", "at most 1024")]),
         ("-set without a value", [*base, "-set", "id"], [("-set", '"id"', "PATH=VALUE")]),
         ("-set without a path", [*base, "-set", "=x"], [("-set", '"=x"', "PATH=VALUE")]),
         ("-set of an unknown field", [*base, "-set", "agent_config.prot=1"], [("-set agent_config.prot=1", "unknown field", "AgentConfig has port")]),
