@@ -6958,6 +6958,122 @@ static void tree_digest(const struct tree *t, uint8_t digest[32])
     sha3_256_final(&h, digest);
 }
 
+/* ---- Time zones (RFC 8536) ---- */
+
+/* The last block of a TZif file: counts and places. */
+struct tzif {
+    size_t time_count, type_count, name_len;
+    int width;                   /* of a time, in bytes */
+    const uint8_t *times, *indices, *types;
+};
+
+/* Finds the block that counts: the first, or from version 2 on the second.  False: not a file that Go reads. */
+static bool tzif_parse(struct tzif *z, struct bytes in)
+{
+    enum { HEADER = 44, TYPE = 6 };
+    for (z->width = 4;; z->width = 8) {
+        if (in.n < HEADER || !bytes_start(in, "TZif") || (in.p[4] && in.p[4] != '2' && in.p[4] != '3'))
+            return false;
+        uint64_t count[6], width = (uint64_t)z->width;
+        for (size_t i = 0; i < 6; i++)
+            count[i] = get_be32(in.p + 20 + 4 * i);
+        bool more = in.p[4] && z->width == 4;
+        uint64_t len = count[3] * (width + 1) + count[4] * TYPE + count[5] + count[2] * (width + 4) + count[1] + count[0];
+        in = bytes_from(in, HEADER);
+        if (len > in.n)
+            return false;
+        z->time_count = (size_t)count[3];
+        z->type_count = (size_t)count[4];
+        z->name_len = (size_t)count[5];
+        z->times = in.p;
+        z->indices = in.p + count[3] * width;
+        z->types = z->indices + count[3];
+        if (!more)
+            break;
+        in = bytes_from(in, (size_t)len);
+    }
+    bool ok = z->type_count > 0;
+    for (size_t i = 0; i < z->time_count; i++)
+        ok = ok && z->indices[i] < z->type_count;
+    for (size_t i = 0; ok && i < z->type_count; i++)
+        ok = z->types[TYPE * i + 5] < z->name_len;
+    return ok;
+}
+
+static bool tzif_summer(const struct tzif *z, size_t type)
+{
+    return z->types[6 * type + 4] != 0;
+}
+
+/* The local time type before the first transition, chosen as Go does: type 0 if no transition leads to it, else the
+ * standard time before the first summer time, else the first standard time. */
+static size_t tzif_first(const struct tzif *z)
+{
+    if (!z->time_count || !memchr(z->indices, 0, z->time_count))
+        return 0;
+    for (size_t i = tzif_summer(z, z->indices[0]) ? z->indices[0] : 0; i > 0; i--)
+        if (!tzif_summer(z, i - 1))
+            return i - 1;
+    for (size_t i = 0; i < z->type_count; i++)
+        if (!tzif_summer(z, i))
+            return i;
+    return 0;
+}
+
+/* The offset from UTC at Unix time 0, in seconds.  The footer is not read: it rules the time after the last transition,
+ * and says of 1970 what that says. */
+static int32_t tzif_offset(const struct tzif *z)
+{
+    size_t type = tzif_first(z);
+    for (size_t i = 0; i < z->time_count; i++) {
+        const uint8_t *time = z->times + i * (size_t)z->width;
+        bool zero = true;
+        for (int k = 0; k < z->width; k++)
+            zero = zero && time[k] == 0;
+        if (zero || *time & 0x80)     /* big-endian, signed */
+            type = z->indices[i];
+    }
+    return (int32_t)get_be32(z->types + 6 * type);
+}
+
+/* The offset that a file gives; false: there is none, or it is no TZif file. */
+static bool zone_load(const char *folder, const char *name, int32_t *offset)
+{
+    enum { ZONE_FILE_MAX = 10 << 20 };
+    struct buf path = { 0 }, file = { 0 };
+    struct err ignored;
+    struct tzif z;
+    buf_printf(&path, "%s%s", folder, name);
+    buf_putc(&path, 0);
+    bool ok = !path.failed && file_load((char *)path.p, ZONE_FILE_MAX, &file, &ignored) &&
+              tzif_parse(&z, (struct bytes){ file.p, file.len });
+    if (ok)
+        *offset = tzif_offset(&z);
+    buf_free(&path);
+    buf_free(&file);
+    return ok;
+}
+
+/* The local zone's offset at Unix time 0, which is the agent's only if it is found as Go finds it: the C library takes
+ * TZ=JST-9 for a rule, Go for a file that is not there, and then for UTC. */
+static int32_t zone_offset(void)
+{
+    static const char *const folders[] = { "/usr/share/zoneinfo/", "/usr/share/lib/zoneinfo/", "/usr/lib/locale/TZ/",
+                                           "/etc/zoneinfo/" };
+    const char *tz = getenv("TZ");
+    int32_t offset = 0;
+    bool found = false;
+    if (!tz)
+        tz = "/etc/localtime";
+    tz += *tz == ':';
+    if (*tz == '/')
+        zone_load("", tz, &offset);
+    else if (*tz && strcmp(tz, "UTC") != 0)
+        for (size_t i = 0; i < PB_COUNT(folders) && !found; i++)
+            found = zone_load(folders[i], tz, &offset);
+    return offset;
+}
+
 /* ---- The zip of a folder ---- */
 
 /* A zip on its way out; len is the offset of the next byte that is made.  Steps 0 to n - 1 are the tree's n files, the
@@ -7145,10 +7261,9 @@ static void zip_end(struct zip *z, uint64_t start, uint64_t n)
 /* APPNOTE 4.4.6: Unix time 0 as the local clock showed it, which may be in 1969: the year then wraps as Go's does. */
 static void zip_init(struct zip *z)
 {
-    time_t zero = 0;
+    time_t shown = zone_offset();
     struct tm tm = { .tm_year = 70, .tm_mday = 1 };
-    tzset();
-    localtime_r(&zero, &tm);
+    gmtime_r(&shown, &tm);
     z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
     z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
     crc32_init(z->crc_table);
@@ -7464,10 +7579,12 @@ static bool checksum_changed(const char *path, const struct file_id *id)
 
 /* ---- cvms checksum ---- */
 
-/* "HASH  PATH", as sha256sum writes it: a path with a newline or backslash is escaped, and the line begins with \. */
+/* "HASH  PATH", as sha256sum writes it: a path with a newline, carriage return or backslash is escaped, and the line
+ * begins with \. */
 static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 {
-    if (strpbrk(c->path, "\\\n"))
+    static const char escaped[] = "\n\r\\", letters[] = "nr\\";
+    if (strpbrk(c->path, escaped))
         buf_putc(b, '\\');
     if (base64) {
         pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
@@ -7477,13 +7594,12 @@ static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
         buf_puts(b, hex);
     }
     buf_puts(b, "  ");
-    for (const char *p = c->path; *p; p++)
-        if (*p == '\n')
-            buf_puts(b, "\\n");
-        else if (*p == '\\')
-            buf_puts(b, "\\\\");
-        else
-            buf_putc(b, *p);
+    for (const char *p = c->path; *p; p++) {
+        const char *at = strchr(escaped, *p);
+        if (at)
+            buf_putc(b, '\\');
+        buf_putc(b, at ? letters[at - escaped] : *p);
+    }
     buf_putc(b, '\n');
 }
 

@@ -26,8 +26,16 @@ TOO_LONG = (b"File name too long\n", b"Filename too long\n") # glibc's and musl'
 LOOP = ("Too many levels of symbolic links", "Symbolic link loop")
 
 
+def zone(tz):
+    """The environment with TZ; None: without it."""
+    env = dict(os.environ, TZ=tz or "")
+    if tz is None:
+        del env["TZ"]
+    return env
+
+
 def run(*args, tz="UTC", timeout=60, **more):
-    env = dict(os.environ, TZ=tz)
+    env = zone(tz)
     return subprocess.run([BINARY, "checksum", *args], capture_output=True, env=env, timeout=timeout, **more)
 
 
@@ -117,7 +125,7 @@ def test_names(tmp):
     d = os.path.join(os.fsencode(tmp), b"names")
     os.mkdir(d)
     odd = {b"new\nline": b"new\\nline", b"back\\slash": b"back\\\\slash", b"a b": b"a b", b"\xff\xfe": b"\xff\xfe",
-           b"-b": b"-b", b"tab\t": b"tab\t", b"cr\r": b"cr\r"}
+           b"-b": b"-b", b"tab\t": b"tab\t", b"cr\r": b"cr\\r", b"esc\x1b[31m": b"esc\x1b[31m"}
     for name, shown in odd.items():
         path = os.path.join(d, name)
         write(path, name)
@@ -206,12 +214,50 @@ def build_go(tmp):
     subprocess.run(["go", "build", "-o", GOZIP, os.path.join(HERE, "gozip", "main.go")], check=True, env=env)
 
 
+def go_hashes(*roots, tz="UTC"):
+    """The hash of each folder's zip as archive/zip makes it."""
+    hashes, h = [], hashlib.sha3_256()
+    with subprocess.Popen([GOZIP, *roots], stdout=subprocess.PIPE, env=zone(tz)) as go:
+        while head := go.stdout.read(4):
+            piece = go.stdout.read(int.from_bytes(head, "big"))
+            h.update(piece)
+            if not piece:
+                hashes.append(h.hexdigest().encode())
+                h = hashlib.sha3_256()
+    same("gozip", go.returncode, 0)
+    return hashes
+
+
 def compare_with_go(what, root, tz="UTC"):
-    if not GOZIP:
-        return
-    go = subprocess.run([GOZIP, root], capture_output=True, env=dict(os.environ, TZ=tz))
-    same(what + ": go", go.returncode, 0)
-    same(what, run(root, tz=tz, timeout=600).stdout[:64], go.stdout[:64])
+    if GOZIP:
+        same(what, [run(root, tz=tz, timeout=600).stdout[:64]], go_hashes(root, tz=tz))
+
+
+def test_zones(tmp):
+    """TZ as Go reads it: the name of a file, with or without a colon, and never a rule."""
+    root = os.path.join(tmp, "zones")
+    build(root, [{"path": "a", "text": "x"}])
+    utc, tokyo = (run(root, tz=tz).stdout for tz in ("UTC", "Asia/Tokyo"))
+    same("Asia/Tokyo is not UTC", utc != tokyo, True)
+    for tz in ("", ":", ":UTC", "JST-9", "UTC-3", "CET-1CEST,M3.5.0,M10.5.0/3", "Europe", "no/such", "/etc/passwd",
+               "/"):
+        same(f"TZ={tz!r}", run(root, tz=tz).stdout, utc)
+    for tz in (":Asia/Tokyo", "/usr/share/zoneinfo/Asia/Tokyo", "../zoneinfo/Asia/Tokyo",
+               ":/usr/share/zoneinfo/Asia/Tokyo"):
+        same(f"TZ={tz!r}", run(root, tz=tz).stdout, tokyo)
+    for tz in (None, ":UTC", "JST-9", "EST5EDT", "Etc/GMT-14", "Asia/Tokyo", "Antarctica/Troll", "Africa/Monrovia",
+               "Europe/London", "Asia/Kathmandu", "Australia/Sydney", "right/Asia/Tokyo", "posix/America/New_York"):
+        compare_with_go(f"TZ={tz!r}", root, tz)
+    with open("/usr/share/zoneinfo/Asia/Tokyo", "rb") as f:
+        tzif = f.read()
+    path = os.path.join(tmp, "zone")
+    second = tzif.index(b"TZif", 4)
+    cut = [tzif[:n] for n in range(0, len(tzif), 7)]
+    spoilt = [tzif[:i] + bytes([tzif[i] ^ 1]) + tzif[i + 1:]
+              for i in (*range(5), *range(20, 44), *range(second + 20, second + 44))]
+    for data in cut + spoilt:
+        write(path, data)
+        compare_with_go(f"zone file {data.hex()}", root, path)
 
 
 def test_go_names(tmp):
@@ -230,12 +276,12 @@ def test_go_names(tmp):
         os.chmod(os.path.join(one, name), 0o400 | (i * 37 % 4096))
     if GOZIP:
         folders = [os.path.join(root, b"%d" % i) for i in range(len(names))]
-        go = subprocess.run([GOZIP, *folders], capture_output=True, env=dict(os.environ, TZ="UTC"))
+        go = go_hashes(*folders)
         ours = run(*folders)
         got = [line[:64] for line in ours.stdout.splitlines()]
-        for name, a, b in zip(names, got, go.stdout.split()):
+        for name, a, b in zip(names, got, go):
             same(f"name {name!r}", a, b)
-        same("all names", (ours.returncode, len(got), len(go.stdout.split())), (0, len(names), len(names)))
+        same("all names", (ours.returncode, len(got), len(go)), (0, len(names), len(names)))
     for tz in ("UTC", "America/New_York", "Pacific/Apia", "Asia/Kathmandu", "Africa/Monrovia"):
         compare_with_go(f"names in {tz}", os.fsdecode(root), tz)
 
@@ -277,7 +323,8 @@ def main():
     os.umask(0)
     with tempfile.TemporaryDirectory() as tmp:
         build_go(tmp)
-        for test in (test_trees, test_files, test_names, test_special, test_deep, test_go_names, test_size_from_stat, test_zip64):
+        for test in (test_trees, test_files, test_names, test_special, test_deep, test_zones, test_go_names,
+                     test_size_from_stat, test_zip64):
             test(tmp)
     return closing()
 
