@@ -3277,7 +3277,7 @@ enum {
 };
 
 enum { /* our own reasons, beside BearSSL's 0 to 62 */
-    TLS_ERR_USAGE = 128, TLS_ERR_NAME, TLS_ERR_ACCESS, TLS_ERR_CHAIN, TLS_ERR_ALPN, TLS_ERR_PLAINTEXT, TLS_ERR_MEMORY
+    TLS_ERR_USAGE = 128, TLS_ERR_NAME, TLS_ERR_NO_NAMES, TLS_ERR_ACCESS, TLS_ERR_CHAIN, TLS_ERR_ALPN, TLS_ERR_PLAINTEXT, TLS_ERR_MEMORY
 };
 
 static const struct tls_alert {
@@ -3343,6 +3343,7 @@ static const struct tls_reason {
     { BR_ERR_X509_NOT_TRUSTED, 48, "is not signed by a trusted authority" },
     { TLS_ERR_USAGE, 43, "has an extended key usage that does not allow this" },
     { TLS_ERR_NAME, 42, "is not for this server address" },
+    { TLS_ERR_NO_NAMES, 42, "has no subjectAltName: its CN is not looked at" },
     { TLS_ERR_ACCESS, 49, "does not carry the name that -client-san asks for" },
     { TLS_ERR_CHAIN, 43, "or its chain is too long" },
     { TLS_ERR_ALPN, 120, "did not agree on ALPN h2, which HTTP/2 over TLS needs (RFC 9113 3.2)" },
@@ -3399,6 +3400,8 @@ static void wipe_inline(char **words)
 
 /* ---- Certificates, as far as BearSSL does not read them ---- */
 
+#define OID_SUBJECT_ALT_NAME "\x55\x1d\x11"
+
 struct cert {
     br_x509_decoder_context decoder; /* pkey points into it */
     const br_x509_pkey *pkey;
@@ -3439,30 +3442,34 @@ static int cert_decode(struct cert *c, struct bytes der)
     c->pkey = br_x509_decoder_get_pkey(d);
     c->not_before = ((int64_t)d->notbefore_days - epoch) * 86400 + d->notbefore_seconds;
     c->not_after = ((int64_t)d->notafter_days - epoch) * 86400 + d->notafter_seconds;
-    if (!cert_walk(c, der))
+    if (!cert_walk(c, der)) {
+        c->pkey = NULL;
         return BR_ERR_X509_UNEXPECTED;
+    }
     return c->pkey ? 0 : br_x509_decoder_last_error(d);
 }
 
-/* The extension's value, or n = 0 when it is absent (RFC 5280 4.2). */
-static struct bytes cert_extension(struct bytes extensions, struct bytes oid)
+/* Finds an extension (RFC 5280 4.2); *value is empty when it is damaged. */
+static bool cert_extension(struct bytes extensions, struct bytes oid, struct bytes *value)
 {
-    struct bytes extension, id, value;
+    struct bytes extension, id;
     while (der_next(&extensions, &extension) == DER_SEQUENCE)
         if (der_next(&extension, &id) == DER_OID && bytes_eq(id, oid)) {
-            int tag = der_next(&extension, &value);
+            int tag = der_next(&extension, value);
             if (tag == DER_BOOLEAN) /* critical */
-                tag = der_next(&extension, &value);
-            return tag == DER_OCTET_STRING ? value : (struct bytes){ NULL, 0 };
+                tag = der_next(&extension, value);
+            if (tag != DER_OCTET_STRING)
+                *value = (struct bytes){ NULL, 0 };
+            return true;
         }
-    return (struct bytes){ NULL, 0 };
+    return false;
 }
 
 /* True if there is no extended key usage, or it holds this purpose or any (RFC 5280 4.2.1.12). */
 static bool cert_allows(struct bytes extensions, struct bytes purpose)
 {
-    struct bytes value = cert_extension(extensions, BYTES("\x55\x1d\x25")), list, id;
-    if (value.n == 0)
+    struct bytes value, list, id;
+    if (!cert_extension(extensions, BYTES("\x55\x1d\x25"), &value))
         return true;
     if (der_next(&value, &list) != DER_SEQUENCE)
         return false;
@@ -3472,23 +3479,34 @@ static bool cert_allows(struct bytes extensions, struct bytes purpose)
     return false;
 }
 
-/* True if the subject alternative name holds this DNS name, mail address, URI or IP address (RFC 5280 4.2.1.6).  No
- * wildcards. */
+/* A certificate without it has its names, if any, in a CN, where agents written in Go do not look. */
+static bool cert_has_names(struct bytes extensions)
+{
+    struct bytes value;
+    return cert_extension(extensions, BYTES(OID_SUBJECT_ALT_NAME), &value);
+}
+
+/* True if the subject alternative name holds this name as what it looks like: an IP address, a URI (it has a colon), a
+ * mail address (an @) or a DNS name (RFC 5280 4.2.1.6, 7).  No wildcards. */
 static bool cert_has_name(struct bytes extensions, const char *name)
 {
     uint8_t ip[16];
-    size_t ip_len = inet_pton(AF_INET, name, ip) == 1 ? 4 : inet_pton(AF_INET6, name, ip) == 1 ? 16 : 0;
-    struct bytes value = cert_extension(extensions, BYTES("\x55\x1d\x11")), list, one;
-    int tag;
-    if (der_next(&value, &list) != DER_SEQUENCE)
+    size_t n = strlen(name), exact = 0; /* bytes in which upper and lower case differ */
+    int tag, wanted = 0x82;
+    struct bytes value, list, one;
+    bool v4 = inet_pton(AF_INET, name, ip) == 1;
+    if (v4 || inet_pton(AF_INET6, name, ip) == 1)
+        wanted = 0x87, name = (const char *)ip, exact = n = v4 ? 4 : 16;
+    else if (strchr(name, ':'))
+        wanted = 0x86, exact = n;
+    else if (strchr(name, '@'))
+        wanted = 0x81, exact = strcspn(name, "@");
+    if (!cert_extension(extensions, BYTES(OID_SUBJECT_ALT_NAME), &value) || der_next(&value, &list) != DER_SEQUENCE)
         return false;
-    while ((tag = der_next(&list, &one)) >= 0) {
-        if (tag == 0x87 && bytes_eq(one, (struct bytes){ ip, ip_len }))
-            return true;
-        bool text = tag == 0x81 || tag == 0x82 || tag == 0x86;
-        if (text && ip_len == 0 && one.n == strlen(name) && strncasecmp((const char *)one.p, name, one.n) == 0)
-            return true;
-    }
+    while ((tag = der_next(&list, &one)) >= 0)
+        if (tag == wanted && one.n == n && memcmp(one.p, name, exact) == 0 &&
+            strncasecmp((const char *)one.p + exact, name + exact, n - exact) == 0)
+            return n > 0;
     return false;
 }
 
@@ -3581,6 +3599,7 @@ struct tls_config {
     br_x509_trust_anchor *anchors;
     size_t anchors_len;
     const char *alpn;
+    struct buf warnings;     /* lines, NUL-terminated */
     union tls_engine base; /* initialised: a connection starts as a copy */
 };
 
@@ -3779,6 +3798,19 @@ static bool key_fits(const br_skey_decoder_context *key, const br_x509_pkey *pk)
     return n && br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), hash, sizeof hash, &pk->key.ec, sig, n);
 }
 
+/* What may go on, in a line of its own. */
+static void config_warn(struct tls_config *c, const char *line)
+{
+    c->warnings.len -= c->warnings.len > 0;
+    buf_printf(&c->warnings, "%s%s", c->warnings.len ? "\n" : "", line);
+    buf_putc(&c->warnings, '\0');
+}
+
+static const char *tls_config_warnings(const struct tls_config *c)
+{
+    return c->warnings.len && !c->warnings.failed ? (const char *)c->warnings.p : "";
+}
+
 static bool identity_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
     struct cert cert = { .pkey = NULL };
@@ -3790,9 +3822,17 @@ static bool identity_load(struct tls_config *c, const struct tls_options *o, int
     bool certs = certs_load(&o->cert, &c->chain, &c->chain_len, e), key = key_load(c, &o->key, &more);
     if (!err_join(e, certs, key, &more))
         return false;
-    for (size_t i = c->chain_len; i-- > 0;) /* the first last: it stays in cert */
-        if (!cert_check(&o->cert, i, &cert, (struct bytes){ c->chain[i].data, c->chain[i].data_len }, wall_s, e))
+    for (size_t i = c->chain_len; i-- > 0;) { /* the first last: it stays in cert */
+        if (cert_check(&o->cert, i, &cert, (struct bytes){ c->chain[i].data, c->chain[i].data_len }, wall_s, e))
+            continue;
+        if (i == 0 || !cert.pkey)
             return false;
+        config_warn(c, e->text); /* a peer that trusts one before it does not look at it */
+    }
+    if (!c->client && !cert_has_names(cert.extensions)) {
+        source_bad(&o->cert, e, "the first certificate has no subjectAltName, and agents refuse one that has only a CN");
+        config_warn(c, e->text);
+    }
     return key_fits(&c->key, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
                                                 o->cert.name);
 }
@@ -3854,6 +3894,7 @@ static void tls_config_free(struct tls_config *c)
         free(c->anchors[i].dn.data);
     free(c->anchors);
     free(c->peer_name);
+    buf_free(&c->warnings);
     wipe(c, sizeof *c);
     free(c);
 }
@@ -3902,12 +3943,14 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
 {
     uint8_t probe[16];
     const char *name = client ? o->server_name : o->client_san;
+    size_t n = name ? strlen(name) : 0;
     if (getentropy(probe, sizeof probe) != 0) {
         err_set(e, "TLS: the operating system gives no random numbers: %s", strerror(errno));
         return NULL;
     }
     struct tls_config *c = calloc(1, sizeof *c);
-    if (c && name && *name && !(c->peer_name = strdup(name))) {
+    n -= n > 1 && name[n - 1] == '.'; /* the root's, which no certificate names */
+    if (c && n && !(c->peer_name = strndup(name, n))) {
         free(c);
         c = NULL;
     }
@@ -3919,6 +3962,7 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
     c->client = client;
     c->insecure = client && o->insecure;
     c->allow_no_alpn = o->allow_no_alpn;
+    name = c->peer_name;
     c->peer_is_ip = name && (inet_pton(AF_INET, name, probe) == 1 || inet_pton(AF_INET6, name, probe) == 1);
     config_engine(c);
     return c;
@@ -4115,6 +4159,8 @@ static int verify_leaf(const struct tls_verify *v)
         return TLS_ERR_USAGE;
     if (!c->client && c->peer_name && !cert_has_name(ext, c->peer_name))
         return TLS_ERR_ACCESS;
+    if (c->client && !cert_has_names(ext))
+        return TLS_ERR_NO_NAMES;
     if (c->client && c->peer_is_ip && !cert_has_name(ext, c->peer_name))
         return TLS_ERR_NAME;
     return 0;
@@ -4464,6 +4510,7 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 
 #define tls_client_config tls_server_config
 #define tls_config_free(c) ((void)(c))
+#define tls_config_warnings(c) ((void)(c), "")
 #define wipe_inline(words) ((void)(words))
 static void wipe_below(void) {}
 #define tls_pool_free(pool) ((void)(pool))
@@ -11410,6 +11457,8 @@ static bool client_tls(const struct options *o, struct report *r, struct tls_con
     *config = tls_client_config(&t, (int64_t)time(NULL), &e);
     if (!*config)
         tell_lines(r, START, e.text);
+    else
+        tell_lines(r, WARNING, tls_config_warnings(*config));
     return *config != NULL;
 }
 
@@ -11873,18 +11922,27 @@ static bool server_tls(const struct options *o, struct tls_config **config, stru
     return true;
 }
 
+static void note_lines(struct core *core, const char *text, const char *after)
+{
+    for (size_t n; *text; text += n + (text[n] != 0)) {
+        n = strcspn(text, "\n");
+        core_note(core, NULL, "SIGHUP: %.*s%s", (int)n, text, after);
+    }
+}
+
 /* SIGHUP: the certificate files are read again; what is wrong with them changes nothing. */
 static void server_reload(struct server *v)
 {
     struct err e;
     v->loop->reload = false;
-    if (!v->loop->tls)
+    if (!v->loop->tls) {
         core_note(&v->loop->core, NULL, "SIGHUP: there is no TLS to load anew");
-    else if (server_tls(v->o, &v->loop->tls, &e))
+    } else if (server_tls(v->o, &v->loop->tls, &e)) {
         core_note(&v->loop->core, NULL, "SIGHUP: certificates loaded anew; open connections keep theirs");
-    else
-        for (char *line = strtok(e.text, "\n"); line; line = strtok(NULL, "\n"))
-            core_note(&v->loop->core, NULL, "SIGHUP: %s; the old certificates stay", line);
+        note_lines(&v->loop->core, tls_config_warnings(v->loop->tls), " (a warning)");
+    } else {
+        note_lines(&v->loop->core, e.text, "; the old certificates stay");
+    }
 }
 
 /* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
@@ -12001,6 +12059,8 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
         tell(r, WARNING, "%s does nothing without SERVER_CERT and SERVER_KEY: there is no TLS",
              present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
+    if (v->tls)
+        tell_lines(r, WARNING, tls_config_warnings(v->tls));
     v->delivery.verdict = &v->verdict;
     delivery_setup(&v->delivery, o, r);
     v->manifest.key = delivery_public(&v->delivery, o);

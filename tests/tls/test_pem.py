@@ -57,6 +57,12 @@ for f, data, frag in [("empty", b"", "is empty"), ("text", b"hello\n", "no PEM b
                       ("nothing", b"-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n", "damaged"), ("endlabel", rsa.replace("END PUBLIC", "END RSA PUBLIC").encode(), "damaged"),
                       ("big", b"x" * (1 << 20 | 1), "larger than 1024 KiB"), ("longlabel", ("-----BEGIN " + "A" * 64 + "-----\n").encode(), "no PEM block")]:
     good, msg = load(write(f, data)); check(f, not good and frag in msg and "\n" not in msg, msg)
+def spki(der): return b"-----BEGIN PUBLIC KEY-----\n" + base64.b64encode(der) + b"\n-----END PUBLIC KEY-----\n"
+for key in ("rsa", "ed"): # lengths longer than they need be (X.690 10.1)
+    der = bytes.fromhex(first_der(open(key + ".pub").read())); head = 4 if key == "rsa" else 2; n = len(der) - head
+    for more in (1, 2, 3):
+        good, msg = load(write("zeros", spki(b"\x30" + bytes([128 + more]) + n.to_bytes(max(more, 2), "big")[-more:] + der[head:])))
+        check(f"{key}: a length in {more} bytes", good == (key == "rsa" and more == 2) and (good or "damaged" in msg), msg)
 good, msg = load("/nonexistent/x"); check("missing", not good and "No such file" in msg, msg)
 good, msg = load(W.dir); check("dir", not good and "is a directory" in msg, msg)
 good, msg = load("/dev/zero"); check("/dev/zero", not good and "larger than" in msg, msg)

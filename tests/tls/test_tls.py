@@ -80,6 +80,10 @@ sign c.key /CN=huge ca huge.crt "$EKU,$(seq -f 'DNS:host-number-%05.0f.with-a-lo
 rm -f long.chain; p=ca; for i in 1 2 3 4 5 6 7 8 9 10 11; do openssl req -new -key c.key -subj /O=Test/CN=i$i -out t.csr; printf 'basicConstraints=critical,CA:TRUE\n' > t.ext; cp c.key i$i.key
   openssl x509 -req -in t.csr -CA $p.crt -CAkey $p.key -CAcreateserial -days 20 -extfile t.ext -out i$i.crt 2>/dev/null; p=i$i; cat i$i.crt $( [ -f long.chain ] && echo long.chain ) > l; mv l long.chain; cp long.chain chain$i; done
 sign c.key /CN=far i11 far.crt "$EKU"; for i in 8 9 10; do sign c.key /CN=near$i i$i near$i.crt "$EKU"; done
+for x in ip0:30028700 dns0:30028200 mail:300781056167656e74 uri:300786056167656e74 dns:300782056167656e74 DNS:300782054167456e74 longer:300882066167656e7478 ip4:300682046167656e; do sign c.key /CN=agent ca san-${x%:*}.crt "subjectAltName=DER:${x#*:}\n"; done
+sign c.key /CN=agent ca san-mixed.crt 'subjectAltName=email:Agent@B.Example,URI:spiffe://x/Y\n'
+sign c.key /CN=ekunone ca ekunone.crt '2.5.29.37=DER:3000\n'; sign c.key /CN=ekudamaged ca ekudamaged.crt '2.5.29.37=DER:0500\n'
+sign ec256.sec1 /CN=localhost ca cnonly.crt 'basicConstraints=CA:FALSE\n'; sign ec256.sec1 /CN=server.example int longleaf.crt "$SAN" 3000; cat longleaf.crt int.crt > longchain.crt; cat longleaf.crt edca.crt > edchain.crt
 sign ec256.sec1 "/CN=server.example" ca srvclient.crt 'extendedKeyUsage=clientAuth\nsubjectAltName=DNS:server.example\n'
 ''')
 C, K = "ec256.crt", "ec256.sec1"
@@ -107,10 +111,14 @@ for c, k in good:
 for a in (["-cca", "ca.crt"], ["-sca", "ca.crt"], ["-cca", "roots.crt", "-sca", "ca.crt"], ["-cca", "ca.crt", "-san", "x"], ["-cca", open("ca.crt").read()]):
     check("check " + str(a)[:40], run("check", "x", "-cert", C, "-key", K, *a) == (0, "ok"))
 
+# ---- start-up: what is warned of ----
+for c, w, frag in ((C, now, None), ("cnonly.crt", now, "SERVER_CERT (cnonly.crt): the first certificate has no subjectAltName"), ("longchain.crt", now + 100 * day, 'SERVER_CERT (longchain.crt): certificate 2, "CN=int,O=Test", expired on 20')):
+    rc, msg = run("check", "x", "-cert", c, "-key", K, "-wall", w); check("warning " + c, rc == 0 and msg.startswith("ok, warning: " + frag if frag else "ok") and (frag or msg == "ok"), msg)
+
 # ---- start-up: every refusal ----
 bad = [((C, K, "-wall", now + 100 * day), 'SERVER_CERT (ec256.crt): certificate 1, "CN=server.example", expired on 20'),
        ((C, K, "-wall", now - 100 * day), "is not yet valid; it starts on 20"),
-       (("chain.crt", K, "-wall", now + 100 * day), "certificate 2"),
+       (("chain.crt", K, "-wall", now + 100 * day), "certificate 1"), (("edchain.crt", K), "certificate 2"),
        ((C, "ec384.sec1"), "SERVER_KEY (ec384.sec1): is not the private key of the first certificate in SERVER_CERT"),
        ((C, "c.key"), "is not the private key"), ((C, "rsa2048.pkcs8"), "is not the private key"), (("rsa2048.crt", K), "is not the private key"), (("rsa2048.crt", "crsa.key"), "is not the private key"),
        ((K, C), "SERVER_CERT (ec256.sec1): holds a private key, not a certificate; are two settings swapped?"), ((C, C), 'SERVER_KEY (ec256.crt): holds a "CERTIFICATE", not a private key'),
@@ -226,6 +234,7 @@ with Server("-cert", C, "-key", K, "-cca", "roots.crt") as s:
 with Server("-cert", C, "-key", K, "-cca", "ca.crt") as s:
     cases = [(None, None, "the client sent no certificate", 40), ("wrongca.crt", "c.key", '"CN=wrongca" is refused: it is not signed by a trusted authority', 48),
              ("crsa.crt", "crsa.key", "not signed by a trusted", 48), ("srvonly.crt", "c.key", '"CN=srvonly" is refused: it has an extended key usage', 43),
+             ("ekunone.crt", "c.key", '"CN=ekunone" is refused: it has an extended key usage', 43), ("ekudamaged.crt", "c.key", '"CN=ekudamaged" is refused: it has an extended key usage', 43),
              ("cweak.crt", "cweak.key", '"CN=weak" is refused: it has an RSA key of less than 2048 bits', 42), ("criteku.crt", "c.key", '"CN=criteku" is refused: it has a critical extension', 43),
              ("kuonly.crt", "c.key", "key usage", 43), ("huge.crt", "c.key", '"(unreadable)" is refused: it or its chain is too long', 43), ("far.crt", "c.key", '"CN=far" is refused: it or its chain is too long', 43), ("fromleaf.crt", "ec256.sec1", '"CN=fromleaf" is refused: it is signed by a certificate that is no authority', 42)]
     for crt, key, frag, alert in cases:
@@ -255,9 +264,18 @@ for san, good_ in (("agent.example", 1), ("AGENT.example", 1), ("a@b.example", 1
         if good_: check("san " + san, "hello" in out, out[-200:])
         else: w = why(s); check("san " + san, "-client-san" in w and "CN=agent 1" in w and "alert number 49" in out, (w, out[-200:]))
 
+for san, good_ in (("agent", {"dns", "DNS"}), ("agent.", {"dns", "DNS"}), ("97.103.101.110", {"ip4"}), ("agent@b.example", set()), ("Agent@b.EXAMPLE", {"mixed"}), ("spiffe://x/Y", {"mixed"}), ("spiffe://x/y", set())):
+    with Server("-cert", C, "-key", K, "-cca", "ca.crt", "-san", san) as s:
+        for kind in ("ip0", "dns0", "mail", "uri", "dns", "DNS", "longer", "ip4", "mixed"):
+            out = mtls(s, f"san-{kind}.crt", "c.key"); check(f"-client-san {san}, {kind}", ("hello" in out) == (kind in good_) and ("alert number 49" in out) != (kind in good_), out[-200:])
+
 # ---- our client ----
+with Server("-cert", "cnonly.crt", "-key", K) as s:
+    for name in ("localhost", "127.0.0.1"):
+        rc, out = run("client", s.port, "-ca", "ca.crt", "-name", name); check("a CN alone, " + name, rc == 1 and ("it has no subjectAltName" in out or name[0] == "1" and "not for this server" in out), out)
+        w = why(s); check("its alert", "sent alert bad_certificate (42)" in w, w)
 with Server("-cert", C, "-key", K) as s:
-    for a, frag, rc_ in ((["-ca", "ca.crt", "-name", "server.example"], "peer CN=server.example why", 0), (["-ca", "ca.crt", "-name", "127.0.0.1"], "got 100", 0), (["-insecure"], "got 100", 0),
+    for a, frag, rc_ in ((["-ca", "ca.crt", "-name", "localhost."], "got 100", 0), (["-ca", "ca.crt", "-name", "localhost.."], "is not for this server name", 1), (["-ca", "ca.crt", "-name", "server.example"], "peer CN=server.example why", 0), (["-ca", "ca.crt", "-name", "127.0.0.1"], "got 100", 0), (["-insecure"], "got 100", 0),
                          (["-ca", "other.crt", "-name", "server.example"], 'server certificate "CN=server.example" is refused: it is not signed', 1), (["-ca", "ca.crt", "-name", "no.example"], "is not for this server name", 1),
                          (["-ca", "ca.crt", "-name", "127.0.0.2"], "is not for this server address", 1), (["-name", "server.example"], "not signed by a trusted", 1)):
         rc, out = run("client", s.port, *a); check("client %s" % a, rc == rc_ and frag in out, out)

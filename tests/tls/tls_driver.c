@@ -313,7 +313,7 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "check") || !strcmp(mode, "ccheck")) {
         struct err e = { "" };
         struct tls_config *c = *mode == 'c' && mode[1] == 'c' ? tls_client_config(&co, wall, &e) : tls_server_config(&o, wall, &e);
-        puts(c ? "ok" : e.text);
+        printf("%s%s%s\n", c ? "ok" : e.text, c && *tls_config_warnings(c) ? ", warning: " : "", c ? tls_config_warnings(c) : "");
         tls_config_free(c);
         return !c;
     }
