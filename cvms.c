@@ -62,7 +62,7 @@
 #define CVMS_TLS 1                    /* 0: without BearSSL */
 #endif
 #ifndef CVMS_TLS_POOL
-#define CVMS_TLS_POOL 1               /* 0: no field that BearSSL calls internal is used; 32 KiB a connection */
+#define CVMS_TLS_POOL 1               /* 0: no field that BearSSL calls internal is used; 32 KiB more a connection */
 #endif
 #if CVMS_TLS
 #include <bearssl.h>
@@ -3380,14 +3380,6 @@ static void wipe_buf(struct buf *b)
     buf_free(b);
 }
 
-/* What calls have left below the caller's frame: BearSSL's numbers, and the vector registers, with the last octets that
- * were copied, which the kernel puts there for a signal. */
-static void wipe_below(void)
-{
-    uint8_t below[1 << 16];
-    wipe(below, sizeof below);
-}
-
 extern char **environ;
 
 /* Private keys that stand in argv or the environment themselves; the list ends with NULL. */
@@ -3409,10 +3401,29 @@ struct cert {
     int64_t not_before, not_after;
 };
 
-/* RFC 5280 4.1: finds the subject and the extensions of a certificate. */
+/* Takes a UTCTime or GeneralizedTime as RFC 5280 4.1.2.5 has them: seconds, in UTC. */
+static bool der_time(struct bytes *in, int64_t *seconds)
+{
+    struct Timestamp t = { 0, 0 };
+    struct bytes value;
+    char text[32];
+    int tag = der_next(in, &value);
+    bool short_year = tag == 23;
+    if ((!short_year && tag != 24) || value.n != (short_year ? 13 : 15))
+        return false;
+    const char *v = (const char *)value.p, *century = short_year ? v[0] < '5' ? "20" : "19" : v;
+    v += short_year ? 0 : 2;
+    text_printf(text, sizeof text, "%.2s%.2s-%.2s-%.2sT%.2s:%.2s:%.3s", century, v, v + 2, v + 4, v + 6, v + 8, v + 10);
+    bool ok = pb_timestamp_read(bytes_of(text), &t);
+    *seconds = t.seconds;
+    return ok;
+}
+
+/* RFC 5280 4.1: finds the dates, the subject and the extensions of a certificate. */
 static bool cert_walk(struct cert *c, struct bytes der)
 {
     struct bytes body, tbs, part;
+    c->not_before = c->not_after = 0;
     c->subject = c->extensions = (struct bytes){ NULL, 0 };
     if (der_next(&der, &body) != DER_SEQUENCE || der_next(&body, &tbs) != DER_SEQUENCE)
         return false;
@@ -3423,7 +3434,7 @@ static bool cert_walk(struct cert *c, struct bytes der)
         if (tag != DER_INTEGER || der_next(&tbs, &part) != DER_SEQUENCE)
             return false;
     const uint8_t *start = tbs.p;
-    if (der_next(&tbs, &part) != DER_SEQUENCE)
+    if (!der_time(&part, &c->not_before) || !der_time(&part, &c->not_after) || der_next(&tbs, &part) != DER_SEQUENCE)
         return false;
     c->subject = (struct bytes){ start, (size_t)(part.p + part.n - start) };
     while ((tag = der_next(&tbs, &part)) >= 0)
@@ -3435,13 +3446,10 @@ static bool cert_walk(struct cert *c, struct bytes der)
 /* Decodes a whole certificate; returns 0 or a BearSSL error.  *c points into der. */
 static int cert_decode(struct cert *c, struct bytes der)
 {
-    const int64_t epoch = 719528; /* days from year 0 to 1970 */
     br_x509_decoder_context *d = &c->decoder;
     br_x509_decoder_init(d, NULL, NULL);
     br_x509_decoder_push(d, der.p, der.n);
     c->pkey = br_x509_decoder_get_pkey(d);
-    c->not_before = ((int64_t)d->notbefore_days - epoch) * 86400 + d->notbefore_seconds;
-    c->not_after = ((int64_t)d->notafter_days - epoch) * 86400 + d->notafter_seconds;
     if (!cert_walk(c, der)) {
         c->pkey = NULL;
         return BR_ERR_X509_UNEXPECTED;
@@ -3838,7 +3846,7 @@ static bool identity_load(struct tls_config *c, const struct tls_options *o, int
 }
 
 /* Copies a certificate's name and key into an anchor, in one allocation. */
-static bool anchor_make(br_x509_trust_anchor *a, const struct cert *c)
+static bool anchor_make(br_x509_trust_anchor *a, struct cert *c)
 {
     const br_rsa_public_key *rsa = &c->pkey->key.rsa;
     const br_ec_public_key *ec = &c->pkey->key.ec;
@@ -3847,7 +3855,7 @@ static bool anchor_make(br_x509_trust_anchor *a, const struct cert *c)
     uint8_t *p = malloc(n + (is_rsa ? rsa->nlen + rsa->elen : ec->qlen));
     if (!p)
         return false;
-    *a = (br_x509_trust_anchor){ { p, n }, c->decoder.isCA ? BR_X509_TA_CA : 0, *c->pkey };
+    *a = (br_x509_trust_anchor){ { p, n }, br_x509_decoder_isCA(&c->decoder) ? BR_X509_TA_CA : 0, *c->pkey };
     memcpy(p, c->subject.p, n);
     if (is_rsa) {
         a->pkey.key.rsa.n = memcpy(p + n, rsa->n, rsa->nlen);
@@ -3936,7 +3944,9 @@ static void config_engine(struct tls_config *c)
     br_ssl_engine_set_protocol_names(eng, &c->alpn, 1);
     br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_NO_RENEGOTIATION |
                                      BR_OPT_FAIL_ON_ALPN_MISMATCH);
-    eng->rng_os_rand_done = 1; /* BearSSL 0.6 asks RDRAND alone, or /dev/urandom: we ask getentropy */
+#if CVMS_TLS_POOL
+    eng->rng_os_rand_done = 1; /* getentropy is asked, not RDRAND or /dev/urandom as well */
+#endif
 }
 
 static struct tls_config *config_new(const struct tls_options *o, bool client, struct err *e)
@@ -4096,8 +4106,9 @@ struct tls {
     struct tls_buffers *buffers; /* NULL while nothing lives in them */
     struct tls_verify *verify;   /* until the handshake ends */
     struct buf subject, why;     /* NUL-terminated */
-    struct bytes last;           /* failed: what still goes out */
-    bool greeted, open, closing, failed;
+    struct bytes last;           /* failed: what still goes out; before that, the same of the step that is under way */
+    bool greeted, open, closing, failed; /* greeted: the peer has sent something */
+    bool secret;                 /* our records are encrypted */
 };
 
 /* Verifies the peer's chain: a br_x509_class around br_x509_minimal that keeps the first certificate. */
@@ -4229,8 +4240,8 @@ static bool verify_new(struct tls *t, int64_t wall_s)
     v->tls = t;
     v->wall_s = wall_s;
     br_x509_minimal_init(&v->minimal, &br_sha256_vtable, c->anchors, c->anchors_len);
-    br_x509_minimal_set_rsa(&v->minimal, c->base.eng.irsavrfy);
-    br_x509_minimal_set_ecdsa(&v->minimal, c->base.eng.iec, c->base.eng.iecdsa);
+    br_x509_minimal_set_rsa(&v->minimal, br_ssl_engine_get_rsavrfy(&t->u.eng));
+    br_x509_minimal_set_ecdsa(&v->minimal, br_ssl_engine_get_ec(&t->u.eng), br_ssl_engine_get_ecdsa(&t->u.eng));
     for (size_t i = 0; i < sizeof tls_hashes / sizeof tls_hashes[0]; i++)
         br_x509_minimal_set_hash(&v->minimal, tls_hashes[i].id, tls_hashes[i].class);
     br_x509_minimal_set_minrsa(&v->minimal, TLS_RSA_MIN / 8);
@@ -4245,60 +4256,76 @@ static void verify_free(struct tls *t)
         buf_free(&t->verify->leaf);
     free(t->verify);
     t->verify = NULL;
-    t->u.eng.x509ctx = NULL;
+    br_ssl_engine_set_x509(&t->u.eng, NULL);
 }
 
 /* Lends buffers; false if there is no memory. */
 static bool tls_hold(struct tls *t)
 {
     if (!t->buffers && (t->buffers = pool_take(t->pool))) {
+#if CVMS_TLS_POOL
         t->u.eng.ibuf = t->buffers->in;
         t->u.eng.obuf = t->buffers->out;
+#endif
     }
     return t->buffers != NULL;
 }
 
-/* Ends the connection with a reason; the first reason stays.  The rest of a record on its way still goes out, and
- * after it the alert, under whatever protection the engine has reached. */
-static void tls_fail(struct tls *t, int err)
+#if CVMS_TLS_POOL
+/* Takes the buffers back when no byte is in either, not even a header's. */
+static void tls_unhold(struct tls *t)
 {
     br_ssl_engine_context *eng = &t->u.eng;
+    if (eng->ixa || eng->ixb || eng->oxa != eng->oxc)
+        return;
+    pool_give(t->pool, t->buffers);
+    t->buffers = NULL;
+    eng->ibuf = eng->obuf = NULL;
+}
+#else
+#define tls_unhold(t) ((void)(t))
+#endif
+
+/* What a peer's alert means. */
+static void alert_say(struct tls *t, int number)
+{
+    size_t i = 0, alerts = sizeof tls_alerts / sizeof tls_alerts[0];
+    bool client = t->config->client;
+    while (i < alerts && tls_alerts[i].number != number)
+        i++;
+    buf_printf(&t->why, "the %s sent alert %s (%d)%s", client ? "server" : "client", i < alerts ? tls_alerts[i].name : "unknown",
+               number, number == 40 && client && !t->config->chain_len ? ": it may want a client certificate; give -cert and -key"
+                       : i < alerts ? tls_alerts[i].hint : "");
+}
+
+/* Ends the connection with a reason; the first reason stays.  The rest of a record on its way still goes out, and
+ * after it the alert, while our records are in the clear: later ones only BearSSL can protect, and it has ended. */
+static void tls_fail(struct tls *t, int err)
+{
     struct tls_reason reason = tls_reason(err);
-    const char *who = t->config->client ? "server" : "client";
-    int number = err & 255;
     if (t->failed)
         return;
     t->failed = true;
-    size_t i = 0, alerts = sizeof tls_alerts / sizeof tls_alerts[0];
-    while (i < alerts && tls_alerts[i].number != number)
-        i++;
     if (t->why.len == 0 && err >= BR_ERR_RECV_FATAL_ALERT && err < BR_ERR_SEND_FATAL_ALERT)
-        buf_printf(&t->why, "the %s sent alert %s (%d)%s", who, i < alerts ? tls_alerts[i].name : "unknown", number,
-                   number == 40 && t->config->client && !t->config->chain_len
-                       ? ": it may want a client certificate; give -cert and -key"
-                       : i < alerts ? tls_alerts[i].hint : "");
+        alert_say(t, err - BR_ERR_RECV_FATAL_ALERT);
     else if (t->why.len == 0)
-        buf_printf(&t->why, "the %s %s", who, reason.text);
+        buf_printf(&t->why, "the %s %s", t->config->client ? "server" : "client", reason.text);
     buf_putc(&t->why, '\0');
-    if (reason.alert == 0 || !t->buffers)
+    if (reason.alert == 0 || !t->buffers || t->secret)
         return;
-    size_t from = eng->oxc > eng->oxa ? eng->oxa : 0, end = eng->oxc > eng->oxa ? eng->oxc : 0;
-    size_t a = end + 5, b = eng->obuf_len, len = 2;
-    eng->out.vtable->max_plaintext(&eng->out.vtable, &a, &b);
-    if (b < a + 2)
-        return;
-    eng->obuf[a] = 2; /* fatal */
-    eng->obuf[a + 1] = (uint8_t)reason.alert;
-    uint8_t *alert = eng->out.vtable->encrypt(&eng->out.vtable, 21, BR_TLS12, eng->obuf + a, &len);
-    memmove(eng->obuf + end, alert, len);
-    t->last = (struct bytes){ eng->obuf + from, end - from + len };
+    size_t n = t->last.n, from = n ? (size_t)(t->last.p - t->buffers->out) : 0;
+    memcpy(t->buffers->out + from + n, (uint8_t[]){ 21, 3, 3, 0, 2, 2, (uint8_t)reason.alert }, 7); /* RFC 5246 7.2 */
+    t->last = (struct bytes){ t->buffers->out + from, n + 7 };
 }
 
-/* After each step: notices the end of the handshake and of the connection, and gives idle buffers back. */
+/* After each step: notices how far the handshake is, and the end, and gives idle buffers back. */
 static void tls_settle(struct tls *t)
 {
     br_ssl_engine_context *eng = &t->u.eng;
+    size_t n;
     unsigned state = br_ssl_engine_current_state(eng);
+    const uint8_t *out = br_ssl_engine_sendrec_buf(eng, &n);
+    bool app = state & (BR_SSL_SENDAPP | BR_SSL_RECVAPP), hello = t->greeted && out && out[0] == 22; /* the answer to one */
     if (t->failed)
         return;
     if (state == BR_SSL_CLOSED) {
@@ -4307,22 +4334,17 @@ static void tls_settle(struct tls *t)
             tls_fail(t, br_ssl_engine_last_error(eng));
         return;
     }
-    t->closing |= eng->shutdown_recv != 0;
-    if (!t->open && state & (BR_SSL_SENDAPP | BR_SSL_RECVAPP)) {
+    t->secret |= out && n == 6 && memcmp(out, "\x14\x03\x03\x00\x01\x01", 6) == 0; /* our ChangeCipherSpec */
+    if (!t->open && (app || hello) && !br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn) {
+        tls_fail(t, TLS_ERR_ALPN);
+        return;
+    }
+    if (!t->open && app) {
         t->open = true;
         verify_free(t);
-        if (!br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn) {
-            tls_fail(t, TLS_ERR_ALPN);
-            return;
-        }
     }
-#if CVMS_TLS_POOL
-    if (eng->ixa == 0 && eng->ixb == 0 && eng->oxa == eng->oxc) { /* no octet in either buffer, not even a header's */
-        pool_give(t->pool, t->buffers);
-        t->buffers = NULL;
-        eng->ibuf = eng->obuf = NULL;
-    }
-#endif
+    t->closing |= t->open && !(state & (BR_SSL_RECVREC | BR_SSL_RECVAPP)); /* close_notify, or renegotiation (RFC 9113 9.2.1) */
+    tls_unhold(t);
 }
 
 static void tls_free(struct tls *t)
@@ -4344,7 +4366,7 @@ static void tls_set_identity(struct tls *t)
     const struct tls_config *c = t->config;
     const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&c->key);
     const br_ec_private_key *ec = br_skey_decoder_get_ec(&c->key);
-    const br_ec_impl *curves = c->base.eng.iec;
+    const br_ec_impl *curves = br_ssl_engine_get_ec(&t->u.eng);
     br_rsa_pkcs1_sign rsa_sign = br_rsa_pkcs1_sign_get_default();
     br_ecdsa_sign ec_sign = br_ecdsa_sign_asn1_get_default();
     if (c->client && rsa)
@@ -4417,14 +4439,17 @@ static void tls_recv_ack(struct tls *t, size_t n)
 {
     if (t->failed || !t->buffers)
         return;
-    if (n && !t->greeted && t->u.eng.ibuf[0] >= 'A' && t->u.eng.ibuf[0] <= 'Z') { /* "PRI" or "GET": no record type */
+    if (n && !t->greeted && t->buffers->in[0] >= 'A' && t->buffers->in[0] <= 'Z') { /* "PRI" or "GET": no record type */
         tls_fail(t, TLS_ERR_PLAINTEXT);
         return;
     }
     t->greeted |= n > 0;
+    t->last.p = br_ssl_engine_sendrec_buf(&t->u.eng, &t->last.n);
     if (n)
         br_ssl_engine_recvrec_ack(&t->u.eng, n);
     tls_settle(t);
+    if (!t->failed)
+        t->last = (struct bytes){ NULL, 0 };
 }
 
 /* Ciphertext for the peer; NULL when there is none. */
@@ -4512,7 +4537,6 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #define tls_config_free(c) ((void)(c))
 #define tls_config_warnings(c) ((void)(c), "")
 #define wipe_inline(words) ((void)(words))
-static void wipe_below(void) {}
 #define tls_pool_free(pool) ((void)(pool))
 #define tls_new(c, pool, wall_s) ((void)(c), (void)(pool), (void)(wall_s), (struct tls *)NULL)
 #define tls_free(t) ((void)(t))
@@ -12217,8 +12241,5 @@ int main(int argc, char **argv)
     pb_arena_free(&o.arena);
     wipe_inline(argv);
     wipe_inline(environ);
-    void (*volatile below)(void) = wipe_below;   /* not inlined: that would put its array into this frame */
-    if (o.command & (CMD_SERVE | CLIENTS))       /* the others read no private key */
-        below();
     return status;
 }

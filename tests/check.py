@@ -171,8 +171,10 @@ def tls():
         layer("test_pem", [sys.executable, os.path.join(HERE, "tls", "test_pem.py"), pem])
     echo = wants("test_tls") and build(COMPILERS[0], "tls_driver", "tests/tls/tls_driver.c", SANITIZE, driver)
     fast = wants("test_tls") and build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
-    if echo and fast:
-        layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast])
+    outside = wants("test_tls") and build(COMPILERS[0], "tls_driver-outside", "tests/tls/tls_driver.c",
+                                          SANITIZE + ["-DCVMS_TLS_POOL=0"], driver)
+    if echo and fast and outside:
+        layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast, outside])
     wipe = wants("test_serve") and build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2"], driver)
     script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
 
