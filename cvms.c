@@ -6019,23 +6019,30 @@ static const struct pb_message ResultRequest_message = {
 struct ResultResponse { struct bytes file; };
 PB_DEFINE(ResultResponse, PB_PLAIN, NULL, PB_ROW(ResultResponse, 1, BYTES, 0, file, NULL));
 
-/* ---- A line of -record: one message as it came (received) or went (sent), and its very bytes ---- */
-struct Record {
+/* ---- A line of -output json or -record, as -replay reads it ---- */
+struct UnknownField { struct bytes field, value; int32_t wire_type; };
+PB_DEFINE(UnknownField, PB_PLAIN, NULL,
+    PB_ROW(UnknownField, 1, STRING, 0, field,     NULL),
+    PB_ROW(UnknownField, 2, INT32,  0, wire_type, NULL),
+    PB_ROW(UnknownField, 3, STRING, 0, value,     NULL));
+struct Line {
     struct Timestamp *time;
-    struct bytes peer, kind, job_id, raw;
-    int32_t stream;
-    struct ClientStreamMessage *received;
+    struct bytes peer, stream, job_id, subject;
+    struct ClientStreamMessage *message;
     struct ServerStreamMessage *sent;
+    struct pb_list unknown;
+    int64_t unknown_left_out;
 };
-PB_DEFINE(Record, PB_PLAIN, NULL,
-    PB_ROW(Record, 1, MESSAGE, 0, time,     &Timestamp_message),
-    PB_ROW(Record, 2, STRING,  0, peer,     NULL),
-    PB_ROW(Record, 3, INT32,   0, stream,   NULL),
-    PB_ROW(Record, 4, STRING,  0, kind,     NULL),
-    PB_ROW(Record, 5, STRING,  0, job_id,   NULL),
-    PB_ROW(Record, 6, MESSAGE, 0, received, &ClientStreamMessage_message),
-    PB_ROW(Record, 7, MESSAGE, 0, sent,     &ServerStreamMessage_message),
-    PB_ROW(Record, 8, BYTES,   0, raw,      NULL));
+PB_DEFINE(Line, PB_PLAIN, NULL,
+    PB_ROW(Line, 1, MESSAGE, 0, time,    &Timestamp_message),
+    PB_ROW(Line, 2, STRING,  0, peer,    NULL),
+    PB_ROW(Line, 3, STRING,  0, stream,  NULL),
+    PB_ROW(Line, 4, STRING,  0, job_id,  NULL),
+    PB_ROW(Line, 5, STRING,  0, subject, NULL),
+    PB_ROW(Line, 6, MESSAGE, 0, message, &ClientStreamMessage_message),
+    PB_ROW(Line, 7, MESSAGE, 0, sent,    &ServerStreamMessage_message),
+    PB_ROW(Line, 8, MESSAGE, PB_REPEATED, unknown, &UnknownField_message),
+    PB_ROW(Line, 9, INT64,   0, unknown_left_out, NULL));
 
 /* ---- grpc.health.v1 ---- */
 enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
@@ -8020,6 +8027,7 @@ struct manifest {
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
     size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
     unsigned version;                 /* how often it has been encoded */
+    unsigned recorded;                /* the version that -record has; 0: none */
 };
 
 /* The lists that go by a dataset's position, split. */
@@ -10401,15 +10409,14 @@ static void json_defuse(struct buf *out, size_t start)
     buf_free(&whole);
 }
 
-/* One JSON object a line; `message` is the canonical JSON of the ClientStreamMessage. */
-static void show_json(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+/* One JSON object a line; `message`, or `sent`, is the canonical JSON of msg.  wire: where unknown fields stand. */
+static void put_json_line(struct buf *out, struct stream *s, const struct pb_message *type, const void *msg,
+                          struct bytes wire)
 {
-    struct core *core = s->conn->core;
     const struct session *session = s->user;
-    struct buf *out = &core->out;
     size_t start = out->len;
     buf_puts(out, "{\"time\":\"");
-    buf_put(out, core_stamp(core), STAMP_LEN);
+    buf_put(out, core_stamp(s->conn->core), STAMP_LEN);
     buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
     if (session->job_id) {
         buf_puts(out, ",\"job_id\":");
@@ -10419,9 +10426,9 @@ static void show_json(struct stream *s, const struct ClientStreamMessage *msg, s
         buf_puts(out, ",\"subject\":");
         pb_json_string(out, bytes_of(s->conn->subject));
     }
-    buf_puts(out, ",\"message\":");
-    pb_json(out, &ClientStreamMessage_message, msg, 0);
-    if (unknown) {
+    buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":" : ",\"sent\":");
+    pb_json(out, type, msg, 0);
+    if (wire.n) {
         buf_puts(out, ",\"unknown\":[");
         unsigned long left_out = put_unknowns(out, wire, put_unknown_json);
         buf_puts(out, "]");
@@ -10446,7 +10453,7 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
     struct core *core = s->conn->core;
     const struct pb_field *member = message_member(msg);
     if (server_of(s)->json) {
-        show_json(s, msg, wire, unknown);
+        put_json_line(&core->out, s, &ClientStreamMessage_message, msg, unknown ? wire : BYTES(""));
     } else if (member) {
         show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
     } else {
@@ -10468,23 +10475,14 @@ static void process_note(struct stream *s, const char *text)
               job ? "[" : "", job ? job : "", job ? "]" : "", text);
 }
 
-/* A line of -record. */
-static void record_line(struct stream *s, struct Record r, struct bytes raw)
+/* A line of -record.  Without memory there is not half of one, and the record ends. */
+static void record_line(struct stream *s, const struct pb_message *type, const void *msg, struct bytes wire)
 {
-    struct core *core = s->conn->core;
-    const struct session *session = s->user;
-    struct Timestamp t = { .seconds = core->wall_ms / 1000, .nanos = (int32_t)(core->wall_ms % 1000 * 1000000) };
-    r.time = &t;
-    r.peer = bytes_of(s->conn->peer);
-    r.stream = (int32_t)s->id;
-    r.kind = bytes_of(kind_names[session->kind]);
-    r.job_id = session->job_id ? bytes_of(session->job_id) : (struct bytes){ 0 };
-    r.raw = raw;
-    size_t before = core->record.len;
-    pb_json(&core->record, &Record_message, &r, 0);
-    buf_putc(&core->record, '\n');
-    if (core->record.failed)          /* not half a line; with this the record ends */
-        core->record.len = before;
+    struct buf *record = &s->conn->core->record;
+    size_t before = record->len;
+    put_json_line(record, s, type, msg, wire);
+    if (record->failed)
+        record->len = before;
 }
 
 /* Records what a blob of prefixed messages sends. */
@@ -10499,7 +10497,7 @@ static void record_sent(struct stream *s, const struct blob *b)
         struct bytes wire = { b->p + at + 5, n };
         enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
         if (err == PB_OK)
-            record_line(s, (struct Record){ .sent = &msg }, wire);
+            record_line(s, &ServerStreamMessage_message, &msg, BYTES(""));
         core->record.failed |= err == PB_LIMIT;
     }
 }
@@ -10520,7 +10518,9 @@ static void session_send_manifest(struct session *session)
     session->send_ms = INT64_MAX;
     if (session->manifest == &server_of(s)->manifest)
         session->version = session->manifest->version;
-    record_sent(s, session->manifest->stream);
+    if (session->manifest->recorded != session->manifest->version)
+        record_sent(s, session->manifest->stream);
+    session->manifest->recorded = session->manifest->version;
     grpc_send_blob(s, blob_ref(session->manifest->stream));
     if (session->ended)
         grpc_finish(s, GRPC_OK, "");
@@ -10617,7 +10617,7 @@ static void process_message(struct stream *s, struct bytes wire)
         delivery_message(&server_of(s)->delivery, session->host, &msg, s->conn->peer, session->job_id,
                          session->version);
     if (core->recording)
-        record_line(s, (struct Record){ .received = &msg }, wire);
+        record_line(s, &ClientStreamMessage_message, &msg, unknown ? wire : BYTES(""));
 }
 
 static void process_drained(struct stream *s)
@@ -11517,7 +11517,7 @@ enum { REPLAY_FILE_MAX = 1 << 30, REPLAY_PARTS = 1000, REPLAY_AHEAD = MAX_QUEUED
 
 /* One recorded stream, played on a connection of its own. */
 struct replay_part {
-    struct Record first;              /* who it was: peer, stream, kind, job_id */
+    struct bytes peer, kind, job_id;
     struct stream *stream;
 };
 
@@ -11537,6 +11537,7 @@ struct replay {
     size_t part_count, line_count, next, up, done;
     int64_t start_ms;
     bool half_closed;
+    struct pb_arena arena;            /* one line */
 };
 
 static void replay_fail(struct replay *r, const char *what, struct bytes why)
@@ -11551,16 +11552,105 @@ static void replay_fail(struct replay *r, const char *what, struct bytes why)
     loop_stop(r->loop, "the replay ends");
 }
 
-/* The part that a line belongs to, made if need be; NULL: too many. */
-static struct replay_part *replay_part(struct replay *r, const struct Record *line)
+static struct bytes keep_bytes(struct options *o, struct bytes b)
 {
-    for (size_t i = 0; i < r->part_count; i++)
-        if (bytes_eq(r->parts[i].first.peer, line->peer) && r->parts[i].first.stream == line->stream)
-            return &r->parts[i];
-    if (r->part_count == REPLAY_PARTS)
+    return (struct bytes){ b.n ? memcpy(keep(o, b.n), b.p, b.n) : NULL, b.n };
+}
+
+/* The part that a line belongs to, made if need be; NULL: too many.  Who sends it may show in a later message only. */
+static struct replay_part *replay_part(struct replay *r, struct options *o, const struct Line *line)
+{
+    const struct bytes unknown = bytes_of(kind_names[KIND_UNKNOWN]);
+    bool named = !bytes_eq(line->stream, unknown);
+    struct replay_part *p = r->parts, *end = r->parts + r->part_count;
+    while (p < end && !(bytes_eq(p->peer, line->peer) && bytes_eq(p->job_id, line->job_id) &&
+                        (!named || bytes_eq(p->kind, unknown) || bytes_eq(p->kind, line->stream))))
+        p++;
+    if (p == r->parts + REPLAY_PARTS)
         return NULL;
-    r->parts[r->part_count].first = *line;
-    return &r->parts[r->part_count++];
+    if (p == end) {
+        *p = (struct replay_part){ .peer = keep_bytes(o, line->peer), .job_id = keep_bytes(o, line->job_id) };
+        r->part_count++;
+    }
+    if (p == end || named)
+        p->kind = keep_bytes(o, line->stream);
+    return p;
+}
+
+/* The row of a message's field by its name in a path, else its number; 0: neither. */
+static uint32_t path_number(const struct pb_message **m, struct bytes name)
+{
+    const struct pb_field *f = *m ? (*m)->fields : NULL, *end = f ? f + (*m)->n : NULL;
+    while (f < end && !bytes_eq(bytes_of(f->name), name))
+        f++;
+    int64_t number = f < end ? (int64_t)f->number : parse_decimal(name);
+    *m = f < end && f->kind == PB_MESSAGE ? f->sub : NULL;
+    return number > 0 && number < 1 << 29 ? (uint32_t)number : 0;
+}
+
+/* Writes a field that the tables don't know, inside of the messages of its path: what stands twice is merged. */
+static bool replay_unknown(struct buf *b, struct pb_arena *a, const struct UnknownField *u, struct err *e)
+{
+    const struct pb_message *m = &ClientStreamMessage_message;
+    struct ResultResponse raw = { 0 };
+    uint32_t number[PB_MAX_DEPTH + 1] = { 0 };
+    uint8_t fixed[8];
+    size_t depth = 0, mark = b->len;
+    uint64_t v = 0;
+    for (struct bytes path = u->field; path.n && depth < PB_COUNT(number); depth++) {
+        struct bytes behind = bytes_behind(path, BYTES("."));
+        number[depth] = path_number(&m, (struct bytes){ path.p, behind.p ? path.n - behind.n - 1 : path.n });
+        path = behind.p ? behind : BYTES("");
+    }
+    struct bytes digits = u->value;
+    bool is_number = u->wire_type == PB_VARINT || u->wire_type == PB_FIXED64 || u->wire_type == PB_FIXED32;
+    if (!depth || !number[depth - 1] || u->wire_type < 0 || u->wire_type > PB_FIXED32 || u->wire_type == PB_EGROUP ||
+        (is_number && (!pb_digits_take(&digits, &v) || digits.n)))
+        return err_set(e, "an unknown field can't be read");
+    if (!is_number && !pb_set_path(&ResultResponse_message, &raw, BYTES("file"), u->value, a, e->text, sizeof e->text))
+        return false;
+    for (size_t i = 0; i < sizeof fixed; i++)
+        fixed[i] = (uint8_t)(v >> 8 * i);
+    if (u->wire_type == PB_VARINT)
+        pb_before_varint(b, v);
+    else
+        pb_before_bytes(b, is_number ? (struct bytes){ fixed, u->wire_type == PB_FIXED64 ? 8 : 4 } : raw.file);
+    if (u->wire_type == PB_LEN)
+        pb_before_varint(b, raw.file.n);
+    pb_before_varint(b, (uint64_t)number[--depth] << 3 | (unsigned)u->wire_type);
+    while (depth--)
+        pb_close(b, number[depth], mark);
+    return true;
+}
+
+/* One line of the file.  What the server sent is passed over.  False: e tells why. */
+static bool replay_line(struct replay *r, struct options *o, struct bytes text, struct err *e)
+{
+    struct Line line = { 0 };
+    pb_arena_reset(&r->arena);
+    if (!pb_json_parse(&Line_message, &line, text, &r->arena, e->text, sizeof e->text))
+        return false;
+    if (!line.message)
+        return true;
+    if (!line.time || !pb_timestamp_valid(line.time))
+        return err_set(e, "its time is not in the years 1 to 9999");
+    struct replay_part *part = replay_part(r, o, &line);
+    if (!part)
+        return err_set(e, "more than %d streams", REPLAY_PARTS);
+    const struct UnknownField *unknown = line.unknown.items;
+    struct buf wire = { 0 };
+    bool ok = true;
+    for (size_t i = line.unknown.n; ok && i-- > 0;)
+        ok = replay_unknown(&wire, &r->arena, &unknown[i], e);
+    pb_encode_message(&wire, &ClientStreamMessage_message, line.message);
+    struct bytes all = pb_written(&wire);
+    if (wire.failed)
+        ok = err_set(e, "%s", strerror(ENOMEM));
+    if (ok)
+        r->lines[r->line_count++] = (struct replay_line){
+            .at_ms = line.time->seconds * 1000 + line.time->nanos / 1000000, .part = part, .raw = keep_bytes(o, all) };
+    buf_free(&wire);
+    return ok;
 }
 
 /* Reads the lines that a server received.  False: told. */
@@ -11569,43 +11659,32 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
     struct buf text = { 0 };
     struct err e;
     size_t lines = 1, number = 0;
-    if (!file_load(o->replay, REPLAY_FILE_MAX, &text, &e)) {
+    bool ok = file_load(o->replay, REPLAY_FILE_MAX, &text, &e);
+    if (!ok)
         tell(report, START, "-replay: %s", e.text);
-        buf_free(&text);
-        return false;
-    }
-    struct bytes rest = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
-    buf_free(&text);
-    for (size_t i = 0; i < rest.n; i++)
-        lines += rest.p[i] == '\n';
+    for (size_t i = 0; i < text.len; i++)
+        lines += text.p[i] == '\n';
     r->lines = keep(o, lines * sizeof *r->lines);
     r->parts = keep(o, REPLAY_PARTS * sizeof *r->parts);
-    while (rest.n) {
+    r->arena.limit = SIZE_MAX / 2;
+    for (struct bytes rest = { text.p, text.len }; ok && rest.n;) {
         const uint8_t *end = memchr(rest.p, '\n', rest.n);
         struct bytes line = { rest.p, end ? (size_t)(end - rest.p) : rest.n };
-        struct Record record = { 0 };
+        rest = bytes_from(rest, line.n + (end != NULL));
+        ok = replay_line(r, o, line, &e);
         number++;
-        rest = (struct bytes){ rest.p + line.n + (end != NULL), rest.n - line.n - (end != NULL) };
-        if (!pb_json_parse(&Record_message, &record, line, &o->arena, e.text, sizeof e.text)) {
+        if (!ok && !end && r->line_count) {   /* its server did not come to its end */
+            tell(report, WARNING, "-replay: %s: the last line is cut, and left out", o->replay);
+            ok = true;
+        } else if (!ok) {
             tell(report, START, "-replay: %s: record %zu: %s", o->replay, number, e.text);
-            return false;
         }
-        if (record.time && !pb_timestamp_valid(record.time)) {
-            tell(report, START, "-replay: %s: record %zu: its time is not in the years 1 to 9999", o->replay, number);
-            return false;
-        }
-        struct replay_part *part = record.received && record.time ? replay_part(r, &record) : NULL;
-        if (!part && record.received && record.time) {
-            tell(report, START, "-replay: %s: record %zu: more than %d streams", o->replay, number, REPLAY_PARTS);
-            return false;
-        }
-        if (part)
-            r->lines[r->line_count++] = (struct replay_line){
-                .at_ms = record.time->seconds * 1000 + record.time->nanos / 1000000, .part = part, .raw = record.raw };
     }
-    if (r->line_count == 0)
+    buf_free(&text);
+    pb_arena_free(&r->arena);
+    if (ok && r->line_count == 0)
         tell(report, START, "-replay: %s: no message that a server has received stands in it", o->replay);
-    return r->line_count != 0;
+    return ok && r->line_count != 0;
 }
 
 static void replay_status(struct stream *s, unsigned status, struct bytes text)
@@ -11635,10 +11714,10 @@ static void replay_up(struct link *k)
     struct replay_part *p = k->user;
     const char *metadata[5] = { 0 };
     size_t n = 0;
-    char *job = text_copy(p->first.job_id, 200);
+    char *job = text_copy(p->job_id, 200);
     if (job && *job)
         metadata[n++] = "job-id", metadata[n++] = job;
-    if (n && bytes_eq(p->first.kind, bytes_of(kind_names[KIND_FORWARDER])))
+    if (n && bytes_eq(p->kind, bytes_of(kind_names[KIND_FORWARDER])))
         metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
     p->stream = job ? grpc_call(&k->conn, &replay_method, r->authority, metadata) : NULL;
     free(job);

@@ -490,29 +490,6 @@ static void check_text_safe(struct bytes t, bool color)
     }
 }
 
-/* A line of -output json, as a message table: what it says is read back. */
-struct ShownField { struct bytes field, value; int32_t wire_type; };
-PB_DEFINE(ShownField, PB_PLAIN, NULL,
-    PB_ROW(ShownField, 1, STRING, 0, field,     NULL),
-    PB_ROW(ShownField, 2, STRING, 0, value,     NULL),
-    PB_ROW(ShownField, 3, INT32,  0, wire_type, NULL));
-struct ShownLine {
-    struct Timestamp *time;
-    struct bytes peer, stream, job_id, subject;
-    struct ClientStreamMessage *message;
-    struct pb_list unknown;
-    int64_t unknown_left_out;
-};
-PB_DEFINE(ShownLine, PB_PLAIN, NULL,
-    PB_ROW(ShownLine, 1, MESSAGE, 0, time,    &Timestamp_message),
-    PB_ROW(ShownLine, 2, STRING,  0, peer,    NULL),
-    PB_ROW(ShownLine, 3, STRING,  0, stream,  NULL),
-    PB_ROW(ShownLine, 4, STRING,  0, job_id,  NULL),
-    PB_ROW(ShownLine, 5, STRING,  0, subject, NULL),
-    PB_ROW(ShownLine, 6, MESSAGE, 0, message, &ClientStreamMessage_message),
-    PB_ROW(ShownLine, 7, MESSAGE, PB_REPEATED, unknown, &ShownField_message),
-    PB_ROW(ShownLine, 8, INT64,   0, unknown_left_out, NULL));
-
 static struct pb_arena arena;
 
 /* Every line is one JSON message of the table. */
@@ -999,8 +976,8 @@ static void server_begin(unsigned how, unsigned fault, unsigned more)
 }
 
 static const char replay_lines[] =
-    "{\"time\":\"2025-01-01T00:00:00Z\",\"peer\":\"a:1\",\"stream\":1,\"kind\":\"agent\",\"jobId\":\"j\",\"received\":{},\"raw\":\"\"}\n"
-    "{\"time\":\"2025-01-01T00:00:01Z\",\"peer\":\"a:2\",\"stream\":1,\"kind\":\"log-forwarder\",\"jobId\":\"j\",\"received\":{},\"raw\":\"CgA=\"}\n";
+    "{\"time\":\"2025-01-01T00:00:00Z\",\"peer\":\"a:1\",\"stream\":\"agent\",\"job_id\":\"j\",\"message\":{}}\n"
+    "{\"time\":\"2025-01-01T00:00:01Z\",\"peer\":\"a:2\",\"stream\":\"log-forwarder\",\"job_id\":\"j\",\"message\":{\"agentLog\":{}}}\n";
 
 static void client_begin(unsigned how)
 {
@@ -1121,11 +1098,11 @@ static void link_target(struct input *in, bool client, bool secure)
     }
     check_text_safe(whole(&noted), false);
     if (!client && st.server.json && !ran_out)
-        check_json_lines(whole(&printed), &ShownLine_message);
+        check_json_lines(whole(&printed), &Line_message);
     else if (!client)
         check_text_safe(whole(&printed), st.server.color);
     if (!client && !ran_out)
-        check_json_lines(whole(&recorded), &Record_message);
+        check_json_lines(whole(&recorded), &Line_message);
     loop_end();
     if (client) {
         buf_free(&st.agent.manifest);
@@ -1166,7 +1143,7 @@ static const struct pb_message *table_of(unsigned n)
         for (size_t k = 0; k < all_files[f]->n_messages; k++, i++)
             if (i == n)
                 return all_files[f]->messages[k];
-    return n < 0x80 ? &Record_message : table_of(n - 0x80);
+    return n < 0x80 ? &Line_message : table_of(n - 0x80);
 }
 
 static void count_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)

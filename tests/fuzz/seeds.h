@@ -258,7 +258,7 @@ static void seed_messages(void)
             buf_putc(&b, (int)t);
             pb_json(&b, m, msg, k & 4 ? 2 : 0);
             seed_write("json", name, whole(&b));
-            if (m == &ComputationRunReq_message || m == &Record_message)
+            if (m == &ComputationRunReq_message || m == &Line_message)
                 seed_write("manifest", name, (struct bytes){ b.p + 1, b.len - 1 });
             pb_arena_free(&a);
         }

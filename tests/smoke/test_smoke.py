@@ -688,30 +688,24 @@ def test_record():
     rows = records(path)
     for who, x in (("agent", a), ("log-forwarder", f), ("unnamed agent", b)):
         mine = [r for r in rows if r["peer"] == x.peer]
-        raw = lambda key: [base64.b64decode(r.get("raw", "")) for r in mine if key in r]
-        check(f"record, {who}: all that came", raw("received") == x.sent, [len(r) for r in raw("received")], [len(m) for m in x.sent])
-        check(f"record, {who}: all that went", raw("sent") == x.messages, [len(r) for r in raw("sent")], [len(m) for m in x.messages])
-        check(f"record, {who}: one of both in each line", all(("received" in r) != ("sent" in r) for r in mine), mine[:2], "one")
-        check(f"record, {who}: stream and time", all(r["stream"] == 1 and re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z$", r["time"]) for r in mine), mine[:1], "both")
-        times = [r["time"].rstrip("Z").ljust(24, "0") for r in mine]
-        kinds = {r["kind"] for r in mine if "received" in r}
+        lines = lambda key: [plain_times(r[key]) for r in mine if key in r]
+        wanted = lambda kind, messages: [plain_times(as_json(kind, m)) for m in messages]
+        check(f"record, {who}: all that came", lines("message") == wanted("client", x.sent), lines("message"), wanted("client", x.sent))
+        asked = [m for m in wanted("server", x.messages) if "runReqChunks" not in m]
+        same(f"record, {who}: all that was asked", [m for m in lines("sent") if "runReqChunks" not in m], asked)
+        check(f"record, {who}: one of both in each line", all(("message" in r) != ("sent" in r) for r in mine), mine[:2], "one")
+        check(f"record, {who}: time", all(re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z$", r["time"]) for r in mine), mine[:1], "in UTC")
+        kinds = {r["stream"] for r in mine if "message" in r}
         same(f"record, {who}: kind", kinds, {"log-forwarder"} if who == "log-forwarder" else {"agent"})
-        check(f"record, {who}: job-id", all(("jobId" in r) == (x is not b) for r in mine), mine[:1], "only if sent")
-        for r in mine:
-            kind = "client" if "received" in r else "server"
-            wanted = plain_times(as_json(kind, base64.b64decode(r["raw"])))
-            got = plain_times(r["received" if kind == "client" else "sent"])
-            if got != wanted:
-                check(f"record, {who}: raw is the message", False, got, wanted)
-                break
-        else:
-            check(f"record, {who}: raw is the message", True)
+        check(f"record, {who}: job-id", all(("job_id" in r) == (x is not b) for r in mine), mine[:1], "only if sent")
+    chunks = [m for m in map(lambda m: as_json("server", m), a.messages) if "runReqChunks" in m]
+    check("record: the manifest once", [r["sent"] for r in rows if "runReqChunks" in r.get("sent", {})] == chunks, len(rows), len(chunks))
     path = os.path.join(temp(), "r.jsonl")
     with Server("record to the verdict", "-record", path, "-until", "complete", "-timeout", "15s") as s:
         a, f = s.both()
         f.events(*RUN)
         s.ended(0)
-    check("record: the deciding message is in it", records(path)[-1]["received"]["agentEvent"]["eventType"] == "Complete", records(path)[-1], "Complete")
+    check("record: the deciding message is in it", records(path)[-1]["message"]["agentEvent"]["eventType"] == "Complete", records(path)[-1], "Complete")
 
 
 # ---- -control ----
@@ -985,8 +979,8 @@ def played(path):
     """What each stream has sent, in order: {(kind, job-id): [message]}, streams of one name one after the other."""
     out = {}
     for r in records(path):
-        if "received" in r:
-            out.setdefault((r["kind"], r.get("jobId")), []).append((r["received"], r["raw"]))
+        if "message" in r:
+            out.setdefault((r["stream"], r.get("job_id")), []).append((r["message"], r.get("unknown")))
     return out
 
 
@@ -1074,6 +1068,7 @@ def test_replay():
             a.send(ACCEPTED)
             a.asked(4)
             a.send(state("ReceivingAlgorithm"))
+            f.send(log("fields that are not known") + field(99, b"\xff\0") + field(98, 1 << 63) + field(1, field(15, 7) + b"\x8d\1\1\2\3\4"))
             f.send(log("two\nlines é \x1b", "WARN"), event("AlgorithmRun/Warning", b"\x00\xff"), log("x" * 40000))
             a.sync(), f.sync()
             f.events(*RUN)
@@ -1112,15 +1107,21 @@ def test_replay_pace():
 
 
 def test_replay_mistakes():
-    line = '{"time":"2024-01-01T00:00:00Z","peer":"a:1","stream":1,"kind":"agent","received":{"runRes":{}},"raw":"GgA="}\n'
+    line = '{"time":"2024-01-01T00:00:00Z","peer":"a:1","stream":"agent","message":{"runRes":{}}}\n'
+    odd = lambda row: write("r", line.replace("}}}", '}},"unknown":[' + row + "]}"))
     with Server("replay mistakes") as s:
         for what, path, status in (("no such file", "/nonexistent/r", (1, 2)), ("not JSON", write("r", "hello\n"), (1, 2)),
-                                   ("cut off", write("r", line + line[:40]), (1, 2)), ("a folder", W.dir, (1, 2)),
-                                   ("nothing in it", write("r", ""), (0, 1, 2)), ("raw is no base64", write("r", line.replace("GgA=", "!!")), (1, 2))):
+                                   ("all of it cut", write("r", line[:40]), (1, 2)), ("a folder", W.dir, (1, 2)),
+                                   ("cut in the middle", write("r", line + line[:40] + "\n" + line), (1, 2)), ("nothing in it", write("r", ""), (0, 1, 2)),
+                                   ("no base64", odd('{"field":"9","wire_type":2,"value":"!!"}'), (1, 2)),
+                                   ("no number", odd('{"field":"run_res.x","wire_type":0,"value":"1"}'), (1, 2))):
             got, _, err, _ = run(what, ["agent", "-replay", path, "-fast", "-wait", "1s", s.address])
             check(f"replay, {what}: status", got in status, got, status)
             if got:
                 has(f"replay, {what}: told", err, re.escape(path) if what != "nothing in it" else ".")
+        got, _, err, _ = run("replay, the last line cut", ["agent", "-replay", write("r", line + line[:40]), "-fast", s.address])
+        same("replay, the last line cut: status", got, 0)
+        has("replay, the last line cut: told", err, "warning: -replay: .*the last line is cut")
         path = write("many", "".join(line.replace("a:1", f"a:{i}") for i in range(1001)))
         got, _, err, _ = run("replay, 1001 streams", ["agent", "-replay", path, "-fast", s.address])
         same("replay, 1001 streams: status", got, 1)
