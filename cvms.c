@@ -41,6 +41,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
+#include <strings.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -66,7 +67,6 @@
 #endif
 #if CVMS_TLS
 #include <bearssl.h>
-#include <strings.h>
 #if defined(__APPLE__)
 #include <sys/random.h>
 #endif
@@ -4588,7 +4588,7 @@ struct watch {
 struct dial {
     struct endpoint endpoint;
     const char *name;                 /* of the peer, in log lines */
-    const struct addrinfo *addresses; /* tried in turn, then again until give_up_ms */
+    struct addrinfo *addresses;       /* tried in turn, then again until give_up_ms */
     int64_t give_up_ms;
     struct tls_config *tls;           /* NULL: plaintext */
     void (*up)(struct link *);        /* a connect has succeeded */
@@ -4938,17 +4938,25 @@ static bool address_parse(const char *text, struct address *a)
 /* HOST:PORT, with brackets around an IPv6 address. */
 static void host_port(char *out, size_t cap, const char *host, unsigned port)
 {
-    bool v6 = strchr(host, ':') && host[0] != '[';
-    text_printf(out, cap, v6 ? "[%s]:%u" : "%s:%u", host, port);
+    text_printf(out, cap, strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
+}
+
+/* A name that is this machine's own, whatever a resolver knows (RFC 6761 6.3); a dot at the end is the root's. */
+static bool is_localhost(const char *host)
+{
+    static const char name[] = "localhost";
+    size_t n = strlen(host), len = sizeof name - 1;
+    n -= n && host[n - 1] == '.';
+    return n >= len && strncasecmp(host + n - len, name, len) == 0 && (n == len || host[n - len - 1] == '.');
 }
 
 /* The addresses of a host, the caller's; flags: AI_PASSIVE for all interfaces, and host is empty.  NULL: *why tells. */
-static struct addrinfo *resolve_host(const char *host, unsigned port, int flags, const char **why)
+static struct addrinfo *resolve(const char *host, unsigned port, int flags, const char **why)
 {
     char number[12];
     struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = flags }, *list = NULL;
     text_printf(number, sizeof number, "%u", port);
-    int error = getaddrinfo(*host ? host : NULL, number, &hints, &list);
+    int error = getaddrinfo(*host && !is_localhost(host) ? host : NULL, number, &hints, &list);
     *why = error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error);
     return error ? NULL : list;
 }
@@ -6717,6 +6725,20 @@ static void help_flags(struct buf *out, unsigned command, unsigned without)
     }
 }
 
+static bool present(const char *s)
+{
+    return s && *s;
+}
+
+/* A flag's value, else the variable's. */
+static struct tls_source tls_source(const char *flag, const char *value, const char *variable, const char *either)
+{
+    const char *v = getenv(variable);
+    return present(value) ? (struct tls_source){ flag, value }
+                          : (struct tls_source){ present(v) ? variable : either, v };
+}
+#define TLS_SOURCE(flag, value, variable) tls_source(flag, value, variable, flag " (or " variable ")")
+
 static const char help_address[] = "\nADDR is HOST:PORT; default $AGENT_CVM_GRPC_URL, else localhost:7001.\n";
 
 static void help_commands(struct buf *out)
@@ -8073,11 +8095,6 @@ static struct values list_split(struct options *o, const struct values *given)
 static const char *nth(const struct values *v, size_t i)
 {
     return i < v->n ? v->v[i] : NULL;
-}
-
-static bool present(const char *s)
-{
-    return s && *s;
 }
 
 /* 64 hex digits, kept; empty if they are not. */
@@ -10977,10 +10994,13 @@ static void control_ask(struct server *v, void (*ask)(struct session *), const c
 static void control_line(struct server *v, char *line)
 {
     static const char blank[] = " \t\r";
-    char *save, *name = strtok_r(line, blank, &save), *agent = name ? save + strspn(save, blank) : line;
+    char *name = line + strspn(line, blank), *agent = name + strcspn(name, blank);
+    if (*agent)
+        *agent++ = 0;
+    agent += strspn(agent, blank);
     for (size_t n = strlen(agent); n && strchr(blank, agent[n - 1]);)
         agent[--n] = 0;
-    for (size_t i = 0; name && i < PB_COUNT(controls); i++)
+    for (size_t i = 0; i < PB_COUNT(controls); i++)
         if (strcmp(name, controls[i].name) == 0) {
             if (controls[i].ask)
                 control_ask(v, controls[i].ask, agent);
@@ -10988,7 +11008,7 @@ static void control_line(struct server *v, char *line)
                 controls[i].run(v);
             return;
         }
-    if (name)
+    if (*name)
         control_note(v, "there is no command ", name, "; help lists them");
 }
 
@@ -11415,61 +11435,49 @@ static void agent_turn(struct loop *l)
     agent_dial(a, AGENT);
 }
 
-static const char *resolve_error(int error)
+/* The address of the command line or the environment, taken apart. */
+static void client_address(const struct options *o, struct report *r, struct address *at)
 {
-    return error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error);
-}
-
-/* Resolves ADDR; the list is the caller's.  NULL: told why not, or there are other mistakes. */
-static struct addrinfo *resolve(const struct options *o, struct report *r)
-{
-    const char *addr = addr_text(o);
-    char host[256];
-    const char *colon = strrchr(addr, ':'), *port = colon ? colon + 1 : "7001";
-    size_t n = colon ? (size_t)(colon - addr) : strlen(addr);
-    struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC }, *list = NULL;
-    if (n >= 2 && addr[0] == '[' && addr[n - 1] == ']')
-        addr++, n -= 2;
-    int64_t number = parse_decimal(bytes_of(port));
+    const char *text = addr_text(o);
+    bool good = address_parse(text, at) && at->port && !at->bare && *text;
     if (o->arg_count > 1)
         tell(r, USAGE, "one address at most; \"%s\" is one too many", o->args[1]);
-    if (!*addr_text(o) || n >= sizeof host || number < 1 || number > 65535)
-        tell(r, USAGE, "%s\"%s\" is not an address; write it like localhost:7001 or [::1]:7001",
-             o->arg_count ? "" : "AGENT_CVM_GRPC_URL: ", addr_text(o));
-    if (r->usage)
-        return NULL;
-    text_printf(host, sizeof host, "%.*s", (int)n, addr);
-    int error = getaddrinfo(n ? host : "localhost", port, &hints, &list);
-    if (error)
-        tell(r, START, "can't resolve \"%s\": %s", host, resolve_error(error));
-    return error ? NULL : list;
+    if (!good)
+        tell(r, USAGE, "%s\"%s\" is not an address; %swrite it like localhost:7001 or [::1]:7001",
+             o->arg_count ? "" : "AGENT_CVM_GRPC_URL: ", text,
+             strstr(text, "://") ? "it is no URL here: leave out what comes before the host, and " : "");
+    if (good && !*at->host)
+        text_printf(at->host, sizeof at->host, "localhost");
+    if (good && at->port < 0)
+        at->port = 7001;
 }
 
-/* A flag's value, else the variable's. */
-static struct tls_source tls_source(const char *flag, const char *value, const char *variable, const char *either)
+/* Resolves it, again and again while -wait lasts; the list is the caller's.  NULL: told why not. */
+static struct addrinfo *client_resolve(const struct options *o, struct report *r, const struct address *at)
 {
-    const char *v = getenv(variable);
-    return present(value) ? (struct tls_source){ flag, value }
-                          : (struct tls_source){ present(v) ? variable : either, v };
+    const char *why;
+    int64_t end = clock_ms(CLOCK_MONOTONIC) + o->wait_ms, left = o->wait_ms;
+    struct addrinfo *list = resolve_host(at->host, (unsigned)at->port, 0, &why);
+    if (!list && left > 1000)
+        tell_note("can't resolve \"%s\" yet (%s); trying again for %lld s", at->host, why, (long long)left / 1000);
+    for (; !list && left > 0; left = end - clock_ms(CLOCK_MONOTONIC)) {
+        poll(NULL, 0, left < RETRY_MS ? (int)left : RETRY_MS);
+        list = resolve_host(at->host, (unsigned)at->port, 0, &why);
+    }
+    if (!list)
+        tell(r, START, "can't resolve \"%s\": %s", at->host, why);
+    return list;
 }
-#define TLS_SOURCE(flag, value, variable) tls_source(flag, value, variable, flag " (or " variable ")")
 
 /* The client's TLS as flags or an agent's own variables ask for it; *config stays NULL for plaintext.  False: told. */
-static bool client_tls(const struct options *o, struct report *r, struct tls_config **config)
+static bool client_tls(const struct options *o, struct report *r, const char *host, struct tls_config **config)
 {
     struct err e;
-    char name[256];
-    const char *addr = addr_text(o), *colon = strrchr(addr, ':');
-    text_printf(name, sizeof name, "%.*s", colon ? (int)min_size((size_t)(colon - addr), 255) : 255, addr);
-    if (name[0] == '[' && name[strlen(name) - 1] == ']') {
-        memmove(name, name + 1, strlen(name));
-        name[strlen(name) - 1] = 0;
-    }
     struct tls_options t = {
         .server_ca = TLS_SOURCE("-ca", o->ca, "AGENT_CVM_GRPC_SERVER_CA_CERTS"),
         .cert = TLS_SOURCE("-cert", o->cert, "AGENT_CVM_GRPC_CLIENT_CERT"),
         .key = TLS_SOURCE("-key", o->key, "AGENT_CVM_GRPC_CLIENT_KEY"),
-        .server_name = present(o->server_name) ? o->server_name : *name ? name : "localhost", .insecure = o->insecure,
+        .server_name = present(o->server_name) ? o->server_name : host, .insecure = o->insecure,
     };
     if (!present(t.server_ca.value) && !present(t.cert.value) && !present(t.key.value) && !o->insecure) {
         if (present(o->server_name))
@@ -11486,29 +11494,39 @@ static bool client_tls(const struct options *o, struct report *r, struct tls_con
     return *config != NULL;
 }
 
-/* A loop for links to the server of the list, and what they have in common; NULL: told why not. */
-static struct loop *client_loop(const struct options *o, struct report *r, const struct addrinfo *list, void *app,
-                                struct dial *d)
+/* A loop for links to the server that the options name, and what they have in common, for client_run; NULL: told why
+ * not. */
+static struct loop *client_loop(const struct options *o, struct report *r, void *app, struct dial *d)
 {
-    if (!client_tls(o, r, &d->tls))
+    struct address at;
+    client_address(o, r, &at);
+    if (r->usage || !client_tls(o, r, at.host, &d->tls))
         return NULL;
+    d->addresses = client_resolve(o, r, &at);
+    if (!d->addresses) {
+        tls_config_free(d->tls);
+        return NULL;
+    }
     struct loop *l = loop_new();
     l->core.app = app;
     d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message = CLIENT_MAX_MESSAGE };
     d->name = "server";
-    d->addresses = list;
     d->give_up_ms = l->core.now_ms + o->wait_ms;
     return l;
 }
 
-/* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short. */
-static int client_run(struct loop *l, struct dial *d)
+/* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short; also of a
+ * client without a loop. */
+static int client_run(struct loop *l, struct dial *d, const struct report *r)
 {
+    if (!l)
+        return r->usage ? 2 : 1;
     int status = loop_run(l);
     if (l->signal_number && !status)
         status = 128 + l->signal_number;
     loop_free(l);
     tls_config_free(d->tls);
+    freeaddrinfo(d->addresses);
     return status;
 }
 
@@ -11759,20 +11777,19 @@ static void replay_turn(struct loop *l)
     r->half_closed = l->core.touched = true;
 }
 
-static int cmd_replay(struct options *o, struct report *report, const struct addrinfo *list)
+static int cmd_replay(struct options *o, struct report *report)
 {
     struct replay r = { .o = o, .authority = addr_text(o) };
-    if (!replay_load(&r, o, report))
-        return 1;
-    r.dial = (struct dial){ .up = replay_up, .down = replay_down };
-    r.loop = client_loop(o, report, list, &r, &r.dial);
-    if (!r.loop)
+    if (report->usage || !replay_load(&r, o, report))
         return report->usage ? 2 : 1;
-    r.loop->turn = replay_turn;
-    for (size_t i = 0; i < r.part_count; i++)
+    r.dial = (struct dial){ .up = replay_up, .down = replay_down };
+    r.loop = client_loop(o, report, &r, &r.dial);
+    if (r.loop)
+        r.loop->turn = replay_turn;
+    for (size_t i = 0; r.loop && i < r.part_count; i++)
         if (!link_dial(r.loop, &r.dial, &r.parts[i]))
             replay_fail(&r, "out of memory", (struct bytes){ 0 });
-    return client_run(r.loop, &r.dial);
+    return client_run(r.loop, &r.dial, report);
 }
 
 static int cmd_agent(struct options *o, struct report *r)
@@ -11788,27 +11805,18 @@ static int cmd_agent(struct options *o, struct report *r)
     if (o->fail && a.fail < 0)
         tell(r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
                         "ReceivingData or Running", o->fail);
-    struct addrinfo *list = resolve(o, r);
-    if (!list)
-        return r->usage ? 2 : 1;
-    if (o->replay) {
-        int status = cmd_replay(o, r, list);
-        freeaddrinfo(list);
-        return status;
-    }
+    if (o->replay)
+        return cmd_replay(o, r);
     a.authority = addr_text(o);
     a.dial = (struct dial){ .up = agent_up, .down = agent_down };
-    a.loop = client_loop(o, r, list, &a, &a.dial);
-    if (!a.loop) {
-        freeaddrinfo(list);
-        return r->usage ? 2 : 1;
+    a.loop = client_loop(o, r, &a, &a.dial);
+    if (a.loop) {
+        a.loop->turn = agent_turn;
+        agent_dial(&a, AGENT);
     }
-    a.loop->turn = agent_turn;
-    agent_dial(&a, AGENT);
-    int status = client_run(a.loop, &a.dial);
+    int status = client_run(a.loop, &a.dial, r);
     buf_free(&a.manifest);
     buf_free(&a.id);
-    freeaddrinfo(list);
     return status;
 }
 
@@ -11876,17 +11884,10 @@ static void health_down(struct link *k, const char *why)
 static int cmd_health(struct options *o, struct report *r)
 {
     struct health h = { .o = o, .authority = addr_text(o), .dial = { .up = health_up, .down = health_down } };
-    struct addrinfo *list = resolve(o, r);
-    h.loop = list ? client_loop(o, r, list, &h, &h.dial) : NULL;
-    if (!h.loop) {
-        freeaddrinfo(list);
-        return r->usage ? 2 : 1;
-    }
-    if (!link_dial(h.loop, &h.dial, NULL))
+    h.loop = client_loop(o, r, &h, &h.dial);
+    if (h.loop && !link_dial(h.loop, &h.dial, NULL))
         health_end(&h, 1, "out of memory");
-    int status = client_run(h.loop, &h.dial);
-    freeaddrinfo(list);
-    return status;
+    return client_run(h.loop, &h.dial, r);
 }
 
 /* ==== 21. The server command, and main =========================================================================== */
@@ -11894,25 +11895,18 @@ static int cmd_health(struct options *o, struct report *r)
 /* Opens the port that HOST and PORT name.  False: told. */
 static bool serve_listen(struct loop *l, struct report *r, char *where, size_t cap)
 {
-    const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost";
+    const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost", *why;
     int64_t port = present(env_port) ? parse_decimal(bytes_of(env_port)) : 7001;
-    struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = *host ? 0 : AI_PASSIVE };
-    struct addrinfo *list = NULL;
-    char bare[256];
-    text_printf(bare, sizeof bare, "%s", host);
-    size_t n = strlen(bare);
-    if (n > 2 && bare[0] == '[' && bare[n - 1] == ']') {
-        memmove(bare, bare + 1, n - 2);
-        bare[n - 2] = 0;
-    }
-    int error = getaddrinfo(*host ? bare : NULL, "0", &hints, &list);
-    if (error) {
-        tell(r, START, "HOST: can't resolve \"%s\": %s", host, resolve_error(error));
+    int flags = *host ? 0 : AI_PASSIVE;
+    struct address at = { .port = -1 };
+    struct addrinfo *list = address_parse(host, &at) ? resolve_host(at.host, 0, flags, &why) : NULL;
+    if (!list) {
+        tell(r, START, "HOST: can't resolve \"%s\": %s", host, why);
         return false;
     }
     list = *host ? list : wildcard_first(list);
     for (struct addrinfo *a = list; a; a = a->ai_next)
-        a->ai_flags = hints.ai_flags;
+        a->ai_flags = flags;
     unsigned real = 0;
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
         real = listen_all(l, list, (unsigned)port);
@@ -11923,14 +11917,21 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
              : errno == EACCES ? "; set PORT to one above 1023"
              : errno == EADDRNOTAVAIL ? "; set HOST to an address of this machine" : "");
     freeaddrinfo(list);
-    host_port(where, cap, bare, real);
+    host_port(where, cap, at.host, real);
     return real != 0;
 }
 
-/* PORT is checked with all the rest; a socket is opened only when nothing is wrong. */
+/* HOST and PORT are checked with all the rest; a socket is opened only when nothing is wrong. */
 static void check_environment(struct report *r)
 {
-    const char *port = getenv("PORT");
+    const char *host = getenv("HOST"), *port = getenv("PORT");
+    struct address at;
+    if (host && strstr(host, "://"))
+        tell(r, USAGE, "HOST: \"%s\" is a URL; leave out what comes before the host", host);
+    else if (host && !address_parse(host, &at))
+        tell(r, USAGE, "HOST: \"%s\" is not a host; use a name or an IP address", host);
+    else if (host && at.port >= 0)
+        tell(r, USAGE, "HOST: \"%s\" has a port, which goes into PORT: set HOST=%s PORT=%d", host, at.host, at.port);
     int64_t n = present(port) ? parse_decimal(bytes_of(port)) : 0;
     if (n < 0 || n > 65535)
         tell(r, USAGE, "PORT: \"%s\" is not a port; use 0 to 65535 (0: any free one)", port);

@@ -90,18 +90,18 @@ def wants(name):
     return not wanted or bool(re.match(re.escape(wanted) + r"(-|$| )", name))
 
 
-def compiled(cc, out, source, flags, strict=STRICT):
+def compiled(cc, out, source, flags, strict=STRICT, after=()):
     """Begins to compile a file, in the background; the same program but once."""
     libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
-    command = [cc, *strict, *flags, "-o", os.path.join(BIN, out), source, *libraries]
+    command = [cc, *strict, *flags, "-o", os.path.join(BIN, out), source, *libraries, *after]
     if tuple(command) not in made_already:
         made_already[tuple(command)] = compiling.submit(subprocess.run, command, cwd=TOP, capture_output=True, text=True)
     return made_already[tuple(command)]
 
 
-def build(cc, out, source, flags, strict=STRICT):
+def build(cc, out, source, flags, strict=STRICT, after=()):
     """Compiles one file without a warning.  Returns the program's path, or None and a failure."""
-    p = compiled(cc, out, source, flags, strict)
+    p = compiled(cc, out, source, flags, strict, after)
     if planning:
         return None
     p = p.result()
@@ -133,6 +133,23 @@ def program(cc="gcc", name="cvms-san", flags=SANITIZE):
     return build(cc if cc in COMPILERS else COMPILERS[0], name, "cvms.c", flags)
 
 
+def musl(cc, directory, name, *args):
+    """A test script against a build with the other C library, which does elsewhere what glibc forgives."""
+    lib, flags, after = "/usr/lib/x86_64-linux-musl/", ["-O1", "-g", "-static", "-DCVMS_TLS=0"], []
+    if QUICK or COVERAGE or not wants(name):
+        return
+    if not shutil.which("musl-gcc") or not os.path.exists(lib + "crt1.o"):
+        missing(f"{name} with musl", "not installed; run tests/install.sh")
+        return
+    if cc == "clang":                 # it does not read GCC's specs
+        gcc = subprocess.run(["gcc", "-print-libgcc-file-name"], capture_output=True, text=True).stdout.strip()
+        flags += ["-nostdlibinc", "-isystem", "/usr/include/x86_64-linux-musl", "-nostdlib"]
+        after = [lib + "crt1.o", lib + "crti.o", "-Wl,--start-group", lib + "libc.a", gcc, "-Wl,--end-group", lib + "crtn.o"]
+    cvms = build("musl-gcc" if cc == "gcc" else cc, f"cvms-musl-{cc}", "cvms.c", flags, after=after)
+    if cvms:
+        layer(f"{name} with musl, {cc}", [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+
+
 def script(directory, name, *args):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
     cvms = wants(name) and program()
@@ -143,6 +160,7 @@ def script(directory, name, *args):
 def cli():
     script("cli", "test_checksum", os.path.join(HERE, "vectors"), "--small")
     script("cli", "test_cli")
+    musl("gcc", "cli", "test_cli", "-plain")
     plain = wants("test_plain") and program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
     if plain:
         layer("test_plain", [sys.executable, os.path.join(HERE, "cli", "test_plain.py"), plain])
@@ -155,6 +173,7 @@ def cli():
 
 def smoke():
     script("smoke", "test_smoke")
+    musl(COMPILERS[-1], "smoke", "test_smoke")
 
 
 def deliver():
