@@ -4950,8 +4950,15 @@ static bool is_localhost(const char *host)
     return n >= len && strncasecmp(host + n - len, name, len) == 0 && (n == len || host[n - len - 1] == '.');
 }
 
+/* NULL is none, which not every C library takes. */
+static void addresses_free(struct addrinfo *list)
+{
+    if (list)
+        freeaddrinfo(list);
+}
+
 /* The addresses of a host, the caller's; flags: AI_PASSIVE for all interfaces, and host is empty.  NULL: *why tells. */
-static struct addrinfo *resolve(const char *host, unsigned port, int flags, const char **why)
+static struct addrinfo *resolve_host(const char *host, unsigned port, int flags, const char **why)
 {
     char number[12];
     struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC, .ai_flags = flags }, *list = NULL;
@@ -9851,7 +9858,7 @@ static void delivery_message(struct delivery *d, struct host *h, const struct Cl
         return;
     c->job_id = job_id;
     if ((msg->run_res || msg->agentStateRes) && !c->link && address_parse(peer, &at)) {
-        freeaddrinfo(c->own);
+        addresses_free(c->own);
         c->own = NULL;
         host_port(c->where, sizeof c->where, d->addresses ? d->at.host : at.host,
                   d->addresses ? (unsigned)d->at.port : SERVICE_PORT);
@@ -9909,11 +9916,11 @@ static void delivery_free(struct delivery *d)
         struct courier *c = d->couriers;
         d->couriers = c->after;
         courier_close(c);
-        freeaddrinfo(c->own);
+        addresses_free(c->own);
         free(c->path);
         free(c);
     }
-    freeaddrinfo(d->addresses);
+    addresses_free(d->addresses);
     free(d->piece);
 }
 
@@ -11526,7 +11533,7 @@ static int client_run(struct loop *l, struct dial *d, const struct report *r)
         status = 128 + l->signal_number;
     loop_free(l);
     tls_config_free(d->tls);
-    freeaddrinfo(d->addresses);
+    addresses_free(d->addresses);
     return status;
 }
 
@@ -11916,7 +11923,7 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
              errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
              : errno == EACCES ? "; set PORT to one above 1023"
              : errno == EADDRNOTAVAIL ? "; set HOST to an address of this machine" : "");
-    freeaddrinfo(list);
+    addresses_free(list);
     host_port(where, cap, at.host, real);
     return real != 0;
 }

@@ -527,7 +527,7 @@ struct run_state {
 };
 static struct run_state st;
 static struct tls_config *configs[4]; /* as server and as client, without client certificates and with; made once */
-static const struct addrinfo no_address;
+static struct addrinfo no_address;
 
 static struct tls_config *config_of(bool client, bool mutual)
 {
@@ -1525,8 +1525,11 @@ static void fuzz_cli(struct input *in)
         status = cmd_manifest(&o, &r), MUST((status == 0) == !(r.usage || r.start));
     else if (!r.usage) {
         struct tls_config *c = NULL;
-        MUST(!resolve(&o, &r) && (r.usage || r.start));
-        if (client_tls(&o, &r, &c) && c)
+        struct address where;
+        client_address(&o, &r, &where);
+        o.wait_ms = 0;
+        MUST(r.usage || !client_resolve(&o, &r, &where));
+        if (!r.usage && client_tls(&o, &r, where.host, &c) && c)
             tls_config_free(c);
     }
     check_text_safe(whole(&noted), false);
