@@ -1364,7 +1364,7 @@ struct grpc_stream {
     bool headers_sent, finishing, encoded, no_body, answered;
     uint8_t prefix[5], prefix_len;
     uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
-    uint32_t plain_body, message_len;
+    uint32_t message_len;
     struct buf message;               /* a message whose bytes came in several pieces */
 };
 
@@ -2821,8 +2821,6 @@ struct grpc_method {
     void (*closed)(struct stream *);                          /* last call */
 };
 
-enum { PLAIN_BODY_MAX = 16384 };      /* body of a request that is not gRPC: read so far, then answered */
-
 static void put_field(struct buf *block, const char *name, struct bytes value)
 {
     hpack_encode_field(block, bytes_of(name), value);
@@ -3021,7 +3019,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     s->grpc.plain = (uint16_t)grpc_http_status(f);
     s->grpc.no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
     if (s->grpc.plain) {
-        if (f->too_large && !end)
+        if (!end)                     /* at once: who waits for the answer may never end */
             plain_answer(s);
         return;
     }
@@ -3093,12 +3091,6 @@ static size_t grpc_message_part(struct stream *s, struct bytes p)
 /* DATA: length-prefixed messages, cut anywhere. */
 static void grpc_data(struct stream *s, struct bytes p)
 {
-    if (s->grpc.plain && !s->grpc.finishing) {
-        s->grpc.plain_body += (uint32_t)p.n;
-        if (s->grpc.plain_body > PLAIN_BODY_MAX)
-            plain_answer(s);
-        return;
-    }
     while (p.n && !s->dead && !s->grpc.finishing) {
         size_t n;
         if (s->grpc.prefix_len < sizeof s->grpc.prefix) {
@@ -3144,10 +3136,8 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->grpc.plain && s->grpc.finishing) {
+    if (s->grpc.plain) {
         stream_reset(s, CANCEL);
-    } else if (s->grpc.plain) {
-        plain_answer(s);
     } else {
         s->grpc.finishing = false;         /* a status that waited to be sent gives way to this one */
         grpc_finish(s, status, text);
@@ -10526,14 +10516,26 @@ static void record_sent(struct stream *s, const struct blob *b)
     }
 }
 
-/* Sends the session one message outside its connection's own turn. */
+/* Queues what the server asks of its own accord, outside the connection's turn.  It waits until the agent reads; what
+ * would go over the connection's bound is not asked, but told.  Takes over the reference. */
+static void session_ask(struct session *session, struct blob *b)
+{
+    struct stream *s = session->stream;
+    if (b && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES) {
+        process_note(s, "too much waits to be read by this agent: it is not asked");
+        blob_unref(b);
+        return;
+    }
+    if (b)
+        record_sent(s, b);
+    grpc_send_headers(s);
+    stream_queue(s, b, ITEM_DATA);
+    s->conn->core->touched = true;
+}
+
 static void session_send(struct session *session, const struct ServerStreamMessage *msg)
 {
-    struct blob *b = grpc_encode(&ServerStreamMessage_message, msg);
-    if (b)
-        record_sent(session->stream, b);
-    grpc_send_blob(session->stream, b);
-    session->stream->conn->core->touched = true;
+    session_ask(session, grpc_encode(&ServerStreamMessage_message, msg));
 }
 
 static void session_send_manifest(struct session *session)
@@ -10913,8 +10915,7 @@ static void ask_disconnect(struct session *s)
 static void ask_run(struct session *s)
 {
     manifest_refresh(s->manifest, s->stream->conn->core);
-    session_send_manifest(s);
-    s->stream->conn->core->touched = true;
+    session_ask(s, blob_ref(s->manifest->stream));
 }
 
 static void control_help(struct server *v);
@@ -12073,7 +12074,7 @@ static void server_turn(struct loop *l)
     bool poll_due = now >= v->verdict.next_poll_ms;
     int64_t delivery_ms = delivery_tick(&v->delivery, now);
     for (struct session *s = poll_due || v->delivery.asks ? v->sessions : NULL; s; s = s->next)
-        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(s->host) || poll_due))
+        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(s->host) || (poll_due && !s->stream->head)))
             ask_state(s);
     v->delivery.asks = false;
     if (poll_due)
