@@ -16,13 +16,14 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as xml
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import harness  # noqa: E402
 from harness import (  # noqa: E402
-    ACCEPTED, LIMIT, RST, Server, W, check, environment, event, field, fields, first, frame, has, hasnot, log, named, read, run, same,
+    ACCEPTED, LIMIT, RST, Server, Stream, W, check, environment, event, field, fields, first, frame, has, hasnot, log, named, read, run, same,
     sanitizers, temp, write)
 
 MIB = 1 << 20                               # bytes of the manifest in a chunk
@@ -769,6 +770,25 @@ def test_control():
         check("control: a last line without its end", a.asked(4, 7) is not None, s.err.text(), "a question")
         check("control: the end of stdin is not the server's", a.alive(), s.err.text(), "a server that goes on")
         same("control: status at the end", s.stop(), 0)
+
+
+def test_control_waits():
+    """Questions to an agent that reads nothing for a while wait for it; a poll is not queued behind an unsent one."""
+    with Server("many questions", "-control", "-until", "complete", "-timeout", "30s", "-poll", "20ms", base=big(W.with_data),
+                stdin=subprocess.PIPE) as s:
+        a = Stream(s.address, deaf=True)
+        a.deaf, a.thread = False, threading.Thread(target=a.read, daemon=True)
+        a.s.settimeout(None)
+        a.thread.start()                                # with windows of 65,535 bytes: the manifest is longer
+        a.send(ACCEPTED)
+        s.command("state\n" * 70 + "agents\n")
+        s.err.until("agent: 1 messages")
+        check("many questions: the stream goes on", a.alive(), s.err.text(), "a stream that is open")
+        wide = struct.pack(">I", 1 << 24)
+        a.put(frame(8, 0, 0, wide) + frame(8, 0, 1, wide))
+        check("many questions: all come", a.asked(4, 70) is not None, len(a.messages), "70 questions")
+        hasnot("many questions: no cap", s.err.text(), "over the cap")
+        s.p.send_signal(signal.SIGTERM)
 
 
 def test_control_ends():
