@@ -1364,7 +1364,7 @@ struct grpc_stream {
     bool headers_sent, finishing, encoded, no_body, answered;
     uint8_t prefix[5], prefix_len;
     uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
-    uint32_t message_len;
+    uint32_t plain_body, message_len;
     struct buf message;               /* a message whose bytes came in several pieces */
 };
 
@@ -2821,6 +2821,8 @@ struct grpc_method {
     void (*closed)(struct stream *);                          /* last call */
 };
 
+enum { PLAIN_BODY_MAX = 16384 };      /* body of a request that is not gRPC: read so far, then answered */
+
 static void put_field(struct buf *block, const char *name, struct bytes value)
 {
     hpack_encode_field(block, bytes_of(name), value);
@@ -3019,7 +3021,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     s->grpc.plain = (uint16_t)grpc_http_status(f);
     s->grpc.no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
     if (s->grpc.plain) {
-        if (!end)                     /* at once: who waits for the answer may never end */
+        if (f->too_large && !end)
             plain_answer(s);
         return;
     }
@@ -3091,6 +3093,12 @@ static size_t grpc_message_part(struct stream *s, struct bytes p)
 /* DATA: length-prefixed messages, cut anywhere. */
 static void grpc_data(struct stream *s, struct bytes p)
 {
+    if (s->grpc.plain && !s->grpc.finishing) {
+        s->grpc.plain_body += (uint32_t)p.n;
+        if (s->grpc.plain_body > PLAIN_BODY_MAX)
+            plain_answer(s);
+        return;
+    }
     while (p.n && !s->dead && !s->grpc.finishing) {
         size_t n;
         if (s->grpc.prefix_len < sizeof s->grpc.prefix) {
@@ -3136,8 +3144,10 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->grpc.plain) {
+    if (s->grpc.plain && s->grpc.finishing) {
         stream_reset(s, CANCEL);
+    } else if (s->grpc.plain) {
+        plain_answer(s);
     } else {
         s->grpc.finishing = false;         /* a status that waited to be sent gives way to this one */
         grpc_finish(s, status, text);
