@@ -3960,7 +3960,7 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
     }
     struct tls_config *c = calloc(1, sizeof *c);
     n -= n > 1 && name[n - 1] == '.'; /* the root's, which no certificate names */
-    if (c && n && !(c->peer_name = strndup(name, n))) {
+    if (c && n && !(c->peer_name = text_copy((struct bytes){ (const uint8_t *)name, n }, SIZE_MAX))) {
         free(c);
         c = NULL;
     }
