@@ -3267,9 +3267,9 @@ enum tls_state { TLS_HANDSHAKE, TLS_OPEN, TLS_CLOSING, TLS_FAILED };
 
 #if CVMS_TLS
 enum {
-    TLS_LEAF_MAX = 16 << 10,  /* octets of a peer's own certificate; they are about 1 KiB */
+    TLS_LEAF_MAX = 16 << 10,  /* bytes of a peer's own certificate; they are about 1 KiB */
     TLS_CHAIN_MAX = 10,       /* certificates in a peer's chain; each costs a signature check */
-    TLS_NAMES_MAX = 65535,    /* RFC 5246 7.4.4: authorities in a CertificateRequest, in octets */
+    TLS_NAMES_MAX = 65535,    /* RFC 5246 7.4.4: authorities in a CertificateRequest, in bytes */
     TLS_SUBJECT_MAX = 240,    /* characters of a subject in a log line */
     TLS_POOL_MAX = 16,        /* idle buffers that are kept */
     TLS_RSA_MIN = 2048, TLS_RSA_MAX = 4096,
@@ -3280,90 +3280,98 @@ enum { /* our own reasons, beside BearSSL's 0 to 62 */
     TLS_ERR_USAGE = 128, TLS_ERR_NAME, TLS_ERR_NO_NAMES, TLS_ERR_ACCESS, TLS_ERR_CHAIN, TLS_ERR_ALPN, TLS_ERR_PLAINTEXT, TLS_ERR_MEMORY
 };
 
-static const struct tls_alert {
-    int number;
-    const char *name, *hint;
-} tls_alerts[] = { /* RFC 5246 7.2, RFC 7301 3.2 */
-    { 10, "unexpected_message", "" },
-    { 20, "bad_record_mac", "" },
-    { 22, "record_overflow", "" },
-    { 40, "handshake_failure", ": no common cipher suite, curve or signature" },
-    { 42, "bad_certificate", ": it does not accept our certificate" },
-    { 43, "unsupported_certificate", ": it does not accept our certificate" },
-    { 44, "certificate_revoked", ": it does not accept our certificate" },
-    { 45, "certificate_expired", ": it does not accept our certificate" },
-    { 46, "certificate_unknown", ": it does not accept our certificate" },
-    { 47, "illegal_parameter", "" },
-    { 48, "unknown_ca", ": it does not know the authority of our certificate" },
-    { 49, "access_denied", ": our certificate gives no access" },
-    { 50, "decode_error", "" },
-    { 51, "decrypt_error", "" },
-    { 70, "protocol_version", ": no common TLS version" },
-    { 71, "insufficient_security", "" },
-    { 80, "internal_error", "" },
-    { 86, "inappropriate_fallback", "" },
-    { 90, "user_canceled", "" },
-    { 100, "no_renegotiation", "" },
-    { 110, "unsupported_extension", "" },
-    { 112, "unrecognized_name", "" },
-    { 116, "certificate_required", ": it wants a client certificate" },
-    { 120, "no_application_protocol", ": it does not speak HTTP/2 (ALPN h2)" },
+/* What a number means; `alert`: the one that goes with a reason of ours (0: none, or BearSSL sends it). */
+struct tls_row {
+    int number, alert;
+    const char *text, *hint;
 };
 
-/* Reasons, the alert that goes with each (0: none, or BearSSL sends it), and their texts after "the client ...". */
-static const struct tls_reason {
-    int err, alert;
-    const char *text;
-} tls_reasons[] = {
-    { BR_ERR_UNSUPPORTED_VERSION, 70, "sent something that is no TLS record" },
-    { BR_ERR_BAD_VERSION, 70, "changed the record version in midstream" },
-    { BR_ERR_BAD_LENGTH, 22, "sent a record of impossible length" },
-    { BR_ERR_TOO_LARGE, 22, "sent a record that is too large" },
-    { BR_ERR_BAD_MAC, 20, "sent a record that does not decrypt" },
-    { BR_ERR_NO_RANDOM, 80, "is refused: the operating system gives no random numbers" },
-    { BR_ERR_UNKNOWN_TYPE, 10, "sent a record of unknown type" },
-    { BR_ERR_UNEXPECTED, 10, "sent a message out of order" },
-    { BR_ERR_BAD_CIPHER_SUITE, 47, "chose a cipher suite that was not offered" },
-    { BR_ERR_BAD_SECRENEG, 40, "sent a wrong secure renegotiation extension" },
-    { BR_ERR_BAD_FINISHED, 51, "sent a wrong Finished message" },
-    { BR_ERR_INVALID_ALGORITHM, 40, "wants a curve or signature that is not supported" },
-    { BR_ERR_BAD_SIGNATURE, 51, "does not hold the private key of its certificate" },
-    { BR_ERR_WRONG_KEY_USAGE, 43, "has a certificate whose key usage forbids signatures" },
-    { BR_ERR_NO_CLIENT_AUTH, 40, "sent no certificate" },
-    { BR_ERR_X509_UNSUPPORTED, 43, "uses an algorithm that is not supported (RSA, EC P-256 to P-521, SHA-2 are)" },
-    { BR_ERR_X509_LIMIT_EXCEEDED, 43, "has a key or a certificate that is too large" },
-    { BR_ERR_X509_BAD_SIGNATURE, 42, "has a wrong signature in its chain" },
-    { BR_ERR_X509_EXPIRED, 45, "has a certificate in its chain that is expired or not yet valid" },
-    { BR_ERR_X509_DN_MISMATCH, 42, "comes in a chain out of order" },
-    { BR_ERR_X509_BAD_SERVER_NAME, 42, "is not for this server name" },
-    { BR_ERR_X509_CRITICAL_EXTENSION, 43, "has a critical extension that is not understood" },
-    { BR_ERR_X509_NOT_CA, 42, "is signed by a certificate that is no authority" },
-    { BR_ERR_X509_FORBIDDEN_KEY_USAGE, 43, "is signed by a certificate whose key usage forbids that" },
-    { BR_ERR_X509_WEAK_PUBLIC_KEY, 42, "has an RSA key of less than 2048 bits in its chain" },
-    { BR_ERR_X509_NOT_TRUSTED, 48, "is not signed by a trusted authority" },
-    { TLS_ERR_USAGE, 43, "has an extended key usage that does not allow this" },
-    { TLS_ERR_NAME, 42, "is not for this server address" },
-    { TLS_ERR_NO_NAMES, 42, "has no subjectAltName: its CN is not looked at" },
-    { TLS_ERR_ACCESS, 49, "does not carry the name that -client-san asks for" },
-    { TLS_ERR_CHAIN, 43, "or its chain is too long" },
-    { TLS_ERR_ALPN, 120, "did not agree on ALPN h2, which HTTP/2 over TLS needs (RFC 9113 3.2)" },
-    { TLS_ERR_PLAINTEXT, 0, "speaks plaintext HTTP where TLS is spoken: turn TLS on at the client" },
-    { TLS_ERR_MEMORY, 80, "is refused: no memory" },
-    { BR_ERR_SEND_FATAL_ALERT + 40, 0, "is refused: no common cipher suite, curve or signature (TLS 1.2 with ECDHE and "
-                                       "AES-GCM or ChaCha20-Poly1305 is spoken here)" },
-    { BR_ERR_SEND_FATAL_ALERT + 70, 0, "is refused: it speaks no TLS 1.2" },
-    { BR_ERR_SEND_FATAL_ALERT + 120, 0, "is refused: it offers ALPN, but not h2" },
+static const struct tls_row tls_alerts[] = { /* RFC 5246 7.2, RFC 7301 3.2 */
+    { 10, 0, "unexpected_message", "" },
+    { 20, 0, "bad_record_mac", "" },
+    { 22, 0, "record_overflow", "" },
+    { 40, 0, "handshake_failure", ": no common cipher suite, curve or signature" },
+    { 42, 0, "bad_certificate", ": it does not accept our certificate" },
+    { 43, 0, "unsupported_certificate", ": it does not accept our certificate" },
+    { 44, 0, "certificate_revoked", ": it does not accept our certificate" },
+    { 45, 0, "certificate_expired", ": it does not accept our certificate" },
+    { 46, 0, "certificate_unknown", ": it does not accept our certificate" },
+    { 47, 0, "illegal_parameter", "" },
+    { 48, 0, "unknown_ca", ": it does not know the authority of our certificate" },
+    { 49, 0, "access_denied", ": our certificate gives no access" },
+    { 50, 0, "decode_error", "" },
+    { 51, 0, "decrypt_error", "" },
+    { 70, 0, "protocol_version", ": no common TLS version" },
+    { 71, 0, "insufficient_security", "" },
+    { 80, 0, "internal_error", "" },
+    { 86, 0, "inappropriate_fallback", "" },
+    { 90, 0, "user_canceled", "" },
+    { 100, 0, "no_renegotiation", "" },
+    { 110, 0, "unsupported_extension", "" },
+    { 112, 0, "unrecognized_name", "" },
+    { 116, 0, "certificate_required", ": it wants a client certificate" },
+    { 120, 0, "no_application_protocol", ": it does not speak HTTP/2 (ALPN h2)" },
 };
+
+/* Reasons, as they stand after "the client ...". */
+static const struct tls_row tls_reasons[] = {
+    { BR_ERR_UNSUPPORTED_VERSION, 70, "sent something that is no TLS record", "" },
+    { BR_ERR_BAD_VERSION, 70, "changed the record version in midstream", "" },
+    { BR_ERR_BAD_LENGTH, 22, "sent a record of impossible length", "" },
+    { BR_ERR_TOO_LARGE, 22, "sent a record that is too large", "" },
+    { BR_ERR_BAD_MAC, 20, "sent a record that does not decrypt", "" },
+    { BR_ERR_NO_RANDOM, 80, "is refused: the operating system gives no random numbers", "" },
+    { BR_ERR_UNKNOWN_TYPE, 10, "sent a record of unknown type", "" },
+    { BR_ERR_UNEXPECTED, 10, "sent a message out of order", "" },
+    { BR_ERR_BAD_CIPHER_SUITE, 47, "chose a cipher suite that was not offered", "" },
+    { BR_ERR_BAD_SECRENEG, 40, "sent a wrong secure renegotiation extension", "" },
+    { BR_ERR_BAD_FINISHED, 51, "sent a wrong Finished message", "" },
+    { BR_ERR_INVALID_ALGORITHM, 40, "wants a curve or signature that is not supported", "" },
+    { BR_ERR_BAD_SIGNATURE, 51, "does not hold the private key of its certificate", "" },
+    { BR_ERR_WRONG_KEY_USAGE, 43, "has a certificate whose key usage forbids signatures", "" },
+    { BR_ERR_NO_CLIENT_AUTH, 40, "sent no certificate", "" },
+    { BR_ERR_X509_UNSUPPORTED, 43, "uses an algorithm that is not supported (RSA, EC P-256 to P-521, SHA-2 are)", "" },
+    { BR_ERR_X509_LIMIT_EXCEEDED, 43, "has a key or a certificate that is too large", "" },
+    { BR_ERR_X509_BAD_SIGNATURE, 42, "has a wrong signature in its chain", "" },
+    { BR_ERR_X509_EXPIRED, 45, "has a certificate in its chain that is expired or not yet valid", "" },
+    { BR_ERR_X509_DN_MISMATCH, 42, "comes in a chain out of order", "" },
+    { BR_ERR_X509_BAD_SERVER_NAME, 42, "is not for this server name", "" },
+    { BR_ERR_X509_CRITICAL_EXTENSION, 43, "has a critical extension that is not understood", "" },
+    { BR_ERR_X509_NOT_CA, 42, "is signed by a certificate that is no authority", "" },
+    { BR_ERR_X509_FORBIDDEN_KEY_USAGE, 43, "is signed by a certificate whose key usage forbids that", "" },
+    { BR_ERR_X509_WEAK_PUBLIC_KEY, 42, "has an RSA key of less than 2048 bits in its chain", "" },
+    { BR_ERR_X509_NOT_TRUSTED, 48, "is not signed by a trusted authority", "" },
+    { TLS_ERR_USAGE, 43, "has an extended key usage that does not allow this", "" },
+    { TLS_ERR_NAME, 42, "is not for this server address", "" },
+    { TLS_ERR_NO_NAMES, 42, "has no subjectAltName: its CN is not looked at", "" },
+    { TLS_ERR_ACCESS, 49, "does not carry the name that -client-san asks for", "" },
+    { TLS_ERR_CHAIN, 43, "or its chain is too long", "" },
+    { TLS_ERR_ALPN, 120, "did not agree on ALPN h2, which HTTP/2 over TLS needs (RFC 9113 3.2)", "" },
+    { TLS_ERR_PLAINTEXT, 0, "speaks plaintext HTTP where TLS is spoken: turn TLS on at the client", "" },
+    { TLS_ERR_MEMORY, 80, "is refused: no memory", "" },
+    { BR_ERR_SEND_FATAL_ALERT + 40, 0, "is refused: no common cipher suite, curve or signature (TLS 1.2 with ECDHE and "
+                                       "AES-GCM or ChaCha20-Poly1305 is spoken here)", "" },
+    { BR_ERR_SEND_FATAL_ALERT + 70, 0, "is refused: it speaks no TLS 1.2", "" },
+    { BR_ERR_SEND_FATAL_ALERT + 120, 0, "is refused: it offers ALPN, but not h2", "" },
+};
+
+#define TLS_FIND(table, number) tls_find(table, sizeof table / sizeof table[0], number)
+static const struct tls_row *tls_find(const struct tls_row *table, size_t n, int number)
+{
+    while (n && table->number != number)
+        table++, n--;
+    return n ? table : NULL;
+}
 
 /* The row of a reason; those without one are told by their range alone. */
-static struct tls_reason tls_reason(int err)
+static const struct tls_row *tls_reason(int err)
 {
-    for (size_t i = 0; i < sizeof tls_reasons / sizeof tls_reasons[0]; i++)
-        if (tls_reasons[i].err == err)
-            return tls_reasons[i];
-    if (err >= BR_ERR_X509_OK && err <= BR_ERR_X509_NOT_TRUSTED)
-        return (struct tls_reason){ err, 42, "is damaged" };
-    return (struct tls_reason){ err, err < BR_ERR_RECV_FATAL_ALERT ? 50 : 0, "sent a malformed handshake message" };
+    static const struct tls_row damaged = { 0, 42, "is damaged", "" },
+                                handshake = { 0, 50, "sent a malformed handshake message", "" },
+                                ended = { 0, 0, "sent a malformed handshake message", "" };
+    const struct tls_row *row = TLS_FIND(tls_reasons, err);
+    return row ? row : err >= BR_ERR_X509_OK && err <= BR_ERR_X509_NOT_TRUSTED ? &damaged
+           : err < BR_ERR_RECV_FATAL_ALERT ? &handshake : &ended;
 }
 
 /* Key material does not outlive its use: the compiler may not drop these writes. */
@@ -3702,7 +3710,7 @@ static bool cert_check(const struct tls_source *s, size_t index, struct cert *c,
     const char *who = subject.failed ? "" : (const char *)subject.p;
     date_text(date, early ? c->not_before : c->not_after);
     if (err)
-        source_bad(s, e, "certificate %zu, \"%s\", %s", index + 1, who, tls_reason(err).text);
+        source_bad(s, e, "certificate %zu, \"%s\", %s", index + 1, who, tls_reason(err)->text);
     else if (!ok)
         source_bad(s, e, "certificate %zu, \"%s\", %s on %s", index + 1, who,
                    early ? "is not yet valid; it starts" : "expired", date);
@@ -4008,17 +4016,6 @@ static bool server_load(struct tls_config *c, const struct tls_options *o, int64
     return err_join(e, identity, ca, &more);
 }
 
-/* Loads and checks everything that a server needs; NULL and *e on failure.  The caller holds one reference. */
-static struct tls_config *tls_server_config(const struct tls_options *o, int64_t wall_s, struct err *e)
-{
-    struct tls_config *c = config_new(o, false, e);
-    if (c && !server_load(c, o, wall_s, e)) {
-        tls_config_free(c);
-        return NULL;
-    }
-    return c;
-}
-
 static const char *const tls_bundles[] = {
     "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
     "/etc/pki/tls/cacert.pem",            "/etc/ssl/cert.pem",
@@ -4045,16 +4042,20 @@ static bool client_load(struct tls_config *c, const struct tls_options *o, int64
     return err_join(e, identity, anchors, &more);
 }
 
-/* The same for a client, whose certificate is optional. */
-static struct tls_config *tls_client_config(const struct tls_options *o, int64_t wall_s, struct err *e)
+static struct tls_config *config_make(const struct tls_options *o, bool client, int64_t wall_s, struct err *e)
 {
-    struct tls_config *c = config_new(o, true, e);
-    if (c && !client_load(c, o, wall_s, e)) {
+    struct tls_config *c = config_new(o, client, e);
+    if (c && !(client ? client_load : server_load)(c, o, wall_s, e)) {
         tls_config_free(c);
         return NULL;
     }
     return c;
 }
+
+/* Load and check everything that a server, or a client, whose certificate is optional, needs; NULL and *e on failure.
+ * The caller holds one reference. */
+#define tls_server_config(o, wall_s, e) config_make(o, false, wall_s, e)
+#define tls_client_config(o, wall_s, e) config_make(o, true, wall_s, e)
 
 /* ---- Buffers, lent to a connection while bytes live in them ---- */
 
@@ -4189,7 +4190,7 @@ static void verify_say(struct tls_verify *v, int err)
     if (err == BR_ERR_X509_EXPIRED && (early || late))
         buf_printf(&t->why, "%s on %s", early ? "is not yet valid; it starts" : "expired", date);
     else
-        buf_puts(&t->why, tls_reason(err).text);
+        buf_puts(&t->why, tls_reason(err)->text);
     if (err == BR_ERR_X509_NOT_TRUSTED && t->config->client)
         buf_puts(&t->why, "; give its authority with -ca");
     buf_putc(&t->why, '\0');
@@ -4289,32 +4290,29 @@ static void tls_unhold(struct tls *t)
 /* What a peer's alert means. */
 static void alert_say(struct tls *t, int number)
 {
-    size_t i = 0, alerts = sizeof tls_alerts / sizeof tls_alerts[0];
-    bool client = t->config->client;
-    while (i < alerts && tls_alerts[i].number != number)
-        i++;
-    buf_printf(&t->why, "the %s sent alert %s (%d)%s", client ? "server" : "client", i < alerts ? tls_alerts[i].name : "unknown",
-               number, number == 40 && client && !t->config->chain_len ? ": it may want a client certificate; give -cert and -key"
-                       : i < alerts ? tls_alerts[i].hint : "");
+    const struct tls_row *row = TLS_FIND(tls_alerts, number);
+    bool client = t->config->client, certificate = number == 40 && client && !t->config->chain_len;
+    buf_printf(&t->why, "the %s sent alert %s (%d)%s", client ? "server" : "client", row ? row->text : "unknown", number,
+               certificate ? ": it may want a client certificate; give -cert and -key" : row ? row->hint : "");
 }
 
 /* Ends the connection with a reason; the first reason stays.  The rest of a record on its way still goes out, and
  * after it the alert, while our records are in the clear: later ones only BearSSL can protect, and it has ended. */
 static void tls_fail(struct tls *t, int err)
 {
-    struct tls_reason reason = tls_reason(err);
+    const struct tls_row *reason = tls_reason(err);
     if (t->failed)
         return;
     t->failed = true;
     if (t->why.len == 0 && err >= BR_ERR_RECV_FATAL_ALERT && err < BR_ERR_SEND_FATAL_ALERT)
         alert_say(t, err - BR_ERR_RECV_FATAL_ALERT);
     else if (t->why.len == 0)
-        buf_printf(&t->why, "the %s %s", t->config->client ? "server" : "client", reason.text);
+        buf_printf(&t->why, "the %s %s", t->config->client ? "server" : "client", reason->text);
     buf_putc(&t->why, '\0');
-    if (reason.alert == 0 || !t->buffers || t->secret)
+    if (reason->alert == 0 || !t->buffers || t->secret)
         return;
     size_t n = t->last.n, from = n ? (size_t)(t->last.p - t->buffers->out) : 0;
-    memcpy(t->buffers->out + from + n, (uint8_t[]){ 21, 3, 3, 0, 2, 2, (uint8_t)reason.alert }, 7); /* RFC 5246 7.2 */
+    memcpy(t->buffers->out + from + n, (uint8_t[]){ 21, 3, 3, 0, 2, 2, (uint8_t)reason->alert }, 7); /* RFC 5246 7.2 */
     t->last = (struct bytes){ t->buffers->out + from, n + 7 };
 }
 

@@ -83,6 +83,14 @@ def server_tls():
                 got += piece
             check("SIGHUP: an open connection goes on", frame(PING, 1, 0, b"still on") in got, got)
         check("after SIGHUP", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
+    with Server(env={"SERVER_CERT": "cn.pem", "SERVER_KEY": "cn.key"}) as s:
+        text = r"warning: SERVER_CERT \(cn.pem\): the first certificate has no subjectAltName"
+        check("a CN alone is warned of", s.err.until(text), s.err.text())
+        status, _, err = run(CVMS, "health", "-ca", "cn.pem", s.address)
+        check("and refused", status == 1 and "has no subjectAltName" in err, err)
+        s.signal(signal.SIGHUP)
+        check("SIGHUP: it is warned of again",
+                  s.err.until(r"SIGHUP: SERVER_CERT \(cn.pem\): .* \(a warning\)"), s.err.text())
     shutil.copy("server.pem", "changing.pem")
     with Server(env={"SERVER_CERT": "changing.pem", "SERVER_KEY": "server.key"}) as s:
         shutil.copy("other.pem", "changing.pem")
@@ -228,7 +236,7 @@ def start_up():
 
 
 def secrets_of(key):
-    """For wipe.c: pieces of 16 octets of the private numbers, as DER has them, and of the second half of the PEM text."""
+    """For wipe.c: pieces of 16 bytes of the private numbers, as DER has them, and of the second half of the PEM text."""
     told = run("openssl", "pkey", "-in", key, "-text", "-noout")[1]
     pieces = {}
     for name, digits in re.findall(r"(?m)^(priv|privateExponent|prime\d|exponent\d|coefficient):\n((?:    [0-9a-f:]+\n)+)", told):
@@ -270,6 +278,7 @@ def keys_are_wiped():
 def tests():
     readme_commands()
     self_signed("other")
+    shell("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout cn.key -out cn.pem")
     for name, extensions in (("rsa", "server.ext"), ("rsaclient", "client.ext")):
         shell(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
               f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem")

@@ -4,7 +4,7 @@
 
 static struct {
     char name[40];
-    uint8_t octets[16];               /* turned over, so that this list does not find itself */
+    uint8_t bytes[16];               /* turned over, so that this list does not find itself */
     bool found;
 } secrets[400];
 
@@ -12,12 +12,12 @@ static size_t secret_count;
 
 static void look_through(const uint8_t *p, const uint8_t *end)
 {
-    for (; end - p >= (ptrdiff_t)sizeof secrets[0].octets; p++)
+    for (; end - p >= (ptrdiff_t)sizeof secrets[0].bytes; p++)
         for (size_t i = 0; i < secret_count; i++) {
             size_t n = 0;
-            while (n < sizeof secrets[i].octets && (p[n] ^ secrets[i].octets[n]) == 0xff)
+            while (n < sizeof secrets[i].bytes && (p[n] ^ secrets[i].bytes[n]) == 0xff)
                 n++;
-            if (n == sizeof secrets[i].octets && !secrets[i].found) {
+            if (n == sizeof secrets[i].bytes && !secrets[i].found) {
                 secrets[i].found = true;
                 fprintf(stderr, "wipe: %s is still in memory\n", secrets[i].name);
             }
@@ -27,15 +27,15 @@ static void look_through(const uint8_t *p, const uint8_t *end)
 static void at_end(void)
 {
     FILE *f = fopen(getenv("WIPE_SECRETS"), "r");
-    char octets[33], line[300];
-    while (f && secret_count < PB_COUNT(secrets) && fscanf(f, "%39s %32s", secrets[secret_count].name, octets) == 2) {
-        for (size_t i = 0; i < sizeof secrets[0].octets; i++) {
-            char two[3] = { octets[2 * i], octets[2 * i + 1], 0 };
-            secrets[secret_count].octets[i] = (uint8_t)~strtoul(two, NULL, 16);
+    char bytes[33], line[300];
+    while (f && secret_count < PB_COUNT(secrets) && fscanf(f, "%39s %32s", secrets[secret_count].name, bytes) == 2) {
+        for (size_t i = 0; i < sizeof secrets[0].bytes; i++) {
+            char two[3] = { bytes[2 * i], bytes[2 * i + 1], 0 };
+            secrets[secret_count].bytes[i] = (uint8_t)~strtoul(two, NULL, 16);
         }
         secret_count++;
     }
-    memset(octets, 0, sizeof octets);
+    memset(bytes, 0, sizeof bytes);
     if (f)
         fclose(f);
     f = fopen("/proc/self/maps", "r");
