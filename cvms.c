@@ -4610,12 +4610,13 @@ struct link {
     struct conn conn;
 };
 
-/* stdout or stderr: lines wait in the core's buffer until the descriptor takes them. */
+/* stdout, stderr or -record: lines wait in the core's buffer until the descriptor takes them. */
 struct sink {
     struct watch watch;
     struct buf *lines;
     size_t sent;
-    bool regular, broken;
+    int64_t retry_ms;                 /* when to try again what can't be waited for; INT64_MAX: never */
+    bool shared, broken;              /* shared: other programs write through this open file too */
 };
 
 struct loop {
@@ -4822,6 +4823,13 @@ static size_t sink_pending(const struct sink *s)
     return s->lines->len - s->sent;
 }
 
+/* What waits for the one of stdout and -record that is further behind. */
+static size_t loop_backlog(const struct loop *l)
+{
+    size_t out = sink_pending(&l->out), record = sink_pending(&l->record);
+    return out > record ? out : record;
+}
+
 static void loop_stop(struct loop *l, const char *why);
 
 /* Writing has failed for good: what waits is dropped.  Without stdout the program has no purpose: it ends. */
@@ -4841,30 +4849,48 @@ static void sink_fail(struct loop *l, struct sink *s, int error)
     loop_stop(l, "the server ends");
 }
 
-/* Writes as much as the descriptor takes without blocking.  A pipe or terminal is asked first, and gets no more than
- * PIPE_BUF, which it can take at once when it says that it is writable; a file gets all. */
+/* Writes without blocking.  An open file that others write through too is told not to block for this one call only. */
+static ssize_t sink_write(const struct sink *s, const void *p, size_t n)
+{
+    int fd = s->watch.fd, flags = s->shared ? fcntl(fd, F_GETFL) : O_NONBLOCK;
+    if (flags < 0 || flags & O_NONBLOCK)
+        return write(fd, p, n);
+    if (fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0)
+        return -1;
+    ssize_t k = write(fd, p, n);
+    int error = errno;
+    fcntl(fd, F_SETFL, flags);
+    errno = error;
+    return k;
+}
+
+/* The descriptor takes no more now.  Some can't be waited for, and a terminal with room for one byte says that it can be
+ * written, though a line's end takes two: they are tried again in a while. */
+static void sink_wait(struct loop *l, struct sink *s)
+{
+    bool full = poll(&(struct pollfd){ .fd = s->watch.fd, .events = POLLOUT }, 1, 0) == 0;
+    if (full && poller_set(l, &s->watch, WATCH_OUT))
+        return;
+    poller_set(l, &s->watch, 0);
+    s->retry_ms = l->core.now_ms + RETRY_MS;
+}
+
+/* Writes as much as the descriptor takes without blocking. */
 static void sink_flush(struct loop *l, struct sink *s)
 {
     bool lost = s->lines->failed && s == &l->record;
     s->lines->failed = lost;          /* elsewhere a line that found no memory has been dealt with */
+    s->retry_ms = INT64_MAX;
     while (sink_pending(s) && !s->broken) {
-        size_t n = sink_pending(s);
-        if (!s->regular) {
-            struct pollfd p = { .fd = s->watch.fd, .events = POLLOUT };
-            if (poll(&p, 1, 0) == 0) {
-                if (!poller_set(l, &s->watch, WATCH_OUT))
-                    s->regular = true;
-                return;
-            }
-            n = min_size(n, PIPE_BUF);
-        }
-        ssize_t k = write(s->watch.fd, s->lines->p + s->sent, n);
-        if (k >= 0)
+        ssize_t k = sink_write(s, s->lines->p + s->sent, sink_pending(s));
+        if (k >= 0) {
             s->sent += (size_t)k;
-        else if (errno == EAGAIN && poller_set(l, &s->watch, WATCH_OUT))
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            sink_wait(l, s);
             return;
-        else if (errno != EINTR)
+        } else if (errno != EINTR) {
             sink_fail(l, s, errno);
+        }
     }
     poller_set(l, &s->watch, 0);
     s->lines->len = s->sent = 0;
@@ -4890,15 +4916,22 @@ static void sink_ready(struct loop *l, struct watch *w, unsigned events)
     sink_flush(l, (struct sink *)w);
 }
 
+/* A terminal or pipe is opened once more where /proc is there, for a description of our own that does not block. */
 static void sink_init(struct sink *s, int fd, struct buf *lines)
 {
     struct stat st;
-    *s = (struct sink){ .watch = { .fd = fd, .ready = sink_ready }, .lines = lines };
-    s->regular = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
-    const char *name = isatty(fd) ? ttyname(fd) : NULL;
-    int own = name ? open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
-    if (own >= 0)                     /* a terminal may take less than poll says; the user's own stays as it is */
+    char path[32];
+    *s = (struct sink){ .watch = { .fd = fd, .ready = sink_ready }, .lines = lines, .retry_ms = INT64_MAX };
+    if (fd < 0 || fstat(fd, &st) != 0 || S_ISREG(st.st_mode))
+        return;
+    text_printf(path, sizeof path, "/proc/self/fd/%d", fd);
+    bool again = (S_ISCHR(st.st_mode) || S_ISFIFO(st.st_mode)) && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY;
+    int own = again ? open(path, O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) : -1;
+    s->shared = own < 0;
+    if (own >= 0)
         s->watch.fd = own;
+    if (own >= 0 && fd > STDERR_FILENO)
+        close(fd);
 }
 
 static void sink_close(const struct sink *s)
@@ -5196,7 +5229,7 @@ static void link_eof(struct link *k)
 static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
-    bool full = !l->paused && sink_pending(&l->out) > PAUSE_BYTES;    /* others have filled it in this turn */
+    bool full = !l->paused && loop_backlog(l) > PAUSE_BYTES;    /* others have filled it in this turn */
     if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && !full && conn_wants_input(&k->conn)) {
         ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
@@ -5214,8 +5247,10 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
         return;
     }
     link_flush(k);
-    if (sink_pending(&l->out) > READ_LEN)
+    if (loop_backlog(l) > READ_LEN) {
         sink_flush(l, &l->out);
+        sink_flush(l, &l->record);
+    }
 }
 
 /* An IPv6 address as RFC 5952 has it: the longest run of zeros, if of two groups at least, becomes "::".  (inet_ntop
@@ -5681,8 +5716,7 @@ static struct loop *loop_new(void)
 /* stdout is behind, or has caught up: senders are held back, then let go (see HOLD_BYTES). */
 static void loop_pressure(struct loop *l)
 {
-    size_t waiting = sink_pending(&l->out), record = sink_pending(&l->record);
-    waiting = waiting > record ? waiting : record;
+    size_t waiting = loop_backlog(l);
     bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
     bool release = l->core.backpressure && waiting < HOLD_BYTES / 4;
     sink_compact(&l->out);
@@ -5755,6 +5789,9 @@ static int loop_timeout(const struct loop *l)
         return 0;
     if (l->timer_ms < at)
         at = l->timer_ms;
+    const int64_t retry[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms };
+    for (size_t n = 0; n < PB_COUNT(retry); n++)
+        at = retry[n] < at ? retry[n] : at;
     if (l->stop_ms < at)
         at = l->stop_ms;
     if (l->accept_full && l->core.now_ms + 1000 < at)
@@ -10147,7 +10184,7 @@ static void delivery_check(struct delivery *d, const struct manifest *m, struct 
  * Owns: what each method answers, and the lines on stdout that an agent's messages become.
  * Never: touches frames; it sends messages and a status.
  */
-enum { COMMAND_LINE = 1024 };
+enum { COMMAND_LINE = 1024, LINE_MAX_BYTES = 1 << 20 };   /* more than that between two line ends is no text */
 
 /* All that the server command knows. */
 struct server {
@@ -10161,6 +10198,7 @@ struct server {
     bool color, json;                 /* how messages are shown on stdout */
     bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
     struct watch input;               /* stdin, when its lines are commands */
+    bool input_always;                /* it can't be waited for: a piece is read in each turn */
     struct tls_config *tls;           /* on its way to the loop */
     char line[COMMAND_LINE];
     size_t line_len;
@@ -11036,8 +11074,8 @@ static void control_bytes(struct server *v, const char *p, size_t n)
             v->line[v->line_len < COMMAND_LINE ? v->line_len : 0] = 0;
             v->line_len = 0;
             control_line(v, v->line);
-        } else if (v->line_len < COMMAND_LINE) {
-            v->line[v->line_len++] = *p;
+        } else if (v->line_len++ < COMMAND_LINE) {
+            v->line[v->line_len - 1] = *p;
         }
     }
 }
@@ -11049,12 +11087,17 @@ static void control_ready(struct loop *l, struct watch *w, unsigned events)
     char p[512];
     (void)events;
     ssize_t n = read(w->fd, p, sizeof p);
-    if (n > 0) {
+    if (n > 0)
         control_bytes(v, p, (size_t)n);
-    } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
+    bool endless = v->line_len > LINE_MAX_BYTES;
+    if (endless)
+        core_note(&l->core, NULL, "stdin holds no lines: it gives no more commands");
+    else if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
         control_bytes(v, "\n", 1);
-        poller_set(l, w, 0);
-    }
+    else
+        return;
+    poller_set(l, w, 0);
+    v->input_always = false;
 }
 
 static void control_start(struct server *v)
@@ -11068,10 +11111,7 @@ static void control_start(struct server *v)
         core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));
         return;
     }
-    char p[512];                      /* a file can't be waited for: all its lines are there */
-    for (ssize_t n; (n = read(STDIN_FILENO, p, sizeof p)) > 0 || (n < 0 && errno == EINTR);)
-        control_bytes(v, p, n > 0 ? (size_t)n : 0);
-    control_bytes(v, "\n", 1);
+    v->input_always = true;
 }
 
 /* ==== 20. The client commands: a stand-in agent, and health ========================================================
@@ -12033,6 +12073,11 @@ static bool server_tls(const struct options *o, struct tls_config **config, stru
                                                            : NULL;
         return !of_tls || err_set(e, "%s needs TLS: give -server-cert and -server-key", of_tls);
     }
+    const struct tls_source *files[] = { &t.cert, &t.key, &t.client_ca, &t.server_ca };
+    struct stat st;
+    for (size_t i = 0; *config && i < PB_COUNT(files); i++)   /* while the loop runs nothing may wait for a FIFO's writer */
+        if (present(files[i]->value) && stat(files[i]->value, &st) == 0 && !S_ISREG(st.st_mode))
+            return err_set(e, "%s: %s is no plain file, which could be read again", files[i]->name, files[i]->value);
     struct tls_config *made = tls_server_config(&t, (int64_t)time(NULL), e);
     if (!made)
         return false;
@@ -12072,6 +12117,8 @@ static void server_turn(struct loop *l)
     int64_t now = l->core.now_ms, next = INT64_MAX;
     if (l->reload)
         server_reload(v);
+    if (v->input_always)
+        control_ready(l, &v->input, WATCH_IN);
     for (struct session *s = v->sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
         if (s->send_ms <= now) {
             session_send_manifest(s);
@@ -12092,7 +12139,7 @@ static void server_turn(struct loop *l)
         l->exit_status = v->verdict.status;
         loop_stop(l, VERDICT_OVER);
     }
-    l->timer_ms = verdict_deadline(&v->verdict);
+    l->timer_ms = v->input_always ? now : verdict_deadline(&v->verdict);
     if (next < l->timer_ms)
         l->timer_ms = next;
     if (delivery_ms < l->timer_ms)

@@ -5,6 +5,7 @@ Each function named test_... is one subject; NAMEs pick those that contain one o
 the openssl command only; loopback only; every port is the system's choice.  The last line is `N passed, M failed`.
 """
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -1090,21 +1091,36 @@ def test_signals_while_hashing():
     refused("a typo before 64 GiB", [*W.required, "-algo-path", path, "-timeuot", "5s"], 2, ["-timeout"])
 
 
-def test_terminal_nobody_reads():
-    """A terminal that takes no more: other connections are served, the time-out comes, and a signal ends it."""
-    master, slave = pty.openpty()
-    with Server("full terminal", "-until", "complete", "-timeout", "3s", stdout=slave) as s:
-        stream = Stream(s.address, deaf=True)
-        stream.s.settimeout(0.2)
-        try:
-            for _ in range(200):
-                stream.send(log("x" * 10000))
-        except OSError:
-            pass
-        same("full terminal: health", run("health", ["health", s.address]).status, 0)
-        same("full terminal: the time-out comes", s.wait(12), 4)
-    os.close(slave)
-    os.close(master)
+def test_output_nobody_reads():
+    """A terminal, socket or record that takes no more: other connections are served, the time-out comes, a signal ends it."""
+    fifo = os.path.join(temp("unread"), "fifo")
+    os.mkfifo(fifo)
+    pairs = {"terminal": pty.openpty(), "socket": [x.detach() for x in socket.socketpair()],
+             "record": (os.open(fifo, os.O_RDWR), os.open(os.devnull, os.O_WRONLY))}
+    for what, (ours, theirs) in pairs.items():
+        flags = fcntl.fcntl(theirs, fcntl.F_GETFL)
+        more = ["-record", fifo] if what == "record" else []
+        with Server(f"full {what}", "-until", "complete", "-timeout", "3s", *more, stdout=theirs) as s:
+            stream = Stream(s.address, deaf=True)
+            stream.s.settimeout(0.2)
+            try:
+                for _ in range(200):
+                    stream.send(log("x" * 10000))
+            except OSError:
+                pass
+            same(f"full {what}: health", run("health", ["health", s.address]).status, 0)
+            same(f"full {what}: the time-out comes", s.wait(12), 4)
+        same(f"full {what}: the open file is as it was", fcntl.fcntl(theirs, fcntl.F_GETFL), flags)
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_control_without_lines():
+    """Commands from what never ends a line: the server serves, and stops reading it."""
+    with open("/dev/zero", "rb") as zero, Server("control from /dev/zero", "-control", stdin=zero) as s:
+        same("control from /dev/zero: health", run("health", ["health", s.address]).status, 0)
+        check("control from /dev/zero: told", s.err.until("stdin holds no lines"), s.err.text(), "that it gives no commands")
+        same("control from /dev/zero: status", s.stop(), 0)
 
 
 def test_ready_fifo_unread():

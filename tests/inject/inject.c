@@ -142,13 +142,16 @@ void inject_free(void *p)
 
 /* ---- Descriptors ---- */
 
-/* "read.socket" and so on. */
+/* "read.socket" and so on; what is open twice has the name of its lowest descriptor. */
 static const char *about(char kind[24], const char *call, int fd)
 {
     static const char *const standard[] = { "stdin", "stdout", "stderr" };
-    struct stat st = { .st_mode = 0 };
-    const char *what = fd >= 0 && fd < 3 ? standard[fd] : fstat(fd, &st) != 0 ? "other"
-                     : S_ISREG(st.st_mode) ? "file" : S_ISSOCK(st.st_mode) ? "socket"
+    struct stat st = { .st_mode = 0 }, first;
+    bool known = fstat(fd, &st) == 0;
+    int n = 0;
+    while (n < 3 && n != fd && !(known && fstat(n, &first) == 0 && first.st_dev == st.st_dev && first.st_ino == st.st_ino))
+        n++;
+    const char *what = n < 3 ? standard[n] : !known ? "other" : S_ISREG(st.st_mode) ? "file" : S_ISSOCK(st.st_mode) ? "socket"
                      : S_ISFIFO(st.st_mode) ? "pipe" : "other";
     snprintf(kind, 24, "%s.%s", call, what);
     return kind;

@@ -344,6 +344,7 @@ def plain(text):
     text = re.sub(r"(127\.0\.0\.1|\[::1\]|localhost):\d+", "ADDRESS", text)
     text = re.sub(r'"(stream|seconds|nanos)": ?"?\d+"?', r'"\1": N', text)
     text = re.sub(r'(time(stamp)?)="[^"]*"', r"\1=T", text)
+    text = re.sub(r'"stream":"[^"]*"(,"job_id":"[^"]*")?,"sent":{"runReqChunks"', 'MANIFEST', text)   # to whom comes first
     text = re.sub(r"\b\d+(\.\d+)? ?(ms|s)\b", "N s", text)
     text = re.sub(r"saying goodbye to \d+ connections?", "saying goodbye", text)
     text = re.sub(r"\b\d+ messages?, \d+ bytes", "N messages", text)

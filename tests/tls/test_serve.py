@@ -97,6 +97,11 @@ def server_tls():
         s.signal(signal.SIGHUP)
         check("SIGHUP, a certificate that does not fit", s.err.until("SIGHUP: SERVER_KEY.*the old certificates stay"), s.err.text())
         check("the old one is served", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
+        os.unlink("changing.pem")
+        os.mkfifo("changing.pem")
+        s.signal(signal.SIGHUP)
+        check("SIGHUP, a FIFO", s.err.until("SIGHUP: SERVER_CERT: changing.pem is no plain file"), s.err.text())
+        check("beside a FIFO the old one is served", run(CVMS, "health", "-ca", "ca.pem", s.address)[0] == 0)
         with socket.create_connection(("localhost", s.port), 10):
             pass
         check("a handshake that ends is told", s.err.until("TLS: the peer went away during the handshake"), s.err.text())
