@@ -2828,20 +2828,21 @@ static void put_field(struct buf *block, const char *name, struct bytes value)
     hpack_encode_field(block, bytes_of(name), value);
 }
 
-/* A field block from a list of name, value, ..., NULL; a field without a value is left out.  The caller frees it. */
-static struct buf fields_encode(const char *const *list)
+/* A list of name, value, ..., NULL appended to a field block; NULL is an empty list, and a field without a value is left
+ * out. */
+static void put_fields(struct buf *block, const char *const *list)
 {
-    struct buf block = { 0 };
-    for (; *list; list += 2)
+    for (; list && *list; list += 2)
         if (list[1])
-            put_field(&block, list[0], bytes_of(list[1]));
-    return block;
+            put_field(block, list[0], bytes_of(list[1]));
 }
 
-/* Sends such a list as a HEADERS frame. */
-static void stream_put_fields(struct stream *s, const char *const *list, unsigned flags)
+/* Sends such a list, and the metadata behind it, as HEADERS. */
+static void stream_put_fields(struct stream *s, const char *const *list, const char *const *metadata, unsigned flags)
 {
-    struct buf block = fields_encode(list);
+    struct buf block = { 0 };
+    put_fields(&block, list);
+    put_fields(&block, metadata);
     s->conn->out.failed |= block.failed;
     conn_put_block(s->conn, s->id, (struct bytes){ block.p, block.len }, flags);
     buf_free(&block);
@@ -2853,7 +2854,7 @@ static void grpc_send_headers(struct stream *s)
     if (s->grpc.headers_sent || s->dead)
         return;
     s->grpc.headers_sent = true;
-    stream_put_fields(s, (const char *[]){ ":status", "200", "content-type", "application/grpc", NULL }, 0);
+    stream_put_fields(s, (const char *[]){ ":status", "200", "content-type", "application/grpc", NULL }, NULL, 0);
 }
 
 /* grpc-message: everything but visible ASCII is percent-encoded. */
@@ -2887,7 +2888,8 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
         "grpc-message", *text && !message.failed ? (const char *)message.p : NULL,
         "grpc-accept-encoding", status == GRPC_UNIMPLEMENTED ? "identity" : NULL, NULL,
     };
-    struct buf block = fields_encode(list);
+    struct buf block = { 0 };
+    put_fields(&block, list);
     bool failed = block.failed || message.failed;
     stream_queue(s, failed ? NULL : blob_copy((struct bytes){ block.p, block.len }), ITEM_TRAILERS);
     buf_free(&block);
@@ -2908,7 +2910,7 @@ static void plain_answer(struct stream *s)
     text_printf(length, sizeof length, "%zu", sizeof body - 1);
     stream_put_fields(s, (const char *[]){ ":status", status, "content-type", "text/plain", "content-length", length,
                                            "allow", s->grpc.plain == 405 ? "POST" : NULL, NULL },
-                      with_body ? 0 : END_STREAM);
+                      NULL, with_body ? 0 : END_STREAM);
     if (with_body)
         stream_queue(s, blob_copy(BYTES(body)), ITEM_LAST_DATA);
     else
@@ -3166,17 +3168,15 @@ static struct stream *grpc_call(struct conn *c, const struct grpc_method *m, con
                                 const char *const *metadata)
 {
     struct stream *s = stream_new(c, c->next_id);
-    const char *list[40] = {
+    const char *const list[] = {
         ":method", "POST", ":scheme", c->secure ? "https" : "http", ":path", m->path, ":authority", authority,
-        "content-type", "application/grpc", "te", "trailers", "user-agent", "cvms/" CVMS_VERSION,
+        "content-type", "application/grpc", "te", "trailers", "user-agent", "cvms/" CVMS_VERSION, NULL,
     };
     if (!s)
         return NULL;
-    for (size_t i = 14; metadata && *metadata; metadata++)
-        list[i++] = *metadata;
     c->next_id += 2;
     s->grpc.method = m;
-    stream_put_fields(s, list, 0);
+    stream_put_fields(s, list, metadata, 0);
     return s;
 }
 

@@ -130,6 +130,14 @@ def test_whole_run():
         same("whole: the results' hash", report[2]["sha3_256"], sha3(counting(1000)))
 
 
+def test_many_arguments():
+    args = [str(i) for i in range(300)]
+    with Agent() as go, Run("many arguments", "-algo-args", ",".join(args), go=go, until=None) as r:
+        r.connect().accept()
+        need(go.saw("algo .*$"), f"no algorithm: {r.server.err.text()}")
+        has("many arguments", go.out.text(), re.escape("args=[" + " ".join(f'"{a}"' for a in args) + "]"))
+
+
 # ---- What is told at the start ----
 
 def test_mistakes():
