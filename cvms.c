@@ -7582,6 +7582,7 @@ struct checksums {
     size_t n, next;              /* next: the first that no lane has taken up */
     struct lane *lanes;
     unsigned width, features;
+    uint64_t done;               /* bytes */
 };
 
 static void checksum_fail(struct checksum *c, const struct err *e)
@@ -7663,6 +7664,7 @@ static bool checksums_step(struct checksums *j)
         sha3_256_absorb_lanes(h, data, step / SHA3_256_RATE, some);
     for (unsigned i = 0; i < some; i++)
         busy[i]->at += step;
+    j->done += some * step;
     return some;
 }
 
@@ -7676,13 +7678,32 @@ static void checksums_free(struct checksums *j)
     j->lanes = NULL;
 }
 
-/* Hashes n paths.  Sets all members but path of each. */
+/* Shows on a terminal how far the hashing is, over what was shown before; at the end nothing stays. */
+static void checksums_show(const struct checksums *j, bool end)
+{
+    char line[80];
+    size_t n = text_printf(line, sizeof line, "\rcvms: hashing: %llu MB, %zu of %zu inputs begun ",
+                           (unsigned long long)(j->done / 1000000), j->next, j->n);
+    memset(line + 1, ' ', end ? n - 1 : 0);
+    line[n++] = end ? '\r' : ' ';
+    fd_write(STDERR_FILENO, line, n, 0);
+}
+
+/* Hashes n paths before the loop runs, and shows what takes over a second.  Sets all members but path of each. */
 static void checksum_files(struct checksum *c, size_t n)
 {
     struct checksums j;
+    int64_t next = isatty(STDERR_FILENO) ? clock_ms(CLOCK_MONOTONIC) + 1000 : INT64_MAX;
+    bool shown = false;
     if (checksums_start(&j, c, n))
         while (checksums_step(&j))
-            ;
+            if (next < INT64_MAX && clock_ms(CLOCK_MONOTONIC) >= next) {
+                checksums_show(&j, false);
+                shown = true;
+                next = clock_ms(CLOCK_MONOTONIC) + 200;
+            }
+    if (shown)
+        checksums_show(&j, true);
     checksums_free(&j);
 }
 
@@ -8083,6 +8104,8 @@ struct manifest {
     struct ComputationRunReq req;
     struct bytes key;                 /* -public-key-path; empty: not given */
     struct checksum *inputs;          /* of direct datasets in their order, then of the algorithm */
+    struct checksum *fresh;           /* those of them that have changed, while they are hashed again; else NULL */
+    struct checksums hashing;         /* of fresh */
     size_t input_count;
     int64_t looked_ms;                /* when the inputs were last looked at, to see whether they have changed */
     bool algo_input;                  /* the last input is the algorithm */
@@ -8726,49 +8749,86 @@ static struct manifest *manifest_for(struct manifest *m, struct bytes job)
     return m;
 }
 
+/* Ends the hashing of what has changed, if there is any. */
+static void manifest_settle(struct manifest *m)
+{
+    checksums_free(&m->hashing);
+    for (size_t i = 0; m->fresh && i < m->hashing.n; i++)
+        free(m->fresh[i].why);
+    free(m->fresh);
+    m->fresh = NULL;
+}
+
 /* What is not the options' own. */
 static void manifest_free(struct manifest *m)
 {
     for (; m; m = m->next) {
+        manifest_settle(m);
         blob_unref(m->stream);
         m->stream = NULL;
     }
 }
 
-/* Looks whether an input has changed since it was hashed, and hashes it again.  A note for each on the log.  Streams
+/* Looks whether inputs have changed since they were hashed.  True: some have, and manifest_step is to hash them.  Streams
  * that open in the same millisecond look once. */
-static void manifest_refresh(struct manifest *m, struct core *core)
+static bool manifest_look(struct manifest *m, struct core *core)
 {
-    bool changed = false;
-    if (m->looked_ms == core->now_ms)
-        return;
+    size_t n = 0;
+    if (m->fresh || m->looked_ms == core->now_ms)
+        return m->fresh != NULL;
     m->looked_ms = core->now_ms;
     for (size_t i = 0; i < m->input_count; i++) {
-        struct checksum *in = &m->inputs[i];
-        if (!checksum_changed(in->path, &in->id))
+        if (!checksum_changed(m->inputs[i].path, &m->inputs[i].id))
             continue;
-        struct checksum again = { .path = in->path };
-        struct buf path = { 0 };
-        put_text(&path, bytes_of(in->path), NULL);
-        checksum_files(&again, 1);
-        if (again.ok) {
-            char hex[2 * SHA3_256_LEN + 1];
-            hex_text(hex, again.hash, SHA3_256_LEN);
-            core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
-            bool differs = memcmp(in->hash, again.hash, SHA3_256_LEN) != 0;
-            changed |= differs;
-            again.version = differs ? m->version + 1 : in->version;
-            *in = again;
-        } else {
-            core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash",
-                      (int)path.len, (char *)path.p);
-            in->id = path_id(in->path);
-        }
-        free(again.why);
-        buf_free(&path);
+        if (!m->fresh)
+            m->fresh = calloc(m->input_count, sizeof *m->fresh);
+        if (!m->fresh)
+            break;
+        m->fresh[n++].path = m->inputs[i].path;
     }
+    if (n && checksums_start(&m->hashing, m->fresh, n))
+        return true;
+    if (m->fresh || n)
+        core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
+    m->hashing.n = 0;
+    manifest_settle(m);
+    return false;
+}
+
+/* Takes over what an input is now, with a note on the log.  Returns whether its hash is another. */
+static bool manifest_take(struct manifest *m, struct checksum *in, struct checksum *fresh, struct core *core)
+{
+    char hex[2 * SHA3_256_LEN + 1];
+    struct buf path = { 0 };
+    bool differs = fresh->ok && memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0;
+    put_text(&path, bytes_of(in->path), NULL);
+    if (fresh->ok) {
+        hex_text(hex, fresh->hash, SHA3_256_LEN);
+        core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
+        fresh->version = differs ? m->version + 1 : in->version;
+        *in = *fresh;
+    } else {
+        core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash", (int)path.len,
+                  (char *)path.p);
+        in->id = path_id(in->path);
+    }
+    buf_free(&path);
+    return differs;
+}
+
+/* Hashes a slice of what has changed.  False: all is hashed, and the manifest has been made anew. */
+static bool manifest_step(struct manifest *m, struct core *core)
+{
+    bool changed = false;
+    if (checksums_step(&m->hashing))
+        return true;
+    for (size_t i = 0, k = 0; i < m->input_count && k < m->hashing.n; i++)
+        if (m->inputs[i].path == m->fresh[k].path)
+            changed |= manifest_take(m, &m->inputs[i], &m->fresh[k++], core);
     if (changed && !manifest_encode(m))
         core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
+    manifest_settle(m);
+    return false;
 }
 
 /* ==== 16. The verdict: a smoke test's stages, failures and summary ==================================================
@@ -10222,6 +10282,7 @@ struct session {
     uint64_t messages, bytes;
     unsigned version;                 /* of the manifest that was sent; 0: none, or not the one that is delivered for */
     int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
+    unsigned waits;                   /* how often changed inputs are to be hashed before that */
     bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
     char *job_id;                     /* safe to print; NULL: none was sent */
 };
@@ -10562,13 +10623,22 @@ static void record_sent(struct stream *s, const struct blob *b)
     }
 }
 
+/* Whether the connection's bound leaves room for what the server asks of its own accord; if not, that is told. */
+static bool session_room(struct session *session, const struct blob *b)
+{
+    struct stream *s = session->stream;
+    bool room = s->conn->queued_bytes + item_own(b) <= MAX_QUEUED_BYTES;
+    if (!room)
+        process_note(s, "too much waits to be read by this agent: it is not asked");
+    return room;
+}
+
 /* Queues what the server asks of its own accord, outside the connection's turn.  It waits until the agent reads; what
- * would go over the connection's bound is not asked, but told.  Takes over the reference. */
+ * would go over the connection's bound is not asked.  Takes over the reference. */
 static void session_ask(struct session *session, struct blob *b)
 {
     struct stream *s = session->stream;
-    if (b && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES) {
-        process_note(s, "too much waits to be read by this agent: it is not asked");
+    if (b && !session_room(session, b)) {
         blob_unref(b);
         return;
     }
@@ -10596,6 +10666,17 @@ static void session_send_manifest(struct session *session)
     grpc_send_blob(s, blob_ref(session->manifest->stream));
     if (session->ended)
         grpc_finish(s, GRPC_OK, "");
+}
+
+/* The manifest is due in delay_ms, but not before inputs that have changed by now are hashed.  A hashing that goes on
+ * already may be past what has changed since. */
+static void session_offer(struct session *session, int64_t delay_ms)
+{
+    struct core *core = session->stream->conn->core;
+    session->send_ms = core->now_ms + delay_ms;
+    session->waits = session->manifest->fresh ? 2 : manifest_look(session->manifest, core) ? 1 : 0;
+    if (!session->waits && delay_ms <= 0)
+        session_send_manifest(session);
 }
 
 /* The stream has shown what it is. */
@@ -10644,13 +10725,10 @@ static void process_open(struct stream *s, const struct fields *f)
     const char *job = session->job_id, *subject = s->conn->subject;
     core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
               job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
-    manifest_refresh(session->manifest, core);
     if (kind == KIND_FORWARDER && server->skip_forwarder)
         grpc_send_headers(s);
-    else if (server->manifest.faults && server->faults.value[FAULT_DELAY] > 0)
-        session->send_ms = core->now_ms + server->faults.value[FAULT_DELAY];
     else
-        session_send_manifest(session);
+        session_offer(session, server->manifest.faults ? server->faults.value[FAULT_DELAY] : 0);
 }
 
 static void process_message(struct stream *s, struct bytes wire)
@@ -10960,8 +11038,10 @@ static void ask_disconnect(struct session *s)
 
 static void ask_run(struct session *s)
 {
-    manifest_refresh(s->manifest, s->stream->conn->core);
-    session_ask(s, blob_ref(s->manifest->stream));
+    if (!session_room(s, NULL))
+        return;
+    session_offer(s, 0);
+    s->stream->conn->core->touched = true;
 }
 
 static void control_help(struct server *v);
@@ -12110,6 +12190,29 @@ static void server_reload(struct server *v)
     }
 }
 
+/* Sends the manifests that are due; hashed: changed inputs have been.  Returns when the next is due. */
+static int64_t sessions_send(struct server *v, bool hashed)
+{
+    struct core *core = &v->loop->core;
+    int64_t next = INT64_MAX;
+    bool wait = false;
+    for (struct session *s = v->sessions; s; s = s->next) {
+        s->waits -= hashed && s->waits;
+        wait |= s->waits > 0;
+        if (s->waits || s->send_ms == INT64_MAX)
+            continue;
+        if (s->send_ms > core->now_ms) {
+            next = s->send_ms < next ? s->send_ms : next;
+            continue;
+        }
+        session_send_manifest(s);
+        core->touched = true;
+    }
+    if (hashed && wait && !manifest_look(&v->manifest, core))
+        return sessions_send(v, true);
+    return next;
+}
+
 /* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
 static void server_turn(struct loop *l)
 {
@@ -12119,13 +12222,11 @@ static void server_turn(struct loop *l)
         server_reload(v);
     if (v->input_always)
         control_ready(l, &v->input, WATCH_IN);
-    for (struct session *s = v->sessions; s && v->faults.value[FAULT_DELAY] > 0; s = s->next) {
-        if (s->send_ms <= now) {
-            session_send_manifest(s);
-            l->core.touched = true;
-        } else if (s->send_ms < next)
-            next = s->send_ms;
-    }
+    bool hashed = v->manifest.fresh && !manifest_step(&v->manifest, &l->core);
+    if (hashed || v->faults.value[FAULT_DELAY] > 0)
+        next = sessions_send(v, hashed);
+    if (v->manifest.fresh)
+        next = now;
     bool poll_due = now >= v->verdict.next_poll_ms;
     int64_t delivery_ms = delivery_tick(&v->delivery, now);
     for (struct session *s = poll_due || v->delivery.asks ? v->sessions : NULL; s; s = s->next)

@@ -1398,6 +1398,74 @@ def test_files_change():
 
 # ---- The stand-in agent ----
 
+def test_hashing_in_slices():
+    """A large input that has changed is hashed beside all else: streams that open meanwhile wait, health does not, a signal ends it."""
+    path = os.path.realpath(write(f"{temp('slices')}/data.csv", b"small"))
+    agent = lambda s: subprocess.Popen([W.cvms, "agent", "-once", s.address], env=environment(), stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL)
+    with Server("slices", "-data-paths", path) as s:
+        os.truncate(path, 64 << 30)
+        early = agent(s)
+        check("slices: it hashes", hashing(s.p, path), "nothing", "the file open")
+        late = agent(s)
+        s.err.until("stream: connected.*\n", times=2)
+        same("slices: health meanwhile", run("slices: health", ["health", s.address]).status, 0)
+        same("slices: agents wait", (early.poll(), late.poll()), (None, None))
+        hasnot("slices: no manifest yet", s.err.text(), "run request sent")
+        write(path, b"shorter")
+        got = json.loads(late.communicate(timeout=LIMIT)[0])
+        same("slices: who came while it was hashed gets what it was then", dig(got, "datasets.0.hash"), b64(bytes.fromhex(sha3(b"shorter"))))
+        same("slices: status of both", (early.wait(LIMIT), late.returncode), (0, 0))
+        early.stdout.close()
+        os.truncate(path, 64 << 30)
+        last = agent(s)
+        check("slices: it hashes again", hashing(s.p, path), "nothing", "the file open")
+        same("slices: a signal ends it", s.stop(), 0)
+        check("slices: an agent without a manifest fails", last.wait(LIMIT) > 0, last.returncode, "a failure")
+        last.stdout.close()
+    os.truncate(path, 0)
+
+
+def test_gone_is_told_once():
+    """Each kind of change that leaves an input unreadable makes one note, however many streams open."""
+    d = temp("gone")
+    data, tree = write(f"{d}/data.csv", b"1"), f"{d}/tree"
+    write(f"{tree}/a", b"1")
+    with Server("gone", "-data-paths", f"{data},{tree}") as s:
+        os.unlink(data)
+        os.symlink("nowhere", f"{tree}/b")
+        for _ in range(3):
+            s.stand_in("-once")
+        same("gone: told once", [s.err.text().count(f"{p} has changed and can't be read") for p in (data, tree)], [1, 1])
+        os.unlink(f"{tree}/b")
+        s.stand_in("-once")
+        same("gone: back", s.err.text().count(f"{tree} has changed: hashed again"), 1)
+    with Server("same size and time", "-data-paths", write(data, b"one")) as s:
+        before = os.stat(data)
+        write(data, b"two")
+        os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+        got = agent_manifest(s.stand_in("-once"))
+        same("same size and time: noticed", dig(got, "datasets.0.hash"), b64(bytes.fromhex(sha3(b"two"))))
+
+
+def test_progress():
+    """Hashing that takes over a second is shown on a terminal, in one line that redraws itself."""
+    path = f"{temp('progress')}/sparse"
+    with open(path, "wb") as f:
+        f.truncate(64 << 30)
+    master, slave = pty.openpty()
+    p = subprocess.Popen([W.cvms, "checksum", path, path], stdout=subprocess.DEVNULL, stderr=slave, env=environment())
+    os.close(slave)
+    shown = Collector(master)
+    shown.until("hashing: \\d+ MB, [12] of 2 inputs begun.*\rcvms: hashing")
+    p.send_signal(signal.SIGINT)
+    same("progress: a signal ends it", p.wait(LIMIT), 130)
+    shown.thread.join(LIMIT)
+    os.close(master)
+    hasnot("progress: one line", shown.text(), "\n")
+    has("progress: shown", shown.text(), "hashing: \\d+ MB, [12] of 2")
+
+
 def heads(out):
     """The words of each entry behind time, peer and stream."""
     return re.findall(r"^\S+Z \S+ ((?:agent|log-forwarder|unknown)\S*) +(\S+(?: \S+)?)", out, re.M)
