@@ -395,6 +395,34 @@ static void *need(void *p)
 
 enum { FILE_READ = 16384 };
 
+/* Key material does not outlive its use: the compiler may not drop these writes. */
+static void wipe(void *p, size_t n)
+{
+    for (volatile uint8_t *v = p; n; n--)
+        *v++ = 0;
+}
+
+static void wipe_buf(struct buf *b)
+{
+    if (b->p)
+        wipe(b->p, b->cap);
+    buf_free(b);
+}
+
+/* Room for a piece more.  What the old place held may be a key: it is wiped. */
+static bool file_room(struct buf *b)
+{
+    struct buf more = { 0 };
+    if (b->cap - b->len >= FILE_READ)
+        return true;
+    if (!buf_room(&more, b->len + FILE_READ))
+        return false;
+    buf_put(&more, b->p, b->len);
+    wipe_buf(b);
+    *b = more;
+    return true;
+}
+
 /* Reads a whole file, FIFO or device of at most max bytes into `out`, which is empty before and is allocated
  * once, so that no second copy of a secret is left in freed memory. */
 MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, struct err *e)
@@ -409,7 +437,7 @@ MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, st
     }
     ssize_t n = -1;
     errno = ENOMEM;
-    while (out->len <= max && buf_room(out, FILE_READ)) {
+    while (out->len <= max && file_room(out)) {
         n = read(fd, out->p + out->len, FILE_READ);
         if (n > 0)
             out->len += (size_t)n;
@@ -3372,20 +3400,6 @@ static const struct tls_row *tls_reason(int err)
     const struct tls_row *row = TLS_FIND(tls_reasons, err);
     return row ? row : err >= BR_ERR_X509_OK && err <= BR_ERR_X509_NOT_TRUSTED ? &damaged
            : err < BR_ERR_RECV_FATAL_ALERT ? &handshake : &ended;
-}
-
-/* Key material does not outlive its use: the compiler may not drop these writes. */
-static void wipe(void *p, size_t n)
-{
-    for (volatile uint8_t *v = p; n; n--)
-        *v++ = 0;
-}
-
-static void wipe_buf(struct buf *b)
-{
-    if (b->p)
-        wipe(b->p, b->cap);
-    buf_free(b);
 }
 
 extern char **environ;
