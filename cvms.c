@@ -1263,10 +1263,11 @@ static const char *core_stamp(struct core *core)
     return core->stamp;
 }
 
-/* One line on stderr: time, whom it is about, what.  Arguments that come from a peer have gone through put_text. */
+/* One line on stderr: time, whom it is about, what, with what a peer or a user has put into it made safe. */
 PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
 {
     va_list ap;
+    char text[2000];
     struct buf *out = core->joined ? &core->out : &core->err;
     size_t before = out->len;
     if (before > (core->joined ? JOINED_MAX : NOTES_MAX)) {
@@ -1279,8 +1280,9 @@ PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, con
     buf_put(out, core_stamp(core), STAMP_LEN);
     buf_printf(out, " %s%s", peer ? peer : "", peer ? " " : "");
     va_start(ap, fmt);
-    buf_vprintf(out, fmt, ap);
+    text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
+    put_text(out, bytes_of(text), NULL);
     buf_putc(out, '\n');
     if (out->failed)                  /* not half a line */
         out->len = before;
@@ -4568,8 +4570,9 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #endif
 
 /* ==== 10. Event loop: descriptors, clocks, signals =================================================================
- * Owns: every descriptor, the clock, the only place that waits.  epoll where there is one, poll elsewhere.
- * Never: looks into bytes; it carries them between sockets, the core and stdout.
+ * Owns: sockets, stdout, stderr and -record's file while it runs, the clock, the only place that waits (epoll where there
+ * is one, poll elsewhere), signals.
+ * Never: looks into bytes, waits for a descriptor that takes or gives nothing.
  */
 enum {
     READ_LEN = 65536,                 /* one read serves one connection; then it is the others' turn */
@@ -8813,20 +8816,16 @@ static bool manifest_look(struct manifest *m, struct core *core)
 static bool manifest_take(struct manifest *m, struct checksum *in, struct checksum *fresh, struct core *core)
 {
     char hex[2 * SHA3_256_LEN + 1];
-    struct buf path = { 0 };
     bool differs = fresh->ok && memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0;
-    put_text(&path, bytes_of(in->path), NULL);
     if (fresh->ok) {
         hex_text(hex, fresh->hash, SHA3_256_LEN);
-        core_note(core, NULL, "%.*s has changed: hashed again, now %s", (int)path.len, (char *)path.p, hex);
+        core_note(core, NULL, "%s has changed: hashed again, now %s", in->path, hex);
         fresh->version = differs ? m->version + 1 : in->version;
         *in = *fresh;
     } else {
-        core_note(core, NULL, "%.*s has changed and can't be read; the manifest keeps its old hash", (int)path.len,
-                  (char *)path.p);
+        core_note(core, NULL, "%s has changed and can't be read; the manifest keeps its old hash", in->path);
         in->id = path_id(in->path);
     }
-    buf_free(&path);
     return differs;
 }
 
@@ -9514,14 +9513,11 @@ static const struct errand *courier_errand(const struct courier *c)
 PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, ...)
 {
     char text[1000];
-    struct buf safe = { 0 };
     va_list ap;
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    put_text(&safe, bytes_of(text), NULL);
-    core_note(&c->delivery->loop->core, c->host->name, "%.*s", (int)safe.len, safe.p ? (const char *)safe.p : "");
-    buf_free(&safe);
+    core_note(&c->delivery->loop->core, c->host->name, "%s", text);
 }
 
 /* Nothing more is done for this agent until its next run.  The verdict, if one is wanted, is its failure. */
@@ -11111,15 +11107,6 @@ static bool session_is(const struct session *s, const char *name)
            (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
 }
 
-/* A line about a word that was typed, which may hold anything. */
-static void control_note(struct server *v, const char *before, const char *word, const char *after)
-{
-    struct buf safe = { 0 };
-    put_text(&safe, (struct bytes){ (const uint8_t *)word, min_size(strlen(word), 200) }, NULL);
-    core_note(&v->loop->core, NULL, "%s%.*s%s", before, (int)safe.len, safe.len ? (char *)safe.p : "", after);
-    buf_free(&safe);
-}
-
 /* Asks every agent's stream that is meant. */
 static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
 {
@@ -11134,7 +11121,7 @@ static void control_ask(struct server *v, void (*ask)(struct session *), const c
     for (const struct host *h = v->verdict.hosts; h; h = h->next)
         gone |= *name && strcmp(h->name, name) == 0;
     if (n == 0 && *name)
-        control_note(v, "the agent ", name, gone ? " has gone" : " is not connected");
+        core_note(core, NULL, "the agent %.200s %s", name, gone ? "has gone" : "is not connected");
     else if (n == 0)
         core_note(core, NULL, "no agent is connected");
 }
@@ -11157,7 +11144,7 @@ static void control_line(struct server *v, char *line)
             return;
         }
     if (*name)
-        control_note(v, "there is no command ", name, "; help lists them");
+        core_note(&v->loop->core, NULL, "there is no command %.200s; help lists them", name);
 }
 
 /* Bytes of commands: whole lines are done, the rest is kept; a line that is too long is dropped. */
@@ -11284,10 +11271,7 @@ PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    struct buf safe = { 0 };
-    put_text(&safe, bytes_of(text), NULL);
-    agent_note(a, "FAILED: %.*s", safe.failed ? 13 : (int)safe.len, safe.failed ? "out of memory" : (char *)safe.p);
-    buf_free(&safe);
+    agent_note(a, "FAILED: %s", text);
     a->failed = true;
     a->loop->exit_status = 1;
     loop_stop(a->loop, "the stand-in agent ends");
@@ -11710,12 +11694,10 @@ struct replay {
 
 static void replay_fail(struct replay *r, const char *what, struct bytes why)
 {
-    struct buf safe = { 0 };
     if (r->loop->stop_why)
         return;
-    put_text(&safe, (struct bytes){ why.p, min_size(why.n, 300) }, NULL);
-    core_note(&r->loop->core, NULL, "cvms agent: FAILED: %s %.*s", what, (int)safe.len, safe.len ? (char *)safe.p : "");
-    buf_free(&safe);
+    core_note(&r->loop->core, NULL, "cvms agent: FAILED: %s %.*s", what, (int)min_size(why.n, 300),
+              why.n ? (const char *)why.p : "");
     r->loop->exit_status = 1;
     loop_stop(r->loop, "the replay ends");
 }
@@ -12001,11 +11983,8 @@ static void health_answer(struct stream *s, struct bytes wire)
 static void health_status_end(struct stream *s, unsigned status, struct bytes text)
 {
     char line[400];
-    struct buf safe = { 0 };
-    put_text(&safe, (struct bytes){ text.p, min_size(text.n, 300) }, NULL);
-    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], (int)safe.len,
-                safe.len ? (char *)safe.p : "");
-    buf_free(&safe);
+    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], (int)min_size(text.n, 300),
+                text.n ? (const char *)text.p : "");
     health_end(s->conn->core->app, 1, line);
 }
 
