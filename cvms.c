@@ -508,7 +508,7 @@ static bool write_file(const char *path, const uint8_t *p, size_t n, struct err 
  */
 
 #define HPACK_TABLE_SIZE 4096 /* SETTINGS_HEADER_TABLE_SIZE both ways: the value in force when nobody sends one */
-#define HPACK_OVERHEAD 32     /* RFC 7541 4.1 and RFC 9113 6.5.2: what a field counts beyond its octets */
+#define HPACK_OVERHEAD 32     /* RFC 7541 4.1 and RFC 9113 6.5.2: what a field counts beyond its bytes */
 #define HPACK_FIELDS_MAX 1024 /* fields of a block: twice as many as the header list has room for */
 #define HPACK_STATIC 61
 #define HUFFMAN_EOS 256
@@ -582,7 +582,7 @@ static void huffman_init(struct huffman *h)
         h->symbol[at[huffman_bits[s]]++] = s;
 }
 
-/* Decodes a whole string (RFC 7541 5.2).  Stores at most room octets and sets *len to the full decoded length, which
+/* Decodes a whole string (RFC 7541 5.2).  Stores at most room bytes and sets *len to the full decoded length, which
  * may be more.  False: EOS in the string, or padding that is over 7 bits or not the start of EOS. */
 MUST_USE static bool huffman_decode(const struct huffman *h, struct bytes in, uint8_t *out, size_t room, size_t *len)
 {
@@ -608,12 +608,12 @@ MUST_USE static bool huffman_decode(const struct huffman *h, struct bytes in, ui
     }
 }
 
-/* One direction's dynamic table.  `table` holds the entries, newest first, each as two octets of name length, two of
+/* One direction's dynamic table.  `table` holds the entries, newest first, each as two bytes of name length, two of
  * value length, name, value, and four with the length of all this, so that the oldest is found from the end.  Nothing
- * is allocated before the first entry, and at most HPACK_TABLE_SIZE: an entry takes 24 octets less than it counts. */
+ * is allocated before the first entry, and at most HPACK_TABLE_SIZE: an entry takes 24 bytes less than it counts. */
 struct hpack {
     uint8_t *table;
-    uint32_t len, cap; /* octets used and allocated */
+    uint32_t len, cap; /* bytes used and allocated */
     uint32_t count;    /* entries */
     uint32_t max;      /* maximum size in force (RFC 7541 4.2) */
 };
@@ -648,7 +648,7 @@ MUST_USE static bool hpack_insert(struct hpack *h, struct bytes name, struct byt
         return true;
     uint32_t n = (uint32_t)size - HPACK_SAVED;
     if (h->cap - h->len < n) {
-        uint32_t cap = (h->len + n + 255) & ~(uint32_t)255; /* small steps: most peers stay under 512 octets */
+        uint32_t cap = (h->len + n + 255) & ~(uint32_t)255; /* small steps: most peers stay under 512 bytes */
         uint8_t *table = realloc(h->table, cap);
         if (!table)
             return false;
@@ -695,8 +695,8 @@ enum hpack_error { HPACK_OK, HPACK_COMPRESSION_ERROR, HPACK_NO_MEMORY, HPACK_TOO
 /* What hpack_decode is lent and asked for.  Everything here may serve all connections in turn. */
 struct hpack_reader {
     const struct huffman *huffman;
-    uint8_t *scratch;  /* HPACK_SCRATCH(list_limit) octets for decoded strings */
-    size_t list_limit; /* RFC 9113 6.5.2: the octets of names and values, and 32 for each field */
+    uint8_t *scratch;  /* HPACK_SCRATCH(list_limit) bytes for decoded strings */
+    size_t list_limit; /* RFC 9113 6.5.2: the bytes of names and values, and 32 for each field */
     void (*field)(void *arg, struct bytes name, struct bytes value); /* the strings are valid during the call only */
     void *arg;
     bool too_large; /* the answer: the list went over the limit, and from there on nothing was delivered */
@@ -708,7 +708,7 @@ struct hpack_reader {
 
 #define HPACK_SCRATCH(limit) ((limit) > HPACK_TABLE_SIZE ? (limit) : HPACK_TABLE_SIZE)
 
-/* Takes an integer with a prefix of that many bits (RFC 7541 5.1).  Five further octets are enough for any 32-bit
+/* Takes an integer with a prefix of that many bits (RFC 7541 5.1).  Five further bytes are enough for any 32-bit
  * value; more are an error, as is an end within it. */
 MUST_USE static bool hpack_int(struct bytes *in, unsigned prefix, uint64_t *v)
 {
@@ -727,7 +727,7 @@ MUST_USE static bool hpack_int(struct bytes *in, unsigned prefix, uint64_t *v)
 }
 
 /* Takes a string literal (RFC 7541 5.2); a Huffman-coded one is decoded to the scratch area.  One that does not fit
- * keeps its true length though its octets are lost: with what else is there it is over the list limit and too large
+ * keeps its true length though its bytes are lost: with what else is there it is over the list limit and too large
  * for the table, so nobody will look at them. */
 MUST_USE static bool hpack_string(struct hpack_reader *r, struct bytes *s)
 {

@@ -353,7 +353,7 @@ def ingest():
 
 
 def answer():
-    """The octets that a client gets, for floor.c."""
+    """The bytes that a client gets, for floor.c."""
     def frame(kind, flags, stream, payload):
         return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
     fields = b"\x83\x86\x04\x15/cvms.Service/Process\x01\x01x\x0f\x10\x10application/grpc"

@@ -1,4 +1,4 @@
-/* What the kernel alone costs: a loop that accepts, reads one request, answers with the octets of the file `answer`,
+/* What the kernel alone costs: a loop that accepts, reads one request, answers with the bytes of the file `answer`,
  * reads to the end and closes.  No server over TCP does with less.  The last word is where its address goes. */
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -9,7 +9,7 @@
 
 static unsigned char in[65536], answer[65536];
 
-/* Whether a HEADERS frame is whole, behind the 24 octets of the preface. */
+/* Whether a HEADERS frame is whole, behind the 24 bytes of the preface. */
 static int asked(size_t n)
 {
     for (size_t at = 24; at + 9 <= n;) {

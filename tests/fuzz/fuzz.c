@@ -10,12 +10,12 @@
  * Where the program asks the system for something, a few functions here answer: sockets are buffers, the clock is what
  * the input says, files are three texts, randomness is a counter.  Everything else is the program as it is.
  *
- * server, client, tls-server, tls-client: four octets of options, then operations: a letter, three octets a b c, a
- * length of two, so many octets of payload.  A capital letter lets the loop run afterwards, a small one does not yet.
+ * server, client, tls-server, tls-client: four bytes of options, then operations: a letter, three bytes a b c, a
+ * length of two, so many bytes of payload.  A capital letter lets the loop run afterwards, a small one does not yet.
  *   F type flags id      a frame with that payload            R               the payload as it is
  *   M compressed flags id   a gRPC message in DATA            Q path flags id    a field block, the payload at its end
  *   O n n                the last of these n times more       L n             go on with connection n
- *   C n n                reads get n octets at a time         D n n           the socket takes n more octets
+ *   C n n                reads get n bytes at a time         D n n           the socket takes n more bytes
  *   T ms ms ms           time goes by                         E, Z, P         end of input, reset, a broken pipe
  *   W on                 stdout takes nothing                 S               the loop is told to stop
  *   X                    the payload is a line on stdin       N n n           the n-th allocation from here fails
@@ -812,7 +812,7 @@ static void put_op_message(struct buf *b, const struct op_record *op)
 }
 
 /* Octets for the peer's side of the current connection. */
-static bool op_octets(struct wire *w, const struct op_record *op, char letter)
+static bool op_payload(struct wire *w, const struct op_record *op, char letter)
 {
     enum { REPEAT_MAX = 1 << 18 };
     unsigned times = 1;
@@ -845,15 +845,15 @@ static void op_control(const struct op_record *op)
 static void op_run(struct op_record *op)
 {
     if (verbose)
-        printf("op %c %u %u %u, %zu octets\n", op->letter, op->a, op->b, op->c, op->payload.n);
+        printf("op %c %u %u %u, %zu bytes\n", op->letter, op->a, op->b, op->c, op->payload.n);
     bool later = op->letter >= 'a' && op->letter <= 'z';
     char letter = (char)(later ? op->letter - 'a' + 'A' : op->letter);
     unsigned n = (unsigned)op->a << 8 | op->b;
     struct wire *w = &wires[st.current];
     long left = allocs_hold();
-    bool octets = op_octets(w, op, letter);
+    bool bytes = op_payload(w, op, letter);
     allocs_go(left);
-    if (!octets)
+    if (!bytes)
         switch (letter) {
         case 'L':
             if (st.role == SERVER && op->a % WIRES >= st.used)
@@ -898,7 +898,7 @@ static void run_begin(void)
     memset(variables, 0, sizeof variables);
 }
 
-/* A manifest with everything in it, of about n octets more. */
+/* A manifest with everything in it, of about n bytes more. */
 static struct manifest *manifest_made(size_t more)
 {
     static struct manifest m;
@@ -1303,7 +1303,7 @@ static void check_fields_again(const struct field_list *list, bool huffman)
     hpack_free(&h);
 }
 
-/* An octet for the limit of the list, then field blocks, each with its length in two octets. */
+/* A byte for the limit of the list, then field blocks, each with its length in two bytes. */
 static void fuzz_hpack(struct input *in)
 {
     static uint8_t scratch[HPACK_SCRATCH(MAX_HEADER_LIST)];
@@ -1361,7 +1361,7 @@ static void check_reflection(struct bytes data)
     }
 }
 
-/* An octet for the version, then messages, each with its length in two octets: a call from beginning to end. */
+/* A byte for the version, then messages, each with its length in two bytes: a call from beginning to end. */
 static void fuzz_reflection(struct input *in)
 {
     struct op_record op = { 'q', (uint8_t)(4 + (take8(in) & 1)), 0, 1, { NULL, 0 } };
@@ -1566,7 +1566,7 @@ static void fuzz_manifest(struct input *in)
 static const struct target {
     const char *name;
     void (*run)(struct input *);
-    bool ops;                         /* the input is operations behind four octets of options */
+    bool ops;                         /* the input is operations behind four bytes of options */
 } targets[] = {
     { "server", fuzz_server, true }, { "client", fuzz_client, true }, { "tls-server", fuzz_tls_server, true },
     { "tls-client", fuzz_tls_client, true }, { "hpack", fuzz_hpack, false }, { "protobuf", fuzz_protobuf, false },

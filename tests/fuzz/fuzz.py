@@ -140,7 +140,7 @@ def minimise(program, target):
         target, stdout=subprocess.DEVNULL)
     inputs = [open(os.path.join(fresh, name), "rb").read() for name in os.listdir(fresh)]
     write_corpus(target, inputs, corpus(target)[1])
-    print(f"{target}: {len(inputs)} inputs, {sum(map(len, inputs))} octets", flush=True)
+    print(f"{target}: {len(inputs)} inputs, {sum(map(len, inputs))} bytes", flush=True)
 
 
 def main():

@@ -33,7 +33,7 @@ static void put_op_time(struct buf *b, uint32_t ms)
     put_op(b, 'T', ms >> 16 & 255, ms >> 8 & 255, ms & 255, (struct bytes){ NULL, 0 });
 }
 
-/* Frames as operations, what repeats as one; octets that are no frames as they are. */
+/* Frames as operations, what repeats as one; bytes that are no frames as they are. */
 static void put_input_ops(struct buf *b, struct bytes in)
 {
     struct bytes last = { NULL, 0 };

@@ -247,7 +247,7 @@ static void peer_payload(struct peer *peer, const struct frame *f, struct bytes 
     }
 }
 
-/* Appends one line for the frame at the front of out and returns its octets; 0 if it is not whole. */
+/* Appends one line for the frame at the front of out and returns its bytes; 0 if it is not whole. */
 static size_t peer_frame(struct peer *peer, struct bytes out, struct buf *line)
 {
     if (out.n < FRAME_HEADER_LEN)

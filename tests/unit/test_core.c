@@ -4,11 +4,11 @@
  *   OPEN                           preface and SETTINGS both ways
  *   C HEADERS stream=1 END_STREAM | :method=GET +name=value #62 ~0 !ff x=*500 @/path
  *                                  a frame of the client's; + enters the table, #N is an index, ~N a table size, ! raw
- *                                  octets, *N so many letters, @/path a whole gRPC request.  Options: pad=, dep=, len=
+ *                                  bytes, *N so many letters, @/path a whole gRPC request.  Options: pad=, dep=, len=
  *                                  (a length that lies), flags=; NO_END_HEADERS, PADDED and PRIORITY (flag alone)
  *   C DATA stream=1 | [ 1:{ 1:"text" } ]     payload: hex, "text", zero*N, [ message ], z[ compressed message ], fields
  *   C*100 PING                     so many times; stream=1+2 counts up
- *   C RAW | "GET / HTTP/1.1\r\n"   octets without a frame
+ *   C RAW | "GET / HTTP/1.1\r\n"   bytes without a frame
  *   S RST_STREAM stream=1 CANCEL   what the server must answer, in order.  Words may be left out, but not END_STREAM,
  *                                  ACK, size-update= and grpc-status=.  Nothing else may come.
  *   OUT "line", LOG "part"         the next line on stdout; text that the log must hold by now
@@ -45,7 +45,7 @@ struct script {
     int line;
     bool client;
     struct op op[MAX_OPS];
-    size_t n, octets;
+    size_t n, bytes;
 };
 
 /* ---- Reading a file ---- */
@@ -246,7 +246,7 @@ static void script_input(struct script *t, const char *s)
     struct op *op = t->n && t->op[t->n - 1].kind == OP_IN ? &t->op[t->n - 1] : script_op(t, OP_IN);
     size_t before = op->text.len;
     put_frames(t, &op->text, s);
-    t->octets += op->text.len - before;
+    t->bytes += op->text.len - before;
 }
 
 /* A wanted line in the form that peer_frame gives, its payload as length and hex. */
@@ -362,7 +362,7 @@ struct run {
     const struct script *script;
     struct conn conn;
     struct peer peer;
-    struct buf out, lines;            /* our octets, not yet a whole frame; frames not yet wanted */
+    struct buf out, lines;            /* our bytes, not yet a whole frame; frames not yet wanted */
     struct buf got;                   /* messages that came at a client */
     size_t got_at, out_at, line_at;
     size_t cut, at;                   /* input is cut in two here; 0: not; SIZE_MAX: after every octet */
@@ -436,7 +436,7 @@ static void run_collect(struct run *r)
     for (size_t n; r->out.p && (n = peer_frame(&r->peer, (struct bytes){ r->out.p + at, r->out.len - at }, &r->lines)) != 0;)
         at += n;
     if (at < r->out.len && !r->peer.fault)
-        r->peer.fault = "octets that are no frame";
+        r->peer.fault = "bytes that are no frame";
     r->out.len = 0;
 }
 
@@ -535,7 +535,7 @@ static void run_client_op(struct run *r, const struct op *op)
     } else if (op->kind == OP_GOT) {
         struct bytes got = { r->got.p ? r->got.p + r->got_at : NULL, r->got.len - r->got_at };
         if (!bytes_eq(got, whole(&op->text)))
-            run_fault(r, op->line, "got %zu octets, wanted other %zu", got.n, op->text.len);
+            run_fault(r, op->line, "got %zu bytes, wanted other %zu", got.n, op->text.len);
         r->got_at = r->got.len;
     } else if (op->kind == OP_STATUS) {
         if (r->status != op->n || !strstr(r->status_text, text))
@@ -655,13 +655,13 @@ static void count_result(bool ok)
 
 static void script_all_cuts(const struct script *t)
 {
-    size_t step = t->octets > ALL_CUTS ? t->octets / SOME_CUTS + 1 : 1;
+    size_t step = t->bytes > ALL_CUTS ? t->bytes / SOME_CUTS + 1 : 1;
     bool ok = script_run(t, 0);
     count_result(ok);
     if (!ok)
         return;
     count_result(script_run(t, SIZE_MAX));
-    for (size_t cut = 1; cut < t->octets && ok; cut += cut < SOME_CUTS ? 1 : step)
+    for (size_t cut = 1; cut < t->bytes && ok; cut += cut < SOME_CUTS ? 1 : step)
         ok = script_run(t, cut);
     count_result(ok);
 }

@@ -1,5 +1,5 @@
 /* The core where a text file of frames does not reach: long manifests under flow control, windows shared by streams,
- * descriptors, caps counted in octets, timers, and every allocation failed in turn.
+ * descriptors, caps counted in bytes, timers, and every allocation failed in turn.
  */
 #include "core_test.h"
 
@@ -8,7 +8,7 @@ struct side {
     struct conn conn;
     struct peer peer;
     struct buf in, out, lines;        /* to the server; from it; as text */
-    uint64_t data[8];                 /* octets of DATA on streams 1, 3, 5 ... */
+    uint64_t data[8];                 /* bytes of DATA on streams 1, 3, 5 ... */
     size_t largest;
     bool same;                        /* all DATA on stream 1 is the manifest's, in order */
 };
@@ -51,7 +51,7 @@ static void side_count(struct side *a, const struct frame *f, const uint8_t *p)
     a->largest = f->len > a->largest ? f->len : a->largest;
 }
 
-/* Takes what the server has to say, up to `limit` octets; DATA is counted, all else becomes lines. */
+/* Takes what the server has to say, up to `limit` bytes; DATA is counted, all else becomes lines. */
 static void side_take(struct side *a, size_t limit)
 {
     const uint8_t *p;
@@ -260,7 +260,7 @@ static void test_never_read(void)
 
 /* ---- Long messages: one stream of a connection at a time is let past its window ---- */
 
-/* Two streams with the first 32,767 octets of a message of 300,000 each; the first is let past its window. */
+/* Two streams with the first 32,767 bytes of a message of 300,000 each; the first is let past its window. */
 static void begin_two_long(struct side *a)
 {
     static uint8_t zeros[16384];
@@ -447,7 +447,7 @@ static void test_message_memory(void)
     core.arena.limit = limit;
 }
 
-/* ---- Caps in octets ---- */
+/* ---- Caps in bytes ---- */
 static void put_block_in_parts(struct side *a, const struct buf *b, uint32_t id)
 {
     for (size_t at = 0, n; at < b->len; at += n) {
@@ -458,7 +458,7 @@ static void put_block_in_parts(struct side *a, const struct buf *b, uint32_t id)
     }
 }
 
-/* A request whose header list counts so many octets (RFC 9113 6.5.2). */
+/* A request whose header list counts so many bytes (RFC 9113 6.5.2). */
 static void put_list_of(struct side *a, uint32_t id, size_t size)
 {
     struct buf b = { 0 }, value = { 0 };
@@ -518,7 +518,7 @@ static void run_fields(unsigned n)
     side_close(&a);
 }
 
-/* A field block of so many octets, one field in it: the list is far over its limit. */
+/* A field block of so many bytes, one field in it: the list is far over its limit. */
 static void run_field_block(size_t size, enum conn_phase wanted)
 {
     struct side a;
@@ -728,7 +728,7 @@ static void run_beside_big(size_t len)
     size_t lines = core.out.len;
     grpc_put_prefix(head, len);
     put_data(&a, 5, head, 5, 0);
-    put_data(&a, 5, (uint8_t[]){ 0x52, 0xfb, 0xff, 3 }, 4, 0);   /* field 10, 65,531 octets */
+    put_data(&a, 5, (uint8_t[]){ 0x52, 0xfb, 0xff, 3 }, 4, 0);   /* field 10, 65,531 bytes */
     side_exchange(&a);
     for (size_t left = len - 4, n; left; left -= n) {            /* as far as the window lets us */
         a.lines.len = 0;
@@ -746,7 +746,7 @@ static void run_beside_big(size_t len)
 
 /* ---- What one connection can make us hold, by the caps: the README's figure ---- */
 enum {
-    JOB_ID_MAX = 1024,                /* 200 octets of a job-id, escaped */
+    JOB_ID_MAX = 1024,                /* 200 bytes of a job-id, escaped */
     WORST_STREAM = sizeof(struct stream) + sizeof(struct session) + JOB_ID_MAX + 4 * ALLOC_OWN,
     WORST_OUT = 2 * OUT_HIGH,         /* OUT_HIGH, what one read adds, OUT_TARGET that has gone; rounded up */
     WORST_REST = MAX_FIELD_BLOCK + MAX_FRAME_SIZE + HPACK_TABLE_SIZE + 4 * ALLOC_OWN,

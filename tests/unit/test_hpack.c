@@ -84,7 +84,7 @@ static enum hpack_error fresh(struct tester *t, const char *hex)
     return decode_hex(t, hex);
 }
 
-/* The dynamic table as text and its size in octets, by way of the lookup that decoding uses. */
+/* The dynamic table as text and its size in bytes, by way of the lookup that decoding uses. */
 static size_t table_text(const struct hpack *h, struct buf *out)
 {
     struct bytes name, value;
@@ -132,7 +132,7 @@ static void test_integers(void)
         { "1f80", 5, false, 0, 0 },
         { "1f", 5, false, 0, 0 },
         { "", 5, false, 0, 0 },
-        { "7f8000", 7, true, 127, 3 },                /* zero octets that say nothing are allowed */
+        { "7f8000", 7, true, 127, 3 },                /* zero bytes that say nothing are allowed */
         { "7f8080808000", 7, true, 127, 6 },
         { "7f808080808000", 7, false, 0, 0 },         /* ... but not without end */
         { "7f80ffffff0f", 7, true, 0xffffffff, 6 },
@@ -313,7 +313,7 @@ static const struct {
 };
 
 struct bits {
-    uint8_t octets[65536];
+    uint8_t bytes[65536];
     size_t n; /* bits */
 };
 
@@ -321,8 +321,8 @@ static void put_bits(struct bits *b, uint32_t v, unsigned n)
 {
     for (; n > 0; n--, b->n++) {
         if (b->n % 8 == 0)
-            b->octets[b->n / 8] = 0;
-        b->octets[b->n / 8] |= (uint8_t)((v >> (n - 1) & 1) << (7 - b->n % 8));
+            b->bytes[b->n / 8] = 0;
+        b->bytes[b->n / 8] |= (uint8_t)((v >> (n - 1) & 1) << (7 - b->n % 8));
     }
 }
 
@@ -342,7 +342,7 @@ static long huffman(struct tester *t, const struct bits *b, uint8_t **out, size_
 {
     size_t n = b->n / 8, len = 0;
     uint8_t *in = t->block_end - n;
-    memcpy(in, b->octets, n);
+    memcpy(in, b->bytes, n);
     *out = t->scratch_end - room;
     return huffman_decode(&t->huffman, (struct bytes){ in, n }, *out, room, &len) ? (long)len : -1;
 }
@@ -558,7 +558,7 @@ static void put_coded(struct buf *b, size_t n, bool damage)
         put_symbol(&bits, HUFFMAN_EOS);
     pad(&bits);
     hpack_put_int(b, 0x80, 7, bits.n / 8);
-    buf_put(b, bits.octets, bits.n / 8);
+    buf_put(b, bits.bytes, bits.n / 8);
 }
 
 static void test_table(struct tester *t)
@@ -711,7 +711,7 @@ static void test_no_memory(struct tester *t)
         CHECK(table_sound(&t->hpack), true);
         CHECK(t->hpack.count, hit ? n - 1 : 12);
     } while (error == HPACK_NO_MEMORY);
-    CHECK(n, 13); /* each of these entries takes 256 octets, one step of growth */
+    CHECK(n, 13); /* each of these entries takes 256 bytes, one step of growth */
     buf_free(&b);
     alloc_fail = alloc_count + 1;
     hpack_encode_field(&b, BYTES("a"), BYTES("b"));
@@ -852,7 +852,7 @@ static uint32_t noise(uint32_t *state)
     return *state;
 }
 
-/* Random blocks, and examples with octets changed: whatever comes, the table stays sound and the limit holds. */
+/* Random blocks, and examples with bytes changed: whatever comes, the table stays sound and the limit holds. */
 static void test_noise(struct tester *t)
 {
     uint32_t state = 7541;
