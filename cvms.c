@@ -12,7 +12,7 @@
  *
  *    1  this map, includes                       11  message tables
  *    2  base: bytes, safe text, whole files      12  options: one table for every command
- *    3  HPACK                                    13  checksums of files and folders
+ *    3  HPACK                                    13  inputs: checksums, sealed sources
  *    4  frames                                   14  keys of users
  *    5  PEM and DER                              15  the manifest
  *    6  streams and flow control                 16  the verdict of a smoke test
@@ -5671,9 +5671,15 @@ static void signals_handle(void (*handler)(int))
     sigprocmask(SIG_UNBLOCK, &set, NULL);
 }
 
+/* Files that are of no use before they are whole; NULL: none. */
+static const char *volatile unfinished[2];
+
 /* Outside the loop: as process 1, which signals without a handler don't reach, too. */
 static void on_signal_end(int number)
 {
+    for (size_t i = 0; i < PB_COUNT(unfinished); i++)
+        if (unfinished[i])
+            unlink(unfinished[i]);
     _exit(128 + number);
 }
 
@@ -6246,7 +6252,10 @@ static const struct pb_file *const all_files[] = {
  * Owns: names, defaults, help, parsing of values; the mistakes that are told together.
  * Never: opens a file.
  */
-enum command { CMD_SERVE = 1, CMD_AGENT = 2, CMD_MANIFEST = 4, CMD_CHECKSUM = 8, CMD_HEALTH = 16 };
+enum command {
+    CMD_SERVE = 1, CMD_AGENT = 2, CMD_MANIFEST = 4, CMD_CHECKSUM = 8, CMD_HEALTH = 16, CMD_ENCRYPT = 32, CMD_DECRYPT = 64,
+    CMD_ALL = 127
+};
 
 /* Values of a flag as given: one string a use of it. */
 struct values {
@@ -6259,7 +6268,7 @@ struct options {
     const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
-        *until, *report, *record, *replay, *server_cert,
+        *until, *report, *record, *replay, *server_cert, *new_key,
         *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *private_key_path,
         *agent_address, *algo_requirements, *python_runtime, *results;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
@@ -6286,7 +6295,7 @@ struct option {
 };
 
 #define AT(member) offsetof(struct options, member)
-enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH };
+enum { BOTH = CMD_SERVE | CMD_MANIFEST, CLIENTS = CMD_AGENT | CMD_HEALTH, CRYPT = CMD_ENCRYPT | CMD_DECRYPT };
 
 static const struct option option_table[] = {
     { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Inputs" },
@@ -6424,10 +6433,12 @@ static const struct option option_table[] = {
       "name to look for in the server's certificate (default: ADDR's host)" },
     { "insecure", NULL, NULL, OPT_FLAG, CLIENTS, AT(insecure), "use TLS and believe any server" },
     { "service", "NAME", "", OPT_TEXT, CMD_HEALTH, AT(service), "service to ask for (default: the server as a whole)" },
+    { "key", "FILE", NULL, OPT_PATH, CRYPT, AT(key), "the key: 32 raw bytes, not readable by others" },
+    { "new-key", "FILE", NULL, OPT_PATH, CMD_ENCRYPT, AT(new_key), "make a key, and keep it in this new file" },
     { "b", NULL, NULL, OPT_FLAG, CMD_CHECKSUM, AT(base64), "print base64 instead of hex" },
-    { "help", NULL, NULL, OPT_FLAG, 31, AT(help), "show all flags" },
-    { "h", NULL, NULL, OPT_FLAG, 31, AT(help_short), "show the short help" },
-    { "version", NULL, NULL, OPT_FLAG, 31, AT(version), "show the version, and how this program was built" },
+    { "help", NULL, NULL, OPT_FLAG, CMD_ALL, AT(help), "show all flags" },
+    { "h", NULL, NULL, OPT_FLAG, CMD_ALL, AT(help_short), "show the short help" },
+    { "version", NULL, NULL, OPT_FLAG, CMD_ALL, AT(version), "show the version, and how this program was built" },
     { "dataset-type", "TYPE", NULL, OPT_IGNORED, BOTH, 0, "deprecated: without effect" },
     { "ca-url", "URL", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; the agent's CA is -client-ca-file" },
     { "cvm-id", "ID", NULL, OPT_IGNORED, BOTH, 0, "removed: leave it out; an agent names itself by its job-id" },
@@ -6445,6 +6456,9 @@ static const struct {
     { "manifest", CMD_MANIFEST, "cvms manifest FLAGS", "print the manifest that these flags give" },
     { "checksum", CMD_CHECKSUM, "cvms checksum [-b] PATH...", "SHA3-256 of files and folders" },
     { "health", CMD_HEALTH, "cvms health [FLAGS] [ADDR]", "exit 0 only if the server is SERVING" },
+    { "encrypt", CMD_ENCRYPT, "cvms encrypt -key FILE|-new-key FILE IN OUT",
+      "the blob of a file, of a folder's zip or of stdin (-), as agents fetch it: AES-256-GCM" },
+    { "decrypt", CMD_DECRYPT, "cvms decrypt -key FILE IN OUT", "what is in a blob, if it is genuine" },
 };
 enum { COMMANDS = sizeof command_table / sizeof *command_table };
 
@@ -6694,7 +6708,7 @@ static size_t option_take(struct report *r, struct options *o, char **words, siz
  * address have flags behind these as well. */
 static void options_parse(struct report *r, struct options *o, char **words, size_t n)
 {
-    bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM);
+    bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM | CRYPT);
     size_t i = 0, kept = 0;
     o->given = keep(o, OPTIONS * sizeof *o->given);
     for (const struct option *opt = option_table; opt < option_table + OPTIONS; opt++)
@@ -6879,10 +6893,12 @@ static void options_version(struct buf *out)
                sha3 & SHA3_AVX512 ? "AVX-512" : sha3 & SHA3_AVX2 ? "AVX2" : sha3 & SHA3_BMI2 ? "BMI2" : "portable");
 }
 
-/* ==== 13. Checksums: files and folders =============================================================================
+/* ==== 13. Inputs: files and folders, as they are or sealed; their checksums =========================================
  * Owns: the bytes of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
- * descriptors, Zip64 where needed), pulled in pieces; their SHA3-256; the identity that tells whether it still holds.
- * Never: writes a file, maps one (a file may shrink under us), follows a link to a folder, waits on a pipe or device.
+ * descriptors, Zip64 where needed), pulled in pieces, encrypted on the way if asked (AES-256-GCM, NIST SP 800-38D); their
+ * SHA3-256; the identity that tells whether it still holds.
+ * Never: maps a file (it may shrink under us), follows a link to a folder, waits on a pipe or device but where cvms encrypt
+ * and decrypt are given one.
  */
 
 enum {
@@ -6956,7 +6972,7 @@ static int file_open(const char *path, bool folder, struct stat *st, struct err 
     return -1;
 }
 
-/* Reads until p is full or the file ends.  Returns the bytes read, or -1 and errno. */
+/* Reads until p is full or the file ends; only a pipe is waited for.  Returns the bytes read, or -1 and errno. */
 static ssize_t file_read(int fd, uint8_t *p, size_t n)
 {
     size_t len = 0;
@@ -6966,6 +6982,8 @@ static ssize_t file_read(int fd, uint8_t *p, size_t n)
             break;
         if (got > 0)
             len += (size_t)got;
+        else if (errno == EAGAIN)
+            poll(&(struct pollfd){ .fd = fd, .events = POLLIN }, 1, -1);
         else if (errno != EINTR)
             return -1;
     }
@@ -7442,14 +7460,130 @@ static uint64_t zip_size(const struct tree *t)
     return files + directory + 22 + (zip64 ? 56 + 20 : 0);
 }
 
+/* ---- Blobs: a nonce, the ciphertext and its tag (AES-256-GCM, NIST SP 800-38D, no associated data) ---- */
+
+enum { AES_KEY = 32, SEAL_NONCE = 12, SEAL_TAG = 16, SEAL_EXTRA = SEAL_NONCE + SEAL_TAG };
+
+#define SEAL_MAX ((UINT64_C(1) << 36) - 32) /* bytes of plaintext under one nonce (SP 800-38D 5.2.1.1) */
+
+#if CVMS_TLS
+static const char seal_too_long[] = "over 64 GiB, the most that AES-GCM encrypts";
+
+struct gcm {
+    br_aes_gen_ctr_keys aes;
+    br_gcm_context gcm;
+    uint64_t len;                    /* bytes that it has gone through */
+};
+
+/* Sets a key up in the fastest version that the processor has. */
+static void gcm_key(struct gcm *g, const uint8_t key[AES_KEY])
+{
+    const br_block_ctr_class *ctr[] = { br_aes_x86ni_ctr_get_vtable(), br_aes_pwr8_ctr_get_vtable(),
+                                        sizeof(void *) < 8 ? &br_aes_ct_ctr_vtable : &br_aes_ct64_ctr_vtable };
+    const br_ghash ghash[] = { br_ghash_pclmul_get(), br_ghash_pwr8_get(),
+                               sizeof(void *) < 8 ? br_ghash_ctmul : br_ghash_ctmul64 };
+    const br_block_ctr_class *aes = ctr[0] ? ctr[0] : ctr[1] ? ctr[1] : ctr[2];
+    aes->init(&g->aes.vtable, key, AES_KEY);
+    br_gcm_init(&g->gcm, &g->aes.vtable, ghash[0] ? ghash[0] : ghash[1] ? ghash[1] : ghash[2]);
+    g->len = 0;
+}
+
+static void gcm_nonce(struct gcm *g, const uint8_t nonce[SEAL_NONCE])
+{
+    br_gcm_reset(&g->gcm, nonce, SEAL_NONCE);
+    br_gcm_flip(&g->gcm);
+}
+
+/* En- or decrypts in place.  False: too much for one nonce. */
+MUST_USE static bool gcm_run(struct gcm *g, bool encrypt, uint8_t *p, size_t n)
+{
+    if (n > SEAL_MAX - g->len)
+        return false;
+    br_gcm_run(&g->gcm, encrypt, p, n);
+    g->len += n;
+    return true;
+}
+
+/* A source that is being sealed: what stands around the ciphertext, of which edge[at] is the next byte. */
+struct seal {
+    struct gcm g;
+    uint8_t edge[SEAL_TAG];
+    size_t at, len;
+    bool ended;                      /* the edge is the tag */
+};
+
+/* A blob that is being opened, piece by piece. */
+struct unseal {
+    struct gcm g;
+    uint8_t nonce[SEAL_NONCE], last[SEAL_TAG]; /* last: what may be the tag */
+    size_t nonce_len, last_len;
+    bool damaged;
+};
+
+static void unseal_init(struct unseal *u, const uint8_t key[AES_KEY])
+{
+    *u = (struct unseal){ .nonce_len = 0 };
+    gcm_key(&u->g, key);
+}
+
+/* Takes the next n bytes of a blob, p, and writes the plaintext of all but the last 16 so far to `out`, which has room
+ * for n and is another place.  Returns its length; nobody may act on it before unseal_final has said that it is genuine. */
+static size_t unseal_update(struct unseal *u, const uint8_t *p, size_t n, uint8_t *out)
+{
+    size_t k = min_size(n, SEAL_NONCE - u->nonce_len);
+    memcpy(u->nonce + u->nonce_len, p, k);
+    u->nonce_len += k;
+    if (k && u->nonce_len == SEAL_NONCE)
+        gcm_nonce(&u->g, u->nonce);
+    p += k;
+    n -= k;
+    size_t all = u->last_len + n, len = all > SEAL_TAG ? all - SEAL_TAG : 0, old = min_size(len, u->last_len);
+    memcpy(out, u->last, old);
+    memcpy(out + old, p, len - old);
+    memmove(u->last, u->last + old, u->last_len - old);
+    memcpy(u->last + u->last_len - old, p + (len - old), n - (len - old));
+    u->last_len = all - len;
+    u->damaged |= !gcm_run(&u->g, false, out, len);
+    return len;
+}
+
+/* The blob has ended.  Whether it is what was sealed with this key; the key is wiped. */
+MUST_USE static bool unseal_final(struct unseal *u)
+{
+    bool ok = !u->damaged && u->nonce_len == SEAL_NONCE && u->last_len == SEAL_TAG &&
+              br_gcm_check_tag(&u->g.gcm, u->last) == 1;
+    wipe(u, sizeof *u);
+    return ok;
+}
+
+/* Reads a key: 32 raw bytes in a file that is its owner's alone. */
+MUST_USE static bool seal_key_load(const char *path, uint8_t key[AES_KEY], struct err *e)
+{
+    struct buf raw = { 0 };
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISREG(st.st_mode) && st.st_mode & 077)
+        return err_set(e, "%s: others may read or write it: chmod 600 it, or make a new key if they have", path);
+    bool ok = file_load(path, PEM_FILE_MAX, &raw, e);
+    if (ok && raw.len != AES_KEY)
+        ok = err_set(e, "%s: has %zu bytes; a key is 32 raw ones%s", path, raw.len,
+                     raw.len / 2 == AES_KEY ? ", not hex: xxd -r -p turns it into them"
+                     : raw.len == 44 || raw.len == 45 ? ", not base64: base64 -d turns it into them" : "");
+    if (ok)
+        memcpy(key, raw.p, AES_KEY);
+    wipe_buf(&raw);
+    return ok;
+}
+#endif
+
 /* ---- Sources ---- */
 
-/* The bytes of a file, or of the zip of a folder, to be pulled.  size is what was promised at the opening; a file that
- * grows, shrinks or is made up as it is read (/proc) gives another number of bytes. */
+/* The bytes of a file, or of the zip of a folder, to be pulled, sealed or not.  size is what was promised at the opening;
+ * a file that grows, shrinks or is made up as it is read (/proc) gives another number of bytes. */
 struct source {
     const char *path;            /* the caller's */
     int fd;                      /* the file, or the folder's file that is being read; -1: none */
     struct zip *zip;             /* NULL: not a folder */
+    struct seal *seal;           /* NULL: as it is */
     struct file_id id;
     uint64_t size;
 };
@@ -7464,7 +7598,13 @@ static void source_close(struct source *s)
         buf_free(&s->zip->out);
     }
     free(s->zip);
+#if CVMS_TLS
+    if (s->seal)
+        wipe(s->seal, sizeof *s->seal);
+#endif
+    free(s->seal);
     s->zip = NULL;
+    s->seal = NULL;
     s->fd = -1;
 }
 
@@ -7542,8 +7682,8 @@ static const char *source_at(struct source *s)
     return path ? path : s->path;
 }
 
-/* Fills p; fewer than n bytes, or 0, only at the end.  -1: e has the reason, and the source is of no more use. */
-MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, struct err *e)
+/* source_read, before any sealing. */
+MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, struct err *e)
 {
     struct zip *z = s->zip;
     for (size_t len = 0;;) {
@@ -7570,6 +7710,70 @@ MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, stru
         if (!source_next(s, e))
             return -1;
     }
+}
+
+#if CVMS_TLS
+/* From now on the source, of which nothing has been read, is the blob of its bytes, and size the blob's.  The caller wipes
+ * the key, and uses a nonce once: a random one is.  False: the source is closed. */
+MUST_USE static bool source_seal(struct source *s, const uint8_t key[AES_KEY], const uint8_t nonce[SEAL_NONCE],
+                                 struct err *e)
+{
+    s->seal = s->size <= SEAL_MAX ? calloc(1, sizeof *s->seal) : NULL;
+    if (!s->seal) {
+        file_err(e, s->path, s->size <= SEAL_MAX ? "out of memory" : seal_too_long);
+        source_close(s);
+        return false;
+    }
+    gcm_key(&s->seal->g, key);
+    gcm_nonce(&s->seal->g, nonce);
+    memcpy(s->seal->edge, nonce, SEAL_NONCE);
+    s->seal->len = SEAL_NONCE;
+    s->size += SEAL_EXTRA;
+    return true;
+}
+
+/* source_read of a sealed source. */
+static ssize_t seal_read(struct source *s, uint8_t *p, size_t n, struct err *e)
+{
+    struct seal *l = s->seal;
+    for (size_t len = 0;;) {
+        size_t k = min_size(n - len, l->len - l->at);
+        memcpy(p + len, l->edge + l->at, k);
+        l->at += k;
+        len += k;
+        if (len == n || l->ended)
+            return (ssize_t)len;
+        ssize_t got = source_pull(s, p + len, n - len, e);
+        if (got < 0)
+            return -1;
+        if (!gcm_run(&l->g, true, p + len, (size_t)got)) {
+            file_err(e, s->path, seal_too_long);
+            return -1;
+        }
+        len += (size_t)got;
+        if (len < n) {
+            br_gcm_get_tag(&l->g.gcm, l->edge);
+            l->at = 0;
+            l->len = SEAL_TAG;
+            l->ended = true;
+        }
+    }
+}
+#else
+MUST_USE static bool source_seal(struct source *s, const uint8_t *key, const uint8_t *nonce, struct err *e)
+{
+    (void)key, (void)nonce;
+    source_close(s);
+    return err_set(e, "this cvms was built without TLS (make TLS=0), and so without AES; build it with TLS");
+}
+
+#define seal_read source_pull
+#endif
+
+/* Fills p; fewer than n bytes, or 0, only at the end.  -1: e has the reason, and the source is of no more use. */
+MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, struct err *e)
+{
+    return s->seal ? seal_read(s, p, n, e) : source_pull(s, p, n, e);
 }
 
 /* ---- Many paths at once ---- */
@@ -7803,6 +8007,211 @@ static int cmd_checksum(struct report *r, bool base64, const char *const *paths,
     free(c);
     return r->start;
 }
+
+/* ---- cvms encrypt, cvms decrypt ---- */
+
+#if CVMS_TLS
+/* What is written: to a file beside `path` that gets its name when all is right, or to what can't be renamed. */
+struct output {
+    int fd;
+    const char *path;
+    char *real, *part;           /* of a file: what a link leads to (NULL: not there yet), and its name until it is whole */
+};
+
+static bool output_err(const struct output *w, struct err *e)
+{
+    return err_set(e, "%s: can't be written: %s", w->part ? w->part : w->path, strerror(errno));
+}
+
+/* A source of a file or folder, or of stdin ("-") or a pipe, whose size is not known. */
+MUST_USE static bool source_open_any(struct source *s, const char *path, struct err *e)
+{
+    struct stat st;
+    bool standard = strcmp(path, "-") == 0;
+    if (!standard && (stat(path, &st) != 0 || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode)))
+        return source_open(s, path, e);
+    *s = (struct source){ .path = standard ? "stdin" : path };
+    s->fd = standard ? fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3) : open(path, O_RDONLY | O_CLOEXEC);
+    return s->fd >= 0 || file_err(e, s->path, strerror(errno));
+}
+
+static bool is_file(const char *path, const struct stat *file)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
+}
+
+/* Opens a file beside the one that is, or will be, at w->path. */
+static bool output_part(struct output *w, const struct stat *there, struct err *e)
+{
+    w->real = there ? realpath(w->path, NULL) : NULL;
+    const char *path = w->real ? w->real : w->path;
+    size_t n = strlen(path);
+    w->part = need(malloc(n + sizeof ".part"));
+    memcpy(w->part, path, n);
+    memcpy(w->part + n, ".part", sizeof ".part");
+    unlink(w->part);                  /* of a run that was killed */
+    w->fd = open(w->part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, there ? 0600 : 0666);
+    if (w->fd < 0)
+        return output_err(w, e);
+    unfinished[0] = w->part;
+    return !there || fchmod(w->fd, there->st_mode & 0777) == 0 || output_err(w, e);
+}
+
+/* Opens OUT, which may not be IN or the key; streams: it may be a pipe or stdout ("-"). */
+MUST_USE static bool crypt_output(struct output *w, const struct options *o, bool streams, struct err *e)
+{
+    struct stat st;
+    const char *path = o->args[1], *in = o->args[0], *key = o->key ? o->key : o->new_key;
+    bool standard = strcmp(path, "-") == 0, there = !standard && stat(path, &st) == 0;
+    *w = (struct output){ .fd = -1, .path = path };
+    if (there && S_ISDIR(st.st_mode))
+        return err_set(e, "%s: is a folder; name a file in it", path);
+    if (there && (is_file(in, &st) || is_file(key, &st)))
+        return err_set(e, "%s: is the %s as well; name another file", path, is_file(in, &st) ? "input" : "key");
+    if (there && access(path, W_OK) != 0)
+        return output_err(w, e);
+    if (!standard && (!there || S_ISREG(st.st_mode)))
+        return output_part(w, there ? &st : NULL, e);
+    if (!streams)
+        return err_set(e, "%s: only a file can be written: until its end nothing shows that a blob is genuine", path);
+    w->fd = standard ? fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3) : output_open(path);
+    return (w->fd >= 0 || output_err(w, e)) &&
+           (!isatty(w->fd) || err_set(e, "%s: is a terminal, which a blob does not suit; name a file", path));
+}
+
+/* Gives a whole file its name, or leaves none.  Frees w. */
+static bool output_end(struct output *w, bool ok, struct err *e)
+{
+    if (w->fd >= 0 && close(w->fd) != 0 && ok)
+        ok = output_err(w, e);
+    if (w->part && ok && rename(w->part, w->real ? w->real : w->path) != 0)
+        ok = err_set(e, "%s: can't be written: %s", w->path, strerror(errno));
+    if (w->part && !ok && unfinished[0])
+        unlink(w->part);
+    unfinished[0] = NULL;
+    free(w->part);
+    free(w->real);
+    return ok;
+}
+
+/* Makes a key in a new file, its owner's alone. */
+static bool seal_key_new(const char *path, uint8_t key[AES_KEY], struct err *e)
+{
+    if (getentropy(key, AES_KEY) != 0)
+        return err_set(e, "the operating system gives no random numbers: %s", strerror(errno));
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return err_set(e, "%s: %s", path, errno == EEXIST ? "is there already, and what it has encrypted may need it; "
+                       "encrypt with -key, or name a new file" : strerror(errno));
+    unfinished[1] = path;
+    bool ok = fd_write(fd, key, AES_KEY, -1);
+    int error = errno;
+    if (close(fd) != 0 && ok)
+        error = errno, ok = false;
+    return ok || err_set(e, "%s: can't be written: %s", path, strerror(error));
+}
+
+enum { CRYPT_PIECE = 1 << 16 };
+
+/* Writes all of a source.  What is of a known size must have kept it. */
+static bool encrypt_copy(struct source *s, const struct output *w, struct err *e)
+{
+    uint8_t piece[CRYPT_PIECE];
+    uint64_t len = 0;
+    ssize_t n;
+    while ((n = source_read(s, piece, sizeof piece, e)) > 0) {
+        len += (uint64_t)n;
+        if (!fd_write(w->fd, piece, (size_t)n, -1))
+            return output_err(w, e);
+    }
+    if (n == 0 && s->id.st.ino && len != s->size)
+        return file_err(e, s->path, "has changed while it was read");
+    return n == 0;
+}
+
+/* Writes what is in a blob. */
+static bool decrypt_copy(struct source *s, const uint8_t key[AES_KEY], const struct output *w, struct err *e)
+{
+    uint8_t piece[CRYPT_PIECE], plain[CRYPT_PIECE];
+    struct unseal u;
+    ssize_t n;
+    bool ok = true;
+    unseal_init(&u, key);
+    while (ok && (n = source_read(s, piece, sizeof piece, e)) != 0)
+        ok = n > 0 && (fd_write(w->fd, plain, unseal_update(&u, piece, (size_t)n, plain), -1) || output_err(w, e));
+    bool genuine = unseal_final(&u);
+    return ok && (genuine || file_err(e, s->path, "is no blob that this key has sealed, or is damaged: its tag is wrong; "
+                                                  "nothing is written"));
+}
+
+/* What is to be seen before anything is written. */
+static bool crypt_check(const struct source *s, bool encrypt, struct err *e)
+{
+    if (encrypt || !s->id.st.ino)
+        return true;
+    return s->zip ? file_err(e, s->path, "is a folder; name a blob that cvms encrypt has made")
+         : s->size < SEAL_EXTRA ? file_err(e, s->path, "is no blob: it has not even room for a nonce and a tag, 28 bytes")
+         : s->size <= SEAL_MAX + SEAL_EXTRA || file_err(e, s->path, seal_too_long);
+}
+
+static bool crypt_run(const struct options *o, bool encrypt, uint8_t key[AES_KEY], struct err *e)
+{
+    struct source s = { .fd = -1 };
+    struct output w = { .fd = -1 };
+    struct err why;
+    uint8_t nonce[SEAL_NONCE];
+    bool ok = source_open_any(&s, o->args[0], e) && crypt_check(&s, encrypt, e);
+    if (ok && o->key)
+        ok = seal_key_load(o->key, key, &why) || err_set(e, "-key: %s", why.text);
+    else if (ok)
+        ok = seal_key_new(o->new_key, key, &why) || err_set(e, "-new-key: %s", why.text);
+    if (ok && encrypt)
+        ok = (getentropy(nonce, sizeof nonce) == 0 || err_set(e, "no random numbers: %s", strerror(errno))) &&
+             source_seal(&s, key, nonce, e);
+    ok = ok && crypt_output(&w, o, encrypt, e) && (encrypt ? encrypt_copy(&s, &w, e) : decrypt_copy(&s, key, &w, e));
+    bool made = unfinished[1] != NULL;
+    if (ok)
+        unfinished[1] = NULL;         /* once OUT has its name, the key is needed */
+    ok = output_end(&w, ok, e);
+    if (made && !ok)
+        unlink(o->new_key);
+    unfinished[1] = NULL;
+    source_close(&s);
+    return ok;
+}
+
+/* cvms encrypt and cvms decrypt.  Returns the exit status. */
+static int cmd_crypt(const struct options *o, struct report *r)
+{
+    bool encrypt = o->command == CMD_ENCRYPT;
+    const char *name = encrypt ? "encrypt" : "decrypt";
+    uint8_t key[AES_KEY];
+    struct err e;
+    if (o->arg_count != 2)
+        tell(r, USAGE, "%s: name two files, IN and OUT; %zu are given", name, o->arg_count);
+    if (!o->key == !o->new_key)
+        tell(r, USAGE, encrypt ? "encrypt: give either -key FILE or -new-key FILE" : "decrypt: give -key FILE");
+    if (r->usage)
+        return 2;
+    struct sigaction sa = { .sa_handler = on_signal_end };
+    sigemptyset(&sa.sa_mask);
+    sigaction(SIGHUP, &sa, NULL);
+    if (!crypt_run(o, encrypt, key, &e))
+        tell(r, START, "%s: %s", name, e.text);
+    wipe(key, sizeof key);
+    return r->start;
+}
+#else
+static int cmd_crypt(const struct options *o, struct report *r)
+{
+    struct err e;
+    struct source none = { .fd = -1 };
+    if (!source_seal(&none, NULL, NULL, &e))
+        tell(r, START, "%s: %s", o->command == CMD_ENCRYPT ? "encrypt" : "decrypt", e.text);
+    return 1;
+}
+#endif
 
 /* ==== 14. Public keys ==============================================================================================
  * Owns: the -public-key-path file, and what to do about one that is something else.
@@ -12082,7 +12491,7 @@ static bool positional_form(struct options *o, struct report *r, bool any_flag)
         else if (near < COMMANDS)
             tell(r, USAGE, "\"%s\" is no command: the server needs no word, only its flags; see cvms -help", o->args[0]);
         else
-            tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health) nor a flag; see cvms -help",
+            tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see cvms -help",
                  o->args[0]);
         return false;
     }
@@ -12439,10 +12848,15 @@ static int run(struct options *o, struct report *r)
         return cmd_agent(o, r);
     case CMD_HEALTH:
         return cmd_health(o, r);
+    case CMD_ENCRYPT:
+    case CMD_DECRYPT:
+        return cmd_crypt(o, r);
     case CMD_MANIFEST:
         return cmd_manifest(o, r);
     case CMD_SERVE:
         return cmd_serve(o, r);
+    case CMD_ALL:
+        break;
     }
     return 2;
 }

@@ -150,11 +150,11 @@ def musl(cc, directory, name, *args):
         layer(f"{name} with musl, {cc}", [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
 
 
-def script(directory, name, *args):
+def script(directory, name, *args, python=sys.executable):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
     cvms = wants(name) and program()
     if cvms:
-        layer(name, [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+        layer(name, [python, os.path.join(HERE, directory, name + ".py"), cvms, *args])
 
 
 def cli():
@@ -180,6 +180,16 @@ def deliver():
     """Uploads and results, against a grpc-go AgentService."""
     fast = wants("test_deliver") and program(name="cvms-fast", flags=["-O2"])
     script("deliver", "test_deliver", fast or "", os.path.join(BUILD, "tools", "bin", "agent"))
+
+
+def remote():
+    """What agents fetch; Python's cryptography is in the clients' venv."""
+    python = os.path.join(BUILD, "tools", "venv", "bin", "python")
+    if not os.path.exists(python):
+        missing("remote", "no Python cryptography; run tests/install.sh")
+        return
+    driver = wants("test_crypt") and build(COMPILERS[0], "seal_driver", "tests/remote/seal_driver.c", SANITIZE, ["-std=c11", "-D_GNU_SOURCE"])
+    script("remote", "test_crypt", driver or "", python=python)
 
 
 def tls():
@@ -291,7 +301,7 @@ def builds():
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke, "deliver": deliver,
-          "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
+          "remote": remote, "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
 ON_REQUEST = {"inject-all"}           # only by name: minutes
 QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]
 PLANNED = {*LAYERS} - {"builds", "inject", "inject-all"}  # what these do besides building can't be left out

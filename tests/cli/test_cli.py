@@ -284,7 +284,7 @@ SERVER_FLAGS = """public-key-path attested-tls-bool algo-path data-paths algo-so
     dataset-kbs-paths kbs-url algo-kbs-url dataset-kbs-urls algo-source-type dataset-source-type algo-type algo-args
     algo-hash dataset-hash dataset-decompress client-ca-file dataset-type compat output ready-file max-message max-connections help
     ca-url cvm-id cmv-id""".split()
-OTHER_FLAGS = "wait repeat once fail job-id service b o".split()
+OTHER_FLAGS = "wait repeat once fail job-id service b o key new-key".split()
 
 
 def test_help():
@@ -311,7 +311,8 @@ def test_help():
                           ("dataset-decompress", "false"), ("ADDR", "localhost:7001")):
         has(f"help: default of {flag}", flat, rf"^\s*-?{flag}\b", rf"default.*({default})")
     for command, own, others in (("agent", "fail", "service"), ("manifest", "o", "until"), ("checksum", "b", "wait"),
-                                 ("health", "service", "fail"), ("manifest", "algo-path", "fault")):
+                                 ("health", "service", "fail"), ("manifest", "algo-path", "fault"), ("encrypt", "new-key", "once"),
+                                 ("decrypt", "key", "new-key")):
         has(f"help lists cvms {command}", r.out, f"cvms {command} ")
         help_of = run(f"help {command}", [command, "-help"]).out
         has(f"help of {command}: its own flags", help_of, rf"^  -{own}( |$)")
@@ -432,7 +433,7 @@ def test_mistakes_usage():
         r = run(f"no command {words}", words)
         same(f"no command {words}: status", r.status, 2)
         same(f"no command {words}: one line", len(r.err.splitlines()), 1)
-        has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), "agent, manifest, checksum, health", "-help")
+        has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), "agent, manifest, checksum, health, encrypt, decrypt", "-help")
     for port in ("abc", "-1", "65536", "7001x", "0x10", " 80", "1e3", "99999999999999999999"):
         refused(f"usage: PORT {port!r}", base, 2, ["PORT", re.escape(port), "65535"], {"PORT": port})
 

@@ -25,6 +25,10 @@ def test_refuses():
     rows = [("flags", ["-server-cert", "c", "-server-key", "k"], {}), ("variables", [], {"SERVER_CERT": "c", "SERVER_KEY": "k"})]
     for name, flags, env in rows:
         refused(f"plain: certificates by {name}", [*W.base, *flags], 1, ["without TLS", "make TLS=0"], env)
+    for command in ("encrypt", "decrypt"):
+        r = run(f"plain: {command}", [command, "-key", "k", "a", "b"])
+        same(f"plain: {command}: status", r.status, 1)
+        has(f"plain: {command}", r.err, f"^cvms: {command}: ", "without TLS", "make TLS=0")
 
 
 if len(sys.argv) < 2:

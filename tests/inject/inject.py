@@ -312,6 +312,13 @@ def simple(*args):
     return scenario
 
 
+def crypt(*args):
+    def scenario(run):
+        simple(*args)(run)
+        run.files["files"] = "\n".join(sorted(set(os.listdir(run.dir)) - {"log", "out", "err"}))
+    return scenario
+
+
 MANIFEST = ["manifest", *DIRECT, "-data-paths", f"{INPUTS}/data.csv,{INPUTS}/empty.bin", "-algo-args", "a,b"]
 SCENARIOS = {
     "serve": serve, "serve over TLS": serve_tls, "verdict": verdict, "agent": agent, "agent over TLS": agent_tls,
@@ -321,6 +328,8 @@ SCENARIOS = {
     "positional": simple("manifest", *DIRECT[1::2], f"{INPUTS}/data.csv", f"{INPUTS}/empty.bin"),
     "checksum": simple("checksum", f"{INPUTS}/x1000003.bin", f"{W}/folder", f"{INPUTS}/algo.py"),
     "checksum -b": simple("checksum", "-b", f"{INPUTS}/algo.py"),
+    "encrypt": crypt("encrypt", "-new-key", "key", f"{W}/folder", "blob"),
+    "decrypt": crypt("decrypt", "-key", f"{W}/key", f"{W}/blob", "wire"),
     "mistakes": simple("manifest", "-algo-path", "nowhere", "-algo-typo", "x", "-algo-args", "a", "-algo-args", "b"),
     "help": simple("-help"), "version": simple("-version"),
 }
@@ -330,6 +339,7 @@ def prepare():
     folder()
     with open(f"{W}/manifest.json", "w") as f:
         subprocess.run([PEER, *MANIFEST], stdout=f, stderr=subprocess.DEVNULL, env=environment({"HOST": "localhost"}), check=True)
+    subprocess.run([PEER, "encrypt", "-new-key", f"{W}/key", f"{INPUTS}/algo.py", f"{W}/blob"], check=True)
     run = Run()
     with Clean(run, "-record", f"{W}/replay.jsonl") as address:
         run.peer("agent", "-wait", "1s", "-job-id", "cvm-7", address)
