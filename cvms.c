@@ -1107,8 +1107,17 @@ static int pem_next(struct bytes *in, char label[PEM_LABEL], struct buf *der)
     return 1;
 }
 
+/* Appends what a text of base64 says.  False: it is none, or there is no memory. */
+static bool base64_decode(struct bytes text, struct buf *out)
+{
+    struct base64 b = { 0 };
+    base64_line(&b, text, out);
+    return !b.bad && b.pads <= 2 && b.count % 4 == 0 && !out->failed;
+}
+
 enum { /* X.690 8.1.2: the identifier bytes that are looked for here */
-    DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_OID = 0x06,
+    DER_BOOLEAN = 0x01, DER_INTEGER = 0x02, DER_BIT_STRING = 0x03, DER_OCTET_STRING = 0x04, DER_NULL = 0x05,
+    DER_OID = 0x06,
     DER_SEQUENCE = 0x30, DER_SET = 0x31
 };
 
@@ -1116,6 +1125,9 @@ enum { /* X.690 8.1.2: the identifier bytes that are looked for here */
 #define OID_RSA "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"
 #define OID_EC "\x2a\x86\x48\xce\x3d\x02\x01"
 #define OID_ED25519 "\x2b\x65\x70"
+#define OID_P256 "\x2a\x86\x48\xce\x3d\x03\x01\x07"
+#define OID_P384 "\x2b\x81\x04\x00\x22"
+#define OID_P521 "\x2b\x81\x04\x00\x23"
 
 /* Takes one element off the front of *in and returns its identifier byte, with its contents in *value; or -1, with
  * nothing taken, when *in is empty or cut off, or the length is indefinite or longer than it need be (X.690 10.1). */
@@ -1141,17 +1153,32 @@ static int der_next(struct bytes *in, struct bytes *value)
     return tag;
 }
 
+/* A public key's parts as they stand in its DER. */
+struct der_public {
+    struct bytes algorithm, parameters, key;
+};
+
 /* SubjectPublicKeyInfo (RFC 5280 4.1): SEQUENCE { SEQUENCE { OID, parameters at most once }, BIT STRING }. */
-static bool der_is_spki(struct bytes in)
+static bool der_public_key(struct bytes in, struct der_public *k)
 {
-    struct bytes body, algorithm, part;
+    struct bytes body, algorithm;
+    *k = (struct der_public){ .key = { NULL, 0 } };
     if (der_next(&in, &body) != DER_SEQUENCE || in.n || der_next(&body, &algorithm) != DER_SEQUENCE)
         return false;
-    if (der_next(&algorithm, &part) != DER_OID || part.n == 0)
+    if (der_next(&algorithm, &k->algorithm) != DER_OID || k->algorithm.n == 0)
         return false;
-    if (algorithm.n && (der_next(&algorithm, &part) < 0 || algorithm.n))
+    if (algorithm.n && (der_next(&algorithm, &k->parameters) < 0 || algorithm.n))
         return false;
-    return der_next(&body, &part) == DER_BIT_STRING && body.n == 0 && part.n > 1 && part.p[0] < 8;
+    if (der_next(&body, &k->key) != DER_BIT_STRING || body.n || k->key.n < 2 || k->key.p[0] >= 8)
+        return false;
+    k->key = bytes_from(k->key, 1);   /* how many bits of the last byte are unused */
+    return true;
+}
+
+static bool der_is_spki(struct bytes in)
+{
+    struct der_public k;
+    return der_public_key(in, &k);
 }
 
 /* RSAPublicKey (RFC 8017 A.1.1): SEQUENCE { INTEGER, INTEGER }. */
@@ -1935,7 +1962,8 @@ enum { PREFACE_LEN = sizeof preface - 1 };
 enum field_id {
     F_METHOD, F_SCHEME, F_AUTHORITY, F_PATH, F_STATUS, F_PSEUDO_END,
     F_CONTENT_TYPE = F_PSEUDO_END, F_CONTENT_LENGTH, F_TE, F_GRPC_ENCODING, F_GRPC_TIMEOUT, F_GRPC_STATUS,
-    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_FILE_SIZE, F_KNOWN,
+    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_FILE_SIZE, F_SIGNATURE, F_ALGO_TYPE, F_AGENT_PORT,
+    F_CVMS_DELIVERS, F_KNOWN,
     F_FORBIDDEN = F_KNOWN, FIELD_RULES = F_FORBIDDEN + 5
 };
 
@@ -1944,7 +1972,8 @@ static const char *const field_names[FIELD_RULES] = {
     [F_STATUS] = ":status", [F_CONTENT_TYPE] = "content-type", [F_CONTENT_LENGTH] = "content-length", [F_TE] = "te",
     [F_GRPC_ENCODING] = "grpc-encoding", [F_GRPC_TIMEOUT] = "grpc-timeout", [F_GRPC_STATUS] = "grpc-status",
     [F_GRPC_MESSAGE] = "grpc-message", [F_USER_AGENT] = "user-agent", [F_JOB_ID] = "job-id",
-    [F_CONNECTION_TYPE] = "connection-type", [F_FILE_SIZE] = "file-size",
+    [F_CONNECTION_TYPE] = "connection-type", [F_FILE_SIZE] = "file-size", [F_SIGNATURE] = "signature",
+    [F_ALGO_TYPE] = "algo_type", [F_AGENT_PORT] = "agent-port", [F_CVMS_DELIVERS] = "cvms-delivers",
     /* RFC 9113 8.2.2 */
     [F_FORBIDDEN] = "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade",
 };
@@ -2878,13 +2907,14 @@ static void stream_put_fields(struct stream *s, const char *const *list, const c
     buf_free(&block);
 }
 
-/* Sends the response's HEADERS, once. */
-static void grpc_send_headers(struct stream *s)
+/* Sends the response's HEADERS, once, with a list of metadata. */
+static void grpc_send_headers(struct stream *s, const char *const *metadata)
 {
     if (s->grpc.headers_sent || s->dead)
         return;
     s->grpc.headers_sent = true;
-    stream_put_fields(s, (const char *[]){ ":status", "200", "content-type", "application/grpc", NULL }, NULL, 0);
+    stream_put_fields(s, (const char *[]){ ":status", "200", "content-type", "application/grpc", NULL }, metadata,
+                      0);
 }
 
 /* grpc-message: everything but visible ASCII is percent-encoded. */
@@ -2951,7 +2981,7 @@ static void plain_answer(struct stream *s)
 static void grpc_send_blob(struct stream *s, struct blob *b)
 {
     if (!s->conn->client)
-        grpc_send_headers(s);
+        grpc_send_headers(s, NULL);
     if (s->queued >= MAX_QUEUED_ITEMS ||
         (!s->conn->client && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES)) {
         blob_unref(b);
@@ -5592,6 +5622,27 @@ static struct addrinfo *wildcard_first(struct addrinfo *list)
     return list;
 }
 
+/* Binds all addresses of a host, all interfaces if it is empty.  Returns the port; 0: *why tells, or errno where that is
+ * NULL. */
+static unsigned listen_host(struct loop *l, const char *host, unsigned port, const char **why)
+{
+    int flags = *host ? 0 : AI_PASSIVE;
+    struct addrinfo *list = resolve_host(host, 0, flags, why);
+    unsigned real = 0;
+    if (!list)
+        return 0;
+    list = *host ? list : wildcard_first(list);
+    for (struct addrinfo *a = list; a; a = a->ai_next)
+        a->ai_flags = flags;
+    for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
+        real = listen_all(l, list, port);
+    int error = errno;
+    addresses_free(list);
+    errno = error;
+    *why = NULL;
+    return real;
+}
+
 /* ---- Signals and the loop itself ---- */
 
 static void on_signal(int number)
@@ -6270,7 +6321,7 @@ struct options {
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
         *until, *report, *record, *replay, *server_cert, *new_key,
         *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *private_key_path,
-        *agent_address, *algo_requirements, *python_runtime, *results;
+        *agent_address, *algo_requirements, *python_runtime, *results, *agent_port;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
         reject, fault;
@@ -6322,7 +6373,8 @@ static const struct option option_table[] = {
     { "results", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(results),
       "fetch the results into FILE; of several agents into one each, their names before the ending" },
     { "agent-address", "HOST:PORT", NULL, OPT_TEXT, CMD_SERVE, AT(agent_address),
-      "where the agent takes uploads (default: the address that its stream comes from, port 7002)" },
+      "where the agent takes uploads (default: the address that its stream comes from, at port 7002 or the one that its "
+      "metadata agent-port names)" },
     { "algo-source-url", "URL", NULL, OPT_TEXT, BOTH, AT(algo_source_url),
       "where the agent fetches the algorithm; needs -algo-kbs-path" },
     { "algo-kbs-path", "PATH", NULL, OPT_TEXT, BOTH, AT(algo_kbs_path),
@@ -6418,8 +6470,12 @@ static const struct option option_table[] = {
     { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
     { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
     { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
-    { "fail", "STATE", NULL, OPT_TEXT, CMD_AGENT, AT(fail),
-      "play a run that fails in ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running" },
+    { "agent-port", "PORT", NULL, OPT_TEXT, CMD_AGENT, AT(agent_port),
+      "wait for uploads at this port, as a real agent does at 7002; 0 takes any free one (without it: only for a server that "
+      "uploads, at 7002)" },
+    { "fail", "HOW", NULL, OPT_TEXT, CMD_AGENT, AT(fail),
+      "play a run that fails in the state ReceivingManifest, ReceivingAlgorithm, ReceivingData or Running, or one that refuses "
+      "uploads or results: algorithm-hash, algorithm-signature, dataset-hash, dataset-signature, results" },
     { "job-id", "ID", NULL, OPT_TEXT, CMD_AGENT, AT(job_id),
       "send this as the metadata job-id, as the newest agents do" },
     { "replay", "FILE", NULL, OPT_PATH, CMD_AGENT, AT(replay),
@@ -8446,52 +8502,110 @@ static struct user_key *user_key_make(struct err *e)
     return k;
 }
 
+/* The curves that BearSSL signs with, and their names (RFC 5480 2.1.1.1). */
+static const struct {
+    int id;
+    uint8_t oid_len;
+    const char *oid;
+} curves[] = {
+    { BR_EC_secp256r1, sizeof OID_P256 - 1, OID_P256 }, { BR_EC_secp384r1, sizeof OID_P384 - 1, OID_P384 },
+    { BR_EC_secp521r1, sizeof OID_P521 - 1, OID_P521 },
+};
+
+static struct bytes curve_oid(size_t i)
+{
+    return (struct bytes){ (const uint8_t *)curves[i].oid, curves[i].oid_len };
+}
+
 /* SubjectPublicKeyInfo (RFC 5280 4.1, RFC 5480 2) of its public half, appended.  False without memory. */
 static bool user_key_public(const struct user_key *k, struct buf *spki)
 {
-    static const uint8_t rsa_algorithm[] = { 6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1, 5, 0 };
-    static const uint8_t p256[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1,
-                                    7 };
-    static const uint8_t p384[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0x22 };
-    static const uint8_t p521[] = { 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0x23 };
-    struct buf body = { 0 }, key = { 0 };
-    struct bytes algorithm = { rsa_algorithm, sizeof rsa_algorithm };
+    struct buf algorithm = { 0 }, body = { 0 }, key = { 0 };
     buf_putc(&key, 0);                /* no unused bits */
     if (k->rsa) {
         buf_put(&key, k->rsa_public.p, k->rsa_public.len);
+        der_put(&algorithm, DER_OID, BYTES(OID_RSA));
+        der_put(&algorithm, DER_NULL, BYTES(""));
     } else {
         uint8_t q[BR_EC_KBUF_PUB_MAX_SIZE];
         br_ec_public_key pub = { 0 };
+        size_t curve = 0;
         br_ec_compute_pub(br_ec_get_default(), &pub, q, k->ec);
         buf_put(&key, pub.q, min_size(pub.qlen, sizeof q));
-        algorithm = k->ec->curve == BR_EC_secp256r1 ? (struct bytes){ p256, sizeof p256 }
-                  : k->ec->curve == BR_EC_secp384r1 ? (struct bytes){ p384, sizeof p384 }
-                                                    : (struct bytes){ p521, sizeof p521 };
+        while (curve < PB_COUNT(curves) - 1 && curves[curve].id != k->ec->curve)
+            curve++;
+        der_put(&algorithm, DER_OID, BYTES(OID_EC));
+        der_put(&algorithm, DER_OID, curve_oid(curve));
     }
-    der_put(&body, DER_SEQUENCE, algorithm);
+    der_put(&body, DER_SEQUENCE, (struct bytes){ algorithm.p, algorithm.len });
     der_put(&body, DER_BIT_STRING, (struct bytes){ key.p, key.len });
     der_put(spki, DER_SEQUENCE, (struct bytes){ body.p, body.len });
-    spki->failed |= body.failed || key.failed || k->rsa_public.failed;
+    spki->failed |= algorithm.failed || body.failed || key.failed || k->rsa_public.failed;
+    buf_free(&algorithm);
     buf_free(&body);
     buf_free(&key);
     return !spki->failed;
+}
+
+static void sha256(struct bytes text, uint8_t hash[br_sha256_SIZE])
+{
+    br_sha256_context h;
+    br_sha256_init(&h);
+    br_sha256_update(&h, text.p, text.n);
+    br_sha256_out(&h, hash);
 }
 
 /* Appends the signature over the text: RSA PKCS#1 v1.5, or ECDSA in ASN.1 form, over SHA-256. */
 static bool user_key_sign(const struct user_key *k, struct bytes text, struct buf *signature)
 {
     uint8_t hash[br_sha256_SIZE], out[TLS_RSA_MAX / 8];
-    br_sha256_context h;
     size_t n = 0;
-    br_sha256_init(&h);
-    br_sha256_update(&h, text.p, text.n);
-    br_sha256_out(&h, hash);
+    sha256(text, hash);
     if (!k->rsa)
         n = br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), &br_sha256_vtable, hash, k->ec, out);
     else if (br_rsa_pkcs1_sign_get_default()(BR_HASH_OID_SHA256, hash, sizeof hash, k->rsa, out))
         n = (k->rsa->n_bitlen + 7) / 8;
     buf_put(signature, out, n);
     return n && !signature->failed;
+}
+
+/* RSAPublicKey without the zeros in front of its numbers, which point into the key. */
+static bool rsa_public_key(struct bytes key, br_rsa_public_key *pk)
+{
+    struct bytes body, number[2];
+    if (der_next(&key, &body) != DER_SEQUENCE)
+        return false;
+    for (int i = 0; i < 2; i++) {
+        if (der_next(&body, &number[i]) != DER_INTEGER)
+            return false;
+        while (number[i].n && number[i].p[0] == 0)
+            number[i] = bytes_from(number[i], 1);
+    }
+    *pk = (br_rsa_public_key){ .n = (uint8_t *)number[0].p, .nlen = number[0].n, .e = (uint8_t *)number[1].p,
+                               .elen = number[1].n };
+    return pk->nlen <= TLS_RSA_MAX / 8;
+}
+
+/* Whether a signature, as user_key_sign makes it, is over the text and by the key of this SubjectPublicKeyInfo.
+ * 1: yes, 0: no, -1: it can't be told here. */
+static int signature_check(struct bytes spki, struct bytes text, struct bytes signature)
+{
+    uint8_t hash[br_sha256_SIZE], out[br_sha256_SIZE];
+    struct der_public k;
+    br_rsa_public_key rsa;
+    size_t i = 0;
+    sha256(text, hash);
+    if (!der_public_key(spki, &k))
+        return 0;
+    if (bytes_eq(k.algorithm, BYTES(OID_RSA)) && rsa_public_key(k.key, &rsa))
+        return br_rsa_pkcs1_vrfy_get_default()(signature.p, signature.n, BR_HASH_OID_SHA256, sizeof hash, &rsa, out) &&
+               memcmp(hash, out, sizeof hash) == 0;
+    while (i < PB_COUNT(curves) && !bytes_eq(k.parameters, curve_oid(i)))
+        i++;
+    if (!bytes_eq(k.algorithm, BYTES(OID_EC)) || i == PB_COUNT(curves))
+        return -1;
+    br_ec_public_key ec = { .curve = curves[i].id, .q = (uint8_t *)k.key.p, .qlen = k.key.n };
+    return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), hash, sizeof hash, &ec, signature.p, signature.n) == 1;
 }
 #else
 struct user_key { int unused; };
@@ -8506,6 +8620,7 @@ static struct user_key *user_key_make(struct err *e)
 #define user_key_free(k) ((void)(k))
 #define user_key_public(k, spki) ((void)(k), (void)(spki), false)
 #define user_key_sign(k, text, signature) ((void)(k), (void)(text), (void)(signature), false)
+#define signature_check(spki, text, signature) ((void)(spki), (void)(text), (void)(signature), -1)
 #endif
 
 /* ==== 15. The manifest: from options to finished bytes =============================================================
@@ -9832,6 +9947,7 @@ enum {
     PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
     RESULT_MESSAGE_MAX = 4 << 20,     /* what gRPC's own clients take */
     SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
+    SERVICE_CONNECTIONS = 100,        /* at a time, to a stand-in */
     REDIAL_MS = 500,
     UNREACHABLE_MS = 2000,            /* before it is told that a port is not open yet */
     BACKOFF_MAX = 5,                  /* doublings of REDIAL_MS between calls that break off */
@@ -9884,6 +10000,7 @@ struct delivery {
     struct address at;                /* -agent-address, if it is given */
     struct addrinfo *addresses;
     struct courier *couriers;
+    char announced[40];               /* the roles that it plays, for a stand-in to know what to wait for */
     uint8_t *piece;                   /* PIECE_LEN bytes on their way from a file into a message */
 };
 
@@ -10362,9 +10479,10 @@ static void delivery_back(const struct host *h)
         courier_ask(h->courier);
 }
 
-/* A message of an agent host has come; peer is the address of its stream, version that of the manifest on it. */
+/* A message of an agent host has come; peer is the address of its stream, port that of its service, version that of the
+ * manifest on the stream. */
 static void delivery_message(struct delivery *d, struct host *h, const struct ClientStreamMessage *msg,
-                             const char *peer, bool job_id, unsigned version)
+                             const char *peer, unsigned port, bool job_id, unsigned version)
 {
     struct courier *c = d->count && h ? courier_of(d, h) : NULL;
     struct address at;
@@ -10375,7 +10493,7 @@ static void delivery_message(struct delivery *d, struct host *h, const struct Cl
         addresses_free(c->own);
         c->own = NULL;
         host_port(c->where, sizeof c->where, d->addresses ? d->at.host : at.host,
-                  d->addresses ? (unsigned)d->at.port : SERVICE_PORT);
+                  d->addresses ? (unsigned)d->at.port : port);
     }
     if (msg->run_res && !msg->run_res->error.n) {
         courier_start(c, AGENT_ALGORITHM, version);
@@ -10653,6 +10771,10 @@ static void delivery_check(struct delivery *d, const struct manifest *m, struct 
     else if (d->verdict->until == STAGE_COMPLETE)
         tell(r, WARNING, "-until complete comes about only when somebody fetches the results: add -results FILE, or use "
                          "-until ready");
+    for (size_t i = 0, n = 0; i < d->count; i++)
+        if (i == 0 || d->errands[i].role != d->errands[i - 1].role)
+            n += (size_t)text_printf(d->announced + n, sizeof d->announced - n, n ? ",%s" : "%s",
+                                     roles[d->errands[i].role].what);
     delivery_address(d, o, r);
     user_key_free(d->key);
     d->key = NULL;
@@ -10699,6 +10821,7 @@ struct session {
     struct host *host;                /* NULL: no verdict is wanted */
     enum stream_kind kind;
     uint64_t messages, bytes;
+    unsigned port;                    /* of the agent's service */
     unsigned version;                 /* of the manifest that was sent; 0: none, or not the one that is delivered for */
     int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
     unsigned waits;                   /* how often changed inputs are to be hashed before that */
@@ -11063,7 +11186,7 @@ static void session_ask(struct session *session, struct blob *b)
     }
     if (b)
         record_sent(s, b);
-    grpc_send_headers(s);
+    grpc_send_headers(s, NULL);
     stream_queue(s, b, ITEM_DATA);
     s->conn->core->touched = true;
 }
@@ -11118,6 +11241,7 @@ static void process_open(struct stream *s, const struct fields *f)
     struct core *core = s->conn->core;
     struct server *server = core->app;
     struct bytes job_id = f->value[F_JOB_ID];
+    int64_t port = parse_decimal(f->value[F_AGENT_PORT]);
     struct buf name = { 0 };
     if (job_id.n) {
         put_text(&name, (struct bytes){ job_id.p, min_size(job_id.n, 200) }, NULL);
@@ -11131,7 +11255,8 @@ static void process_open(struct stream *s, const struct fields *f)
         return;
     }
     *session = (struct session){ .stream = s, .next = server->sessions, .send_ms = INT64_MAX,
-                                 .manifest = manifest_for(&server->manifest, job_id), .job_id = (char *)name.p };
+                                 .manifest = manifest_for(&server->manifest, job_id), .job_id = (char *)name.p,
+                                 .port = port > 0 && port <= 65535 ? (unsigned)port : SERVICE_PORT };
     if (server->sessions)
         server->sessions->prev = session;
     server->sessions = session;
@@ -11144,8 +11269,10 @@ static void process_open(struct stream *s, const struct fields *f)
     const char *job = session->job_id, *subject = s->conn->subject;
     core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
               job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
+    if (session->manifest == &server->manifest && *server->delivery.announced)   /* `cvms agent` looks for it, no other */
+        grpc_send_headers(s, (const char *[]){ "cvms-delivers", server->delivery.announced, NULL });
     if (kind == KIND_FORWARDER && server->skip_forwarder)
-        grpc_send_headers(s);
+        grpc_send_headers(s, NULL);
     else
         session_offer(session, server->manifest.faults ? server->faults.value[FAULT_DELAY] : 0);
 }
@@ -11183,8 +11310,8 @@ static void process_message(struct stream *s, struct bytes wire)
     if (session->host)
         verdict_message(&server_of(s)->verdict, session->host, &msg, wire.n, core->now_ms);
     if (session->host && session->version)
-        delivery_message(&server_of(s)->delivery, session->host, &msg, s->conn->peer, session->job_id,
-                         session->version);
+        delivery_message(&server_of(s)->delivery, session->host, &msg, s->conn->peer, session->port,
+                         session->job_id, session->version);
     if (core->recording)
         record_line(s, &ClientStreamMessage_message, &msg, unknown ? wire : BYTES(""));
 }
@@ -11239,7 +11366,7 @@ static void process_closed(struct stream *s)
 /* ---- grpc.health.v1.Health ---- */
 static const char *const healthy_services[] = { "", "cvms_test_server" };
 
-static bool health_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
+static bool message_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
 {
     struct core *core = s->conn->core;
     bool unknown;
@@ -11284,7 +11411,7 @@ static void ignore_open(struct stream *s, const struct fields *f)
 static void health_check(struct stream *s, struct bytes wire)
 {
     struct HealthCheckRequest req = { 0 };
-    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+    if (!unary_first(s) || !message_decode(s, &HealthCheckRequest_message, &req, wire))
         return;
     struct HealthCheckResponse res = { .status = health_status(req.service) };
     if (res.status == HEALTH_SERVING)
@@ -11296,7 +11423,7 @@ static void health_check(struct stream *s, struct bytes wire)
 static void health_watch(struct stream *s, struct bytes wire)
 {
     struct HealthCheckRequest req = { 0 };
-    if (!unary_first(s) || !health_decode(s, &HealthCheckRequest_message, &req, wire))
+    if (!unary_first(s) || !message_decode(s, &HealthCheckRequest_message, &req, wire))
         return;
     struct HealthCheckResponse res = { .status = health_status(req.service) };
     grpc_send(s, &HealthCheckResponse_message, &res);
@@ -11398,7 +11525,7 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
 static void reflection_message(struct stream *s, struct bytes wire)
 {
     struct ServerReflectionRequest req = { 0 };
-    if (!health_decode(s, &ServerReflectionRequest_message, &req, wire))
+    if (!message_decode(s, &ServerReflectionRequest_message, &req, wire))
         return;
     struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
     const struct pb_file *file = reflection_file(&req);
@@ -11610,18 +11737,19 @@ static void control_start(struct server *v)
  */
 enum { AGENT, FORWARDER, STREAMS };
 
-/* The log-forwarder's lines of a run, in the reference's order.  One of the two is set. */
+/* The log-forwarder's lines of a run, in the reference's order.  Either event or level is set. */
 struct step {
     const char *event, *status, *originator;
     const char *level, *text;
     bool with_data;                   /* only if the manifest has datasets */
+    unsigned gate;                    /* 1 + the role that a real agent waits for behind it; 0: none */
 };
 
 static const struct step run_steps[] = {
     { .level = "INFO", .text = "stand-in agent: manifest received" },
     { .level = "WARN", .text = "No Confidential Computing platform detected" },
-    { .event = "ReceivingAlgorithm", .status = "InProgress" },
-    { .event = "ReceivingData", .status = "InProgress", .with_data = true },
+    { .event = "ReceivingAlgorithm", .status = "InProgress", .gate = 1 + ROLE_ALGORITHM },
+    { .event = "ReceivingData", .status = "InProgress", .with_data = true, .gate = 1 + ROLE_DATA },
     { .event = "Running", .status = "Starting" },
     { .event = "Running", .status = "InProgress" },
     { .level = "DEBUG",
@@ -11629,19 +11757,35 @@ static const struct step run_steps[] = {
     { .event = "AlgorithmRun", .status = "Warning", .originator = "computation-runner" },
     { .level = "ERROR", .text = "UserWarning: what an algorithm writes to stderr is logged as an error\n" },
     { .event = "Running", .status = "Completed" },
-    { .event = "ConsumingResults", .status = "Ready" },
+    { .event = "ConsumingResults", .status = "Ready", .gate = 1 + ROLE_RESULT },
     { .event = "Complete", .status = "Completed" },
 };
 
-/* -fail STATE: the run goes as far as this event, then fails. */
-static const struct {
-    const char *state, *last;
+/* What a real agent says by the status of a call that it refuses. */
+#define NOT_NOW "agent not expecting this operation in the current state"
+#define NO_RESULTS_YET "computation results are not yet ready"
+#define WRONG_HASH "malformed data, hash does not match manifest"
+#define WRONG_NAME "malformed data, filename does not match manifest"
+#define UNDECLARED "dataset not declared in computation manifest"
+#define WRONG_SIGNATURE "signature verification failed"
+
+/* -fail HOW: the run goes as far as an event, then fails; or it refuses what one role calls. */
+static const struct failure {
+    const char *name, *event, *status;
     bool own_failure;                 /* STATE/Failed comes before Failed/Failed */
+    enum user_role role;
+    const char *words;                /* of a refusal; NULL: none */
+    bool signature;                   /* it comes before anything is read */
 } failures[] = {
-    { "ReceivingManifest", NULL, false },
-    { "ReceivingAlgorithm", "ReceivingAlgorithm", false },
-    { "ReceivingData", "ReceivingData", false },
-    { "Running", "InProgress", true },
+    { "ReceivingManifest", .event = "" },
+    { "ReceivingAlgorithm", .event = "ReceivingAlgorithm", .status = "InProgress" },
+    { "ReceivingData", .event = "ReceivingData", .status = "InProgress" },
+    { "Running", .event = "Running", .status = "InProgress", .own_failure = true },
+    { "algorithm-hash", .role = ROLE_ALGORITHM, .words = WRONG_HASH },
+    { "algorithm-signature", .role = ROLE_ALGORITHM, .words = WRONG_SIGNATURE, .signature = true },
+    { "dataset-hash", .role = ROLE_DATA, .words = WRONG_HASH },
+    { "dataset-signature", .role = ROLE_DATA, .words = WRONG_SIGNATURE, .signature = true },
+    { "results", .role = ROLE_RESULT, .words = "all results have been consumed by declared consumers" },
 };
 
 /* What a server with a verdict tells its agents when it ends. */
@@ -11655,11 +11799,17 @@ struct agent {
     struct stream *stream[STREAMS];
     bool done[STREAMS];
     int64_t run;
-    size_t chunks, datasets;
-    bool whole, failed, short_chunk, next_run;
+    size_t chunks, step;              /* step: row of run_steps that comes next */
+    bool whole, begun, over, failed, short_chunk, next_run;
     struct buf manifest, id;
+    struct pb_arena arena;            /* of the manifest, once it is whole */
+    struct ComputationRunReq req;
     const char *state;
-    int fail;                         /* row of failures, -1: none */
+    const struct failure *fail;       /* NULL: none */
+    unsigned port, announced, awaited, served;      /* of its service, 0: none is open; roles, a bit each */
+    size_t missing;                   /* datasets that are not there yet */
+    bool *there, unchecked;           /* each dataset; it has been told that a signature can't be checked */
+    char port_text[8];
 };
 
 /* One line of the stand-in's own on stderr. */
@@ -11730,88 +11880,126 @@ static void check_key(struct agent *a, const char *what, size_t i, struct bytes 
         agent_fail(a, "%s %zu: its userKey is not a SubjectPublicKeyInfo", what, i);
 }
 
-/* The joined chunks: shown, and held to what a real agent needs of them. */
-static size_t agent_check_manifest(struct agent *a)
+static bool is_remote(const struct Source *source)
 {
-    size_t len = a->manifest.len, datasets = 0;
-    struct pb_arena arena = { .limit = (64 << 20) + 8 * (len < SIZE_MAX / 16 ? len : SIZE_MAX / 16) };
-    struct ComputationRunReq req = { 0 };
-    bool unknown;
-    enum pb_error err = pb_decode(&ComputationRunReq_message, &req, (struct bytes){ a->manifest.p, a->manifest.len },
-                                  &arena, &unknown);
-    if (err != PB_OK) {
-        agent_fail(a, "the manifest of %zu bytes does not parse: %s", a->manifest.len, pb_error_text(err));
-    } else {
-        const struct Dataset *d = req.datasets.items;
-        const struct ResultConsumer *r = req.result_consumers.items;
-        datasets = req.datasets.n;
-        agent_note(a, "manifest received: %zu bytes in %zu chunk%s, %zu dataset%s", a->manifest.len, a->chunks,
-                   a->chunks == 1 ? "" : "s", datasets,
-                   datasets == 1 ? "" : "s");
-        struct buf *out = &a->loop->core.out;
-        size_t before = out->len;
-        pb_json(out, &ComputationRunReq_message, &req, 2);
-        buf_putc(out, '\n');
-        if (out->failed) {            /* not half of it */
-            out->len = before;
-            agent_fail(a, "out of memory to show the manifest");
-        }
-        if (!bytes_eq(req.id, (struct bytes){ a->id.p, a->id.len }))
-            agent_fail(a, "the chunks and the manifest name different computations");
-        if (!req.algorithm)
-            agent_fail(a, "the manifest has no algorithm");
-        for (size_t i = 0; i < datasets; i++)
-            check_hash(a, "dataset", i, d[i].hash), check_key(a, "dataset", i, d[i].userKey);
-        for (size_t i = 0; i < req.result_consumers.n; i++)
-            check_key(a, "result consumer", i, r[i].userKey);
-        if (req.algorithm)
-            check_hash(a, "algorithm", 0, req.algorithm->hash), check_key(a, "algorithm", 0, req.algorithm->userKey);
-    }
-    pb_arena_free(&arena);
-    return datasets;
+    return source && source->url.n;
 }
 
-/* The rest of the run. */
+/* The joined chunks: shown, and held to what a real agent needs of them. */
+static void agent_check_manifest(struct agent *a)
+{
+    size_t len = a->manifest.len;
+    const struct ComputationRunReq *req = &a->req;
+    bool unknown;
+    pb_arena_free(&a->arena);
+    a->arena = (struct pb_arena){ .limit = (64 << 20) + 8 * (len < SIZE_MAX / 16 ? len : SIZE_MAX / 16) };
+    a->req = (struct ComputationRunReq){ .algorithm = NULL };
+    enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena,
+                                  &unknown);
+    if (err != PB_OK) {
+        agent_fail(a, "the manifest of %zu bytes does not parse: %s", len, pb_error_text(err));
+        return;
+    }
+    const struct Dataset *d = req->datasets.items;
+    const struct ResultConsumer *r = req->result_consumers.items;
+    agent_note(a, "manifest received: %zu bytes in %zu chunk%s, %zu dataset%s", len, a->chunks,
+               a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
+    struct buf *out = &a->loop->core.out;
+    size_t before = out->len;
+    pb_json(out, &ComputationRunReq_message, req, 2);
+    buf_putc(out, '\n');
+    if (out->failed) {                /* not half of it */
+        out->len = before;
+        agent_fail(a, "out of memory to show the manifest");
+    }
+    if (!bytes_eq(req->id, (struct bytes){ a->id.p, a->id.len }))
+        agent_fail(a, "the chunks and the manifest name different computations");
+    if (!req->algorithm)
+        agent_fail(a, "the manifest has no algorithm");
+    for (size_t i = 0; i < req->datasets.n; i++)
+        check_hash(a, "dataset", i, d[i].hash), check_key(a, "dataset", i, d[i].userKey);
+    for (size_t i = 0; i < req->result_consumers.n; i++)
+        check_key(a, "result consumer", i, r[i].userKey);
+    if (req->algorithm)
+        check_hash(a, "algorithm", 0, req->algorithm->hash), check_key(a, "algorithm", 0, req->algorithm->userKey);
+}
+
+/* ---- Its run ---- */
+
+static void agent_bind(struct agent *a, unsigned port);
+
+/* Whom it waits for: whoever the server has said that it plays, or, with -agent-port, all that a real agent waits for.
+ * From now on it can be called. */
+static void agent_await(struct agent *a)
+{
+    const struct Dataset *d = a->req.datasets.items;
+    const struct failure *f = a->fail;
+    a->awaited = a->announced | (a->o->agent_port ? (1u << ROLES) - 1 : 0) | (f && f->words ? 1u << f->role : 0);
+    a->served = a->req.algorithm && is_remote(a->req.algorithm->source) ? 1u << ROLE_ALGORITHM : 0;
+    a->there = pb_arena_alloc(&a->arena, a->req.datasets.n * sizeof *a->there + 1);
+    for (size_t i = a->missing = 0; a->there && i < a->req.datasets.n; i++)
+        a->missing += !(a->there[i] = is_remote(d[i].source));
+    a->served |= (a->missing ? 0 : 1u << ROLE_DATA) | (a->req.result_consumers.n ? 0 : 1u << ROLE_RESULT);
+    if (a->awaited & ~a->served && !a->port)
+        agent_bind(a, SERVICE_PORT);
+    if (!a->there || (a->port && !a->failed && !listeners_open(a->loop)))
+        agent_fail(a, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", a->port, strerror(errno));
+}
+
+/* The end of a run that was told to fail. */
+static void agent_play_failure(struct agent *a)
+{
+    agent_log(a, "ERROR", "stand-in agent: told to fail");
+    if (a->fail->own_failure)
+        agent_event(a, a->fail->event, "Failed", NULL);
+    agent_event(a, "Failed", "Failed", NULL);
+    a->step = PB_COUNT(run_steps);
+}
+
+/* Whether somebody has to call before it goes on. */
+static bool agent_waits(const struct agent *a)
+{
+    unsigned gate = a->step ? run_steps[a->step - 1].gate : 0;
+    return gate && a->awaited & ~a->served & 1u << (gate - 1);
+}
+
+/* The run, from where it stands to where somebody is waited for. */
 static void agent_play(struct agent *a)
 {
-    const char *error = a->fail == 0 ? "stand-in agent: told to fail" : "";
-    struct RunResponse res = { .computation_id = { a->id.p, a->id.len }, .error = bytes_of(error) };
-    agent_send(a, AGENT, &(struct ClientStreamMessage){ .run_res = &res });
-    for (size_t i = 0; i < PB_COUNT(run_steps) && a->fail != 0; i++) {
-        const struct step *step = &run_steps[i];
-        const char *last = a->fail > 0 ? failures[a->fail].last : NULL;
-        bool skip = step->with_data && !a->datasets;
-        if (skip && !(last && strcmp(last, step->event) == 0))
-            continue;
-        if (skip)
-            break;
-        if (step->level)
-            agent_log(a, step->level, step->text);
-        else
-            agent_event(a, step->event, step->status, step->originator);
-        if (last && step->event && (strcmp(last, step->event) == 0 || strcmp(last, step->status) == 0) &&
-            (a->fail < 3 || strcmp(step->event, "Running") == 0))
-            break;
+    const struct failure *f = a->fail;
+    if (!a->begun) {
+        bool refused = f && f->event && !*f->event;
+        struct RunResponse res = { .computation_id = { a->id.p, a->id.len },
+                                   .error = bytes_of(refused ? "stand-in agent: told to fail" : "") };
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .run_res = &res });
+        a->begun = true;
+        if (refused)
+            a->step = PB_COUNT(run_steps);
     }
-    if (a->fail > 0) {
-        agent_log(a, "ERROR", "stand-in agent: told to fail");
-        if (failures[a->fail].own_failure)
-            agent_event(a, failures[a->fail].state, "Failed", NULL);
-        agent_event(a, "Failed", "Failed", NULL);
+    while (a->step < PB_COUNT(run_steps) && !agent_waits(a)) {
+        const struct step *step = &run_steps[a->step++];
+        bool skip = step->with_data && !a->req.datasets.n;
+        if (!skip && step->level)
+            agent_log(a, step->level, step->text);
+        else if (!skip)
+            agent_event(a, step->event, step->status, step->originator);
+        if (f && f->event && step->event && strcmp(f->event, step->event) == 0 && strcmp(f->status, step->status) == 0)
+            agent_play_failure(a);
     }
 }
 
-/* Goes on once the manifest is whole and both streams are up. */
+/* Goes on once the manifest is whole and both streams are up, and each time that somebody has called. */
 static void agent_go(struct agent *a)
 {
-    if (!a->whole || a->failed || (!a->o->once && !a->stream[FORWARDER]))
+    if (!a->whole || a->failed || a->over || (!a->o->once && !a->stream[FORWARDER]))
         return;
     if (!a->o->once)
         agent_play(a);
-    for (int i = 0; i < STREAMS; i++)
+    a->loop->core.touched = true;
+    a->over = a->o->once || a->step == PB_COUNT(run_steps);
+    for (int i = 0; i < STREAMS && a->over; i++)
         if (a->stream[i])
             grpc_half_close(a->stream[i]);
-    a->loop->core.touched = true;
 }
 
 /* A chunk of the manifest, in the agent's order: full ones, a shorter one, an empty one that is the last. */
@@ -11837,7 +12025,9 @@ static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
     if (!c->is_last || a->failed)
         return;
     a->whole = true;
-    a->datasets = agent_check_manifest(a);
+    agent_check_manifest(a);
+    if (!a->failed && !a->o->once)
+        agent_await(a);
     agent_go(a);
 }
 
@@ -11852,6 +12042,8 @@ static void agent_asked(struct agent *a, const struct ServerStreamMessage *msg)
         agent_event(a, "Stopped", "Stopped", NULL);
         a->loop->core.touched = true; /* the event is on the other connection */
         agent_send(a, AGENT, &(struct ClientStreamMessage){ .stopComputationRes = &res });
+        a->step = PB_COUNT(run_steps);
+        agent_go(a);
     } else if (msg->runReq) {
         agent_fail(a, "the server sent a plain runReq: real agents take chunks only");
     }
@@ -11882,7 +12074,7 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
     if (a->failed || a->loop->stop_why)
         return;
     bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
-    if ((status != GRPC_OK && !verdict) || !a->whole) {
+    if (!verdict && (status != GRPC_OK || !a->over)) {
         agent_fail(a, "the %s's stream ended: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
                    grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
         return;
@@ -11900,13 +12092,252 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
 
 static void agent_stream_closed(struct stream *s)
 {
-    struct agent *a = s->conn->core->app;
     *(struct stream **)s->user = NULL;
-    (void)a;
+}
+
+/* The server's answer begins: it may say what it does besides. */
+static void agent_headers(struct stream *s, const struct fields *f)
+{
+    struct agent *a = s->conn->core->app;
+    for (unsigned i = 0; i < ROLES && s->user == &a->stream[AGENT]; i++)
+        a->announced |= bytes_contain(f->value[F_CVMS_DELIVERS], roles[i].what) ? 1u << i : 0;
 }
 
 static const struct grpc_method agent_method = {
-    .path = "/cvms.Service/Process", .message = agent_message, .status = agent_status, .closed = agent_stream_closed,
+    .path = "/cvms.Service/Process", .open = agent_headers, .message = agent_message, .status = agent_status,
+    .closed = agent_stream_closed,
+};
+
+/* ---- Its own service: agent.AgentService ---- */
+
+/* One upload on its way. */
+struct upload {
+    struct sha3_256 hash;
+    uint64_t bytes;
+    struct buf name;
+};
+
+static const struct grpc_method service_methods[ROLES];
+
+static enum user_role service_role(const struct stream *s)
+{
+    return (enum user_role)(s->grpc.method - service_methods);
+}
+
+/* Takes the port of the service, on loopback where the server is; a client gets in once the manifest is there. */
+static void agent_bind(struct agent *a, unsigned port)
+{
+    const struct sockaddr_in *four = (const struct sockaddr_in *)(const void *)a->dial.addresses->ai_addr;
+    const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)(const void *)four;
+    bool is_six = four->sin_family == AF_INET6;
+    bool local = is_six ? IN6_IS_ADDR_LOOPBACK(&six->sin6_addr) : ntohl(four->sin_addr.s_addr) >> 24 == 127;
+    const char *why;
+    a->port = listen_host(a->loop, local ? "localhost" : "", port, &why);
+    if (!a->port)
+        agent_fail(a, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", port,
+                   why ? why : strerror(errno));
+    else
+        agent_note(a, "uploads are taken at %s%u", local ? "localhost:" : "all interfaces, port ", a->port);
+    text_printf(a->port_text, sizeof a->port_text, "%u", a->port);
+}
+
+/* Refuses a call with a real agent's words. */
+static void service_refuse(struct stream *s, unsigned status, const char *words)
+{
+    static const char *const names[ROLES] = { "Algo", "Data", "Result" };
+    struct agent *a = s->conn->core->app;
+    enum user_role role = service_role(s);
+    char line[200];
+    bool planned = a->fail && a->fail->words && a->fail->role == role;
+    agent_note(a, "refuses the %s%s: %s", roles[role].what, planned ? ", as told" : "", words);
+    a->loop->exit_status |= !planned && strcmp(words, NOT_NOW) != 0 && strcmp(words, NO_RESULTS_YET) != 0;
+    text_printf(line, sizeof line, "Method %s took 0s to complete with error: %s", names[role], words);
+    if (status == GRPC_UNKNOWN)
+        agent_log(a, "WARN", line);
+    a->loop->core.touched = true;
+    grpc_finish(s, status, words);
+}
+
+/* Whether the caller holds a private key of this role: its signature is over the role's own word. */
+static bool service_knows(struct agent *a, enum user_role role, struct bytes signature)
+{
+    const struct Dataset *d = a->req.datasets.items;
+    const struct ResultConsumer *c = a->req.result_consumers.items;
+    size_t n = role == ROLE_ALGORITHM ? 1 : role == ROLE_DATA ? a->req.datasets.n : a->req.result_consumers.n;
+    struct buf raw = { 0 };
+    int known = 0;
+    bool good = base64_decode(signature, &raw);
+    struct bytes last = { 0 }, word = bytes_of(roles[role].user_id), sig = { raw.p, raw.len };
+    for (size_t i = 0; good && i < n && known < 1; i++) {
+        struct bytes key = role == ROLE_ALGORITHM ? a->req.algorithm->userKey : role == ROLE_DATA ? d[i].userKey : c[i].userKey;
+        int now = bytes_eq(key, last) ? 0 : signature_check(key, word, sig);
+        known = now ? now : known;
+        last = key;
+    }
+    buf_free(&raw);
+    if (known < 0 && !a->unchecked)
+        agent_note(a, "signatures are not checked: this cvms %s", CVMS_TLS ? "can't with a key of this kind"
+                                                                           : "was built without TLS (make TLS=0)");
+    a->unchecked |= known < 0;
+    return known != 0;
+}
+
+static void service_open(struct stream *s, const struct fields *f)
+{
+    struct agent *a = s->conn->core->app;
+    enum user_role role = service_role(s);
+    bool planned = a->fail && a->fail->signature && a->fail->role == role;
+    if (!a->whole)
+        service_refuse(s, GRPC_UNKNOWN, role == ROLE_RESULT ? NO_RESULTS_YET : NOT_NOW);
+    else if (!f->value[F_SIGNATURE].p)
+        service_refuse(s, GRPC_UNAUTHENTICATED, "invalid metadata");
+    else if (planned || !service_knows(a, role, f->value[F_SIGNATURE]))
+        service_refuse(s, GRPC_UNAUTHENTICATED, WRONG_SIGNATURE);
+    else if (role == ROLE_ALGORITHM && !f->value[F_ALGO_TYPE].p)
+        agent_fail(a, "an algorithm came without the metadata algo_type: a real agent panics of that");
+    else if (!(s->user = calloc(1, sizeof(struct upload))))
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+    else
+        sha3_256_init(&((struct upload *)s->user)->hash, sha3_features());
+}
+
+static void service_closed(struct stream *s)
+{
+    struct upload *u = s->user;
+    if (u)
+        buf_free(&u->name);
+    free(u);
+    s->user = NULL;
+}
+
+static void upload_message(struct stream *s, struct bytes wire)
+{
+    struct upload *u = s->user;
+    struct AlgoRequest algo = { .algorithm = { NULL, 0 } };
+    struct DataRequest data = { .dataset = { NULL, 0 } };
+    bool is_data = service_role(s) == ROLE_DATA;
+    if (!u || !message_decode(s, is_data ? &DataRequest_message : &AlgoRequest_message, is_data ? (void *)&data : &algo, wire))
+        return;
+    struct bytes part = is_data ? data.dataset : algo.algorithm;
+    sha3_256_update(&u->hash, part.p, part.n);
+    u->bytes += part.n;
+    if (data.filename.n) {
+        u->name.len = 0;
+        buf_put(&u->name, data.filename.p, data.filename.n);
+    }
+}
+
+/* The place in the manifest of an uploaded dataset, by its name; where the manifest has none, by its hash.  NULL: *why
+ * tells. */
+static bool *dataset_place(struct agent *a, struct bytes name, const uint8_t *hash, const char **why)
+{
+    const struct Dataset *d = a->req.datasets.items;
+    *why = UNDECLARED;
+    for (size_t i = 0; i < a->req.datasets.n; i++) {
+        bool same = memcmp(d[i].hash.p, hash, SHA3_256_LEN) == 0, named = bytes_eq(d[i].filename, name);
+        if (a->there[i] || (!same && !named))
+            continue;
+        if (same && (named || !d[i].filename.n))
+            return &a->there[i];
+        *why = named ? WRONG_HASH : strcmp(*why, WRONG_HASH) ? WRONG_NAME : *why;
+    }
+    return NULL;
+}
+
+/* Takes an upload that is whole.  NULL, or why it is refused. */
+static const char *upload_take(struct agent *a, enum user_role role, struct upload *u)
+{
+    uint8_t hash[SHA3_256_LEN];
+    const char *why = NULL;
+    bool *place = NULL;
+    sha3_256_final(&u->hash, hash);
+    if (u->bytes == 0)
+        return role == ROLE_DATA ? "dataset is required" : "algorithm binary is required";
+    if (agent_state_of(bytes_of(a->state)) != roles[role].from)
+        return NOT_NOW;
+    if (a->fail && a->fail->words && a->fail->role == role)
+        return a->fail->words;
+    if (role == ROLE_ALGORITHM && memcmp(a->req.algorithm->hash.p, hash, sizeof hash) != 0)
+        return WRONG_HASH;
+    if (role == ROLE_DATA && !(place = dataset_place(a, (struct bytes){ u->name.p, u->name.len }, hash, &why)))
+        return why;
+    if (place)
+        *place = true, a->missing--;
+    if (!place || !a->missing)
+        a->served |= 1u << role;
+    return NULL;
+}
+
+static void upload_end(struct stream *s)
+{
+    struct agent *a = s->conn->core->app;
+    struct upload *u = s->user;
+    enum user_role role = service_role(s);
+    const char *why = u ? upload_take(a, role, u) : NULL;
+    if (why)
+        service_refuse(s, GRPC_UNKNOWN, why);
+    if (!u || why)
+        return;
+    agent_note(a, "the %s is there: %llu bytes with the manifest's hash", roles[role].what,
+               (unsigned long long)u->bytes);
+    grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });     /* as empty as AlgoResponse and DataResponse */
+    grpc_finish(s, GRPC_OK, "");
+    agent_go(a);
+}
+
+/* A zip of one file, as a real agent's results are. */
+static void put_results(struct buf *out)
+{
+    static const char text[] = "cvms agent has run nothing: these are a stand-in's results.\n";
+    struct zip *z = calloc(1, sizeof *z);
+    struct tree_entry entry = { .name = "results.txt", .mode = 0644, .size = sizeof text - 1 };
+    if (!z) {
+        out->failed = true;
+        return;
+    }
+    zip_init(z);
+    entry.crc = crc32_update((const uint32_t (*)[256])z->crc_table, 0, (const uint8_t *)text, sizeof text - 1);
+    zip_local_header(z, entry.name);
+    zip_put(z, text, sizeof text - 1);
+    zip_descriptor(z, &entry);
+    z->start = z->len;
+    zip_central_header(z, &entry);
+    zip_end(z, z->start, 1);
+    *out = z->out;
+    free(z);
+}
+
+static void result_end(struct stream *s)
+{
+    struct agent *a = s->conn->core->app;
+    struct buf zip = { 0 };
+    char size[24];
+    enum agent_state state = agent_state_of(bytes_of(a->state));
+    if (state < roles[ROLE_RESULT].from || (a->fail && a->fail->words && a->fail->role == ROLE_RESULT)) {
+        service_refuse(s, GRPC_UNKNOWN, state < roles[ROLE_RESULT].from ? NO_RESULTS_YET : a->fail->words);
+        return;
+    }
+    put_results(&zip);
+    if (zip.failed) {
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+    } else {
+        text_printf(size, sizeof size, "%zu", zip.len);
+        grpc_send_headers(s, (const char *[]){ "file-size", size, NULL });
+        grpc_send(s, &ResultResponse_message, &(struct ResultResponse){ .file = { zip.p, zip.len } });
+        grpc_finish(s, GRPC_OK, "");
+        agent_note(a, "the results are fetched: %zu bytes", zip.len);
+        a->served |= 1u << ROLE_RESULT;
+        agent_go(a);
+    }
+    buf_free(&zip);
+}
+
+static const struct grpc_method service_methods[ROLES] = {
+    { .path = "/agent.AgentService/Algo", .open = service_open, .message = upload_message, .end = upload_end,
+      .closed = service_closed },
+    { .path = "/agent.AgentService/Data", .open = service_open, .message = upload_message, .end = upload_end,
+      .closed = service_closed },
+    { .path = "/agent.AgentService/Result", .open = service_open, .end = result_end, .closed = service_closed },
 };
 
 static const char *addr_text(const struct options *o)
@@ -11922,13 +12353,11 @@ static void agent_up(struct link *k)
 {
     struct agent *a = k->loop->core.app;
     int which = k->user == &a->stream[AGENT] ? AGENT : FORWARDER;
-    const char *metadata[5] = { 0 };
-    size_t n = 0;
-    if (present(a->o->job_id)) {
-        metadata[n++] = "job-id", metadata[n++] = a->o->job_id;
-        if (which == FORWARDER)
-            metadata[n++] = "connection-type", metadata[n++] = "log-forwarder";
-    }
+    bool job = present(a->o->job_id), own_port = which == AGENT && a->port && a->port != SERVICE_PORT;
+    const char *const metadata[] = {
+        "job-id", job ? a->o->job_id : NULL, "connection-type", job && which == FORWARDER ? "log-forwarder" : NULL,
+        "agent-port", own_port ? a->port_text : NULL, NULL
+    };
     struct stream *s = grpc_call(&k->conn, &agent_method, a->authority, metadata);
     if (!s) {
         agent_fail(a, "out of memory");
@@ -11967,11 +12396,12 @@ static void agent_turn(struct loop *l)
     a->next_run = false;
     for (struct link *k = l->links, *next; k; k = next) {
         next = k->next;
-        link_close(k, "the run is over");
+        if (k->dial)
+            link_close(k, "the run is over");
     }
     a->run++;
-    a->chunks = 0;
-    a->whole = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
+    a->chunks = a->step = a->announced = 0;
+    a->whole = a->begun = a->over = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
     a->state = "ReceivingManifest";
     buf_free(&a->manifest);
     buf_free(&a->id);
@@ -12335,17 +12765,21 @@ static int cmd_replay(struct options *o, struct report *report)
 
 static int cmd_agent(struct options *o, struct report *r)
 {
-    struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest", .fail = -1 };
-    for (size_t i = 0; o->fail && i < PB_COUNT(failures); i++)
-        if (strcmp(o->fail, failures[i].state) == 0)
-            a.fail = (int)i;
+    struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest" };
+    size_t row = ROW_FIND(failures, bytes_of(o->fail ? o->fail : ""));
+    int64_t port = o->agent_port ? parse_decimal(bytes_of(o->agent_port)) : 0;
+    a.fail = row < PB_COUNT(failures) ? &failures[row] : NULL;
     if (o->fast && !o->replay)
         tell(r, USAGE, "-fast goes with -replay FILE");
     if (o->replay && (o->once || o->fail || o->job_id || o->repeat != 1))
         tell(r, USAGE, "-replay plays what was recorded: it goes without -once, -fail, -job-id and -repeat");
-    if (o->fail && a.fail < 0)
-        tell(r, USAGE, "-fail: \"%s\" is not a state in which a run fails; use ReceivingManifest, ReceivingAlgorithm, "
-                        "ReceivingData or Running", o->fail);
+    if (o->agent_port && (o->once || o->replay))
+        tell(r, USAGE, "-agent-port: with -once and -replay nothing is waited for");
+    if (port < 0 || port > 65535)
+        tell(r, USAGE, "-agent-port: \"%s\" is not a port; use 0 to 65535 (0: any free one)", o->agent_port);
+    if (o->fail && !a.fail)
+        tell(r, USAGE, "-fail: \"%s\" is no way to fail; use ReceivingManifest, ReceivingAlgorithm, ReceivingData, Running, "
+                       "algorithm-hash, algorithm-signature, dataset-hash, dataset-signature or results", o->fail);
     if (o->replay)
         return cmd_replay(o, r);
     a.authority = addr_text(o);
@@ -12353,9 +12787,16 @@ static int cmd_agent(struct options *o, struct report *r)
     a.loop = client_loop(o, r, &a, &a.dial);
     if (a.loop) {
         a.loop->turn = agent_turn;
-        agent_dial(&a, AGENT);
+        a.loop->serving = (struct endpoint){ .on = &grpc_server, .methods = service_methods, .method_count = ROLES,
+                                             .max_message = RESULT_MESSAGE_MAX };
+        a.loop->max_accepted = SERVICE_CONNECTIONS;
+        if (o->agent_port)
+            agent_bind(&a, (unsigned)port);
+        if (!a.failed)
+            agent_dial(&a, AGENT);
     }
     int status = client_run(a.loop, &a.dial, r);
+    pb_arena_free(&a.arena);
     buf_free(&a.manifest);
     buf_free(&a.id);
     return status;
@@ -12433,28 +12874,19 @@ static int cmd_health(struct options *o, struct report *r)
 /* Opens the port that HOST and PORT name.  False: told. */
 static bool serve_listen(struct loop *l, struct report *r, char *where, size_t cap)
 {
-    const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost", *why;
+    const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost";
+    const char *why = "it is no host";
     int64_t port = present(env_port) ? parse_decimal(bytes_of(env_port)) : 7001;
-    int flags = *host ? 0 : AI_PASSIVE;
     struct address at = { .port = -1 };
-    struct addrinfo *list = address_parse(host, &at) ? resolve_host(at.host, 0, flags, &why) : NULL;
-    if (!list) {
+    unsigned real = address_parse(host, &at) ? listen_host(l, at.host, (unsigned)port, &why) : 0;
+    if (!real && why)
         tell(r, START, "HOST: can't resolve \"%s\": %s", host, why);
-        return false;
-    }
-    list = *host ? list : wildcard_first(list);
-    for (struct addrinfo *a = list; a; a = a->ai_next)
-        a->ai_flags = flags;
-    unsigned real = 0;
-    for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
-        real = listen_all(l, list, (unsigned)port);
-    if (!real)
+    else if (!real)
         tell(r, START, "HOST, PORT: can't listen at %s port %lld: %s%s", *host ? host : "all interfaces",
              (long long)port, strerror(errno),
              errno == EADDRINUSE ? "; another program has it: set PORT to a free one, or to 0 for any"
              : errno == EACCES ? "; set PORT to one above 1023"
              : errno == EADDRNOTAVAIL ? "; set HOST to an address of this machine" : "");
-    addresses_free(list);
     host_port(where, cap, at.host, real);
     return real != 0;
 }

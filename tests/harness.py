@@ -531,6 +531,19 @@ def connect(address):
     return socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), LIMIT)
 
 
+def call(address, path, *messages, metadata=()):
+    """A call from its beginning to its end; all that comes back."""
+    with connect(address) as s:
+        body = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
+        s.sendall(PREFACE + request(1, path, more=b"".join(literal(*m) for m in metadata)) + frame(DATA, 1, 1, body))
+        data = b""
+        while not any(kind == HEADERS and flags & 1 for kind, flags, _, _ in frames_of(data)[0]):
+            piece = s.recv(65536)
+            need(piece, f"{path}: the connection ended")
+            data += piece
+        return data
+
+
 class Stream:
     """A Process call on a connection of its own.  A thread reads what the server sends, unless deaf.
 

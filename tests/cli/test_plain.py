@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """A build without TLS (make TLS=0): it serves plaintext, and refuses what asks for TLS.  usage: test_plain.py CVMS [-v]"""
+import re
 import sys
 
 from test_cli import Server, W, harness, has, refused, run, same
+from harness import call, field, read
 
 
 def test_serves():
@@ -19,6 +21,20 @@ def test_serves():
         r = run("plain: SERVER_CA_CERTS of an agent", ["agent", s.address], {"AGENT_CVM_GRPC_SERVER_CA_CERTS": "x"})
         same("plain: an agent's own variable: status", r.status, 1)
         has("plain: an agent's own variable", r.err, "without TLS")
+
+
+def test_uploads():
+    """The stand-in takes them, and says that it can't check who sends them."""
+    with Server("plain: waits", base=W.base) as s, Server("plain: agent", wait=False, command=[
+            W.cvms, "agent", "-agent-port", "0", s.address]) as a:
+        harness.need(s.out.until("ReceivingAlgorithm/InProgress"), a.err.text())
+        where = "127.0.0.1:" + re.search(r"taken at localhost:(\d+)", a.err.text()).group(1)
+        metadata = [("signature", "AAAA"), ("algo_type", "bin")]
+        call(where, "/agent.AgentService/Algo", field(1, read(W.algo)), metadata=metadata)
+        has("plain: uploaded", s.out.text() if s.out.until("ConsumingResults/Ready") else "", "Running/Completed")
+        has("plain: unchecked", a.err.text(), r"signatures are not checked: .* without TLS \(make TLS=0\)")
+        call(where, "/agent.AgentService/Result", b"", metadata=metadata)
+        same("plain: status", a.wait(), 0)
 
 
 def test_refuses():

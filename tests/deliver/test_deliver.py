@@ -11,11 +11,12 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import harness  # noqa: E402
 from harness import (  # noqa: E402
-    ACCEPTED, LIMIT, Collector, Server, Skip, W, check, event, field, fields, first, has, hasnot, named, need, read, run, same,
+    ACCEPTED, LIMIT, Collector, Server, Skip, W, call, check, event, field, fields, first, has, hasnot, named, need, read, run, same,
     sha3, shell, temp, write)
 
 MIB = 1 << 20
@@ -624,6 +625,178 @@ def test_two_of_which_one_refuses():
         hasnot("one refuses: the other's upload stands", r.server.err.text(), "good the agent refused")
 
 
+# ---- `cvms agent` as the agent ----
+
+def stand_in(server, *args, **kw):
+    """`cvms agent`, which takes uploads at a port that it finds; .err is what it says."""
+    return Server(f"{server.name}: agent", wait=False, base=[], command=[kw.pop("program", W.cvms), "agent", "-agent-port", "0", *args,
+                                                                         server.address], **kw)
+
+
+def played(server, agent, status, agent_status, *patterns, word=None):
+    """Both end by themselves; the server's verdict."""
+    err = server.ended(status, *patterns, word=word)
+    check(f"{server.name}: the agent's status", agent.wait() == agent_status, agent.err.text(), agent_status)
+    return err
+
+
+def test_stand_in():
+    """Kinds of keys, whose signatures it verifies; requirements, a folder, a dataset longer than a piece."""
+    folder, big, extra = temp(), write("big.bin", os.urandom(2 * MIB + 1)), write("requirements.txt", b"numpy")
+    write(os.path.join(folder, "a.csv"), b"1,2")
+    for kind in (None, "rsa 2048", "ec secp384r1", "ec8 P-521"):
+        name, out = f"stand-in, {kind}", os.path.join(temp(), "out.zip")
+        key = ["-private-key-path", pair(kind)[0]] if kind else []
+        with Run(name, "-results", out, "-algo-requirements", extra, *key, base=basic(W.data, folder, *[] if kind else [big])) as r, \
+                stand_in(r.server, "-job-id", "vm") as a:
+            played(r.server, a, 0, 0, "complete reached")
+            with zipfile.ZipFile(out.replace(".zip", "-vm.zip")) as z:
+                same(f"{name}: the results are a zip", (z.testzip(), z.namelist()), (None, ["results.txt"]))
+            same(f"{name}: events", re.findall(r"EVENT (\S+)", r.server.out.text()), [
+                "ReceivingAlgorithm/InProgress", "ReceivingData/InProgress", "Running/Starting", "Running/InProgress",
+                "AlgorithmRun/Warning", "Running/Completed", "ConsumingResults/Ready", "Complete/Completed"])
+            hasnot(f"{name}: signatures are checked", a.err.text(), "not checked")
+
+
+def test_stand_in_by_itself():
+    """Without a flag it waits for a server that uploads, at port 7002; a port that is taken is told, before it connects if it can."""
+    out = os.path.join(temp(), "out.zip")
+    with Run("by itself", "-results", out, base=basic(W.data)) as r:
+        same("by itself: agent", r.server.stand_in().status, 0)
+        r.server.ended(0, "complete reached")
+        has("by itself: where", r.server.err.text(), r"fetching the results from 127\.0\.0\.1:7002")
+    with Run("by itself, no results", base=basic(W.data), until="ready") as r:
+        same("by itself, no results: agent", r.server.stand_in().status, 0)
+        r.server.ended(0, "ready reached")
+    with socket.create_server(("127.0.0.1", 7002)), Run("taken", until=None) as r:
+        told = r.server.stand_in()
+        same("taken: status", told.status, 1)
+        has("taken", told.err, "can't take uploads at port 7002: Address already in use; -agent-port 0 takes any free one")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        told = run("taken, explicit", ["agent", "-agent-port", str(taken.getsockname()[1]), "-wait", "0s", "127.0.0.1:1"])
+        same("taken, explicit: status", told.status, 1)
+        has("taken, explicit", told.err, "can't take uploads at port .*Address already in use")
+        hasnot("taken, explicit: before it connects", told.err, "can't connect")
+    for args, pattern in ((["-agent-port", "65536"], '"65536" is not a port'), (["-agent-port", "x"], '"x" is not a port'),
+                          (["-agent-port", "0", "-once"], "-agent-port: with -once"), (["-fail", "x"], "algorithm-hash")):
+        told = run(f"stand-in {args}", ["agent", *args])
+        same(f"stand-in {args}: status", told.status, 2)
+        has(f"stand-in {args}", told.err, pattern)
+
+
+def test_stand_in_refuses():
+    """-fail HOW: each refusal in a real agent's words, and what comes of it."""
+    wrong, key = "malformed data, hash does not match manifest", "signature verification failed"
+    for how, what, words in (("algorithm-hash", "algorithm", wrong), ("algorithm-signature", "algorithm", key),
+                             ("dataset-hash", "dataset", wrong), ("dataset-signature", "dataset", key),
+                             ("results", "results", "all results have been consumed by declared consumers")):
+        with Run(how, "-results", os.path.join(temp(), "r"), base=basic(W.data)) as r, stand_in(r.server, "-fail", how) as a:
+            err = played(r.server, a, 3, 0, words)      # by the call's status, or by the log that comes with it
+            has(f"{how}: the call", r.server.err.text(), f"the agent refused the {what}: {words}")
+            check(f"{how}: nothing else", "complete 0" not in err, err)
+            has(f"{how}: the agent", a.err.text(), f"refuses the {what}, as told: {words}")
+    for state in ("ReceivingAlgorithm", "ReceivingData", "Running"):
+        with Run(state, base=basic(W.data)) as r, stand_in(r.server, "-fail", state) as a:
+            played(r.server, a, 3, 0, "Failed")
+
+
+def test_stand_in_holds_to_the_manifest():
+    """What does not fit is refused without -fail, and the agent's status tells."""
+    wrong = ["-set", "datasets[0].hash=" + base64.b64encode(bytes(32)).decode()]
+    for name, args, base, words in (
+            ("wrong algorithm", ["-fault", "wrong-hash"], basic(W.data), "hash does not match manifest"),
+            ("wrong dataset", wrong, basic(W.data), "hash does not match manifest"),
+            ("empty dataset", [], basic(write("e", b"")), "dataset is required"),
+            ("empty algorithm", [], basic(algo=write("e.py", b"")), "algorithm binary is required")):
+        with Run(name, *args, base=base) as r, stand_in(r.server) as a:
+            played(r.server, a, 3, 1, words)
+
+
+def test_service():
+    """A server that does not upload: the stand-in waits for other users, and takes what a real agent would take."""
+    private, public, _ = pair("rsa 2048")
+    sign = lambda word: shell(f"printf {word} | openssl dgst -sha256 -sign {private} | base64 -w0").decode()
+    as_ = {"Algo": "algorithm-provider", "Data": "data-provider", "Result": "consumer"}
+    good = {m: [("user-id", word), ("signature", sign(word)), ("algo_type", "python")] for m, word in as_.items()}
+    one, two = write("one.csv", b"1"), write("two.csv", b"2")
+    base = [*basic(one, two), "-public-key-path", public, "-attested-tls-bool", "false"]
+    data = lambda name, what: field(1, what) + field(2, name)
+    with Server("service", base=base) as s, stand_in(s) as a:
+        need(a.err.until("uploads are taken at localhost:") and s.out.until("ReceivingAlgorithm/InProgress"), a.err.text())
+        where = "127.0.0.1:" + re.search(r"taken at localhost:(\d+)", a.err.text()).group(1)
+        rows = [
+            ("Algo", [field(1, read(W.algo))], [("user-id", as_["Algo"])], "16", b"invalid metadata"),
+            ("Algo", [field(1, read(W.algo))], [("signature", "????")], "16", b"signature verification failed"),
+            ("Algo", [field(1, read(W.algo))], good["Data"], "16", b"signature verification failed"),
+            ("Data", [data("one.csv", b"1")], good["Data"], "2", b"agent not expecting this operation in the current state"),
+            ("Algo", [field(1, b"x")], good["Algo"], "2", b"malformed data, hash does not match manifest"),
+            ("Algo", [field(2, b"x")], good["Algo"], "2", b"algorithm binary is required"),
+            ("Result", [b""], good["Result"], "2", b"computation results are not yet ready"),
+            ("Algo", [field(2, b"numpy"), field(1, read(W.algo)[:9]), field(1, read(W.algo)[9:])], good["Algo"], "0", b""),
+            ("Algo", [field(1, read(W.algo))], good["Algo"], "2", b"agent not expecting"),
+            ("Data", [data("three.csv", b"3")], good["Data"], "2", b"dataset not declared in computation manifest"),
+            ("Data", [data("three.csv", b"1")], good["Data"], "2", b"malformed data, filename does not match manifest"),
+            ("Data", [data("one.csv", b"2")], good["Data"], "2", b"malformed data, hash does not match manifest"),
+            ("Data", [data("two.csv", b"2")], good["Data"], "0", b""),
+            ("Data", [data("two.csv", b"2")], good["Data"], "2", b"malformed data|not declared"),
+            ("Data", [data("one.csv", b"1")], good["Data"], "0", b""),
+            ("Result", [b""], good["Algo"], "16", b"signature verification failed"),
+            ("Result", [b""], good["Result"], "0", b"results.txt"),
+        ]
+        for method, messages, metadata, status, words in rows:
+            got = call(where, "/agent.AgentService/" + method, *messages, metadata=metadata)
+            name = f"service: {method}, {status} {words.decode()}"
+            check(name, re.search(rb"grpc-status[\x01\x02]" + status.encode(), got) and re.search(words, got), got, words)
+        check("service: it ends", a.wait() == 1, a.err.text(), "status 1: it has refused something")
+        s.err.until("stream ended", times=2)
+        events = re.findall(r"EVENT (\S+)", s.out.text())
+        same("service: it goes on to its end", events[-1], "Complete/Completed")
+        has("service: a refusal in the log", s.out.text(), "WARN .*Method Algo took .* with error: malformed data, hash does not match")
+
+
+def test_stand_ins_of_which_one_refuses():
+    """Two on one machine, each at a port of its own."""
+    folder = temp()
+    with Run("one of two", "-agents", "2", "-results", folder + "/out.zip", base=basic(W.data)) as r, \
+            stand_in(r.server, "-job-id", "good") as good:
+        r.said("results are in")
+        with stand_in(r.server, "-job-id", "bad", "-fail", "dataset-signature") as bad:
+            err = played(r.server, bad, 3, 0, "bad", "the agent refused the dataset: signature verification failed")
+            same("one of two: the other", good.wait(), 0)
+            has("one of two: the other in the summary", err, r"^cvms:   good: .*complete .*results in \S+out-good.zip")
+            same("one of two: files", os.listdir(folder), ["out-good.zip"])
+
+
+def test_stand_in_lost_and_back():
+    """It is killed in the middle of an upload; another one with its job-id gets everything."""
+    big = os.path.join(temp(), "big")
+    with open(big, "wb") as f:
+        f.truncate(200 * MIB)
+    with Run("killed", base=basic(big), until="ready", program=FAST) as r:
+        with stand_in(r.server, "-job-id", "vm", program=FAST) as a:
+            r.said("uploading the dataset")
+            a.stop(9)
+            r.said("the upload of big broke off")
+        with stand_in(r.server, "-job-id", "vm", program=FAST) as a:
+            r.server.ended(0, "ready reached")
+            same("killed: the second one", len(re.findall("big is uploaded", r.server.err.text())), 1)
+
+
+def huge_upload():
+    """10 GiB, sparse: by request, as it takes a minute."""
+    big = os.path.join(temp(), "big")
+    with open(big, "wb") as f:
+        f.truncate(10 << 30)
+    with Run("huge", "-timeout", "10m", base=basic(big), until="ready", program=FAST, wait=False) as r:
+        need(r.server.err.until("listening at", 300), "no server")
+        r.server.address = re.search(r"listening at (\S+)", r.server.err.text()).group(1)
+        with stand_in(r.server, program=FAST) as a:
+            need(r.server.err.until("big is uploaded: 10737418240 bytes", 600), r.server.err.text())
+            for p in (r.server, a):
+                check(f"{p.name}: memory", p.memory("VmHWM") < 8 * MIB, p.memory("VmHWM"), "under 8 MiB")
+
+
 if __name__ == "__main__":
     W.make(sys.argv[1])
-    sys.exit(harness.main(named(globals()), jobs=2, skipped=4))
+    huge = [("huge_upload", huge_upload)] if "--large" in sys.argv else []
+    sys.exit(harness.main(huge or named(globals()), jobs=2, skipped=4))

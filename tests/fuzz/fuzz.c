@@ -993,7 +993,7 @@ static void client_begin(unsigned how)
                          .tls = st.client_tls };
     if (st.role == AGENT_CLIENT) {
         st.agent = (struct agent){ .loop = &loop, .o = &st.options, .run = 1, .state = "ReceivingManifest",
-                                   .authority = "localhost:7001", .fail = (int)(how >> 5) % 5 - 1 };
+                                   .authority = "localhost:7001", .fail = how >> 5 ? &failures[(how >> 5) - 1] : NULL };
         loop.core.app = &st.agent;
         st.agent.dial = dial;
         st.agent.dial.up = agent_up;
@@ -1108,6 +1108,7 @@ static void link_target(struct input *in, bool client, bool secure)
         check_json_lines(whole(&recorded), &Line_message);
     loop_end();
     if (client) {
+        pb_arena_free(&st.agent.arena);
         buf_free(&st.agent.manifest);
         buf_free(&st.agent.id);
         pb_arena_free(&st.options.arena);
@@ -1759,6 +1760,7 @@ static void check_endless_manifest(void)
     CHECK(a->failed, true);
     CHECK(a->manifest.len, MANIFEST_FILE_MAX + 4);
     loop_end();
+    pb_arena_free(&a->arena);
     buf_free(&a->manifest);
     buf_free(&a->id);
     pb_arena_free(&st.options.arena);
