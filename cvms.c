@@ -78,7 +78,7 @@
 #define CVMS_VERSION "0.1.0"
 
 enum {
-    CLIENT_MAX_MESSAGE = 2 << 20,     /* cvms agent, cvms health: a 1 MiB chunk and its frame, with room to spare */
+    CLIENT_MAX_MESSAGE = 2 << 20,     /* cvms health */
 };
 
 /* ==== 2. Base: bytes, safe text, lines for the user, whole files ===================================================
@@ -887,6 +887,11 @@ static const char *const h2_error_names[H2_ERRORS] = {
     "INADEQUATE_SECURITY", "HTTP_1_1_REQUIRED",
 };
 
+static const char *h2_error_name(uint32_t code)
+{
+    return code < H2_ERRORS ? h2_error_names[code] : "an unknown error";
+}
+
 enum setting {
     SETTINGS_HEADER_TABLE_SIZE = 1, SETTINGS_ENABLE_PUSH, SETTINGS_MAX_CONCURRENT_STREAMS,
     SETTINGS_INITIAL_WINDOW_SIZE, SETTINGS_MAX_FRAME_SIZE, SETTINGS_MAX_HEADER_LIST_SIZE, SETTINGS_COUNT
@@ -1321,7 +1326,8 @@ enum {
     MAX_CONCURRENT_STREAMS = 100,
     MAX_FIELD_BLOCK = 32768,          /* bytes of HEADERS and its CONTINUATIONs */
     MAX_CONTINUATIONS = 16,
-    MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream */
+    MAX_QUEUED_ITEMS = 64,            /* responses that wait on one stream; */
+    MAX_CLIENT_ITEMS = 4096,          /* of a client, messages: more than one read can ask for */
     MAX_QUEUED_BYTES = 262144,        /* bytes that wait on one connection, without the manifest, which is shared */
     MAX_HOSTS = 1000,                 /* agent hosts that a smoke test's verdict tells apart */
     ANSWERS_PER_FRAME = 10,           /* frames without data that one of ours with data, or a stream's end, may cause */
@@ -1418,7 +1424,8 @@ struct endpoint {
 /* gRPC's state of a stream (section 8). */
 struct grpc_stream {
     const struct grpc_method *method;
-    bool headers_sent, finishing, encoded, no_body, answered;
+    bool headers_sent, finishing, no_body, answered, broken;   /* broken: a client's, which got no status */
+    char encoding[16];                /* of messages that are flagged as compressed; empty: none */
     uint8_t prefix[5], prefix_len;
     uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
     uint32_t plain_body, message_len;
@@ -1451,6 +1458,7 @@ struct h2_handler {
     void (*end)(struct stream *);                                       /* the peer sent END_STREAM */
     void (*drained)(struct stream *);                                   /* all that was queued is in the output */
     void (*abort)(struct stream *, unsigned grpc_status, const char *text);
+    void (*lost)(struct stream *, const char *how, uint32_t code);      /* a client's: it ends with an HTTP/2 error */
     void (*closed)(struct stream *);                                    /* last call: the stream is freed after it */
 };
 
@@ -1470,6 +1478,7 @@ struct conn {
     uint32_t left;                    /* payload bytes of `frame` still to come */
     uint32_t block_id, block_dependency;  /* stream of the open field block, 0: none */
     struct buf in, block;             /* a control frame in pieces; a field block in pieces */
+    struct buf goaway;                /* a client's: what the server's GOAWAY says, with a NUL */
     struct hpack hpack;
     /* output */
     struct buf out;                   /* out.failed: memory was short for something of this connection, which ends it */
@@ -1635,7 +1644,7 @@ static void conn_fail(struct conn *c, enum h2_error code, const char *why)
 {
     if (c->phase >= CONN_CLOSING)
         return;
-    if (c->phase == CONN_OPEN)
+    if (c->phase == CONN_OPEN && !c->client)   /* a client's calls tell it */
         core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
                   c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
                   (unsigned long)c->frame.stream_id);
@@ -1733,6 +1742,8 @@ static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
         return;
     struct stream *s = stream_find(c, id);
     if (s && !s->dead) {
+        if (c->client)
+            c->on->lost(s, "the server's answer breaks HTTP/2", code);
         stream_reset(s, code);
         return;
     }
@@ -2106,6 +2117,7 @@ static void conn_free(struct conn *c)
     conn_reap(c);
     buf_free(&c->in);
     buf_free(&c->block);
+    buf_free(&c->goaway);
     buf_free(&c->out);
     hpack_free(&c->hpack);
 }
@@ -2266,7 +2278,6 @@ static void on_priority(struct conn *c, struct bytes p)
 
 static void on_rst_stream(struct conn *c, struct bytes p)
 {
-    (void)p;
     struct stream *s = stream_find(c, c->frame.stream_id);
     if (!s && conn_is_idle(c, c->frame.stream_id)) {
         conn_fail(c, PROTOCOL_ERROR, "RST_STREAM on an idle stream");
@@ -2274,6 +2285,8 @@ static void on_rst_stream(struct conn *c, struct bytes p)
         conn_spend_control(c);
     } else if (conn_spend(c, CAP_STREAM_ERRORS)) {
         conn_remember_closed(c, s->id, false);
+        if (c->client)
+            c->on->lost(s, "the server has reset the stream", get_be32(p.p));
         stream_done(s);
     }
 }
@@ -2333,7 +2346,14 @@ static void on_goaway(struct conn *c, struct bytes p)
 {
     uint32_t last = get_be32(p.p) & 0x7fffffff;
     c->goaway_seen = true;
-    for (struct stream *s = c->streams; c->client && s; s = s->next)
+    if (!c->client)
+        return;
+    buf_free(&c->goaway);
+    buf_printf(&c->goaway, "GOAWAY, %s%s", h2_error_name(get_be32(p.p + 4)), p.n > 8 ? ": " : "");
+    buf_put(&c->goaway, p.p + 8, min_size(p.n - 8, 200));
+    buf_putc(&c->goaway, 0);
+    c->out.failed |= c->goaway.failed;
+    for (struct stream *s = c->streams; s; s = s->next)
         if (s->id > last && !s->dead)
             stream_done(s);           /* the server has not taken it; closed tells */
 }
@@ -2448,7 +2468,9 @@ static void conn_frame_begin(struct conn *c)
     c->frame = frame_parse(c->header);
     c->left = c->frame.len;
     enum h2_error err = frame_check(f, &stream_scope);
-    if (err && !stream_scope)
+    if (c->client && !c->settings_seen && memcmp(c->header, "HTTP/1.", 7) == 0)
+        conn_fail(c, PROTOCOL_ERROR, "the server answers in HTTP/1.1; a gRPC server speaks HTTP/2");
+    else if (err && !stream_scope)
         conn_fail(c, err, "a frame of the wrong size or on the wrong stream");
     else if (!c->settings_seen && (f->type != FRAME_SETTINGS || f->flags & ACK))
         conn_fail(c, PROTOCOL_ERROR, "the first frame is not SETTINGS");
@@ -2746,8 +2768,10 @@ static int64_t preface_at(const struct conn *c)
 
 static void preface_fire(struct conn *c)
 {
-    core_cap(c->core, c->peer, CAP_PREFACE);
-    conn_end(c, PROTOCOL_ERROR, "no preface in time");
+    if (!c->client)
+        core_cap(c->core, c->peer, CAP_PREFACE);
+    conn_end(c, c->client ? NO_ERROR : PROTOCOL_ERROR,
+             c->client ? "no answer in HTTP/2 in time" : "no preface in time");
 }
 
 static int64_t idle_at(const struct conn *c)
@@ -2797,7 +2821,7 @@ static void streams_fire(struct conn *c)
     for (struct stream *s = c->streams; s; s = s->next)
         if (c->core->now_ms >= s->deadline_ms) {
             s->deadline_ms = NEVER;
-            c->on->abort(s, 4, "the call's deadline has passed");
+            c->on->abort(s, 4, c->client ? "no answer in time (-timeout)" : "the call's deadline has passed");
         }
 }
 
@@ -2977,13 +3001,15 @@ static void plain_answer(struct stream *s)
         stream_local_end(s);
 }
 
-/* Queues one message; takes over the reference to a blob that holds it with its five-byte prefix. */
+/* Queues one message; takes over the reference to a blob that holds it with its five-byte prefix.  A client's messages
+ * are its own affair, but for the answers that a server asks for without reading them. */
 static void grpc_send_blob(struct stream *s, struct blob *b)
 {
-    if (!s->conn->client)
+    bool client = s->conn->client;
+    if (!client)
         grpc_send_headers(s, NULL);
-    if (s->queued >= MAX_QUEUED_ITEMS ||
-        (!s->conn->client && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES)) {
+    if (s->queued >= (client ? MAX_CLIENT_ITEMS : MAX_QUEUED_ITEMS) ||
+        (!client && s->conn->queued_bytes + item_own(b) > MAX_QUEUED_BYTES)) {
         blob_unref(b);
         core_cap(s->conn->core, s->conn->peer, CAP_ANSWERS);
         s->conn->on->abort(s, GRPC_RESOURCE_EXHAUSTED, "too many answers are waiting to be read");
@@ -3060,18 +3086,32 @@ static void grpc_unknown(struct stream *s, struct bytes path)
     buf_free(&text);
 }
 
+static bool grpc_content_type(struct bytes type)
+{
+    const struct bytes grpc = BYTES("application/grpc");
+    return type.n >= grpc.n && memcmp(type.p, grpc.p, grpc.n) == 0 &&
+           (type.n == grpc.n || strchr("+;", type.p[grpc.n]));
+}
+
+/* Keeps the name of a message encoding: it is told when a message is flagged as compressed. */
+static void grpc_encoding(struct stream *s, struct bytes v)
+{
+    bool plain = !v.n || bytes_eq(v, BYTES("identity"));
+    bool token = v.n < sizeof s->grpc.encoding;
+    for (size_t i = 0; i < v.n && token; i++)
+        token = (v.p[i] >= 'a' && v.p[i] <= 'z') || (v.p[i] >= '0' && v.p[i] <= '9') || v.p[i] == '-';
+    text_printf(s->grpc.encoding, sizeof s->grpc.encoding, "%.*s", plain ? 0 : token ? (int)v.n : 7,
+                token && v.n ? (const char *)v.p : "unknown");
+}
+
 /* The HTTP status of a request that is not gRPC, 0 if it is. */
 static unsigned grpc_http_status(const struct fields *f)
 {
-    const struct bytes type = f->value[F_CONTENT_TYPE];
-    const struct bytes grpc = BYTES("application/grpc");
     if (f->too_large)
         return 431;
     if (!bytes_eq(f->value[F_METHOD], BYTES("POST")))
         return 405;
-    if (type.n < grpc.n || memcmp(type.p, grpc.p, grpc.n) != 0 || (type.n > grpc.n && !strchr("+;", type.p[grpc.n])))
-        return 415;
-    return 0;
+    return grpc_content_type(f->value[F_CONTENT_TYPE]) ? 0 : 415;
 }
 
 /* A request: which method, how long it may take, how it is encoded. */
@@ -3087,7 +3127,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
             plain_answer(s);
         return;
     }
-    s->grpc.encoded = v[F_GRPC_ENCODING].n && !bytes_eq(v[F_GRPC_ENCODING], BYTES("identity"));
+    grpc_encoding(s, v[F_GRPC_ENCODING]);
     int64_t timeout = v[F_GRPC_TIMEOUT].p ? grpc_timeout(v[F_GRPC_TIMEOUT]) : INT64_MAX - core->now_ms;
     if (timeout < 0) {
         grpc_finish(s, GRPC_INTERNAL, "malformed grpc-timeout");
@@ -3109,8 +3149,10 @@ static bool grpc_prefix(struct stream *s)
     char text[100];
     size_t max = s->conn->endpoint->max_message;
     s->grpc.message_len = get_be32(s->grpc.prefix + 1);
-    if (s->grpc.prefix[0] == 1 && s->grpc.encoded) {
-        s->conn->on->abort(s, GRPC_UNIMPLEMENTED, "grpc: no decompressor for the message's encoding is installed");
+    if (s->grpc.prefix[0] == 1 && *s->grpc.encoding) {
+        text_printf(text, sizeof text, "grpc: a message is compressed with %s, which is not supported",
+                    s->grpc.encoding);
+        s->conn->on->abort(s, GRPC_UNIMPLEMENTED, text);
     } else if (s->grpc.prefix[0] != 0) {
         s->conn->on->abort(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
     } else if (s->grpc.message_len > max) {
@@ -3254,52 +3296,118 @@ static void grpc_client_status(struct stream *s, unsigned status, struct bytes t
         m->status(s, status, text);
 }
 
+/* The status of a call to which the server has given none. */
+PRINTF_LIKE(3, 4) static void grpc_client_fail(struct stream *s, unsigned status, const char *fmt, ...)
+{
+    char text[600];
+    va_list ap;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (!s->grpc.finishing)
+        grpc_client_status(s, status, bytes_of(text));
+}
+
+/* The text of a grpc-message, which is percent-encoded. */
+static void percent_decode(struct buf *out, struct bytes t)
+{
+    for (size_t i = 0; i < t.n; i++) {
+        char two[3] = { 0 };
+        if (t.p[i] == '%' && i + 2 < t.n) {
+            memcpy(two, t.p + i + 1, 2);
+            if (strspn(two, "0123456789abcdefABCDEF") == 2) {
+                buf_putc(out, (int)strtoul(two, NULL, 16));
+                i += 2;
+                continue;
+            }
+        }
+        buf_putc(out, t.p[i]);
+    }
+}
+
+/* gRPC's http-grpc-status-mapping: what answers in HTTP without a grpc-status is mostly a proxy. */
+static void grpc_http_answer(struct stream *s, const struct bytes *v)
+{
+    static const struct {
+        uint16_t http, status;
+    } map[] = { { 400, GRPC_INTERNAL }, { 401, GRPC_UNAUTHENTICATED }, { 403, GRPC_PERMISSION_DENIED },
+                { 404, GRPC_UNIMPLEMENTED }, { 429, GRPC_UNAVAILABLE }, { 502, GRPC_UNAVAILABLE },
+                { 503, GRPC_UNAVAILABLE }, { 504, GRPC_UNAVAILABLE } };
+    int64_t http = parse_decimal(v[F_STATUS]);
+    unsigned status = GRPC_UNKNOWN;
+    struct bytes type = v[F_CONTENT_TYPE];
+    for (size_t i = 0; i < sizeof map / sizeof *map; i++)
+        if (map[i].http == http)
+            status = map[i].status;
+    grpc_client_fail(s, status, "HTTP status %lld with content-type \"%.*s\" is no answer of a gRPC server",
+                     (long long)http, (int)min_size(type.n, 100), type.n ? (const char *)type.p : "");
+    stream_reset(s, CANCEL);
+}
+
 /* Response HEADERS, then trailers; either may carry the status. */
 static void grpc_response(struct stream *s, const struct fields *f, bool end)
 {
     const struct bytes *v = f->value;
-    if (v[F_STATUS].p && !bytes_eq(v[F_STATUS], BYTES("200"))) {
-        grpc_client_status(s, GRPC_UNAVAILABLE, BYTES("the server's HTTP status is not 200: no gRPC server there"));
-        stream_reset(s, CANCEL);
-    } else if (v[F_STATUS].p &&
-               (v[F_CONTENT_TYPE].n < 16 || memcmp(v[F_CONTENT_TYPE].p, "application/grpc", 16) != 0)) {
-        grpc_client_status(s, GRPC_UNKNOWN, BYTES("the response is not gRPC"));
-        stream_reset(s, CANCEL);
-    } else if (!end && s->grpc.method && s->grpc.method->open) {
-        s->grpc.method->open(s, f);
-    } else if (end) {
-        int64_t status = parse_decimal(v[F_GRPC_STATUS]);
-        grpc_client_status(s, status < 0 || status >= GRPC_STATUSES ? GRPC_UNKNOWN : (unsigned)status,
-                           v[F_GRPC_MESSAGE]);
+    bool grpc = bytes_eq(v[F_STATUS], BYTES("200")) && grpc_content_type(v[F_CONTENT_TYPE]);
+    int64_t status = parse_decimal(v[F_GRPC_STATUS]);
+    if (v[F_STATUS].p && !grpc && !(end && v[F_GRPC_STATUS].p)) {
+        grpc_http_answer(s, v);
+    } else if (!end) {
+        grpc_encoding(s, v[F_GRPC_ENCODING]);
+        if (s->grpc.method && s->grpc.method->open)
+            s->grpc.method->open(s, f);
+    } else if (status < 0 || status >= GRPC_STATUSES) {
+        grpc_client_fail(s, GRPC_UNKNOWN, "the server ended the stream with %s grpc-status",
+                         v[F_GRPC_STATUS].p ? "an unknown" : "no");
+    } else if (status == GRPC_OK && s->grpc.prefix_len) {
+        grpc_client_fail(s, GRPC_INTERNAL, "the server ended the stream inside a message");
+    } else {
+        struct buf text = { 0 };
+        percent_decode(&text, v[F_GRPC_MESSAGE]);
+        grpc_client_status(s, (unsigned)status, (struct bytes){ text.p, text.len });
+        buf_free(&text);
     }
 }
 
 static void grpc_client_end(struct stream *s)
 {
-    if (!s->grpc.finishing)
-        grpc_client_status(s, GRPC_INTERNAL, BYTES("the server ended the stream without a status"));
+    grpc_client_fail(s, GRPC_INTERNAL, "the server ended the stream without a status");
     if (!s->local_closed && !s->dead)
         stream_reset(s, CANCEL);
 }
 
 static void grpc_client_abort(struct stream *s, unsigned status, const char *text)
 {
-    if (!s->grpc.finishing)
-        grpc_client_status(s, status, bytes_of(text));
+    grpc_client_fail(s, status, "%s", text);
     stream_reset(s, CANCEL);
+}
+
+/* gRPC's table of HTTP/2 error codes. */
+static void grpc_client_lost(struct stream *s, const char *how, uint32_t code)
+{
+    unsigned status = code == REFUSED_STREAM ? GRPC_UNAVAILABLE : code == CANCEL ? GRPC_CANCELLED
+                    : code == ENHANCE_YOUR_CALM ? GRPC_RESOURCE_EXHAUSTED
+                    : code == INADEQUATE_SECURITY ? GRPC_PERMISSION_DENIED : GRPC_INTERNAL;
+    s->grpc.broken |= !s->grpc.finishing;
+    grpc_client_fail(s, status, "%s: %s", how, h2_error_name(code));
 }
 
 static void grpc_client_closed(struct stream *s)
 {
-    if (!s->grpc.finishing)
-        grpc_client_status(s, GRPC_UNAVAILABLE, bytes_of(s->conn->why ? s->conn->why
-                                                                      : "the stream was closed by the server"));
+    const struct conn *c = s->conn;
+    const char *goaway = c->goaway.len && !c->goaway.failed ? (const char *)c->goaway.p : NULL;
+    s->grpc.broken |= !s->grpc.finishing;
+    if (c->error && c->error != INADEQUATE_SECURITY)
+        grpc_client_fail(s, GRPC_INTERNAL, "%s: %s", h2_error_name(c->error), c->why);
+    else
+        grpc_client_fail(s, GRPC_UNAVAILABLE, "%s%s%s%s", c->why ? c->why : "the stream was closed by the server",
+                         goaway ? " (" : "", goaway ? goaway : "", goaway ? ")" : "");
     grpc_closed(s);
 }
 
 static const struct h2_handler grpc_client = {
     .headers = grpc_response, .data = grpc_data, .end = grpc_client_end, .drained = grpc_drained,
-    .abort = grpc_client_abort, .closed = grpc_client_closed,
+    .abort = grpc_client_abort, .lost = grpc_client_lost, .closed = grpc_client_closed,
 };
 
 /* ==== 9. TLS: chain, key, BearSSL pump ============================================================================
@@ -4634,7 +4742,7 @@ struct dial {
     struct endpoint endpoint;
     const char *name;                 /* of the peer, in log lines */
     struct addrinfo *addresses;       /* tried in turn, then again until give_up_ms */
-    int64_t give_up_ms;
+    int64_t give_up_ms, connect_ms;   /* connect_ms: for an address to answer at all */
     struct tls_config *tls;           /* NULL: plaintext */
     void (*up)(struct link *);        /* a connect has succeeded */
     void (*down)(struct link *, const char *why);   /* none has, in time */
@@ -5202,10 +5310,12 @@ static void link_tls_state(struct link *k)
     }
     if (state < TLS_CLOSING || k->conn.phase >= CONN_CLOSING)
         return;
-    if (state == TLS_FAILED && k->conn.client && !k->conn.why)
+    if (state == TLS_FAILED && k->conn.client && !k->conn.why) {
         k->conn.why = tls_why(k->tls);
-    else if (state == TLS_FAILED)
+        k->conn.error = INADEQUATE_SECURITY;
+    } else if (state == TLS_FAILED) {
         core_note(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
+    }
     conn_cut(&k->conn);
 }
 
@@ -5505,7 +5615,7 @@ static void link_dial_on(struct link *k, int error)
     int64_t now = l->core.now_ms, left = d->give_up_ms - now;
     for (; k->to; k->to = k->to->ai_next) {
         if (link_connect(k)) {
-            heap_set(l, k, now + (left > 0 && left < CONNECT_MS ? left : CONNECT_MS));
+            heap_set(l, k, now + (left > 0 && left < d->connect_ms ? left : d->connect_ms));
             return;
         }
         error = errno;
@@ -6460,14 +6570,18 @@ static const struct option option_table[] = {
       "send no manifest to a stream that says it is a log-forwarder" },
     { "fault", "NAME[=VALUE]", NULL, OPT_LIST, CMD_SERVE, AT(fault),
       "do something wrong on purpose (see below); may be repeated" },
-    { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE, AT(max_message),
-      "longest message that an agent may send" },
+    { "max-message", "BYTES", "4194304", OPT_COUNT, CMD_SERVE | CMD_AGENT, AT(max_message),
+      "longest message that is taken" },
     { "max-connections", "N", NULL, OPT_COUNT, CMD_SERVE, AT(max_connections),
       "connections at a time (default: as many as the limit of descriptors leaves room for)" },
     { "o", "FILE", NULL, OPT_PATH, CMD_MANIFEST, AT(out_file),
       "write the manifest's bytes to FILE instead of printing JSON" },
     { "wait", "DURATION", "10s", OPT_DURATION, CMD_AGENT, AT(wait_ms), "how long to retry until the server is there" },
     { "wait", "DURATION", "0s", OPT_DURATION, CMD_HEALTH, AT(wait_ms), "how long to retry until the server is there" },
+    { "timeout", "DURATION", "30s", OPT_DURATION, CMD_AGENT, AT(timeout_ms),
+      "how long each step may take: the connect, a piece of the manifest, the end; 0: for ever" },
+    { "timeout", "DURATION", "10s", OPT_DURATION, CMD_HEALTH, AT(timeout_ms),
+      "how long one try may take, from the connect to the answer; 0: for ever" },
     { "repeat", "N", "1", OPT_COUNT, CMD_AGENT, AT(repeat), "play the run so many times" },
     { "once", NULL, NULL, OPT_FLAG, CMD_AGENT, AT(once), "only connect, report, and fetch the manifest" },
     { "agent-port", "PORT", NULL, OPT_TEXT, CMD_AGENT, AT(agent_port),
@@ -10277,23 +10391,6 @@ static bool results_finish(struct courier *c)
 
 /* ---- A call ---- */
 
-/* The text of a grpc-message, which is percent-encoded. */
-static void percent_decode(struct buf *out, struct bytes t)
-{
-    for (size_t i = 0; i < t.n; i++) {
-        char two[3] = { 0 };
-        if (t.p[i] == '%' && i + 2 < t.n) {
-            memcpy(two, t.p + i + 1, 2);
-            if (strspn(two, "0123456789abcdefABCDEF") == 2) {
-                buf_putc(out, (int)strtoul(two, NULL, 16));
-                i += 2;
-                continue;
-            }
-        }
-        buf_putc(out, t.p[i]);
-    }
-}
-
 /* The call broke off, or came too early: the agent is asked where it stands, and all goes on from there. */
 static void courier_again(struct courier *c)
 {
@@ -10306,16 +10403,13 @@ static void courier_again(struct courier *c)
     p->bytes = 0;
 }
 
-static void courier_status(struct stream *s, unsigned status, struct bytes text)
+static void courier_status(struct stream *s, unsigned status, struct bytes words)
 {
     struct courier *c = s->user;
     const struct errand *errand = courier_errand(c);
-    struct buf why = { 0 };
+    bool early = false;
     if (c->over)
         return;
-    percent_decode(&why, text);
-    struct bytes words = { why.p, why.len };
-    bool early = false;
     for (size_t i = 0; i < PB_COUNT(not_yet); i++)
         early |= bytes_contain(words, not_yet[i]);
     bool results = errand->role == ROLE_RESULT;
@@ -10324,7 +10418,7 @@ static void courier_status(struct stream *s, unsigned status, struct bytes text)
     } else if (status == GRPC_OK) {
         if (!results || results_finish(c))
             courier_done(c);
-    } else if (status == GRPC_UNAVAILABLE) {
+    } else if (status == GRPC_UNAVAILABLE || s->grpc.broken) {
         char broke[600];
         text_printf(broke, sizeof broke, "the %s of %s broke off after %llu bytes: %.*s", results ? "transfer" : "upload",
                     courier_parcel(c)->name, (unsigned long long)courier_parcel(c)->bytes, (int)min_size(words.n, 300),
@@ -10338,7 +10432,6 @@ static void courier_status(struct stream *s, unsigned status, struct bytes text)
         courier_fail(c, "the agent refused the %s: %.*s", roles[errand->role].what, (int)words.n,
                      words.n ? (const char *)words.p : grpc_status_names[status]);
     }
-    buf_free(&why);
     courier_end(c);
 }
 
@@ -10416,7 +10509,7 @@ static void courier_dial(struct courier *c)
         c->own = resolve_host(at.host, (unsigned)at.port, AI_NUMERICHOST, &why);
     c->dial = (struct dial){ .endpoint = { .on = &grpc_client, .client = true, .max_message = RESULT_MESSAGE_MAX },
                              .name = "agent", .addresses = d->addresses ? d->addresses : c->own,
-                             .up = courier_up, .down = courier_down, .closed = courier_down };
+                             .connect_ms = CONNECT_MS, .up = courier_up, .down = courier_down, .closed = courier_down };
     c->over = false;
     c->link = c->dial.addresses ? link_dial(d->loop, &c->dial, c) : NULL;
     if (!c->link)
@@ -11735,6 +11828,43 @@ static void control_start(struct server *v)
  * Owns: what a real agent host sends, in its order and on its two streams; the check of the manifest that it gets.
  * Never: runs a computation.
  */
+
+/* The server has -timeout for its next step on the stream. */
+static void client_step(struct stream *s, const struct options *o)
+{
+    s->deadline_ms = o->timeout_ms ? s->conn->core->now_ms + o->timeout_ms : INT64_MAX;
+}
+
+/* Whether a call that has ended with this status, before the server had taken it, is worth another try, and -wait leaves
+ * time for it; the first time it is told.  What we don't believe or understand, as a certificate, does not get better. */
+static bool client_again(struct dial *d, const struct stream *s, unsigned status, struct bytes why)
+{
+    struct core *core = s->conn->core;
+    int64_t left = d->give_up_ms - core->now_ms;
+    if ((status != GRPC_UNAVAILABLE && status != GRPC_DEADLINE_EXCEEDED) || s->conn->error || left <= 0)
+        return false;
+    if (!d->retry_told && left > 1000)
+        core_note(core, NULL, "the %s is not ready yet (%s: %.*s); trying again for %lld s", d->name,
+                  grpc_status_names[status], (int)min_size(why.n, 300), why.n ? (const char *)why.p : "",
+                  (long long)left / 1000);
+    d->retry_told = true;
+    return true;
+}
+
+/* Closes all that was dialled and dials anew, at once or in a while.  False: out of memory. */
+static bool client_redial(struct loop *l, struct dial *d, void *user, bool in_a_while)
+{
+    for (struct link *k = l->links, *next; k; k = next) {
+        next = k->next;
+        if (k->dial)
+            link_close(k, "the connection is over");
+    }
+    struct link *k = link_dial(l, d, user);
+    if (k && in_a_while)
+        heap_set(l, k, l->core.now_ms + RETRY_MS);
+    return k;
+}
+
 enum { AGENT, FORWARDER, STREAMS };
 
 /* The log-forwarder's lines of a run, in the reference's order.  Either event or level is set. */
@@ -11800,7 +11930,7 @@ struct agent {
     bool done[STREAMS];
     int64_t run;
     size_t chunks, step;              /* step: row of run_steps that comes next */
-    bool whole, begun, over, failed, short_chunk, next_run;
+    bool whole, begun, over, failed, next_run, again;   /* again: the same run, the server was not ready */
     struct buf manifest, id;
     struct pb_arena arena;            /* of the manifest, once it is whole */
     struct ComputationRunReq req;
@@ -11997,12 +12127,16 @@ static void agent_go(struct agent *a)
         agent_play(a);
     a->loop->core.touched = true;
     a->over = a->o->once || a->step == PB_COUNT(run_steps);
+    if (a->stream[AGENT])
+        a->stream[AGENT]->deadline_ms = INT64_MAX;   /* what it waits for now is uploads */
     for (int i = 0; i < STREAMS && a->over; i++)
-        if (a->stream[i])
+        if (a->stream[i]) {
             grpc_half_close(a->stream[i]);
+            client_step(a->stream[i], a->o);
+        }
 }
 
-/* A chunk of the manifest, in the agent's order: full ones, a shorter one, an empty one that is the last. */
+/* A chunk of the manifest, of any length. */
 static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
 {
     if (a->whole)
@@ -12013,9 +12147,6 @@ static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
         agent_fail(a, "out of memory for the manifest");
     else if (!bytes_eq(c->id, (struct bytes){ a->id.p, a->id.len }))
         agent_fail(a, "chunk %zu belongs to another computation", a->chunks);
-    if (c->data.n && a->short_chunk)
-        agent_fail(a, "chunk %zu has data behind a short chunk", a->chunks);
-    a->short_chunk = c->data.n != CHUNK_LEN;
     if (a->manifest.len > MANIFEST_FILE_MAX)
         agent_fail(a, "the manifest has more than %d MiB", MANIFEST_FILE_MAX >> 20);
     if (!a->failed)
@@ -12059,6 +12190,8 @@ static void agent_message(struct stream *s, struct bytes wire)
         return;                       /* a log-forwarder takes no notice of what it gets */
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+    if (msg.runReqChunks && !a->whole)
+        client_step(s, a->o);
     if (err != PB_OK)
         agent_fail(a, "a message of %zu bytes does not parse: %s", wire.n, pb_error_text(err));
     else if (msg.runReqChunks)
@@ -12071,11 +12204,17 @@ static void agent_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct agent *a = s->conn->core->app;
     int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
-    if (a->failed || a->loop->stop_why)
+    if (a->failed || a->loop->stop_why || a->again || a->next_run)
         return;
     bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
-    if (!verdict && (status != GRPC_OK || !a->over)) {
-        agent_fail(a, "the %s's stream ended: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
+    bool early = status == GRPC_OK && !s->local_closed;   /* it has not heard our end */
+    if (!a->chunks && client_again(&a->dial, s, status, text)) {
+        a->again = true;
+        return;
+    }
+    if (!verdict && (status != GRPC_OK || !a->over || early)) {
+        agent_fail(a, "the %s's stream ended%s: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
+                   early ? " before the server had taken everything" : "",
                    grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
         return;
     }
@@ -12365,6 +12504,8 @@ static void agent_up(struct link *k)
     }
     a->stream[which] = s;
     s->user = &a->stream[which];
+    if (which == AGENT)
+        client_step(s, a->o);
     if (which == AGENT && !a->o->once)
         agent_dial(a, FORWARDER);     /* as an agent host does: two connections */
     struct AttestationResponse report = { .certSerialNumber = BYTES("") };
@@ -12377,7 +12518,7 @@ static void agent_up(struct link *k)
 static void agent_down(struct link *k, const char *why)
 {
     struct agent *a = k->loop->core.app;
-    if (!a->failed && !a->loop->stop_why)
+    if (!a->failed && !a->loop->stop_why && !a->again)
         agent_fail(a, "can't connect to %s: %s", a->authority, why);
 }
 
@@ -12387,25 +12528,20 @@ static void agent_dial(struct agent *a, int which)
         agent_fail(a, "out of memory");
 }
 
-/* The next run begins, on new connections. */
+/* The next run begins, or the same once more, on new connections. */
 static void agent_turn(struct loop *l)
 {
     struct agent *a = l->core.app;
-    if (!a->next_run)
+    if (!a->next_run && !a->again)
         return;
-    a->next_run = false;
-    for (struct link *k = l->links, *next; k; k = next) {
-        next = k->next;
-        if (k->dial)
-            link_close(k, "the run is over");
-    }
-    a->run++;
+    if (!client_redial(l, &a->dial, &a->stream[AGENT], a->again))
+        agent_fail(a, "out of memory");
+    a->run += a->next_run;
     a->chunks = a->step = a->announced = 0;
-    a->whole = a->begun = a->over = a->short_chunk = a->done[AGENT] = a->done[FORWARDER] = false;
+    a->next_run = a->again = a->whole = a->begun = a->over = a->done[AGENT] = a->done[FORWARDER] = false;
     a->state = "ReceivingManifest";
     buf_free(&a->manifest);
     buf_free(&a->id);
-    agent_dial(a, AGENT);
 }
 
 /* The address of the command line or the environment, taken apart. */
@@ -12482,9 +12618,11 @@ static struct loop *client_loop(const struct options *o, struct report *r, void 
     }
     struct loop *l = loop_new();
     l->core.app = app;
-    d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message = CLIENT_MAX_MESSAGE };
+    d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message =
+                                     o->command == CMD_AGENT ? (size_t)o->max_message : CLIENT_MAX_MESSAGE };
     d->name = "server";
     d->give_up_ms = l->core.now_ms + o->wait_ms;
+    d->connect_ms = o->timeout_ms && o->timeout_ms < CONNECT_MS ? o->timeout_ms : CONNECT_MS;
     return l;
 }
 
@@ -12679,7 +12817,7 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
 static void replay_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct replay *r = s->conn->core->app;
-    if (status != GRPC_OK || !r->half_closed) {
+    if (status != GRPC_OK || !s->local_closed) {
         replay_fail(r, status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status], text);
     } else if (++r->done == r->part_count) {
         core_note(&r->loop->core, NULL, "cvms agent: %zu messages replayed on %zu stream%s: the server has taken "
@@ -12743,8 +12881,10 @@ static void replay_turn(struct loop *l)
         l->core.touched = true;
     }
     for (size_t i = 0; i < r->part_count && !r->half_closed; i++)
-        if (r->parts[i].stream)
+        if (r->parts[i].stream) {
             grpc_half_close(r->parts[i].stream);
+            client_step(r->parts[i].stream, r->o);
+        }
     r->half_closed = l->core.touched = true;
 }
 
@@ -12808,6 +12948,8 @@ struct health {
     struct dial dial;
     const struct options *o;
     const char *authority;
+    int32_t answer;                   /* a ServingStatus, which counts once the call has ended with OK; -1: none */
+    bool again;
 };
 
 static void health_end(struct health *h, int status, const char *text)
@@ -12821,21 +12963,27 @@ static void health_end(struct health *h, int status, const char *text)
 
 static void health_answer(struct stream *s, struct bytes wire)
 {
-    struct core *core = s->conn->core;
+    struct health *h = s->conn->core->app;
     struct HealthCheckResponse res = { 0 };
     bool unknown;
-    enum pb_error err = pb_decode(&HealthCheckResponse_message, &res, wire, &core->arena, &unknown);
-    bool known = err == PB_OK && res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values);
-    health_end(core->app, known && res.status == HEALTH_SERVING ? 0 : 1,
-               known ? ServingStatus_values[res.status] : "no status");
+    if (pb_decode(&HealthCheckResponse_message, &res, wire, &h->loop->core.arena, &unknown) == PB_OK &&
+        res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values))
+        h->answer = res.status;
 }
 
 static void health_status_end(struct stream *s, unsigned status, struct bytes text)
 {
+    struct health *h = s->conn->core->app;
     char line[400];
+    h->again = !h->loop->stop_why && client_again(&h->dial, s, status, text);
+    if (h->again)
+        return;
     text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], (int)min_size(text.n, 300),
                 text.n ? (const char *)text.p : "");
-    health_end(s->conn->core->app, 1, line);
+    if (status != GRPC_OK)
+        health_end(h, 1, line);
+    else
+        health_end(h, h->answer != HEALTH_SERVING, h->answer < 0 ? "no status" : ServingStatus_values[h->answer]);
 }
 
 static const struct grpc_method health_method = {
@@ -12851,6 +12999,8 @@ static void health_up(struct link *k)
         health_end(h, 1, "out of memory");
         return;
     }
+    h->answer = -1;
+    client_step(s, h->o);
     grpc_send(s, &HealthCheckRequest_message, &req);
     grpc_half_close(s);
 }
@@ -12860,12 +13010,22 @@ static void health_down(struct link *k, const char *why)
     health_end(k->loop->core.app, 1, why);
 }
 
+static void health_turn(struct loop *l)
+{
+    struct health *h = l->core.app;
+    if (h->again && !client_redial(l, &h->dial, NULL, true))
+        health_end(h, 1, "out of memory");
+    h->again = false;
+}
+
 static int cmd_health(struct options *o, struct report *r)
 {
     struct health h = { .o = o, .authority = addr_text(o), .dial = { .up = health_up, .down = health_down } };
     h.loop = client_loop(o, r, &h, &h.dial);
     if (h.loop && !link_dial(h.loop, &h.dial, NULL))
         health_end(&h, 1, "out of memory");
+    if (h.loop)
+        h.loop->turn = health_turn;
     return client_run(h.loop, &h.dial, r);
 }
 

@@ -5,6 +5,7 @@ Each function named test_... is one subject; NAMEs pick those that contain one o
 the openssl command only; loopback only; every port is the system's choice.  The last line is `N passed, M failed`.
 """
 import base64
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import harness  # noqa: E402
 from harness import (  # noqa: E402
-    LIMIT, Collector, Server, Stream, W, check, end, environment, field, fields, first, frame, has, hasnot, log, named, read, run, same,
-    sanitizers, sha3, shorten, skip, temp, write)
+    GOAWAY, HEADERS, LIMIT, RST, SETTINGS, WINDOW, Collector, Server, Stream, W, check, end, environment, field, fields, first, frame,
+    frames_of, has, hasnot, literal, log, named, read, run, same, sanitizers, sha3, shorten, skip, temp, write)
 
 
 def read_fifo(path, seconds=5):
@@ -1629,6 +1630,147 @@ def test_waiting_is_told():
         r = run(f"waiting: {command}", [command, "-wait", "1200ms", where])
         same(f"waiting: {command}: told once", len(re.findall("no server there yet .*refused.* for 1 s", r.err)), 1)
         same(f"waiting: {command}: status", r.status, 1)
+
+
+HEAD = frame(HEADERS, 4, 1, literal(":status", "200") + literal("content-type", "application/grpc"))
+
+
+def trailers(status, message="", head=b""):
+    return frame(HEADERS, 5, 1, head + literal("grpc-status", str(status)) + literal("grpc-message", message))
+
+
+def data(*messages, flags=0):
+    whole = b"".join(b"\0" + struct.pack(">I", len(m)) + m for m in messages)
+    return b"".join(frame(0, flags, 1, whole[i:i + 16384]) for i in range(0, len(whole), 16384))
+
+
+class Fake:
+    """A server that answers each connection's first END_HEADERS with the next of these answers, the last one again and
+    again; `behind` goes out behind the client's END_STREAM.  None as an answer: it hangs up at once."""
+    def __init__(self, *answers, behind=b""):
+        self.answers, self.behind, self.got, self.seen = answers, behind, [], threading.Condition()
+        self.s = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.s.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                c = self.s.accept()[0]
+                self.got.append(b"")
+                threading.Thread(target=self.serve, args=(c, len(self.got) - 1), daemon=True).start()
+
+    def serve(self, c, n):
+        answer = self.answers[min(n, len(self.answers) - 1)]
+        done = ended = False
+        with c, contextlib.suppress(OSError):
+            while answer is not None and (piece := c.recv(65536)):
+                with self.seen:
+                    self.got[n] += piece
+                    self.seen.notify_all()
+                frames = frames_of(self.got[n][24:])[0]
+                if not done and any(f[0] == HEADERS for f in frames):
+                    c.sendall(answer if answer[:4] == b"HTTP" else frame(SETTINGS, 0, 0) + frame(WINDOW, 0, 0, struct.pack(">I", 1 << 24)) + answer)
+                    done = True
+                if done and not ended and any(f[0] in (0, HEADERS) and f[1] & 1 for f in frames):
+                    c.sendall(self.behind)
+                    ended = True
+
+    def frames(self, n):
+        return frames_of(self.got[n][24:])[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.s.close()
+
+
+SERVING = HEAD + data(field(1, 1)) + trailers(0)
+
+
+def test_health_answers():
+    """`cvms health` judges by the status, not by the message, and tells what else has come."""
+    rows = [("OK", SERVING, 0, "SERVING"), ("1xx first", frame(HEADERS, 4, 1, literal(":status", "103")) + SERVING, 0, "SERVING"),
+            ("a status behind the message", HEAD + data(field(1, 1)) + trailers(13, "late%0A%25"), 1, r"INTERNAL: late\\n%"),
+            ("no message", HEAD + trailers(0), 1, "no status"), ("NOT_SERVING", HEAD + data(field(1, 2)) + trailers(0), 1, "NOT_SERVING"),
+            ("DATA first", data(field(1, 1)), 1, "INTERNAL: the server's answer breaks HTTP/2: PROTOCOL_ERROR"),
+            ("RST_STREAM", HEAD + frame(RST, 0, 1, struct.pack(">I", 11)), 1, "RESOURCE_EXHAUSTED: the server has reset.*ENHANCE_YOUR_CALM"),
+            ("GOAWAY", frame(GOAWAY, 0, 0, struct.pack(">II", 0, 11) + b"full\x1b"), 1, r"UNAVAILABLE: .*GOAWAY, ENHANCE_YOUR_CALM: full\\x1b"),
+            ("HTTP/1.1", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", 1, "answers in HTTP/1.1"),
+            ("HTTP status", frame(HEADERS, 5, 1, literal(":status", "404") + literal("content-type", "text/html")), 1,
+             'UNIMPLEMENTED: HTTP status 404 with content-type "text/html"')]
+    for name, answer, status, told in rows:
+        with Fake(answer) as fake:
+            r = run(f"health answer: {name}", ["health", fake.address])
+            same(f"health answer: {name}: status", r.status, status)
+            has(f"health answer: {name}", r.err, told)
+            same(f"health answer: {name}: one line", len(r.err.splitlines()), 1)
+
+
+def test_wait_until_ready():
+    """-wait goes on while the server is not ready: it hangs up, refuses, is UNAVAILABLE.  -timeout ends a try."""
+    refusals = [None, frame(RST, 0, 1, struct.pack(">I", 7)), frame(GOAWAY, 0, 0, struct.pack(">II", 0, 0)),
+                trailers(14, "starting", literal(":status", "200") + literal("content-type", "application/grpc")),
+                frame(HEADERS, 5, 1, literal(":status", "503"))]
+    path = os.path.join(temp(), "m")
+    same("-wait: the manifest", run("manifest", ["manifest", *W.base, "-o", path]).status, 0)
+    manifest = HEAD + data(field(1, field(1, read(path)) + field(2, "1"))) + data(field(1, field(2, "1") + field(3, 1)))
+    for command, args, answer in (("health", [], SERVING), ("agent", ["-once"], manifest)):
+        with Fake(*refusals, answer, behind=b"" if command == "health" else trailers(0)) as fake:
+            r = run(f"-wait: {command}", [command, "-wait", "20s", *args, fake.address])
+            same(f"-wait: {command}: status", r.status, 0)
+            same(f"-wait: {command}: tries", len(fake.got), len(refusals) + 1)
+            same(f"-wait: {command}: told once", len(re.findall("trying again", r.err)), 1)
+        with Fake(b"") as fake:                # SETTINGS, and nothing more
+            r = run(f"-timeout: {command}", [command, "-wait", "0", "-timeout", "300ms", *args, fake.address])
+            same(f"-timeout: {command}: status", r.status, 1)
+            has(f"-timeout: {command}", r.err, "DEADLINE_EXCEEDED", "-timeout")
+            check(f"-timeout: {command}: in time", 0.25 < r.seconds < 5, r.seconds, "0.3 s")
+        with Fake(b"", answer, behind=b"" if command == "health" else trailers(0)) as fake:
+            r = run(f"-timeout, -wait: {command}", [command, "-wait", "20s", "-timeout", "300ms", *args, fake.address])
+            same(f"-timeout, -wait: {command}: status", r.status, 0)
+        with Fake(data(b"x")) as fake:         # what does not get better is told at once
+            r = run(f"no -wait: {command}", [command, "-wait", "20s", *args, fake.address])
+            same(f"no -wait: {command}: status", r.status, 1)
+            check(f"no -wait: {command}: at once", r.seconds < 8, r.seconds, "under 8 s")
+    with Fake(manifest) as fake:               # it takes all, and never says so
+        r = run("-timeout: the end", ["agent", "-once", "-timeout", "300ms", fake.address])
+        has("-timeout: the end", r.err, "the agent's stream ended: DEADLINE_EXCEEDED")
+
+
+def test_agent_and_odd_servers():
+    """`cvms agent` against what no CVMS server does."""
+    path = os.path.join(temp(), "m")
+    run("manifest", ["manifest", *W.base, "-set", "description=" + "x" * 40000, "-o", path])
+    whole = read(path)
+    pieces = [whole[:5], whole[5:30000], b"", whole[30000:]]
+    chunks = HEAD + data(*(field(1, field(1, p) + field(2, "1")) for p in pieces)) + data(field(1, field(2, "1") + field(3, 1)))
+    with Fake(chunks, behind=trailers(0)) as fake:
+        r = run("odd chunks", ["agent", "-once", fake.address])
+        same("odd chunks: status", r.status, 0)
+        has("odd chunks", r.err, f"{len(whole)} bytes in 5 chunks")
+        r = run("-max-message", ["agent", "-once", "-max-message", "20000", fake.address])
+        same("-max-message: status", r.status, 1)
+        has("-max-message", r.err, "RESOURCE_EXHAUSTED: .*larger than max .* 20000")
+    for i in range(10):                        # OK, and nothing taken
+        with Fake(chunks + trailers(0)) as fake:
+            r = run("OK too early", ["agent", fake.address])
+            same("OK too early: status", r.status, 1)
+            has("OK too early", r.err, "FAILED.*before the server had taken everything")
+    asked = [field(4, field(1, str(i))) for i in range(1000)]
+    with Fake(HEAD + data(*asked)) as fake:
+        p = subprocess.Popen([W.cvms, "agent", fake.address], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+        answer = lambda i: field(5, field(1, str(i)) + field(2, "ReceivingManifest"))
+        with fake.seen:
+            fake.seen.wait_for(lambda: fake.got and answer(999) in fake.got[0], LIMIT)
+            same("questions at once: answered", sum(answer(i) in fake.got[0] for i in range(1000)), 1000)
+            same("questions at once: HEADERS of its own", sum(f[0] == HEADERS for f in fake.frames(0)), 1)
+        p.send_signal(signal.SIGTERM)
+        err = p.communicate(timeout=LIMIT)[1].decode(errors="replace")
+        check("questions at once: status", p.returncode == 143, f"{p.returncode}: {err}", "143")
+        sanitizers("questions at once", err)
 
 
 def test_one_file():

@@ -529,6 +529,7 @@ static void run_client_op(struct run *r, const struct op *op)
     char text[200];
     snprintf(text, sizeof text, "%.*s", (int)op->text.len, op->text.len ? (const char *)op->text.p : "");
     if (op->kind == OP_CALL) {
+        r->status = -1;
         r->call = grpc_call(&r->conn, &call_method, "localhost", NULL);
         if (r->call)
             r->call->user = r;
