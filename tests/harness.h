@@ -2,6 +2,8 @@
  * To be defined before it: HARNESS_ALLOC for an allocator that counts and can fail, HARNESS_ALONE to do without cvms.c. */
 #ifndef HARNESS_H
 #define HARNESS_H
+#define _FILE_OFFSET_BITS 64          /* as cvms.c does, before the first header */
+#define _TIME_BITS 64
 #include <errno.h>
 #include <malloc.h>
 #include <stdarg.h>

@@ -22,7 +22,6 @@
  * Each exchange is run with every run of input whole, byte by byte, and in two pieces cut at each place; every piece
  * ends where its memory does.
  */
-#include <dirent.h>
 #include "core_test.h"
 
 enum op_kind {
