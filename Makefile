@@ -1,13 +1,15 @@
 # cvms: make, make run, make check.  CC, CFLAGS, LDFLAGS, PREFIX and DESTDIR are yours.
-# make TLS=0 builds without BearSSL; make BEARSSL=DIR links the one in DIR (headers in DIR/inc, library in DIR/build).
+# make TLS=0 builds without BearSSL; make BEARSSL=DIR links the one in DIR (headers in DIR/inc, library in DIR/build);
+# make PORTABLE=1 takes nothing of the system but ISO C and POSIX.1-2008.
 .POSIX:
 CC = cc
 CFLAGS = -O2
 LDFLAGS =
 PREFIX = /usr/local
 TLS = 1
+PORTABLE = 0
 BEARSSL =
-STRICT = -std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DCVMS_TLS=$(TLS)
+STRICT = -std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -DCVMS_TLS=$(TLS) -DCVMS_PORTABLE=$(PORTABLE)
 # Hardening, as far as the compiler has it, asked once of all together; make HARDEN= does without.
 PROBE = printf '\043include <stdio.h>\nint main(void) { return 0; }' | $(CC) $(CFLAGS) -Werror
 HARDEN = $$(set -- -fstack-protector-strong -fstack-clash-protection -fcf-protection -Wl,-z,relro,-z,now \
@@ -26,7 +28,7 @@ all: cvms
 
 # Changes when what is built changes, so that make TLS=0 behind make builds anew.
 build/flags: FORCE
-	@mkdir -p build; f='$(CC) $(CFLAGS) $(LDFLAGS) TLS=$(TLS) $(BEARSSL)'; \
+	@mkdir -p build; f='$(CC) $(CFLAGS) $(LDFLAGS) TLS=$(TLS) $(PORTABLE) $(BEARSSL)'; \
 	test -f $@ && test "$$(cat $@)" = "$$f" || printf '%s\n' "$$f" >$@
 
 FORCE:
@@ -46,6 +48,16 @@ test:
 # Every test; what they need is installed by tests/install.sh.
 check:
 	python3 tests/check.py
+
+# What other systems lack: compiled for them by the cross compiler of PyPI's ziglang.
+check-systems:
+	test -x build/tools/zig/bin/python || { python3 -m venv build/tools/zig && build/tools/zig/bin/pip install -q ziglang; }
+	for system in x86_64-macos aarch64-macos x86_64-freebsd x86_64-netbsd x86_64-openbsd; do \
+	    for portable in 0 1; do \
+	        build/tools/zig/bin/python -m ziglang cc -target $$system $(STRICT) -Werror -UCVMS_TLS -DCVMS_TLS=0 \
+	            -UCVMS_PORTABLE -DCVMS_PORTABLE=$$portable -c -o /dev/null cvms.c || exit 1; \
+	    done; \
+	done
 
 # The large cases of the checksum tests: files over 4 GiB, more than 65,535 files (some minutes).
 check-large: cvms
@@ -99,4 +111,4 @@ install: cvms
 clean:
 	rm -rf cvms build
 
-.PHONY: FORCE all run test check check-large inject analyze cppcheck coverage fuzz bench static install clean
+.PHONY: FORCE all run test check check-systems check-large inject analyze cppcheck coverage fuzz bench static install clean

@@ -10,7 +10,7 @@
  * The sections stand bottom up.  3 to 9 hold no descriptor, read no clock and never block.  The event loop, section 10,
  * owns every socket; 11 to 18 are what this server does with the bytes.
  *
- *    1  this map, includes                       11  message tables
+ *    1  this map, includes, beyond POSIX         11  message tables
  *    2  base: bytes, safe text, whole files      12  options: one table for every command
  *    3  HPACK                                    13  inputs: checksums, sealed sources
  *    4  frames                                   14  keys of users
@@ -24,11 +24,18 @@
  *
  * Beside it: proto_wire.h (byte strings, buffers, the protobuf codec) and sha3.h (SHA3-256).
  */
-#define _FILE_OFFSET_BITS 64          /* files over 2 GiB, and any inode, on 32-bit systems too */
-#if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE                   /* accept4 */
-#elif !defined(__linux__)
-#define _POSIX_C_SOURCE 200809L
+#ifndef CVMS_PORTABLE
+#define CVMS_PORTABLE 0               /* 1: nothing beyond ISO C and POSIX.1-2008 with XSI, whatever the system has */
+#endif
+#define _FILE_OFFSET_BITS 64          /* files over 2 GiB, and any inode, on 32-bit systems too; times past 2038 */
+#define _TIME_BITS 64
+#define _DARWIN_C_SOURCE              /* macOS and NetBSD hide names of POSIX from those who ask for POSIX alone */
+#define _NETBSD_SOURCE
+#if CVMS_PORTABLE
+#define _XOPEN_SOURCE 700
+#define SHA3_X86 0
+#elif !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
 #endif
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -49,16 +56,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef CVMS_EPOLL
-#ifdef __linux__
-#define CVMS_EPOLL 1                  /* 0: poll, as on other systems */
-#else
-#define CVMS_EPOLL 0
-#endif
-#endif
-#if CVMS_EPOLL
-#include <sys/epoll.h>
-#endif
 #ifndef CVMS_TLS
 #define CVMS_TLS 1                    /* 0: without BearSSL */
 #endif
@@ -67,9 +64,6 @@
 #endif
 #if CVMS_TLS
 #include <bearssl.h>
-#if defined(__APPLE__)
-#include <sys/random.h>
-#endif
 #endif
 
 #include "proto_wire.h"
@@ -80,6 +74,197 @@
 enum {
     CLIENT_MAX_MESSAGE = 2 << 20,     /* cvms health */
 };
+
+/* ---- Beyond ISO C and POSIX.1-2008: all that the program takes of it, beside what does without ---- */
+
+#if defined(__linux__) && !CVMS_PORTABLE
+#define CVMS_LINUX 1
+#include <sys/epoll.h>
+#else
+#define CVMS_LINUX 0
+#endif
+#if defined(__APPLE__)
+#include <sys/random.h>
+#define st_mtim st_mtimespec
+#define st_ctim st_ctimespec
+#endif
+extern char **environ;                /* of POSIX, but in none of its headers */
+
+#if CVMS_TLS
+/* Fills p with up to 256 bytes of the kernel's randomness.  False: errno tells why. */
+static bool random_fill(void *p, size_t n)
+{
+#if CVMS_PORTABLE
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    bool ok = fd >= 0 && read(fd, p, n) == (ssize_t)n;
+    if (fd >= 0)
+        close(fd);
+    return ok;
+#else
+    return getentropy(p, n) == 0;
+#endif
+}
+#endif
+
+/* A descriptor that does not block, and that no other program inherits. */
+static bool fd_prepare(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
+}
+
+static int accept_nonblocking(int fd, struct sockaddr_storage *sa, socklen_t *len)
+{
+#if CVMS_LINUX
+    return accept4(fd, (struct sockaddr *)sa, len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+    int on = 1, s = accept(fd, (struct sockaddr *)sa, len);
+    if (s >= 0 && !fd_prepare(s)) {
+        close(s);
+        return -1;
+    }
+    if (s >= 0)
+        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return s;
+#endif
+}
+
+enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
+
+struct loop;
+struct watch {
+    int fd;
+    unsigned interest;                /* 0: not registered */
+    void (*ready)(struct loop *, struct watch *, unsigned events);
+    size_t index;                     /* poll: where it stands in the list */
+};
+
+static void loop_clock(struct loop *l);  /* to be called after each wait */
+
+#if CVMS_LINUX
+struct poller {
+    int epoll;
+};
+
+static bool poller_init(struct poller *p)
+{
+    p->epoll = epoll_create1(EPOLL_CLOEXEC);
+    return p->epoll >= 0;
+}
+
+/* Sets what a watch waits for; 0 takes it out.  False: the descriptor can't be waited for (a regular file). */
+static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
+{
+    if (w->interest == interest)
+        return true;
+    struct epoll_event e = { .events = (interest & WATCH_IN ? (uint32_t)EPOLLIN : 0) |
+                                       (interest & WATCH_OUT ? (uint32_t)EPOLLOUT : 0), .data.ptr = w };
+    int op = !interest ? EPOLL_CTL_DEL : w->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    if (epoll_ctl(p->epoll, op, w->fd, &e) != 0)
+        return false;
+    w->interest = interest;
+    return true;
+}
+
+/* Waits up to timeout_ms (-1: for ever) and calls what is ready. */
+static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
+{
+    struct epoll_event e[64];
+    int n = epoll_wait(p->epoll, e, 64, timeout_ms);
+    loop_clock(l);
+    for (int i = 0; i < n; i++) {
+        struct watch *w = e[i].data.ptr;
+        unsigned events = (e[i].events & EPOLLIN ? WATCH_IN : 0u) | (e[i].events & EPOLLOUT ? WATCH_OUT : 0u) |
+                          (e[i].events & (EPOLLERR | EPOLLHUP) ? WATCH_ERROR : 0u);
+        if (w->interest)
+            w->ready(l, w, events);
+    }
+}
+
+/* The descriptor is about to be closed, which takes it out of epoll. */
+static void poller_forget(struct poller *p, struct watch *w)
+{
+    (void)p;
+    w->interest = 0;
+}
+
+static void poller_free(struct poller *p)
+{
+    close(p->epoll);
+}
+#else
+struct poller {
+    struct pollfd *polls;
+    struct watch **watches;
+    size_t count, cap;
+};
+
+static bool poller_init(struct poller *p)
+{
+    (void)p;
+    return true;
+}
+
+static bool poller_grow(struct poller *p)
+{
+    size_t cap = p->cap ? 2 * p->cap : 16;
+    struct pollfd *polls = realloc(p->polls, cap * sizeof *polls);
+    struct watch **w = polls ? realloc(p->watches, cap * sizeof *w) : NULL;
+    p->polls = polls ? polls : p->polls;
+    if (!w)
+        return false;
+    p->watches = w;
+    p->cap = cap;
+    return true;
+}
+
+static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
+{
+    short events = (short)((interest & WATCH_IN ? POLLIN : 0) | (interest & WATCH_OUT ? POLLOUT : 0));
+    if (!w->interest && interest) {
+        if (p->count == p->cap && !poller_grow(p))
+            return false;
+        w->index = p->count++;
+        p->watches[w->index] = w;
+    } else if (w->interest && !interest) {
+        struct watch *last = p->watches[--p->count];
+        p->watches[w->index] = last;
+        p->polls[w->index] = p->polls[p->count];
+        last->index = w->index;
+    }
+    if (interest)
+        p->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = events };
+    w->interest = interest;
+    return true;
+}
+
+static void poller_forget(struct poller *p, struct watch *w)
+{
+    poller_set(p, w, 0);
+}
+
+static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
+{
+    int n = poll(p->polls, (nfds_t)p->count, timeout_ms);
+    loop_clock(l);
+    for (size_t i = p->count; n > 0 && i-- > 0;) {
+        if (i >= p->count)
+            continue;
+        short got = p->polls[i].revents;
+        unsigned events = (got & POLLIN ? WATCH_IN : 0u) | (got & POLLOUT ? WATCH_OUT : 0u) |
+                          (got & (POLLERR | POLLHUP | POLLNVAL) ? WATCH_ERROR : 0u);
+        p->polls[i].revents = 0;
+        if (events)
+            p->watches[i]->ready(l, p->watches[i], events);
+    }
+}
+
+static void poller_free(struct poller *p)
+{
+    free(p->polls);
+    free(p->watches);
+}
+#endif
 
 /* ==== 2. Base: bytes, safe text, lines for the user, whole files ===================================================
  * Owns: one-line error texts, numbers in bytes, the one function that makes foreign text safe to show, what is told on
@@ -1957,7 +2142,8 @@ static void stream_end_long(struct stream *s)
     c->share_waiting -= s->share_ticket != 0;
     c->shared -= s->share;
     bool free = s->share || s->share_ticket;
-    s->long_message = s->share = s->share_ticket = 0;
+    s->long_message = s->share = 0;
+    s->share_ticket = 0;
     if (free && c->share_waiting)
         conn_release(c);
 }
@@ -3542,8 +3728,6 @@ static const struct tls_row *tls_reason(int err)
            : err < BR_ERR_RECV_FATAL_ALERT ? &handshake : &ended;
 }
 
-extern char **environ;
-
 /* Private keys that stand in argv or the environment themselves; the list ends with NULL. */
 static void wipe_inline(char **words)
 {
@@ -4116,7 +4300,7 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
     uint8_t probe[16];
     const char *name = client ? o->server_name : o->client_san;
     size_t n = name ? strlen(name) : 0;
-    if (getentropy(probe, sizeof probe) != 0) {
+    if (!random_fill(probe, sizeof probe)) {
         err_set(e, "TLS: the operating system gives no random numbers: %s", strerror(errno));
         return NULL;
     }
@@ -4544,7 +4728,7 @@ static struct tls *tls_new(struct tls_config *c, struct tls_pool *pool, int64_t 
     t->pool = pool;
     t->u = c->base;
     tls_set_identity(t);
-    if ((c->verify && !verify_new(t, wall_s)) || !tls_hold(t) || getentropy(seed, sizeof seed) != 0) {
+    if ((c->verify && !verify_new(t, wall_s)) || !tls_hold(t) || !random_fill(seed, sizeof seed)) {
         tls_free(t);
         return NULL;
     }
@@ -4726,16 +4910,7 @@ enum {
     CONNECT_MS = 5000,                /* for an address to answer at all */
 };
 
-enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
-
-struct loop;
 struct link;
-struct watch {
-    int fd;
-    unsigned interest;                /* 0: not registered */
-    void (*ready)(struct loop *, struct watch *, unsigned events);
-    size_t index;                     /* poll: where it stands in the list */
-};
 
 /* A server to connect to, and what becomes of a try.  It outlives the links to it. */
 struct dial {
@@ -4791,13 +4966,7 @@ struct loop {
     int exit_status, signal_number;
     const char *stop_why;             /* set: the loop is to end */
     void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
-#if CVMS_EPOLL
-    int epoll;
-#else
-    struct pollfd *polls;
-    struct watch **watches;
-    size_t watch_count, watch_cap;
-#endif
+    struct poller poller;
     uint8_t read_buf[READ_LEN];
 };
 
@@ -4816,121 +4985,6 @@ static void loop_clock(struct loop *l)
     l->core.now_ms = clock_ms(CLOCK_MONOTONIC);
     l->core.wall_ms = clock_ms(CLOCK_REALTIME);
 }
-
-#if CVMS_EPOLL
-static bool poller_init(struct loop *l)
-{
-    l->epoll = epoll_create1(EPOLL_CLOEXEC);
-    return l->epoll >= 0;
-}
-
-/* Sets what a watch waits for; 0 takes it out.  False: the descriptor can't be waited for (a regular file). */
-static bool poller_set(struct loop *l, struct watch *w, unsigned interest)
-{
-    if (w->interest == interest)
-        return true;
-    struct epoll_event e = { .events = (interest & WATCH_IN ? (uint32_t)EPOLLIN : 0) |
-                                       (interest & WATCH_OUT ? (uint32_t)EPOLLOUT : 0), .data.ptr = w };
-    int op = !interest ? EPOLL_CTL_DEL : w->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
-    if (epoll_ctl(l->epoll, op, w->fd, &e) != 0)
-        return false;
-    w->interest = interest;
-    return true;
-}
-
-/* Waits up to timeout_ms (-1: for ever) and calls what is ready. */
-static void poller_wait(struct loop *l, int timeout_ms)
-{
-    struct epoll_event e[64];
-    int n = epoll_wait(l->epoll, e, 64, timeout_ms);
-    loop_clock(l);
-    for (int i = 0; i < n; i++) {
-        struct watch *w = e[i].data.ptr;
-        unsigned events = (e[i].events & EPOLLIN ? WATCH_IN : 0u) | (e[i].events & EPOLLOUT ? WATCH_OUT : 0u) |
-                          (e[i].events & (EPOLLERR | EPOLLHUP) ? WATCH_ERROR : 0u);
-        if (w->interest)
-            w->ready(l, w, events);
-    }
-}
-
-/* The descriptor is about to be closed, which takes it out of epoll. */
-static void poller_forget(struct loop *l, struct watch *w)
-{
-    (void)l;
-    w->interest = 0;
-}
-
-static void poller_free(struct loop *l)
-{
-    close(l->epoll);
-}
-#else
-static bool poller_init(struct loop *l)
-{
-    (void)l;
-    return true;
-}
-
-static bool poller_grow(struct loop *l)
-{
-    size_t cap = l->watch_cap ? 2 * l->watch_cap : 16;
-    struct pollfd *p = realloc(l->polls, cap * sizeof *p);
-    struct watch **w = p ? realloc(l->watches, cap * sizeof *w) : NULL;
-    l->polls = p ? p : l->polls;
-    if (!w)
-        return false;
-    l->watches = w;
-    l->watch_cap = cap;
-    return true;
-}
-
-static bool poller_set(struct loop *l, struct watch *w, unsigned interest)
-{
-    short events = (short)((interest & WATCH_IN ? POLLIN : 0) | (interest & WATCH_OUT ? POLLOUT : 0));
-    if (!w->interest && interest) {
-        if (l->watch_count == l->watch_cap && !poller_grow(l))
-            return false;
-        w->index = l->watch_count++;
-        l->watches[w->index] = w;
-    } else if (w->interest && !interest) {
-        struct watch *last = l->watches[--l->watch_count];
-        l->watches[w->index] = last;
-        l->polls[w->index] = l->polls[l->watch_count];
-        last->index = w->index;
-    }
-    if (interest)
-        l->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = events };
-    w->interest = interest;
-    return true;
-}
-
-static void poller_forget(struct loop *l, struct watch *w)
-{
-    poller_set(l, w, 0);
-}
-
-static void poller_wait(struct loop *l, int timeout_ms)
-{
-    int n = poll(l->polls, (nfds_t)l->watch_count, timeout_ms);
-    loop_clock(l);
-    for (size_t i = l->watch_count; n > 0 && i-- > 0;) {
-        if (i >= l->watch_count)
-            continue;
-        short got = l->polls[i].revents;
-        unsigned events = (got & POLLIN ? WATCH_IN : 0u) | (got & POLLOUT ? WATCH_OUT : 0u) |
-                          (got & (POLLERR | POLLHUP | POLLNVAL) ? WATCH_ERROR : 0u);
-        l->polls[i].revents = 0;
-        if (events)
-            l->watches[i]->ready(l, l->watches[i], events);
-    }
-}
-
-static void poller_free(struct loop *l)
-{
-    free(l->polls);
-    free(l->watches);
-}
-#endif
 
 /* ---- Deadlines: a binary heap of links, the earliest first ---- */
 
@@ -4992,7 +5046,7 @@ static void sink_fail(struct loop *l, struct sink *s, int error)
 {
     s->broken = true;
     s->lines->len = s->sent = 0;
-    poller_set(l, &s->watch, 0);
+    poller_set(&l->poller, &s->watch, 0);
     if (s == &l->record) {
         l->core.recording = false;
         core_note(&l->core, NULL, "-record: %s: nothing more is recorded", strerror(error));
@@ -5024,9 +5078,9 @@ static ssize_t sink_write(const struct sink *s, const void *p, size_t n)
 static void sink_wait(struct loop *l, struct sink *s)
 {
     bool full = poll(&(struct pollfd){ .fd = s->watch.fd, .events = POLLOUT }, 1, 0) == 0;
-    if (full && poller_set(l, &s->watch, WATCH_OUT))
+    if (full && poller_set(&l->poller, &s->watch, WATCH_OUT))
         return;
-    poller_set(l, &s->watch, 0);
+    poller_set(&l->poller, &s->watch, 0);
     s->retry_ms = l->core.now_ms + RETRY_MS;
 }
 
@@ -5047,7 +5101,7 @@ static void sink_flush(struct loop *l, struct sink *s)
             sink_fail(l, s, errno);
         }
     }
-    poller_set(l, &s->watch, 0);
+    poller_set(&l->poller, &s->watch, 0);
     s->lines->len = s->sent = 0;
     if (lost && !s->broken)
         sink_fail(l, s, ENOMEM);
@@ -5194,7 +5248,7 @@ static void link_close(struct link *k, const char *why)
     if (k->dial && k->dial->closed && !k->connecting)
         k->dial->closed(k, why);
     heap_set(l, k, INT64_MAX);
-    poller_forget(l, &k->watch);
+    poller_forget(&l->poller, &k->watch);
     if (k->watch.fd >= 0)
         close(k->watch.fd);
     *(k->prev ? &k->prev->next : &l->links) = k->next;
@@ -5215,7 +5269,7 @@ static void link_interest(struct link *k, bool blocked)
 {
     bool in = !k->conn.eof && !k->loop->paused && conn_wants_input(&k->conn);
     heap_set(k->loop, k, conn_deadline(&k->conn));
-    if (poller_set(k->loop, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u)))
+    if (poller_set(&k->loop->poller, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u)))
         return;
     const char *why = strerror(errno);
     core_note(&k->loop->core, k->conn.peer, "the connection can't be waited for, so it is closed: %s", why);
@@ -5227,7 +5281,7 @@ static ssize_t link_send(struct link *k, const uint8_t *p, size_t n)
 {
     ssize_t sent;
     do
-        sent = send(k->watch.fd, p, n, MSG_NOSIGNAL);
+        sent = send(k->watch.fd, p, n, 0);
     while (sent < 0 && errno == EINTR);
     if (sent >= 0 || errno == EAGAIN || errno == EWOULDBLOCK)
         return sent;
@@ -5452,33 +5506,11 @@ static void peer_name(char out[56], const struct sockaddr_storage *sa)
     }
 }
 
-static bool fd_prepare(int fd)
-{
-    int flags = fcntl(fd, F_GETFL);
-    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
-}
-
-static int accept_nonblocking(int fd, struct sockaddr_storage *sa, socklen_t *len)
-{
-#ifdef __linux__
-    return accept4(fd, (struct sockaddr *)sa, len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-#else
-    int on = 1, s = accept(fd, (struct sockaddr *)sa, len);
-    if (s >= 0 && !fd_prepare(s)) {
-        close(s);
-        return -1;
-    }
-    if (s >= 0)
-        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    return s;
-#endif
-}
-
 static bool listeners_watch(struct loop *l, unsigned interest)
 {
     bool ok = true;
     for (size_t i = 0; ok && i < l->listener_count; i++)
-        ok = poller_set(l, &l->listeners[i], interest);
+        ok = poller_set(&l->poller, &l->listeners[i], interest);
     return ok;
 }
 
@@ -5504,7 +5536,7 @@ static void accept_refuse(struct loop *l, int fd, const char *name)
     struct buf out = { 0 };
     frame_put(&out, 0, FRAME_SETTINGS, 0, 0);
     frame_put_goaway(&out, 0, ENHANCE_YOUR_CALM, "too many connections");
-    if (!l->tls && !out.failed && send(fd, out.p, out.len, MSG_NOSIGNAL) > 0)
+    if (!l->tls && !out.failed && send(fd, out.p, out.len, 0) > 0)
         shutdown(fd, SHUT_WR);
     buf_free(&out);
     close(fd);
@@ -5557,7 +5589,7 @@ static void link_dial_on(struct link *k, int error);
 /* This address is not to be had: on to the next. */
 static void connect_fail(struct link *k, int error)
 {
-    poller_set(k->loop, &k->watch, 0);
+    poller_set(&k->loop->poller, &k->watch, 0);
     close(k->watch.fd);
     k->watch.fd = -1;
     k->to = k->to->ai_next;
@@ -5598,7 +5630,7 @@ static bool link_connect(struct link *k)
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     k->watch.fd = fd;
     if (fd_prepare(fd) && (connect(fd, k->to->ai_addr, k->to->ai_addrlen) == 0 || errno == EINPROGRESS) &&
-        poller_set(k->loop, &k->watch, WATCH_OUT))
+        poller_set(&k->loop->poller, &k->watch, WATCH_OUT))
         return true;
     int error = errno;
     close(fd);
@@ -5859,7 +5891,7 @@ static bool signals_init(struct loop *l)
     signals_handle(on_signal);
     sa.sa_handler = SIG_IGN;
     sigaction(SIGPIPE, &sa, NULL);
-    return poller_set(l, &l->signals, WATCH_IN);
+    return poller_set(&l->poller, &l->signals, WATCH_IN);
 }
 
 /* The soft limit of descriptors becomes the hard one.  Returns how many connections that leaves room for. */
@@ -5890,7 +5922,7 @@ static struct loop *loop_new(void)
     l->core.joined = fstat(STDOUT_FILENO, &out) == 0 && fstat(STDERR_FILENO, &err) == 0 && out.st_ino == err.st_ino &&
                      out.st_dev == err.st_dev && !S_ISDIR(out.st_mode);
     loop_clock(l);
-    if (!poller_init(l) || !signals_init(l)) {
+    if (!poller_init(&l->poller) || !signals_init(l)) {
         tell_note("can't start: %s", strerror(errno));
         exit(1);
     }
@@ -6020,7 +6052,7 @@ static int loop_run(struct loop *l)
         loop_bury(l);
         if (loop_done(l))
             break;
-        poller_wait(l, loop_timeout(l));
+        poller_wait(&l->poller, l, loop_timeout(l));
         loop_deadlines(l);
     }
     signals_handle(on_signal_end);    /* what is told now may wait for its reader */
@@ -6043,7 +6075,7 @@ static void loop_free(struct loop *l)
     tls_config_free(l->tls);
     tls_pool_free(&l->tls_pool);
     listeners_close(l);
-    poller_free(l);
+    poller_free(&l->poller);
     sink_close(&l->out);
     sink_close(&l->err);
     sink_close(&l->record);
@@ -8603,7 +8635,7 @@ static struct user_key *user_key_make(struct err *e)
     struct user_key *k = calloc(1, sizeof *k);
     br_hmac_drbg_context rng;
     uint8_t seed[32];
-    if (!k || getentropy(seed, sizeof seed) != 0) {
+    if (!k || !random_fill(seed, sizeof seed)) {
         err_set(e, "no key can be made for the run: %s", k ? strerror(errno) : "out of memory");
         free(k);
         return NULL;
@@ -11806,7 +11838,7 @@ static void control_ready(struct loop *l, struct watch *w, unsigned events)
         control_bytes(v, "\n", 1);
     else
         return;
-    poller_set(l, w, 0);
+    poller_set(&l->poller, w, 0);
     v->input_always = false;
 }
 
@@ -11815,7 +11847,7 @@ static void control_start(struct server *v)
     v->verdict.control = true;
     v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
     signal(SIGTTIN, SIG_IGN);
-    if (poller_set(v->loop, &v->input, WATCH_IN))
+    if (poller_set(&v->loop->poller, &v->input, WATCH_IN))
         return;
     if (errno != EPERM) {
         core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));

@@ -9,11 +9,15 @@
  * such lanes for as many streams; the compiler does the rest.  The processor is asked at run time, but not for a few
  * blocks: CPUID costs a virtual machine as much as some hundred of them.
  */
+#ifndef SHA3_X86
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SHA3_X86 1
-#include <cpuid.h>
 #else
 #define SHA3_X86 0
+#endif
+#endif
+#if SHA3_X86
+#include <cpuid.h>
 #endif
 #include <stddef.h>
 #include <stdint.h>
