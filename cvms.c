@@ -6842,6 +6842,9 @@ static void option_set(struct report *r, struct options *o, const struct option 
     void *at = (char *)o + opt->offset;
     const char *why;
     int64_t n;
+    if (opt->commands & BOTH && opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && !*value &&
+        opt->offset != AT(algo_args))
+        tell(r, WARNING, "-%s is empty, as of a variable that is not set", opt->name);
     switch (opt->kind) {
     case OPT_TEXT:
     case OPT_LIST:
@@ -8849,29 +8852,36 @@ static const char *nth(const struct values *v, size_t i)
     return i < v->n ? v->v[i] : NULL;
 }
 
-/* 64 hex digits, kept; empty if they are not. */
-static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
+static bool is_hash(const char *s)
 {
-    uint8_t *hash = keep(o, SHA3_256_LEN);
-    if (strlen(s) != 64 || strspn(s, "0123456789abcdefABCDEF") != 64) {
-        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
-                       "cvms checksum FILE prints one", flag, s, strlen(s));
-        return (struct bytes){ 0 };
-    }
+    return strlen(s) == 64 && strspn(s, "0123456789abcdefABCDEF") == 64;
+}
+
+static void hash_read(uint8_t hash[SHA3_256_LEN], const char *s)
+{
     for (size_t i = 0; i < SHA3_256_LEN; i++) {
         char two[3] = { s[2 * i], s[2 * i + 1], 0 };
         hash[i] = (uint8_t)strtoul(two, NULL, 16);
     }
+}
+
+/* 64 hex digits, kept; empty if they are not. */
+static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
+{
+    uint8_t *hash = keep(o, SHA3_256_LEN);
+    if (!is_hash(s)) {
+        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
+                       "cvms checksum FILE prints one", flag, s, strlen(s));
+        return (struct bytes){ 0 };
+    }
+    hash_read(hash, s);
     return (struct bytes){ hash, SHA3_256_LEN };
 }
 
-/* The hash of something remote: absent it is 32 zero bytes, with a warning. */
+/* The hash of something remote: absent it is 32 zero bytes, of which hash_check warns. */
 static struct bytes remote_hash(struct options *o, struct report *r, const char *flag, const char *s)
 {
-    if (present(s))
-        return parse_hash(o, r, flag, s);
-    tell(r, WARNING, "-%s is missing: the manifest gets 32 zero bytes, and an agent will refuse what it fetches", flag);
-    return (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+    return present(s) ? parse_hash(o, r, flag, s) : (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
 }
 
 /* A boolean that a mistake makes false. */
@@ -9024,10 +9034,8 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
     d->filename = bytes_of(name);
     d->source = new_source(o, m->compat, o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
     d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
-    if (!nth(&col[COL_HASH], i) && (i == 0 || present(o->dataset_hash)))
+    if (!nth(&col[COL_HASH], i))
         d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
-    else if (!nth(&col[COL_HASH], i))
-        d->hash = (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
 }
 
 /* What the flags say of the i-th dataset, wherever it comes from. */
@@ -9215,6 +9223,60 @@ static void set_fields(struct manifest *m, struct options *o, struct report *r)
              (const char *)port.p);
 }
 
+/* A hash is what it was meant to be: 32 bytes, which JSON and -set have in base64, and not of zeros, which is told once. */
+static void hash_check(struct report *r, const char *of, const char *what, struct bytes hash, const char **flag)
+{
+    static const uint8_t zeros[SHA3_256_LEN];
+    uint8_t meant[SHA3_256_LEN];
+    struct buf text = { 0 };
+    pb_base64(&text, hash);
+    buf_putc(&text, 0);
+    if (hash.n == 48 && !text.failed && is_hash((const char *)text.p)) {
+        hash_read(meant, (const char *)text.p);
+        text.len = 0;
+        pb_base64(&text, (struct bytes){ meant, sizeof meant });
+        tell(r, START, "%s: %s has its hash in hex; bytes are written in base64 there: %.*s", of, what, (int)text.len,
+             (const char *)text.p);
+    } else if (hash.n != SHA3_256_LEN) {
+        tell(r, WARNING, "%s: %s has a hash of %zu bytes: an agent panics on it", of, what, hash.n);
+    } else if (*flag && memcmp(hash.p, zeros, sizeof zeros) == 0) {
+        tell(r, WARNING, "%s: %s has 32 zero bytes for a hash, and an agent will refuse what it gets: give -%s", of, what,
+             *flag);
+        *flag = NULL;
+    }
+    buf_free(&text);
+}
+
+static void kbs_check(struct report *r, const char *what, const struct KBSConfig *kbs, const struct KBSConfig *other)
+{
+    struct bytes url = kbs ? kbs->url : (struct bytes){ 0 };
+    bool http = (url.n > 7 && memcmp(url.p, "http://", 7) == 0) || (url.n > 8 && memcmp(url.p, "https://", 8) == 0);
+    if (url.n && !http && !(other && bytes_eq(url, other->url)))
+        tell(r, WARNING, "the key broker of %s, \"%.*s\", is no URL that an agent can reach: it lacks http:// or "
+             "https://", what, (int)min_size(url.n, 200), (const char *)url.p);
+}
+
+/* What a manifest must not have, wherever it comes from.  Files are yet to be hashed. */
+static void manifest_check(struct report *r, const struct manifest *m)
+{
+    char what[40], of[100];
+    const char *algo = "algo-hash", *data = "dataset-hash";
+    const struct ComputationRunReq *req = &m->req;
+    text_printf(of, sizeof of, "the manifest%s%s", m->job_id ? " of " : "", m->job_id ? m->job_id : "");
+    kbs_check(r, "the computation", req->kbs, NULL);
+    if (req->algorithm && !m->algo_input)
+        hash_check(r, of, "the algorithm", req->algorithm->hash, &algo);
+    if (req->algorithm)
+        kbs_check(r, "the algorithm", req->algorithm->kbs, req->kbs);
+    for (size_t i = 0; i < req->datasets.n && !r->start; i++) {
+        const struct Dataset *d = (const struct Dataset *)req->datasets.items + i;
+        text_printf(what, sizeof what, "dataset %zu", i);
+        if (i >= m->input_count - m->algo_input)
+            hash_check(r, of, what, d->hash, &data);
+        kbs_check(r, what, d->kbs, req->kbs);
+    }
+}
+
 /* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
 static void check_inputs(const struct manifest *m, struct report *r)
 {
@@ -9354,18 +9416,8 @@ static void manifest_read(struct manifest *m, struct options *o, struct report *
     }
     struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
     buf_free(&text);
-    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text)) {
+    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text))
         tell(r, START, "-%s: %s: %s", flag, path, e.text);
-        return;
-    }
-    const struct Dataset *d = m->req.datasets.items;
-    for (size_t i = 0; i < m->req.datasets.n; i++)
-        if (d[i].hash.n != SHA3_256_LEN)
-            tell(r, WARNING, "-%s: %s: dataset %zu has a hash of %zu bytes: an agent panics on it", flag, path, i,
-                 d[i].hash.n);
-    if (m->req.algorithm && m->req.algorithm->hash.n != SHA3_256_LEN)
-        tell(r, WARNING, "-%s: %s: the algorithm has a hash of %zu bytes: an agent panics on it", flag, path,
-             m->req.algorithm->hash.n);
 }
 
 /* The manifests of -manifest-for: each as its file has it. */
@@ -9411,6 +9463,8 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
     set_agent_config(m, o, r);
     set_fields(m, o, r);
     manifests_by_job(m, o, r);
+    for (const struct manifest *of = m; of && !r->start && !r->usage; of = of->next)
+        manifest_check(r, of);
     check_inputs(m, r);
 }
 

@@ -734,6 +734,7 @@ def test_warnings():
     remote, data = W.remote, W.remote_data
     full = [*remote, *data, "-dataset-hash", "11" * 32]
     nokbs = [*W.required, "-algo-source-url", "https://h/a", "-algo-kbs-path", "k", "-algo-hash", "ab" * 32]
+    whole = json.loads(run("warnings: a manifest", ["manifest", *W.with_data]).out)
     rows = [
         ("-algo-type binary", [*W.base, "-algo-type", "binary"], ["-algo-type", "binary", r"\bbin\b", "python"]),
         ("-algo-type Python", [*W.base, "-algo-type", "Python"], ["-algo-type", "Python", "python"]),
@@ -742,6 +743,17 @@ def test_warnings():
         ("one hash for two datasets", full, ["-dataset-hash", r"\b2\b|two"]),
         ("no -algo-hash", [*remote, "-algo-hash="], ["-algo-hash", "missing|zero"]),
         ("no -dataset-hash", [*remote, *data], ["-dataset-hash", "missing|zero"]),
+        ("-algo-hash of zeros", [*remote, "-algo-hash", "0" * 64], ["algorithm has 32 zero bytes", "-algo-hash"]),
+        ("-dataset-hash of zeros", [*remote, *data, "-dataset-hash", "0" * 64], ["dataset 0 has 32 zero bytes", "-dataset-hash"]),
+        ("-dataset-hashes with one of zeros", [*remote, *data, "-dataset-hashes", "11" * 32 + "," + "0" * 64],
+         ["dataset 1 has 32 zero bytes"]),
+        ("-manifest with a hash of zeros", ["-manifest", write("zero.json", json.dumps(dict(whole, algorithm={
+            **whole["algorithm"], "hash": b64(bytes(32))})))], ["algorithm has 32 zero bytes"]),
+        ("an unset variable", [*W.base, "-data-paths", ""], ["-data-paths is empty", "variable"]),
+        ("-kbs-url without a scheme", [*remote, "-kbs-url", "kbs:8080"], ["key broker of the computation", "kbs:8080", "https://"]),
+        ("-algo-kbs-url without a scheme", [*remote, "-algo-kbs-url", "kbs:8080"], ["key broker of the algorithm", "kbs:8080"]),
+        ("-dataset-kbs-urls without a scheme", [*remote, *data, "-dataset-hash", "11" * 32, "-dataset-kbs-urls", "http://x,x"],
+         ["key broker of dataset 1", '"x"']),
         ("unknown scheme of the algorithm", [*remote, "-algo-source-url", "ftp://h/a"], ["-algo-source-url", "ftp://h/a", "s3://"]),
         ("no scheme", [*remote, "-algo-source-url", "registry.example/a:1"], ["-algo-source-url", "registry.example"]),
         ("scheme in capitals", [*remote, "-algo-source-url", "S4://x"], ["-algo-source-url", "S4://x"]),
@@ -768,6 +780,11 @@ def test_warnings():
     with Server("warning: server", base=[*nokbs, "-algo-type", "binary"]) as s:
         has("warning: server warns", s.err.text(), "warning", "binary")
         same("warning: server serves", s.stand_in().status, 0)
+    for flags in (["-manifest", write("hex.json", json.dumps(dict(whole, algorithm={**whole["algorithm"], "hash": "ab" * 32})))],
+                  [*remote, "-set", "algorithm.hash=" + "AB" * 32]):
+        r = run("a hash in hex", ["manifest", *flags])
+        same("a hash in hex: status", r.status, 1)
+        has("a hash in hex", r.err, "algorithm has its hash in hex", "base64", re.escape(b64(b"\xab" * 32)))
     for name, args in (("direct", [*W.base, "-data-paths", W.data, "-algo-type", "python"]), ("remote", remote),
                        ("one dataset", [*remote, "-dataset-source-urls", "s3://a", "-dataset-kbs-paths", "k", "-dataset-hash",
                         "11" * 32]), ("head", [*nokbs, "-algo-kbs-url", "http://x", "-compat", "head"]),
