@@ -9262,7 +9262,7 @@ static void manifest_check(struct report *r, const struct manifest *m)
     char what[40], of[100];
     const char *algo = "algo-hash", *data = "dataset-hash";
     const struct ComputationRunReq *req = &m->req;
-    text_printf(of, sizeof of, "the manifest%s%s", m->job_id ? " of " : "", m->job_id ? m->job_id : "");
+    text_printf(of, sizeof of, "%s%s", m->job_id ? "-manifest-for " : "the manifest", m->job_id ? m->job_id : "");
     kbs_check(r, "the computation", req->kbs, NULL);
     if (req->algorithm && !m->algo_input)
         hash_check(r, of, "the algorithm", req->algorithm->hash, &algo);
