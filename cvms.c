@@ -4908,6 +4908,8 @@ enum {
     STOP_MS = 5000,                   /* from the first signal to the end */
     RETRY_MS = 100,
     CONNECT_MS = 5000,                /* for an address to answer at all */
+    PROGRESS_MS = 1000,               /* what takes longer is shown on a terminal, */
+    PROGRESS_STEP_MS = 200,           /* so often */
 };
 
 struct link;
@@ -4964,6 +4966,8 @@ struct loop {
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
     int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
     int exit_status, signal_number;
+    bool terminal;                    /* stderr is one: what takes long is shown there */
+    char progress[80], drawn[80];     /* how far that is, and what of it stands on the terminal now */
     const char *stop_why;             /* set: the loop is to end */
     void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
     struct poller poller;
@@ -5084,9 +5088,27 @@ static void sink_wait(struct loop *l, struct sink *s)
     s->retry_ms = l->core.now_ms + RETRY_MS;
 }
 
+/* Draws a line of progress, which never ends, over the one that was drawn before; an empty one leaves nothing. */
+static void progress_draw(struct loop *l, const char *text)
+{
+    char line[sizeof l->drawn + 2];
+    size_t n = strlen(text), old = strlen(l->drawn);
+    if (strcmp(text, l->drawn) == 0)
+        return;
+    memset(line, ' ', sizeof line);
+    line[0] = '\r';
+    memcpy(line + 1, text, n);
+    n = n > old ? n : old;
+    line[n + 1] = '\r';
+    if (sink_write(&l->err, line, n + (*text ? 1 : 2)) > 0)
+        text_printf(l->drawn, sizeof l->drawn, "%s", text);
+}
+
 /* Writes as much as the descriptor takes without blocking. */
 static void sink_flush(struct loop *l, struct sink *s)
 {
+    if (sink_pending(s) && s != &l->record)
+        progress_draw(l, "");
     bool lost = s->lines->failed && s == &l->record;
     s->lines->failed = lost;          /* elsewhere a line that found no memory has been dealt with */
     s->retry_ms = INT64_MAX;
@@ -5921,6 +5943,7 @@ static struct loop *loop_new(void)
     struct stat out, err;
     l->core.joined = fstat(STDOUT_FILENO, &out) == 0 && fstat(STDERR_FILENO, &err) == 0 && out.st_ino == err.st_ino &&
                      out.st_dev == err.st_dev && !S_ISDIR(out.st_mode);
+    l->terminal = isatty(STDERR_FILENO);
     loop_clock(l);
     if (!poller_init(&l->poller) || !signals_init(l)) {
         tell_note("can't start: %s", strerror(errno));
@@ -6048,6 +6071,7 @@ static int loop_run(struct loop *l)
         sink_flush(l, &l->out);
         sink_flush(l, &l->record);
         sink_flush(l, &l->err);
+        progress_draw(l, l->stopping || sink_pending(&l->out) || sink_pending(&l->err) ? "" : l->progress);
         loop_pressure(l);
         loop_bury(l);
         if (loop_done(l))
@@ -8104,12 +8128,18 @@ static void checksums_free(struct checksums *j)
     j->lanes = NULL;
 }
 
-/* Shows on a terminal how far the hashing is, over what was shown before; at the end nothing stays. */
+/* How far the hashing is. */
+static size_t checksums_text(const struct checksums *j, char *out, size_t cap)
+{
+    return text_printf(out, cap, "cvms: hashing: %llu MB, %zu of %zu inputs begun ",
+                       (unsigned long long)(j->done / 1000000), j->next, j->n);
+}
+
+/* Shows it on a terminal, over what was shown before; at the end nothing stays. */
 static void checksums_show(const struct checksums *j, bool end)
 {
-    char line[80];
-    size_t n = text_printf(line, sizeof line, "\rcvms: hashing: %llu MB, %zu of %zu inputs begun ",
-                           (unsigned long long)(j->done / 1000000), j->next, j->n);
+    char line[80] = "\r";
+    size_t n = 1 + checksums_text(j, line + 1, sizeof line - 1);
     memset(line + 1, ' ', end ? n - 1 : 0);
     line[n++] = end ? '\r' : ' ';
     fd_write(STDERR_FILENO, line, n, 0);
@@ -8119,14 +8149,14 @@ static void checksums_show(const struct checksums *j, bool end)
 static void checksum_files(struct checksum *c, size_t n)
 {
     struct checksums j;
-    int64_t next = isatty(STDERR_FILENO) ? clock_ms(CLOCK_MONOTONIC) + 1000 : INT64_MAX;
+    int64_t next = isatty(STDERR_FILENO) ? clock_ms(CLOCK_MONOTONIC) + PROGRESS_MS : INT64_MAX;
     bool shown = false;
     if (checksums_start(&j, c, n))
         while (checksums_step(&j))
             if (next < INT64_MAX && clock_ms(CLOCK_MONOTONIC) >= next) {
                 checksums_show(&j, false);
                 shown = true;
-                next = clock_ms(CLOCK_MONOTONIC) + 200;
+                next = clock_ms(CLOCK_MONOTONIC) + PROGRESS_STEP_MS;
             }
     if (shown)
         checksums_show(&j, true);
@@ -10697,10 +10727,34 @@ static bool delivery_asks(const struct host *h)
     return ask;
 }
 
+/* Shows on a terminal how far a transfer of over a second is.  Returns when to do so again. */
+static int64_t courier_show(const struct courier *c, int64_t now_ms)
+{
+    struct loop *l = c->delivery->loop;
+    const struct parcel *p = courier_parcel(c);
+    uint64_t total = courier_errand(c)->role == ROLE_RESULT ? c->expected : c->source.size;
+    char rate[64], of[32] = "", text[160];
+    struct bytes name = base_name(p->name);
+    struct buf safe = { 0 };
+    if (!l->terminal || !p->begun)
+        return INT64_MAX;
+    if (now_ms - c->begin_ms < PROGRESS_MS)
+        return c->begin_ms + PROGRESS_MS;
+    put_rate(rate, p->bytes, now_ms - c->begin_ms);
+    if (total != UINT64_MAX)
+        text_printf(of, sizeof of, " of %llu", (unsigned long long)(total / 1000000));
+    text_printf(text, sizeof text, "%.16s: %s %.*s, %llu%s MB, %s ", c->host->name, p->what, (int)min_size(name.n, 16),
+                (const char *)name.p, (unsigned long long)(p->bytes / 1000000), of, rate);
+    put_text(&safe, bytes_of(text), NULL);
+    text_printf(l->progress, sizeof l->progress, "%.*s", (int)safe.len, safe.len ? (const char *)safe.p : "");
+    buf_free(&safe);
+    return now_ms + PROGRESS_STEP_MS;
+}
+
 /* Once a turn of the loop: calls that are over end, those that are due begin.  Returns when it wants its next turn. */
 static int64_t delivery_tick(struct delivery *d, int64_t now_ms)
 {
-    int64_t at = INT64_MAX;
+    int64_t at = INT64_MAX, show;
     for (struct courier *c = d->couriers; c; c = c->after) {
         if (c->link && c->over) {
             link_close(c->link, "the call is over");
@@ -10711,6 +10765,8 @@ static int64_t delivery_tick(struct delivery *d, int64_t now_ms)
             courier_parcel(c)->done = true;
             c->next++;
         }
+        show = c->link && !c->over && c->next < d->count ? courier_show(c, now_ms) : INT64_MAX;
+        at = show < at ? show : at;
         if (c->link || c->next == d->count || c->state < roles[courier_errand(c)->role].from)
             continue;
         if (now_ms >= c->redial_ms)
@@ -13305,8 +13361,11 @@ static void server_turn(struct loop *l)
     bool hashed = v->manifest.fresh && !manifest_step(&v->manifest, &l->core);
     if (hashed || v->faults.value[FAULT_DELAY] > 0)
         next = sessions_send(v, hashed);
+    l->progress[0] = 0;
     if (v->manifest.fresh)
         next = now;
+    if (v->manifest.fresh && l->terminal && now - v->manifest.looked_ms >= PROGRESS_MS)
+        checksums_text(&v->manifest.hashing, l->progress, sizeof l->progress);
     bool poll_due = now >= v->verdict.next_poll_ms;
     int64_t delivery_ms = delivery_tick(&v->delivery, now);
     for (struct session *s = poll_due || v->delivery.asks ? v->sessions : NULL; s; s = s->next)

@@ -7,6 +7,7 @@ and the log-forwarder's streams are played message by message.  The last line is
 import base64
 import json
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -372,6 +373,30 @@ def test_deaf():
         go.tell("mode data deaf")
         r.connect().accept()
         r.server.ended(4, "the dataset d.bin stood at 1048576 bytes")
+
+
+def test_progress():
+    """A transfer of over a second is shown on a terminal, in one line that redraws itself and that lines of the log erase."""
+    master, slave = pty.openpty()
+    with Agent() as go:
+        go.tell("mode data deaf")
+        command = [W.cvms, *basic(write("d\x1b.bin", bytes(3 * MIB))), "-deliver", "upload", "-agent-address", go.address]
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env=harness.environment())
+        os.close(slave)
+        shown = Collector(master)
+        shown.until(r"listening at \S+ ")
+        s = harness.Stream(re.search(r"listening at (\S+) ", shown.text()).group(1))
+        s.send(harness.ATTESTATION)
+        go.keys(s.manifest())
+        s.send(ACCEPTED)
+        line = r"127\.0\.0\.1: dataset d\\x1b\.bin, 1 of 3 MB, \d\.\d{3} s, \d\.\d MB/s "
+        check("progress: shown, and again", shown.until(rf"\r{line} *\r{line}"), shown.text())
+        p.send_signal(15)
+        same("progress: status", p.wait(LIMIT), 0)
+        shown.thread.join(LIMIT)
+        check("progress: erased before a line", re.search(rf"\r{line} *\r {{50,}}\r2\d{{3}}-\S+ signal 15", shown.text()), repr(shown.text()))
+        s.close()
+        os.close(master)
 
 
 def test_unreachable():
