@@ -59,9 +59,10 @@ check-systems:
 	    done; \
 	done
 
-# The large cases of the checksum tests: files over 4 GiB, more than 65,535 files (some minutes).
+# The large cases of the checksum tests: files over 4 GiB, more than 65,535 files; an upload of 10 GiB (some minutes).
 check-large: cvms
 	python3 tests/cli/test_checksum.py ./cvms tests/vectors
+	python3 tests/deliver/test_deliver.py ./cvms ./cvms build/tools/bin/agent --large
 
 # Every call of libc that can fail, failed in turn over whole runs (some minutes); make check takes a sample.
 inject:

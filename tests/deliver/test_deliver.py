@@ -812,7 +812,7 @@ def huge_upload():
     big = os.path.join(temp(), "big")
     with open(big, "wb") as f:
         f.truncate(10 << 30)
-    with Run("huge", "-timeout", "10m", base=basic(big), until="ready", program=FAST, wait=False) as r:
+    with Run("huge", base=basic(big), until=None, program=FAST, wait=False) as r:
         need(r.server.err.until("listening at", 300), "no server")
         r.server.address = re.search(r"listening at (\S+)", r.server.err.text()).group(1)
         with stand_in(r.server, program=FAST) as a:
