@@ -393,6 +393,11 @@ static void put_be32(uint8_t *p, uint32_t v)
     p[3] = (uint8_t)v;
 }
 
+static bool present(const char *s)
+{
+    return s && *s;
+}
+
 static size_t min_size(size_t a, size_t b)
 {
     return a < b ? a : b;
@@ -1427,6 +1432,9 @@ static bool der_private_key(struct bytes in, struct der_private *k)
  */
 enum {
     STAMP_LEN = 24,
+    LOOK_BRIEF = 1, LOOK_COLOR = 2,   /* of a terminal: the time of day is enough, long names are cut; there are colours */
+    NAME_COLUMN = 9, NAME_FULL = 36, NAME_BRIEF = 15,  /* the column of names grows with them, up to the latter */
+    KIND_COLUMN = 13, WORD_COLUMN = 11,
     MAX_HEADER_LIST = 16384,          /* bytes as RFC 9113 6.5.2 counts them; more gets 431 */
     NOTES_MAX = 1 << 20,              /* lines waiting for stderr, in bytes, above which new ones are lost; */
     JOINED_MAX = 32 << 20,            /* the same where stdout is the same file: they wait among the messages */
@@ -1444,6 +1452,9 @@ struct core {
     int64_t wall_ms;                  /* Unix time, for what is shown */
     bool backpressure;                /* stdout is behind: no flow-control credit is given back */
     struct buf out, err;              /* lines on their way to stdout and stderr */
+    unsigned out_look, err_look;      /* LOOK_... of both */
+    int name_column;
+    const char *role;                 /* what this program is: "agent", "health"; NULL: the server */
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
@@ -1451,8 +1462,8 @@ struct core {
     struct buf record;                /* lines on their way to -record's file */
     bool touched;                     /* something was sent outside a connection's own turn */
     void *app;                        /* what the command knows: struct server, agent, replay or health */
-    int64_t stamp_ms;                 /* what stamp says */
-    char stamp[STAMP_LEN + 1];
+    int64_t stamp_ms;                 /* what stamp and, in local time, day say */
+    char stamp[STAMP_LEN + 1], day[9];
     int64_t cap_told_ms[CAPS];        /* when the log last told of each cap; 0: never */
     struct pb_arena arena;            /* one decoded message */
     struct huffman huffman;
@@ -1471,6 +1482,9 @@ static const char *core_stamp(struct core *core)
         struct buf b = { .p = room, .cap = sizeof room };   /* large enough: nothing is allocated */
         if (pb_timestamp(&b, s, 1000000) && b.len == STAMP_LEN)
             memcpy(core->stamp, b.p, STAMP_LEN);
+        struct tm day = { 0 };
+        localtime_r(&(time_t){ (time_t)s }, &day);
+        text_printf(core->day, sizeof core->day, "%02d:%02d:%02d", day.tm_hour, day.tm_min, day.tm_sec);
     }
     core->stamp_ms = core->wall_ms;
     int ms = (int)(core->wall_ms % 1000);
@@ -1480,31 +1494,115 @@ static const char *core_stamp(struct core *core)
     return core->stamp;
 }
 
-/* One line on stderr: time, whom it is about, what, with what a peer or a user has put into it made safe. */
-PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
+/* Whom a line is about: an agent's job-id or host, safe to print, and which of several that share it (0, 1: none do);
+ * what it is. */
+struct whom {
+    struct bytes name;
+    const char *kind;
+    unsigned number;
+    bool dim;                         /* no news: connections come and go */
+};
+
+#define COLOR_DIM "\x1b[2m"
+#define COLOR_RED "\x1b[31m"
+#define COLOR_GREEN "\x1b[32m"
+#define COLOR_OFF "\x1b[0m"
+
+/* Fills a column that began at `from` to its width, and at least one blank behind it. */
+static void put_blanks(struct buf *out, size_t from, int width)
 {
-    va_list ap;
+    static const char blanks[] = "                                         ";
+    size_t used = out->len - from;
+    buf_put(out, blanks, used < (size_t)width ? (size_t)width + 1 - used : 1);
+}
+
+/* The first columns of a line: time, name, kind.  A name too long for a terminal loses its middle. */
+static void put_whom(struct core *core, struct buf *out, unsigned look, const struct whom *w)
+{
+    const char *stamp = core_stamp(core);
+    struct bytes name = w->name;
+    int half = NAME_BRIEF / 2, most = NAME_FULL;
+    if (look & LOOK_BRIEF) {
+        most = NAME_BRIEF;
+        buf_puts(out, core->day);
+        buf_put(out, stamp + STAMP_LEN - 5, 4);
+    } else {
+        buf_put(out, stamp, STAMP_LEN);
+    }
+    buf_putc(out, ' ');
+    size_t from = out->len;
+    if (look & LOOK_BRIEF && name.n > NAME_BRIEF && bytes_printable(name)) {
+        buf_printf(out, "%.*s~", half, (const char *)name.p);
+        name = bytes_from(name, name.n - (size_t)half);
+    }
+    buf_put(out, name.p, name.n);
+    if (w->number > 1)
+        buf_printf(out, "/%u", w->number);
+    int n = (int)min_size(out->len - from, (size_t)most);
+    core->name_column = n > core->name_column ? n : core->name_column;
+    put_blanks(out, from, core->name_column < NAME_COLUMN ? NAME_COLUMN : core->name_column < most ? core->name_column : most);
+    from = out->len;
+    buf_puts(out, w->kind);
+    put_blanks(out, from, KIND_COLUMN);
+}
+
+/* One line on stderr, with what a peer or a user has put into it made safe. */
+PRINTF_LIKE(3, 0) static void core_vtell(struct core *core, const struct whom *w, const char *fmt, va_list ap)
+{
     char text[2000];
+    static const struct whom self = { .name = { (const uint8_t *)"cvms", 4 }, .kind = "server" };
     struct buf *out = core->joined ? &core->out : &core->err;
+    unsigned look = core->joined ? core->out_look : core->err_look;
+    bool dim = look & LOOK_COLOR && w->dim;
     size_t before = out->len;
     if (before > (core->joined ? JOINED_MAX : NOTES_MAX)) {
         core->notes_lost++;
         return;
     }
-    if (core->notes_lost)
-        buf_printf(out, "%s %lu lines are lost: stderr is not read, or memory is short\n", core_stamp(core),
-                   core->notes_lost);
-    buf_put(out, core_stamp(core), STAMP_LEN);
-    buf_printf(out, " %s%s", peer ? peer : "", peer ? " " : "");
-    va_start(ap, fmt);
+    if (core->notes_lost) {
+        put_whom(core, out, look, &self);
+        buf_printf(out, "%lu lines are lost: stderr is not read, or memory is short\n", core->notes_lost);
+    }
+    put_whom(core, out, look, w);
+    buf_puts(out, dim ? COLOR_DIM : "");
     text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
     put_text(out, bytes_of(text), NULL);
-    buf_putc(out, '\n');
+    buf_puts(out, dim ? COLOR_OFF "\n" : "\n");
     if (out->failed)                  /* not half a line */
         out->len = before;
     core->notes_lost = out->failed ? core->notes_lost + 1 : 0;
     out->failed = false;
+}
+
+PRINTF_LIKE(3, 4) static void core_tell(struct core *core, const struct whom *w, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    core_vtell(core, w, fmt, ap);
+    va_end(ap);
+}
+
+/* How long the host is in HOST:PORT. */
+static size_t host_len(const char *peer)
+{
+    const char *colon = strrchr(peer, ':');
+    return colon ? (size_t)(colon - peer) : strlen(peer);
+}
+
+/* The same about a connection, HOST:PORT, or (NULL) this program itself. */
+PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
+{
+    char port[KIND_COLUMN + 1];
+    struct whom w = { .name = BYTES("cvms"), .kind = core->role ? core->role : "server" };
+    if (peer) {
+        size_t n = host_len(peer);
+        text_printf(port, sizeof port, "port %s", peer[n] ? peer + n + 1 : "-");
+        w = (struct whom){ .name = { (const uint8_t *)peer, n }, .kind = port };
+    }
+    va_list ap;
+    va_start(ap, fmt);
+    core_vtell(core, &w, fmt, ap);
+    va_end(ap);
 }
 
 enum {
@@ -5930,6 +6028,13 @@ static size_t raise_descriptor_limit(void)
     return r.rlim_cur > SPARE_DESCRIPTORS ? (size_t)r.rlim_cur - SPARE_DESCRIPTORS : 1;
 }
 
+static unsigned terminal_look(int fd)
+{
+    const char *term = getenv("TERM");
+    bool plain = present(getenv("NO_COLOR")) || (term && strcmp(term, "dumb") == 0);
+    return !isatty(fd) ? 0 : plain ? LOOK_BRIEF : LOOK_BRIEF | LOOK_COLOR;
+}
+
 /* A loop with nothing in it but stdout, stderr and signals.  Exits the program if the system has nothing to give. */
 static struct loop *loop_new(void)
 {
@@ -5943,7 +6048,12 @@ static struct loop *loop_new(void)
     struct stat out, err;
     l->core.joined = fstat(STDOUT_FILENO, &out) == 0 && fstat(STDERR_FILENO, &err) == 0 && out.st_ino == err.st_ino &&
                      out.st_dev == err.st_dev && !S_ISDIR(out.st_mode);
+<<<<<<< HEAD
     l->terminal = isatty(STDERR_FILENO);
+=======
+    l->core.out_look = terminal_look(STDOUT_FILENO);
+    l->core.err_look = terminal_look(STDERR_FILENO);
+>>>>>>> b403b5d (The screen in columns: time, whose, kind, level or event, text, for messages and log lines alike; inputs with size and hash)
     loop_clock(l);
     if (!poller_init(&l->poller) || !signals_init(l)) {
         tell_note("can't start: %s", strerror(errno));
@@ -7027,11 +7137,6 @@ static void help_flags(struct buf *out, unsigned command, unsigned without)
     }
 }
 
-static bool present(const char *s)
-{
-    return s && *s;
-}
-
 /* A flag's value, else the variable's. */
 static struct tls_source tls_source(const char *flag, const char *value, const char *variable, const char *either)
 {
@@ -8007,11 +8112,12 @@ MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, stru
 
 /* ---- Many paths at once ---- */
 
-/* One path to hash, and the answer: hash and id if ok, else why, to be freed (NULL: out of memory). */
+/* One path to hash, and the answer: hash, size and id if ok, else why, to be freed (NULL: out of memory). */
 struct checksum {
     const char *path;
     char *why;
     bool ok;
+    uint64_t size;               /* of what is hashed: of a folder, its zip */
     uint8_t hash[32];
     struct file_id id;
     unsigned version;            /* of the first manifest that had this hash */
@@ -8063,6 +8169,7 @@ static bool lane_fill(struct lane *l)
         if (l->len == sizeof l->data && (n = source_read(&l->source, l->data, sizeof l->data, &e)) >= 0) {
             l->at = 0;
             l->len = (size_t)n;
+            l->c->size += (uint64_t)n;
             continue;
         }
         l->c->ok = n >= 0;
@@ -9329,15 +9436,19 @@ static void check_inputs(const struct manifest *m, struct report *r)
 /* Hashes every file and folder; each gets its mistake or its line. */
 static void hash_inputs(struct manifest *m, struct report *r)
 {
+    bool all = true;                  /* else the mistakes alone are told */
     checksum_files(m->inputs, m->input_count);
+    for (size_t i = 0; i < m->input_count; i++)
+        all &= m->inputs[i].ok || !*m->inputs[i].path;
     for (size_t i = 0; i < m->input_count; i++) {
         struct checksum *in = &m->inputs[i];
         bool algo = m->algo_input && i + 1 == m->input_count;
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
-        if (in->ok)
-            tell_note("local %s checksum %s %s", algo ? "algorithm" : "dataset", in->path, hex);
-        else if (*in->path)
+        if (in->ok && all)
+            tell_note("%s %s, %llu byte%s, %s", algo ? "algorithm" : "dataset", in->path, (unsigned long long)in->size,
+                      in->size == 1 ? "" : "s", hex);
+        else if (!in->ok && *in->path)
             tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", checksum_why(in));
         free(in->why);
         in->why = NULL;
@@ -9703,8 +9814,7 @@ static void verdict_free(struct verdict *v)
 /* The host of a stream: its job-id, or the peer's address without the port.  NULL: no verdict wanted, or too many. */
 static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
 {
-    const char *port = strrchr(peer, ':');
-    struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, (size_t)(port - peer) };
+    struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, host_len(peer) };
     if (!v || !(v->wanted || v->control))
         return NULL;
     struct host **at = &v->hosts;
@@ -9779,7 +9889,7 @@ static const char *host_failure(const struct host *h)
 static void host_context(struct host *h, const char *head, struct bytes text)
 {
     struct buf line = { 0 };
-    while (text.n && text.p[text.n - 1] == '\n')
+    while (text.n && (text.p[text.n - 1] == '\n' || text.p[text.n - 1] == '\r'))
         text.n--;
     put_text(&line, bytes_of(head), NULL);
     buf_putc(&line, ' ');
@@ -10008,14 +10118,13 @@ static void put_parcel(struct buf *out, const struct parcel *p)
     if (!p->done)
         return;
     bool results = p->stage == STAGE_COMPLETE;
-    buf_printf(out, results ? "; %s in " : "; %s ", p->what);
+    buf_printf(out, results ? "cvms:      %s in " : "cvms:      %s ", p->what);
     put_text(out, bytes_of(p->name), NULL);
     buf_puts(out, results ? "" : p->begun ? " uploaded" : " was there already");
     if (p->begun)
         buf_printf(out, ", %llu bytes", (unsigned long long)p->bytes);
     hex_text(hex, p->hash, sizeof p->hash);
-    if (results && p->begun)
-        buf_printf(out, ", SHA3-256 %s", hex);
+    buf_printf(out, results && p->begun ? "\ncvms:      SHA3-256 %s\n" : "\n", hex);
 }
 
 static void put_parcel_json(struct buf *out, const struct parcel *p, bool first)
@@ -10028,20 +10137,22 @@ static void put_parcel_json(struct buf *out, const struct parcel *p, bool first)
     buf_printf(out, p->done && p->stage == STAGE_COMPLETE ? ",\"sha3_256\":\"%s\"}" : "}", hex);
 }
 
-/* The summary for people. */
-static void verdict_summary(const struct verdict *v, struct buf *out)
+/* The summary for people.  color: of the verdict's word, or "". */
+static void verdict_summary(const struct verdict *v, struct buf *out, const char *color)
 {
-    buf_printf(out, "cvms: %s: %.*s (exit status %d)\n", verdict_word(v->status), (int)v->why.len,
-               v->why.len ? (char *)v->why.p : "", v->status);
+    buf_printf(out, "cvms: %s%s%s: %.*s (exit status %d)\n", color, verdict_word(v->status), *color ? COLOR_OFF : "",
+               (int)v->why.len, v->why.len ? (char *)v->why.p : "", v->status);
     for (const struct host *h = v->hosts; h; h = h->next) {
         buf_printf(out, "cvms:   %s:", h->name);
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
-            buf_printf(out, " %s " SECONDS " s,", stage_names[i], SECONDS_OF(h->reached_ms[i]));
-        buf_printf(out, " %llu message%s, %llu bytes", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+            buf_printf(out, " %s " SECONDS "%s", stage_names[i], SECONDS_OF(h->reached_ms[i]),
+                       i < (int)h->stage ? "," : " s\ncvms:     ");
+        buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
                    (unsigned long long)h->bytes);
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel(out, &h->parcels[i]);
-        buf_printf(out, h->failed ? "; failed: %s\n" : "\n", host_failure(h));
+        if (h->failed)
+            buf_printf(out, "cvms:      failed: %s\n", host_failure(h));
         if (h->failed && h->context_at)
             buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
         for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
@@ -10070,7 +10181,7 @@ static void put_xml(struct buf *out, struct bytes t)
 static void verdict_junit(const struct verdict *v, struct buf *out, int64_t ms)
 {
     struct buf summary = { 0 };
-    verdict_summary(v, &summary);
+    verdict_summary(v, &summary, "");
     buf_printf(out, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"cvms\" tests=\"1\" failures=\"%d\" "
                "errors=\"0\" time=\"" SECONDS "\">\n  <testcase classname=\"cvms\" name=\"%s\" time=\"" SECONDS "\">\n",
                v->status != 0, SECONDS_OF(ms), v->until ? stage_names[v->until] : "expect", SECONDS_OF(ms));
@@ -10273,7 +10384,7 @@ PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, .
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    core_note(&c->delivery->loop->core, c->host->name, "%s", text);
+    core_tell(&c->delivery->loop->core, &(struct whom){ .name = bytes_of(c->host->name), .kind = "delivery" }, "%s", text);
 }
 
 /* Nothing more is done for this agent until its next run.  The verdict, if one is wanted, is its failure. */
@@ -10337,8 +10448,8 @@ static void courier_done(struct courier *c)
     if (e->role == ROLE_RESULT) {
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, p->hash, SHA3_256_LEN);
-        courier_note(c, "results are in %s: %llu bytes, %s, SHA3-256 %s", p->name, (unsigned long long)p->bytes, rate,
-                     hex);
+        courier_note(c, "results are in %s: %llu bytes, %s", p->name, (unsigned long long)p->bytes, rate);
+        courier_note(c, "SHA3-256 %s", hex);
         c->runs++;
         courier_ask(c);
     } else {
@@ -10643,7 +10754,8 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
     if (!c || !p) {
         free(c);
         free(p);
-        core_note(&d->loop->core, h->name, "out of memory: nothing is delivered to this agent");
+        core_tell(&d->loop->core, &(struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
+                  "out of memory: nothing is delivered to this agent");
         return NULL;
     }
     *c = (struct courier){ .delivery = d, .host = h, .next = d->count, .unreachable_ms = INT64_MAX, .fd = -1,
@@ -11020,7 +11132,10 @@ static void delivery_check(struct delivery *d, const struct manifest *m, struct 
  * Owns: what each method answers, and the lines on stdout that an agent's messages become.
  * Never: touches frames; it sends messages and a status.
  */
-enum { COMMAND_LINE = 1024, LINE_MAX_BYTES = 1 << 20 };   /* more than that between two line ends is no text */
+enum {
+    COMMAND_LINE = 1024, LINE_MAX_BYTES = 1 << 20,   /* more than that between two line ends is no text */
+    NAMED = 1024, NAMED_LOOK = 64,    /* chains by name; as many of a chain are looked at */
+};
 
 /* All that the server command knows. */
 struct server {
@@ -11031,7 +11146,8 @@ struct server {
     struct delivery delivery;
     struct faults faults;
     struct session *sessions;         /* open Process streams */
-    bool color, json;                 /* how messages are shown on stdout */
+    struct session *named[NAMED];     /* the same by name and kind, the newest first */
+    bool json;                        /* how messages are shown on stdout */
     bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
     struct watch input;               /* stdin, when its lines are commands */
     bool input_always;                /* it can't be waited for: a piece is read in each turn */
@@ -11050,11 +11166,12 @@ static const char *const kind_names[] = { "unknown", "agent", "log-forwarder" };
 
 /* One Process stream.  It is named when its kind is known: by metadata, or by its first message. */
 struct session {
-    struct session *prev, *next;
+    struct session *prev, *next, *same, **same_at;   /* same: of its chain in `named` */
     struct stream *stream;
     struct manifest *manifest;
     struct host *host;                /* NULL: no verdict is wanted */
     enum stream_kind kind;
+    unsigned number;                  /* of those with its name and kind; 0: the kind has not shown */
     uint64_t messages, bytes;
     unsigned port;                    /* of the agent's service */
     unsigned version;                 /* of the manifest that was sent; 0: none, or not the one that is delivered for */
@@ -11075,35 +11192,39 @@ static const struct shown {
     [3] = { KIND_AGENT,     "RUN_RES",     0, 0, 2 },
     [4] = { KIND_AGENT,     "STOP_RES",    0, 0, 2 },
     [5] = { KIND_AGENT,     "STATE",       2, 0, 0 },
-    [6] = { KIND_AGENT,     "ATTESTATION", 0, 0, 0 },
-    [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 0 },
+    [6] = { KIND_AGENT,     "ATTESTATION", 0, 0, 1 },
+    [7] = { KIND_AGENT,     "AZURE_TOKEN", 0, 0, 1 },
 };
 
 enum {
-    TEXT_BYTES = 48,                  /* of a bytes field, as many are shown in text */
+    TEXT_BYTES = 48, REPORT_BYTES = 16,   /* of a bytes field, and of a report, as many are shown in text */
     UNKNOWN_MAX = 100,                /* unknown fields of one message: each may show as many times its size */
 };
-#define COLOR_DIM "\x1b[2m"
-#define COLOR_OFF "\x1b[0m"
 static const struct {
     const char *word, *color;
 } colors[] = {
-    { "ERROR", "\x1b[31m" }, { "Failed", "\x1b[31m" }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
-    { "Completed", "\x1b[32m" }, { "Ready", "\x1b[32m" },
+    { "ERROR", COLOR_RED }, { "Failed", COLOR_RED }, { "WARN", "\x1b[33m" }, { "Warning", "\x1b[33m" },
+    { "Completed", COLOR_GREEN }, { "Ready", COLOR_GREEN },
 };
+
+/* The first bytes: as text if they are printable ASCII, else in hex. */
+static void put_first_bytes(struct buf *out, struct bytes b, size_t most)
+{
+    struct bytes first = { b.p, min_size(b.n, most) };
+    if (bytes_printable(first))
+        buf_put(out, first.p, first.n);
+    for (size_t i = 0; i < first.n && !bytes_printable(first); i++)
+        buf_printf(out, "%02x", first.p[i]);
+    buf_puts(out, first.n < b.n ? "..." : "");
+}
 
 /* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
 static void put_bytes_field(struct buf *out, struct bytes b)
 {
-    if (bytes_printable(b)) {
-        buf_put(out, b.p, b.n);
-        return;
-    }
-    buf_printf(out, "%zu bytes ", b.n);
-    for (size_t i = 0; i < b.n && i < TEXT_BYTES; i++)
-        buf_printf(out, "%02x", b.p[i]);
-    if (b.n > TEXT_BYTES)
-        buf_puts(out, "...");
+    bool text = bytes_printable(b);
+    if (!text)
+        buf_printf(out, "%zu bytes ", b.n);
+    put_first_bytes(out, b, text ? b.n : TEXT_BYTES);
 }
 
 /* Whether a time is more than a second off the line's own. */
@@ -11202,70 +11323,71 @@ static void put_unknowns_text(struct buf *out, struct bytes wire)
         buf_printf(out, "  (%lu more unknown fields)", left_out);
 }
 
-/* The word in front of an entry, padded; coloured by what it says. */
-static void put_head(struct core *core, bool colored, const struct shown *how, struct bytes head, struct bytes head2)
+/* The word in front of an entry, and what it names; coloured by what they say. */
+static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
 {
     struct buf *out = &core->out;
     const char *color = NULL;
     struct bytes telling = head2.n ? head2 : head;
-    for (size_t i = 0; colored && i < PB_COUNT(colors); i++)
+    for (size_t i = 0; core->out_look & LOOK_COLOR && i < PB_COUNT(colors); i++)
         if (bytes_eq(telling, bytes_of(colors[i].word)))
             color = colors[i].color;
     buf_puts(out, color ? color : "");
-    size_t start = out->len;
-    buf_puts(out, how->word);
-    if (head.n && *how->word)
-        buf_putc(out, ' ');
-    put_text(out, head, NULL);
+    size_t from = out->len;
+    put_text(out, *how->word ? bytes_of(how->word) : head.n ? head : BYTES("-"), NULL);
+    put_blanks(out, from, WORD_COLUMN);
+    put_text(out, *how->word ? head : BYTES(""), NULL);
     if (how->head2)
         buf_putc(out, '/'), put_text(out, head2, NULL);
-    for (size_t n = out->len - start; n < 5; n++)
-        buf_putc(out, ' ');
     buf_puts(out, color ? COLOR_OFF : "");
 }
 
-static void put_origin(struct core *core, const struct stream *s)
+/* Whose lines they are: a job-id, or the host without its port. */
+static struct whom session_whom(const struct session *session)
 {
-    const struct session *session = s->user;
-    struct buf *out = &core->out;
-    buf_put(out, core_stamp(core), STAMP_LEN);
-    buf_putc(out, ' ');
-    buf_puts(out, s->conn->peer);
-    buf_putc(out, ' ');
-    buf_puts(out, kind_names[session->kind]);
-    if (session->job_id)
-        buf_putc(out, '['), buf_puts(out, session->job_id), buf_putc(out, ']');
-    buf_putc(out, ' ');
+    const char *peer = session->stream->conn->peer;
+    struct bytes host = { (const uint8_t *)peer, host_len(peer) };
+    return (struct whom){ .name = session->job_id ? bytes_of(session->job_id) : host, .number = session->number,
+                          .kind = session->kind ? kind_names[session->kind] : "stream" };
 }
 
-/* One entry a message: time, peer, kind of stream, head, text; every other field that is set follows in brackets. */
+/* The text of a message behind its head. */
+static void put_entry(struct buf *out, uint32_t member, struct bytes text, bool unknown)
+{
+    bool report = member == 6 || member == 7;
+    if (member == 3)
+        buf_puts(out, text.n ? "error: " : "accepted");
+    else if (report && text.n)
+        buf_printf(out, "%zu bytes ", text.n), put_first_bytes(out, text, REPORT_BYTES);
+    else if (report)
+        buf_puts(out, unknown ? "" : "empty: no TEE");
+    if (!report)
+        put_text(out, text, "    | ");  /* a mark that is seen: runners trim blanks before they look for commands */
+}
+
+/* One entry a message: whose, head, text; every other field that says something follows in brackets. */
 static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
 {
     struct core *core = s->conn->core;
-    struct server *server = core->app;
     struct buf *out = &core->out;
     const struct pb_message *m = member->sub;
     const struct shown *how = &shown[member->number];
-    bool first = true;
-    put_origin(core, s);
-    put_head(core, server->color, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
-    struct bytes text = string_field(m, msg, how->text);
-    if (member->number == 3)
-        buf_puts(out, text.n ? " error: " : " accepted");
-    else if (how->text)
-        buf_putc(out, ' ');
-    put_text(out, text, "    | ");  /* a mark that is seen: runners trim blanks before they look for commands */
-    buf_puts(out, server->color ? COLOR_DIM : "");
+    const struct whom whom = session_whom(s->user);
+    bool first = true, color = core->out_look & LOOK_COLOR;
+    put_whom(core, out, core->out_look, &whom);
+    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
+    put_entry(out, member->number, string_field(m, msg, how->text), unknown);
+    buf_puts(out, color ? COLOR_DIM : "");
     for (size_t i = 0; i < m->n; i++) {
         uint32_t number = m->fields[i].number;
         if (number != how->head && number != how->head2 && number != how->text &&
             field_tells(s, &m->fields[i], (const char *)msg + m->fields[i].offset))
             put_field_text(out, &m->fields[i], msg, &first);
     }
-    buf_puts(out, !first ? ")" : how->head || how->text || unknown ? "" : " (empty)");
+    buf_puts(out, first ? "" : ")");
     if (unknown)
         put_unknowns_text(out, wire);
-    buf_puts(out, server->color ? COLOR_OFF "\n" : "\n");
+    buf_puts(out, color ? COLOR_OFF "\n" : "\n");
 }
 
 static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
@@ -11355,7 +11477,8 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
     } else if (member) {
         show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
     } else {
-        put_origin(core, s);
+        const struct whom whom = session_whom(s->user);
+        put_whom(core, &core->out, core->out_look, &whom);
         buf_puts(&core->out, "an empty message");
         put_unknowns_text(&core->out, wire);
         buf_putc(&core->out, '\n');
@@ -11364,13 +11487,15 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
 
 /* ---- cvms.Service/Process ---- */
 
-/* Names the stream on a log line: kind and job-id. */
-static void process_note(struct stream *s, const char *text)
+/* A log line about the stream.  dim: it comes or goes, as usual. */
+PRINTF_LIKE(3, 4) static void process_note(struct stream *s, bool dim, const char *fmt, ...)
 {
-    const struct session *session = s->user;
-    const char *job = session->job_id;
-    core_note(s->conn->core, s->conn->peer, "%s%s%s%s: %s", session->kind ? kind_names[session->kind] : "stream",
-              job ? "[" : "", job ? job : "", job ? "]" : "", text);
+    struct whom whom = session_whom(s->user);
+    va_list ap;
+    whom.dim = dim;
+    va_start(ap, fmt);
+    core_vtell(s->conn->core, &whom, fmt, ap);
+    va_end(ap);
 }
 
 /* A line of -record.  Without memory there is not half of one, and the record ends. */
@@ -11406,7 +11531,7 @@ static bool session_room(struct session *session, const struct blob *b)
     struct stream *s = session->stream;
     bool room = s->conn->queued_bytes + item_own(b) <= MAX_QUEUED_BYTES;
     if (!room)
-        process_note(s, "too much waits to be read by this agent: it is not asked");
+        process_note(s, false, "too much waits to be read by this agent: it is not asked");
     return room;
 }
 
@@ -11456,12 +11581,32 @@ static void session_offer(struct session *session, int64_t delay_ms)
         session_send_manifest(session);
 }
 
+/* Numbers the streams that share a name and a kind, as long as they are open. */
+static void session_number(struct server *v, struct session *session)
+{
+    struct whom whom = session_whom(session);
+    uint32_t hash = 2166136261u ^ (uint32_t)session->kind;   /* FNV-1a */
+    for (size_t i = 0; i < whom.name.n; i++)
+        hash = (hash ^ whom.name.p[i]) * 16777619u;
+    struct session **at = &v->named[hash % NAMED], *of = *at;
+    for (int i = 0; i < NAMED_LOOK && of; i++, of = of->same)
+        if (of->kind == session->kind && bytes_eq(session_whom(of).name, whom.name))
+            break;
+    session->number = of ? of->number + 1 : 1;
+    session->same = *at;
+    session->same_at = at;
+    if (*at)
+        (*at)->same_at = &session->same;
+    *at = session;
+}
+
 /* The stream has shown what it is. */
 static void session_kind(struct session *session, enum stream_kind kind)
 {
     struct core *core = session->stream->conn->core;
     struct server *server = core->app;
     session->kind = kind;
+    session_number(server, session);
     session->host = verdict_host(&server->verdict, session->job_id, session->stream->conn->peer);
     if (session->host)
         verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
@@ -11501,9 +11646,8 @@ static void process_open(struct stream *s, const struct fields *f)
         kind = KIND_FORWARDER;
     if (kind)
         session_kind(session, kind);
-    const char *job = session->job_id, *subject = s->conn->subject;
-    core_note(core, s->conn->peer, "%s%s%s%s: connected%s%s", kind ? kind_names[kind] : "stream",
-              job ? "[" : "", job ? job : "", job ? "]" : "", subject ? " as " : "", subject ? subject : "");
+    const char *subject = s->conn->subject;
+    process_note(s, true, "connected from %s%s%s", s->conn->peer, subject ? " as " : "", subject ? subject : "");
     if (session->manifest == &server->manifest && *server->delivery.announced)   /* `cvms agent` looks for it, no other */
         grpc_send_headers(s, (const char *[]){ "cvms-delivers", server->delivery.announced, NULL });
     if (kind == KIND_FORWARDER && server->skip_forwarder)
@@ -11524,7 +11668,7 @@ static void process_message(struct stream *s, struct bytes wire)
         char text[160];
         text_printf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
                     (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
-        process_note(s, text);
+        process_note(s, false, "%s", text);
         grpc_abort(s, GRPC_INTERNAL, text);
         return;
     }
@@ -11538,7 +11682,7 @@ static void process_message(struct stream *s, struct bytes wire)
     if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
         core->out.len = shown_before;
         core->out.failed = false;
-        process_note(s, "out of memory: a message was not taken");
+        process_note(s, false, "out of memory: a message was not taken");
         grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
@@ -11558,7 +11702,7 @@ static void process_drained(struct stream *s)
     if (!session || s->grpc.finishing || session->announced)
         return;
     session->announced = true;
-    process_note(s, "computation run request sent successfully");
+    process_note(s, true, "manifest sent: %zu bytes", session->manifest->len);
     if (faults && faults->value[FAULT_RST] >= 0)
         stream_reset(s, INTERNAL_ERROR);
     if (faults && faults->value[FAULT_GOAWAY] >= 0)
@@ -11583,16 +11727,17 @@ static void process_closed(struct stream *s)
     struct session *session = s->user;
     if (!session)
         return;
-    char text[100];
-    text_printf(text, sizeof text, "stream ended after %llu message%s, %llu bytes",
-                (unsigned long long)session->messages,
-                session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
-    process_note(s, text);
+    process_note(s, true, "stream ended after %llu message%s, %llu bytes", (unsigned long long)session->messages,
+                 session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
     if (session->host)
         verdict_stream(&server_of(s)->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
     *(session->prev ? &session->prev->next : &server_of(s)->sessions) = session->next;
     if (session->next)
         session->next->prev = session->prev;
+    if (session->same_at)
+        *session->same_at = session->same;
+    if (session->same)
+        session->same->same_at = session->same_at;
     free(session->job_id);
     free(session);
     s->user = NULL;
@@ -11842,8 +11987,8 @@ static void control_agents(struct server *v)
     struct core *core = &v->loop->core;
     size_t n = 0;
     for (const struct session *s = v->sessions; s; s = s->next, n++)
-        core_note(core, s->stream->conn->peer, "%s%s%s: %llu messages", kind_names[s->kind], s->job_id ? " " : "",
-                  s->job_id ? s->job_id : "", (unsigned long long)s->messages);
+        process_note(s->stream, false, "%s%sfrom %s, %llu messages", s->job_id ? s->job_id : "", s->job_id ? " " : "",
+                     s->stream->conn->peer, (unsigned long long)s->messages);
     if (n == 0)
         core_note(core, NULL, "no agent is connected");
 }
@@ -12092,7 +12237,7 @@ PRINTF_LIKE(2, 3) static void agent_note(struct agent *a, const char *fmt, ...)
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    core_note(&a->loop->core, NULL, "cvms agent: %s", text);
+    core_note(&a->loop->core, NULL, "%s", text);
 }
 
 PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
@@ -12760,6 +12905,7 @@ static struct loop *client_loop(const struct options *o, struct report *r, void 
     }
     struct loop *l = loop_new();
     l->core.app = app;
+    l->core.role = o->command == CMD_HEALTH ? "health" : "agent";
     d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message =
                                      o->command == CMD_AGENT ? (size_t)o->max_message : CLIENT_MAX_MESSAGE };
     d->name = "server";
@@ -12815,7 +12961,7 @@ static void replay_fail(struct replay *r, const char *what, struct bytes why)
 {
     if (r->loop->stop_why)
         return;
-    core_note(&r->loop->core, NULL, "cvms agent: FAILED: %s %.*s", what, (int)min_size(why.n, 300),
+    core_note(&r->loop->core, NULL, "FAILED: %s %.*s", what, (int)min_size(why.n, 300),
               why.n ? (const char *)why.p : "");
     r->loop->exit_status = 1;
     loop_stop(r->loop, "the replay ends");
@@ -12962,7 +13108,7 @@ static void replay_status(struct stream *s, unsigned status, struct bytes text)
     if (status != GRPC_OK || !s->local_closed) {
         replay_fail(r, status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status], text);
     } else if (++r->done == r->part_count) {
-        core_note(&r->loop->core, NULL, "cvms agent: %zu messages replayed on %zu stream%s: the server has taken "
+        core_note(&r->loop->core, NULL, "%zu messages replayed on %zu stream%s: the server has taken "
                   "everything", r->line_count, r->part_count, r->part_count == 1 ? "" : "s");
         loop_stop(r->loop, "done");
     }
@@ -13098,7 +13244,7 @@ static void health_end(struct health *h, int status, const char *text)
 {
     if (h->loop->stop_why)
         return;
-    core_note(&h->loop->core, NULL, "cvms health: %s: %s", h->authority, text);
+    core_note(&h->loop->core, NULL, "%s: %s", h->authority, text);
     h->loop->exit_status = status;
     loop_stop(h->loop, "done");
 }
@@ -13421,7 +13567,7 @@ static int verdict_finish(struct server *v, int status)
         verdict_broken(&v->verdict, "all output");
     if (v->o->report && !verdict_report(v, v->loop->core.now_ms - v->verdict.start_ms))
         verdict_broken(&v->verdict, "the report");
-    verdict_summary(&v->verdict, &text);
+    verdict_summary(&v->verdict, &text, !(v->loop->core.err_look & LOOK_COLOR) ? "" : v->verdict.status ? COLOR_RED : COLOR_GREEN);
     if (text.failed)
         tell_no_memory();
     else
@@ -13528,7 +13674,6 @@ static void ready_release(const struct options *o)
 static int cmd_serve(struct options *o, struct report *r)
 {
     char where[300];
-    const char *term = getenv("TERM");
     struct server v = { .o = o };
     if (!server_check(&v, o, r)) {
         delivery_free(&v.delivery);
@@ -13545,7 +13690,6 @@ static int cmd_serve(struct options *o, struct report *r)
                                     .method_count = PB_COUNT(server_methods), .max_message = (size_t)o->max_message };
     l->max_accepted = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;
-    v.color = isatty(STDOUT_FILENO) && !present(getenv("NO_COLOR")) && (!term || strcmp(term, "dumb") != 0);
     l->core.app = &v;
     l->turn = server_turn;
     l->refuse = v.faults.value[FAULT_REFUSE];

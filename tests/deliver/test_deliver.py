@@ -119,11 +119,12 @@ def test_whole_run():
         go.tell("results 1000 1048576")
         r.results()
         need(go.saw("result 1000"), "no results")
-        r.said(r"results are in \S+out.zip: 1000 bytes, .* SHA3-256 " + sha3(counting(1000)))
+        r.said(r"results are in \S+out.zip: 1000 bytes, .*\n.* delivery +SHA3-256 " + sha3(counting(1000)))
         r.forwarder.events("Complete/Completed")
         err = r.server.ended(0, "complete reached")
-        has("whole: the summary", err, rf"algorithm algo.py uploaded, {os.path.getsize(W.algo)} bytes; dataset data.csv uploaded",
-            rf"results in {out}, 1000 bytes, SHA3-256 {sha3(counting(1000))}")
+        for line in (rf"algorithm algo.py uploaded, {os.path.getsize(W.algo)} bytes", "dataset data.csv uploaded",
+                     rf"results in {out}, 1000 bytes", f"SHA3-256 {sha3(counting(1000))}"):
+            has("whole: the summary", err, rf"^cvms:      {line}")
         same("whole: the results", read(out), counting(1000))
         same("whole: nothing else is left", sorted(os.listdir(os.path.dirname(out))), ["out.zip", "out.zip.json"])
         report = json.loads(read(out + ".json"))["agents"][0]["deliveries"]

@@ -969,7 +969,7 @@ static void server_begin(unsigned how, unsigned fault, unsigned more)
                                       .method_count = PB_COUNT(server_methods), .max_message = how & 0x20 ? 100 : 4 << 20 };
     v->skip_forwarder = how & 0x10;
     v->json = how & 1;
-    v->color = how & 2;
+    loop.core.out_look = how & 2 ? LOOK_COLOR | LOOK_BRIEF : 0;
     loop.core.recording = how & 4;
     loop.core.app = v;
     loop.turn = server_turn;
@@ -1104,7 +1104,7 @@ static void link_target(struct input *in, bool client, bool secure)
     if (!client && st.server.json && !ran_out)
         check_json_lines(whole(&printed), &Line_message);
     else if (!client)
-        check_text_safe(whole(&printed), st.server.color);
+        check_text_safe(whole(&printed), loop.core.out_look);
     if (!client && !ran_out)
         check_json_lines(whole(&recorded), &Line_message);
     loop_end();

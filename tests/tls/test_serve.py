@@ -164,7 +164,7 @@ def mutual_tls():
     mine = ["-cert", "client.pem", "-key", "client.key"]
     with Server(env=env, output="json") as s:
         check("agent with a certificate", run(CVMS, "agent", "-ca", "ca.pem", *mine, s.address)[0] == 0)
-        check("its subject is logged", s.err.until("connected as CN=agent"), s.err.text())
+        check("its subject is logged", s.err.until(r"connected from \S+ as CN=agent"), s.err.text())
         line = json.loads(s.out.text().splitlines()[0])
         check("its subject is in the JSON", line.get("subject", "").startswith("CN=agent"), line)
         status, _, err = run(CVMS, "agent", "-ca", "ca.pem", s.address)

@@ -22,7 +22,9 @@ static void core_reset(void)
     ready = true;
     core.now_ms = NOW;
     core.wall_ms = wall;
-    core.backpressure = server.color = server.json = false;
+    core.backpressure = server.json = false;
+    core.out_look = 0;
+    core.name_column = 0;
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
     memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);

@@ -615,7 +615,7 @@ static void run_op(struct run *r, const struct op *op)
         server.json = true;
         break;
     case OP_COLOR:
-        server.color = true;
+        core.out_look = LOOK_COLOR;
         break;
     case OP_LOG: case OP_OUT: case OP_STREAMS: case OP_ENDED: case OP_GOES_ON:
         run_check_op(r, op);

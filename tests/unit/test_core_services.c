@@ -950,11 +950,11 @@ static void test_notes_full(void)
     CHECK(core.err.len, full);
     core.err.len = 0;
     core_note(&core, "peer", "the next");
-    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z 1000 lines are lost: stderr is not read, or memory is short\n"
-                                 "2023-11-14T22:13:20.123Z peer the next\n");
+    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z cvms      server        1000 lines are lost: stderr is not read, or memory is short\n"
+                                 "2023-11-14T22:13:20.123Z peer      port -        the next\n");
     core.err.len = 0;
     core_note(&core, "peer", "one more");
-    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z peer one more\n");
+    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z peer      port -        one more\n");
 }
 
 /* Agent hosts that a verdict tells apart: up to the cap; those that are known stay so, another one is told. */
@@ -980,7 +980,7 @@ static void test_hosts(void)
     put_call(&a, 5, process, 0, "host-7");
     side_exchange(&a);
     CHECK(v->host_count, MAX_HOSTS);
-    CHECK(bytes_contain(whole(&core.err), "peer over the cap on agent hosts that are told apart (1000): "
+    CHECK(bytes_contain(whole(&core.err), "over the cap on agent hosts that are told apart (1000): "
                                           "the verdict passes over the new one"), true);
     CHECK(verdict_host(v, "host-7", "peer:1")->agents, 1);
     CHECK(a.conn.stream_count, 3);
