@@ -1452,7 +1452,7 @@ struct core {
     int64_t wall_ms;                  /* Unix time, for what is shown */
     bool backpressure;                /* stdout is behind: no flow-control credit is given back */
     struct buf out, err;              /* lines on their way to stdout and stderr */
-    unsigned out_look, err_look;      /* LOOK_... of both */
+    unsigned out_look, err_look;      /* LOOK_... of both; 0: no terminal */
     int name_column;
     const char *role;                 /* what this program is: "agent", "health"; NULL: the server */
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
@@ -5064,8 +5064,7 @@ struct loop {
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
     int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
     int exit_status, signal_number;
-    bool terminal;                    /* stderr is one: what takes long is shown there */
-    char progress[80], drawn[80];     /* how far that is, and what of it stands on the terminal now */
+    char progress[80], drawn[80];     /* how far what takes long is, and what of it stands on the terminal now */
     const char *stop_why;             /* set: the loop is to end */
     void (*turn)(struct loop *);      /* the application's own work, once a turn; it sets timer_ms */
     struct poller poller;
@@ -6048,12 +6047,8 @@ static struct loop *loop_new(void)
     struct stat out, err;
     l->core.joined = fstat(STDOUT_FILENO, &out) == 0 && fstat(STDERR_FILENO, &err) == 0 && out.st_ino == err.st_ino &&
                      out.st_dev == err.st_dev && !S_ISDIR(out.st_mode);
-<<<<<<< HEAD
-    l->terminal = isatty(STDERR_FILENO);
-=======
     l->core.out_look = terminal_look(STDOUT_FILENO);
     l->core.err_look = terminal_look(STDERR_FILENO);
->>>>>>> b403b5d (The screen in columns: time, whose, kind, level or event, text, for messages and log lines alike; inputs with size and hash)
     loop_clock(l);
     if (!poller_init(&l->poller) || !signals_init(l)) {
         tell_note("can't start: %s", strerror(errno));
@@ -10848,7 +10843,7 @@ static int64_t courier_show(const struct courier *c, int64_t now_ms)
     char rate[64], of[32] = "", text[160];
     struct bytes name = base_name(p->name);
     struct buf safe = { 0 };
-    if (!l->terminal || !p->begun)
+    if (!l->core.err_look || !p->begun)
         return INT64_MAX;
     if (now_ms - c->begin_ms < PROGRESS_MS)
         return c->begin_ms + PROGRESS_MS;
@@ -13510,7 +13505,7 @@ static void server_turn(struct loop *l)
     l->progress[0] = 0;
     if (v->manifest.fresh)
         next = now;
-    if (v->manifest.fresh && l->terminal && now - v->manifest.looked_ms >= PROGRESS_MS)
+    if (v->manifest.fresh && l->core.err_look && now - v->manifest.looked_ms >= PROGRESS_MS)
         checksums_text(&v->manifest.hashing, l->progress, sizeof l->progress);
     bool poll_due = now >= v->verdict.next_poll_ms;
     int64_t delivery_ms = delivery_tick(&v->delivery, now);
