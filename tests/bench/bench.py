@@ -417,6 +417,23 @@ def big_manifest():
     os.unlink(bytes_)
 
 
+def uploading():
+    """A large dataset to an agent's service, which counts it; the peer is a grpc-go client that does the same."""
+    path = random_file("512MiB", 512)
+
+    def measure(program):
+        if program == programs.peer:
+            return json.loads(run([LOADGEN, "-mode", "upload", "-client", "grpc", "-file", path]))
+        s = Server(program)
+        s.command = [*s.command[:3], "-algo-type", "python", "-data-paths", path, "-deliver", "upload"]
+        with s:
+            return load(s, "upload", "-file", path)
+    ours, peer = alternate(measure, BOTH)
+    row("an upload of 512 MiB, per CPU second", ours["bytes_per_server_cpu_s"], peer["bytes_per_server_cpu_s"], "B/s", more=1.5)
+    row("resident at most, uploading", ours["rss_kib"], peer["rss_kib"], "KiB", less=1 / 3, most=8192)
+    os.unlink(path)
+
+
 def random_file(name, mib):
     path = os.path.join(work, name)
     with open("/dev/urandom", "rb") as r, open(path, "wb") as f:
@@ -567,7 +584,7 @@ def markdown(head, table):
     return "\n".join(lines) + "\n"
 
 
-ROWS = [size, startup, ingest, connections, big_dataset, big_manifest, sha3, idle, growth_streams, growth_files]
+ROWS = [size, startup, ingest, connections, big_dataset, big_manifest, uploading, sha3, idle, growth_streams, growth_files]
 
 
 def report(seconds):

@@ -26,6 +26,9 @@ func status(path, name string) int64 {
 	return 0
 }
 
+// maxRSS is the most memory that an ended process had, in KiB.
+func maxRSS(p *os.ProcessState) int64 { return p.SysUsage().(*syscall.Rusage).Maxrss }
+
 func rssKiB(pid int) int64 { return status(fmt.Sprintf("/proc/%d/status", pid), "VmRSS") }
 
 // switches is how often the threads of a process went to sleep, which is how often they were woken.
