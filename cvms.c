@@ -6878,26 +6878,26 @@ static int64_t parse_duration(const char *s, const char **why)
     return total > 10 * 365.25 * 86400e3 ? -1 : total > 0 && total < 1 ? 1 : (int64_t)total;
 }
 
-/* Letters to change, add or drop to make one word of the other (Levenshtein), for words under 40 letters. */
+/* Letters to change, add, drop or swap to make one word of the other (optimal string alignment), for words under 40. */
 static unsigned edit_distance(const char *a, const char *b)
 {
-    unsigned row[40];
+    unsigned rows[3][40];
     size_t n = strlen(b), m = strlen(a);
     if (n >= 40 || m >= 40)
         return 40;
-    for (unsigned j = 0; j <= n; j++)
-        row[j] = j;
-    for (unsigned i = 1; i <= m; i++) {
-        unsigned diagonal = row[0];
-        row[0] = i;
-        for (unsigned j = 1; j <= n; j++) {
-            unsigned change = diagonal + (a[i - 1] != b[j - 1]);
-            unsigned shift = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
-            diagonal = row[j];
-            row[j] = change < shift ? change : shift;
+    for (unsigned i = 0; i <= m; i++)
+        for (unsigned j = 0; j <= n; j++) {
+            unsigned *row = rows[i % 3], *above = rows[(i + 2) % 3], best = i ? i : j;
+            if (i && j) {
+                best = above[j - 1] + (a[i - 1] != b[j - 1]);
+                best = above[j] < best ? above[j] + 1 : best;
+                best = row[j - 1] < best ? row[j - 1] + 1 : best;
+            }
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && rows[(i + 1) % 3][j - 2] < best)
+                best = rows[(i + 1) % 3][j - 2] + 1;
+            row[j] = best;
         }
-    }
-    return row[n];
+    return rows[m % 3][n];
 }
 
 /* The most letters in which two words of this length may differ and still be neighbours. */
@@ -6924,8 +6924,11 @@ static bool option_given(const struct options *o, const char *name)
 static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
 {
     static const struct {
-        const char *flag, *variable;
-    } variables[] = { { "port", "PORT" }, { "p", "PORT" }, { "host", "HOST" }, { "listen", "HOST and PORT" } };
+        const char *flag, *variable, *as;
+    } variables[] = {
+        { "port", "PORT", "PORT=7001" }, { "p", "PORT", "PORT=7001" }, { "host", "HOST", "HOST=127.0.0.1" },
+        { "listen", "HOST and PORT", "HOST=127.0.0.1 PORT=7001" },
+    };
     char word[40];
     const struct option *near = NULL;
     unsigned best = edit_limit(n) + 1;
@@ -6939,9 +6942,9 @@ static void option_unknown(struct report *r, const char *name, size_t n, unsigne
     }
     if (near)
         tell(r, USAGE, "unknown flag -%s: did you mean -%s?", word, near->name);
-    else if (variable < PB_COUNT(variables))
-        tell(r, USAGE, "there is no flag -%s: the variable %s says so, as in PORT=7001 cvms FLAGS", word,
-             variables[variable].variable);
+    else if (variable < PB_COUNT(variables) && command == CMD_SERVE)
+        tell(r, USAGE, "there is no flag -%s: set %s, as in %s cvms FLAGS", word,
+             variables[variable].variable, variables[variable].as);
     else if (option_find(name, n, ~0u))
         tell(r, USAGE, "-%s is not a flag of this command; see cvms -help", word);
     else
@@ -7153,8 +7156,8 @@ static void help_commands(struct buf *out)
 static void help_short(struct buf *out)
 {
     static const char *const flags[] = {
-        "algo-path", "data-paths", "algo-type", "public-key-path", "attested-tls-bool", "until", "timeout", "report",
-        "output", "server-cert",
+        "algo-path", "data-paths", "algo-type", "deliver", "results", "public-key-path", "attested-tls-bool", "until",
+        "timeout", "report",
     };
     buf_puts(out, "cvms " CVMS_VERSION ": a CVMS server for Cocos agents (https://github.com/ultravioletrs/cocos).  "
                   "An agent\nconnects, gets the computation manifest, and what it sends back is shown.\n\nCommands:\n");
@@ -7163,7 +7166,7 @@ static void help_short(struct buf *out)
     for (size_t i = 0; i < PB_COUNT(flags); i++)
         help_flag(out, option_find(flags[i], strlen(flags[i]), CMD_SERVE));
     buf_puts(out, "\nExamples:\n"
-                  "  cvms -algo-path algo.py -data-paths data.csv -public-key-path pub.pem -attested-tls-bool false\n"
+                  "  cvms -algo-path algo.py -data-paths data.csv -deliver upload -results out.zip -until complete\n"
                   "  cvms -algo-path algo.py -public-key-path pub.pem -attested-tls-bool false -until ready\n"
                   "  HOST= PORT=7001 SERVER_CERT=cert.pem SERVER_KEY=key.pem cvms -manifest manifest.json\n"
                   "\nAll flags, faults and variables: cvms -help.  A command's own: cvms COMMAND -h.\n");
@@ -11202,14 +11205,20 @@ static const struct {
     { "Completed", COLOR_GREEN }, { "Ready", COLOR_GREEN },
 };
 
+static void put_hex(struct buf *out, struct bytes b)
+{
+    for (size_t i = 0; i < b.n; i++)
+        buf_printf(out, "%02x", b.p[i]);
+}
+
 /* The first bytes: as text if they are printable ASCII, else in hex. */
 static void put_first_bytes(struct buf *out, struct bytes b, size_t most)
 {
     struct bytes first = { b.p, min_size(b.n, most) };
     if (bytes_printable(first))
         buf_put(out, first.p, first.n);
-    for (size_t i = 0; i < first.n && !bytes_printable(first); i++)
-        buf_printf(out, "%02x", first.p[i]);
+    else
+        put_hex(out, first);
     buf_puts(out, first.n < b.n ? "..." : "");
 }
 
@@ -12297,6 +12306,40 @@ static bool is_remote(const struct Source *source)
     return source && source->url.n;
 }
 
+static void put_members(struct buf *out, const struct pb_message *m, const void *msg, int level);
+
+/* A field for people: hashes in hex, keys by their last bytes, in which they differ. */
+static void put_member(struct buf *out, const struct pb_field *f, const void *item, int level)
+{
+    for (int i = 0; i < level; i++)
+        buf_puts(out, "  ");
+    buf_printf(out, f->kind == PB_MESSAGE ? "%s\n" : "%s: ", f->name);
+    if (f->kind == PB_MESSAGE) {
+        put_members(out, f->sub, f->flags & PB_REPEATED ? item : pb_pointer(item), level + 1);
+        return;
+    }
+    struct bytes b = f->kind == PB_BOOL ? BYTES("true") : *(const struct bytes *)item;
+    if (f->kind != PB_BYTES) {
+        put_text(out, b, NULL);
+    } else {
+        if (b.n != SHA3_256_LEN)
+            buf_printf(out, b.n > REPORT_BYTES ? "%zu bytes ..." : "%zu bytes ", b.n);
+        put_hex(out, b.n == SHA3_256_LEN || b.n < REPORT_BYTES ? b : bytes_from(b, b.n - REPORT_BYTES));
+    }
+    buf_putc(out, '\n');
+}
+
+/* A message's fields that are set, a line each; of a manifest these are text, bytes, booleans and messages. */
+static void put_members(struct buf *out, const struct pb_message *m, const void *msg, int level)
+{
+    for (const struct pb_field *f = m->fields; f < m->fields + m->n; f++) {
+        const void *at = (const char *)msg + f->offset;
+        const struct pb_list *list = f->flags & PB_REPEATED ? at : NULL;
+        for (size_t i = 0; i < (list ? list->n : pb_is_set(f, at)); i++)
+            put_member(out, f, list ? (const char *)list->items + i * pb_item_size(f) : at, level);
+    }
+}
+
 /* The joined chunks: shown, and held to what a real agent needs of them. */
 static void agent_check_manifest(struct agent *a)
 {
@@ -12318,8 +12361,11 @@ static void agent_check_manifest(struct agent *a)
                a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
     struct buf *out = &a->loop->core.out;
     size_t before = out->len;
-    pb_json(out, &ComputationRunReq_message, req, 2);
-    buf_putc(out, '\n');
+    if (a->o->once)
+        pb_json(out, &ComputationRunReq_message, req, 2);
+    else
+        put_members(out, &ComputationRunReq_message, req, 0);
+    buf_puts(out, a->o->once ? "\n" : "");
     if (out->failed) {                /* not half of it */
         out->len = before;
         agent_fail(a, "out of memory to show the manifest");

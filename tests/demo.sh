@@ -17,5 +17,5 @@ HOST=127.0.0.1 PORT=0 "$cvms" -algo-path "$here/inputs/algo.py" -data-paths "$he
 server=$!
 read -r address < "$work/ready"
 # shellcheck disable=SC2086 # a flag and its value, or nothing
-"$cvms" agent $port -job-id demo-cvm "$address" >"$work/manifest.json"
+"$cvms" agent $port -job-id demo-cvm "$address" >"$work/manifest"
 wait "$server"
