@@ -13,7 +13,7 @@
  *    1  this map, includes, beyond POSIX         11  message tables
  *    2  base: bytes, safe text, whole files      12  options: one table for every command
  *    3  HPACK                                    13  inputs: checksums, sealed sources
- *    4  frames                                   14  keys of users
+ *    4  frames; heads of HTTP/1                  14  keys of users
  *    5  PEM and DER                              15  the manifest
  *    6  streams and flow control                 16  the verdict of a smoke test
  *    7  connections                              17  delivery: uploads and results
@@ -1047,8 +1047,9 @@ static void hpack_encode_size_update(struct buf *out, uint32_t max)
     hpack_put_int(out, 0x20, 5, max);
 }
 
-/* ==== 4. Frames (RFC 9113 4, 6) ====================================================================================
- * Owns: the nine-byte frame header, what each type must look like, the names and codes of the standard.
+/* ==== 4. Frames (RFC 9113 4, 6); request heads of HTTP/1 (RFC 9112) =================================================
+ * Owns: the nine-byte frame header, what each type must look like, the names and codes of the standard; the form of an
+ * HTTP/1 request's head.
  * Never: knows a stream's state; a frame that passes frame_check is well formed, no more.
  */
 enum {
@@ -1190,6 +1191,138 @@ static void frame_put_goaway(struct buf *out, uint32_t last_id, enum h2_error co
     frame_put(out, (uint32_t)(sizeof g + strlen(why)), FRAME_GOAWAY, 0, 0);
     buf_put(out, g, sizeof g);
     buf_puts(out, why);
+}
+
+/* ---- Request heads of HTTP/1 ---- */
+enum { HTTP1_HEAD_MAX = 8192, HTTP1_FIELDS_MAX = 100, HTTP1_BAD = -1 };
+
+struct http1_head {
+    struct bytes method, target;      /* in the head's own bytes; an absolute target without its scheme and authority */
+    unsigned fields, hosts, lengths;
+    bool http10, keep_alive, close, body; /* body: one follows */
+};
+
+/* RFC 9110 5.6.2 */
+static bool http1_token(struct bytes t)
+{
+    for (size_t i = 0; i < t.n; i++)
+        if (t.p[i] <= ' ' || t.p[i] >= 0x7f || strchr("\"(),/:;<=>?@[\\]{}", t.p[i]))
+            return false;
+    return t.n > 0;
+}
+
+/* What stands before the byte, which is dropped; all of it if there is none. */
+static struct bytes bytes_take(struct bytes *from, uint8_t end)
+{
+    const uint8_t *at = from->n ? memchr(from->p, end, from->n) : NULL;
+    struct bytes word = { from->p, at ? (size_t)(at - from->p) : from->n };
+    *from = bytes_from(*from, word.n + (at != NULL));
+    return word;
+}
+
+static struct bytes bytes_trim(struct bytes b)
+{
+    while (b.n && (*b.p == ' ' || *b.p == '\t'))
+        b = bytes_from(b, 1);
+    while (b.n && (b.p[b.n - 1] == ' ' || b.p[b.n - 1] == '\t'))
+        b.n--;
+    return b;
+}
+
+static bool bytes_eq_nocase(struct bytes a, const char *b)
+{
+    return a.n == strlen(b) && strncasecmp((const char *)a.p, b, a.n) == 0;
+}
+
+/* The bytes of the head at the start of `in`, its empty line included; an empty line alone is one of 2 bytes.  0: its
+ * end is still to come.  HTTP1_BAD: a line ends without CR. */
+static int http1_head_len(struct bytes in)
+{
+    size_t max = min_size(in.n, HTTP1_HEAD_MAX);
+    const uint8_t *lf = in.p;
+    for (size_t at = 0; at < max && (lf = memchr(in.p + at, '\n', max - at)) != NULL;) {
+        at = (size_t)(lf - in.p) + 1;
+        if (at < 2 || lf[-1] != '\r')
+            return HTTP1_BAD;
+        if (at == 2 || lf[-2] == '\n')
+            return (int)at;
+    }
+    return 0;
+}
+
+/* The request line (RFC 9112 3).  Returns the HTTP status of what is wrong, 0 if nothing is. */
+static unsigned http1_request_line(struct http1_head *h, struct bytes line)
+{
+    const struct bytes http = BYTES("http://"), https = BYTES("https://");
+    h->method = bytes_take(&line, ' ');
+    h->target = bytes_take(&line, ' ');
+    bool version = line.n == 8 && bytes_start(line, "HTTP/") && line.p[5] >= '0' && line.p[5] <= '9' &&
+                   line.p[6] == '.' && line.p[7] >= '0' && line.p[7] <= '9';
+    for (size_t i = 0; i < h->target.n; i++)
+        if (h->target.p[i] <= ' ' || h->target.p[i] >= 0x7f)
+            return 400;
+    if (!version || !http1_token(h->method) || !h->target.n)
+        return 400;
+    size_t scheme = bytes_start(h->target, "http://") ? http.n : bytes_start(h->target, "https://") ? https.n : 0;
+    if (scheme) {                     /* RFC 9112 3.2.2 */
+        struct bytes rest = bytes_from(h->target, scheme);
+        const uint8_t *path = rest.n ? memchr(rest.p, '/', rest.n) : NULL;
+        h->target = path ? bytes_from(rest, (size_t)(path - rest.p)) : BYTES("/");
+    }
+    if (*h->target.p != '/' && !bytes_eq(h->target, BYTES("*")) && !bytes_eq(h->method, BYTES("CONNECT")))
+        return 400;
+    h->http10 = line.p[7] == '0';
+    h->keep_alive = !h->http10;       /* RFC 9112 9.3 */
+    return line.p[5] == '1' ? 0 : 505;
+}
+
+/* One field (RFC 9112 5, 6), its name in lower case by now.  No body is taken, so there is no doubt where the next
+ * request begins; Transfer-Encoding and a length that is said twice are refused (RFC 9112 11.2). */
+static unsigned http1_field(struct http1_head *h, struct bytes name, struct bytes value)
+{
+    bool length = bytes_eq(name, BYTES("content-length"));
+    h->lengths += length;
+    h->hosts += bytes_eq(name, BYTES("host"));
+    if (!http1_token(name) || bytes_eq(name, BYTES("transfer-encoding")) || h->hosts > 1 || h->lengths > 1 ||
+        (length && parse_decimal(value) < 0))
+        return 400;
+    for (size_t i = 0; i < value.n; i++)
+        if ((value.p[i] < ' ' && value.p[i] != '\t') || value.p[i] == 0x7f)
+            return 400;
+    h->body |= length && parse_decimal(value) > 0;
+    while (bytes_eq(name, BYTES("connection")) && value.n) {
+        struct bytes word = bytes_trim(bytes_take(&value, ','));
+        h->close |= bytes_eq_nocase(word, "close");
+        h->keep_alive |= bytes_eq_nocase(word, "keep-alive");
+    }
+    return ++h->fields > HTTP1_FIELDS_MAX ? 431 : 0;
+}
+
+/* Takes the n bytes of a whole head apart, and calls `field` for each field; names become lower case where they stand.
+ * Returns the HTTP status of what is wrong, 0 if nothing is. */
+static unsigned http1_parse(uint8_t *p, size_t n, struct http1_head *h,
+                            void (*field)(void *, struct bytes name, struct bytes value), void *arg)
+{
+    struct bytes head = { p, n };
+    *h = (struct http1_head){ 0 };
+    for (bool first = true;; first = false) {
+        struct bytes line = bytes_take(&head, '\n');
+        if (line.n < 2)               /* the empty line's CR */
+            break;
+        line.n--;
+        if (memchr(line.p, '\r', line.n))
+            return 400;
+        struct bytes value = line, name = bytes_take(&value, ':');
+        for (uint8_t *c = p + (name.p - p); !first && c < name.p + name.n; c++)
+            *c = *c >= 'A' && *c <= 'Z' ? (uint8_t)(*c | 0x20) : *c;
+        value = bytes_trim(value);
+        unsigned status = first ? http1_request_line(h, line) : name.n == line.n ? 400 : http1_field(h, name, value);
+        if (status)
+            return status;
+        if (!first)
+            field(arg, name, value);
+    }
+    return h->hosts || h->http10 ? 0 : 400;
 }
 
 /* ==== 5. PEM and DER ===============================================================================================
@@ -1444,7 +1577,8 @@ enum {
 enum cap {
     CAP_STREAM_ERRORS, CAP_CONTROL_FRAMES, CAP_BUCKETS,
     CAP_STREAMS = CAP_BUCKETS, CAP_HEADER_LIST, CAP_FIELDS, CAP_FIELD_BLOCK, CAP_CONTINUATIONS, CAP_MESSAGE,
-    CAP_ANSWERS, CAP_SHARE, CAP_PREFACE, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS, CAP_HOSTS, CAPS
+    CAP_ANSWERS, CAP_SHARE, CAP_PREFACE, CAP_HEAD, CAP_STUCK, CAP_IDLE, CAP_SILENCE, CAP_CONNECTIONS, CAP_DESCRIPTORS,
+    CAP_HOSTS, CAPS
 };
 
 struct core {
@@ -1648,6 +1782,7 @@ static const struct {
     [CAP_SHARE]          = { "seconds in which a long message stands still while others wait", SHARE_MS / 1000, 0,
                              "the stream ends" },
     [CAP_PREFACE]        = { "seconds to the connection preface", PREFACE_MS / 1000, 0, "the connection ends" },
+    [CAP_HEAD]           = { "seconds for the head of an HTTP/1 request", PREFACE_MS / 1000, 0, "the connection ends" },
     [CAP_STUCK]          = { "seconds in which no output is taken", STUCK_MS / 1000, 0, "the connection ends" },
     [CAP_IDLE]           = { "seconds without an open stream", IDLE_MS / 1000, 0, "the connection ends" },
     [CAP_SILENCE]        = { "seconds of silence, with no answer to a PING", (SILENCE_MS + ANSWER_MS) / 1000, 0,
@@ -1687,8 +1822,9 @@ enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_TRAILERS };
 
 struct item {
     struct item *next;
-    struct blob *blob;
-    size_t sent, own;                 /* own: bytes that it alone holds, counted against MAX_QUEUED_BYTES */
+    struct blob *blob;                /* NULL: the bytes are pulled when they can go out */
+    uint64_t left;                    /* bytes still to go out */
+    size_t own;                       /* bytes that it alone holds, counted against MAX_QUEUED_BYTES */
     enum item_kind kind;
 };
 
@@ -1710,7 +1846,9 @@ struct grpc_stream {
     bool headers_sent, finishing, no_body, answered, broken;   /* broken: a client's, which got no status */
     char encoding[16];                /* of messages that are flagged as compressed; empty: none */
     uint8_t prefix[5], prefix_len;
-    uint16_t plain;                   /* not gRPC: the HTTP status of the answer */
+    uint16_t plain;                   /* not gRPC: the HTTP status of the answer, */
+    const char *allow;                /* what 405 allows, */
+    uint64_t length;                  /* and how long the body of a 200 is, which is pulled */
     uint32_t plain_body, message_len;
     struct buf message;               /* a message whose bytes came in several pieces */
 };
@@ -1740,6 +1878,7 @@ struct h2_handler {
     void (*data)(struct stream *, struct bytes);                        /* DATA, cut anywhere */
     void (*end)(struct stream *);                                       /* the peer sent END_STREAM */
     void (*drained)(struct stream *);                                   /* all that was queued is in the output */
+    bool (*pull)(struct stream *, uint8_t *, size_t);                   /* n more bytes of a body; false: none come */
     void (*abort)(struct stream *, unsigned grpc_status, const char *text);
     void (*lost)(struct stream *, const char *how, uint32_t code);      /* a client's: it ends with an HTTP/2 error */
     void (*closed)(struct stream *);                                    /* last call: the stream is freed after it */
@@ -1752,7 +1891,7 @@ struct conn {
     const struct h2_handler *on;
     enum conn_phase phase;
     bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
-        skip;
+        skip, http1;                  /* http1: one request after the other; goaway_sent: it was the last */
     /* input */
     uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
     uint8_t continuations;
@@ -1760,7 +1899,7 @@ struct conn {
     struct frame frame;
     uint32_t left;                    /* payload bytes of `frame` still to come */
     uint32_t block_id, block_dependency;  /* stream of the open field block, 0: none */
-    struct buf in, block;             /* a control frame in pieces; a field block in pieces */
+    struct buf in, block;             /* a control frame, or a head of HTTP/1, in pieces; a field block in pieces */
     struct buf goaway;                /* a client's: what the server's GOAWAY says, with a NUL */
     struct hpack hpack;
     /* output */
@@ -1777,7 +1916,7 @@ struct conn {
     struct bucket bucket[CAP_BUCKETS];
     uint64_t control_credit;                 /* frames of the peer's that our own may still bring about */
     uint64_t discard_window;                  /* DATA that may still come on streams that we have reset */
-    int64_t opened_ms, progress_ms, closing_ms;
+    int64_t opened_ms, progress_ms, closing_ms;   /* opened_ms: or when a head of HTTP/1 has begun */
     int64_t idle_ms, heard_ms, ping_ms;   /* the last stream's end, the peer's last bytes, our PING (0: none waits) */
     enum h2_error error;
     const char *why;
@@ -1916,7 +2055,8 @@ static void conn_end(struct conn *c, enum h2_error code, const char *why)
     c->why = why;
     if (c->phase == CONN_PREFACE)
         conn_put_settings(c);
-    frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
+    if (!c->http1)
+        frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
     for (struct stream *s = c->streams; s; s = s->next)
         stream_done(s);
     conn_close(c);
@@ -2003,11 +2143,16 @@ static struct stream *stream_new(struct conn *c, uint32_t id)
     return s;
 }
 
-/* RST_STREAM (RFC 9113 5.4.2). */
+/* RST_STREAM (RFC 9113 5.4.2); in HTTP/1 the connection's end behind what is in the output. */
 static void stream_reset(struct stream *s, enum h2_error code)
 {
     if (s->dead)
         return;
+    if (s->conn->http1) {
+        s->conn->goaway_sent = true;
+        stream_done(s);
+        return;
+    }
     frame_put_u32(conn_out(s->conn), FRAME_RST_STREAM, s->id, code);
     conn_remember_closed(s->conn, s->id, true);
     stream_done(s);
@@ -2072,18 +2217,16 @@ static void stream_local_end(struct stream *s)
         stream_reset(s, NO_ERROR);
 }
 
-/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included).  Behind
- * the last item nothing more is said. */
-static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
+static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, enum item_kind kind)
 {
     bool over = s->dead || s->local_closed || (s->tail && s->tail->kind != ITEM_DATA);
-    struct item *i = blob && !over ? malloc(sizeof *i) : NULL;
+    struct item *i = over ? NULL : malloc(sizeof *i);
     if (!i) {
         blob_unref(blob);
         s->conn->out.failed |= !over;
         return;
     }
-    *i = (struct item){ .blob = blob, .own = item_own(blob), .kind = kind };
+    *i = (struct item){ .blob = blob, .left = n, .own = item_own(blob), .kind = kind };
     s->conn->queued_bytes += i->own;
     if (s->tail)
         s->tail->next = i;
@@ -2094,10 +2237,27 @@ static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kin
     s->conn->queued++;
 }
 
+/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included).  Behind
+ * the last item nothing more is said. */
+static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
+{
+    if (blob)
+        stream_queue_item(s, blob, blob->n, kind);
+    else
+        s->conn->out.failed = true;
+}
+
+/* As many bytes of DATA as can go out at once: what the windows let out, at most a frame.  HTTP/1 has neither. */
+static size_t stream_window(const struct stream *s)
+{
+    int32_t window = s->send_window < s->conn->send_window ? s->send_window : s->conn->send_window;
+    return s->conn->http1 ? OUT_TARGET / 2 : window > 0 ? min_size((size_t)window, MAX_FRAME_SIZE) : 0;
+}
+
 static bool stream_sendable(const struct stream *s)
 {
     const struct item *i = s->head;
-    return i && (i->kind == ITEM_TRAILERS || i->sent == i->blob->n || (s->send_window > 0 && s->conn->send_window > 0));
+    return i && (i->kind == ITEM_TRAILERS || i->left == 0 || stream_window(s));
 }
 
 /* Puts a whole field block into the output.  The first one after a peer's SETTINGS_HEADER_TABLE_SIZE begins with the
@@ -2114,30 +2274,46 @@ static void conn_put_block(struct conn *c, uint32_t id, struct bytes block, unsi
     buf_free(&update);
 }
 
+/* Puts n bytes of an item into the output.  False: the body that they belong to breaks off, and the stream is reset. */
+static bool stream_put_data(struct stream *s, const struct item *i, size_t n, bool end)
+{
+    struct conn *c = s->conn;
+    size_t before = c->out.len;
+    c->control_credit += ANSWERS_PER_FRAME;
+    if (!c->http1) {
+        frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
+        s->send_window -= (int32_t)n;
+        c->send_window -= (int32_t)n;
+    }
+    if (i->blob) {
+        buf_put(&c->out, i->blob->p + (i->blob->n - i->left), n);
+        return true;
+    }
+    uint8_t *to = buf_room(&c->out, n);
+    if (to && c->on->pull(s, to, n)) {
+        c->out.len += n;
+        return true;
+    }
+    c->out.len = before;
+    stream_reset(s, INTERNAL_ERROR);
+    return false;
+}
+
 /* Puts one frame of the stream's queue into the output. */
 static void stream_emit(struct stream *s)
 {
     struct conn *c = s->conn;
     struct item *i = s->head;
-    size_t n = i->blob->n - i->sent;
-    bool trailers = i->kind == ITEM_TRAILERS;
-    if (!trailers && n) {
-        n = min_size(min_size(n, MAX_FRAME_SIZE), (size_t)(s->send_window < c->send_window ? s->send_window
-                                                                                          : c->send_window));
-        s->send_window -= (int32_t)n;
-        c->send_window -= (int32_t)n;
-    }
-    bool whole = i->sent + n == i->blob->n;
-    bool end = whole && i->kind != ITEM_DATA;
-    if (trailers) {
+    size_t n = i->left < SIZE_MAX ? (size_t)i->left : SIZE_MAX;
+    if (i->kind != ITEM_TRAILERS)
+        n = min_size(n, stream_window(s));
+    bool end = n == i->left && i->kind != ITEM_DATA;
+    if (i->kind == ITEM_TRAILERS)
         conn_put_block(c, s->id, (struct bytes){ i->blob->p, i->blob->n }, END_STREAM);
-    } else {
-        c->control_credit += ANSWERS_PER_FRAME;
-        frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
-        buf_put(&c->out, i->blob->p + i->sent, n);
-    }
-    i->sent += n;
-    if (!whole)
+    else if (!stream_put_data(s, i, n, end))
+        return;
+    i->left -= n;
+    if (i->left)
         return;
     s->head = i->next;
     if (!s->head)
@@ -2246,8 +2422,9 @@ static void stream_end_long(struct stream *s)
         conn_release(c);
 }
 
-/* ==== 7. Connections: preface, fields, dispatch, errors (RFC 9113 3.4, 5.4, 6, 8) ==================================
- * Owns: the state machine from bytes to frames to calls of the handler, the rules for fields, GOAWAY and deadlines.
+/* ==== 7. Connections: preface, fields, dispatch, errors (RFC 9113 3.4, 5.4, 6, 8; RFC 9112) =========================
+ * Owns: the state machine from bytes to frames, or requests of HTTP/1, to calls of the handler, the rules for fields,
+ * GOAWAY and deadlines.
  * Never: holds a descriptor or reads a clock; time is core->now_ms.
  */
 static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -2278,6 +2455,7 @@ struct fields {
     struct core *core;
     struct bytes value[F_KNOWN];      /* p NULL: not there */
     size_t used;
+    unsigned refused;                 /* HTTP/1: the status of what is wrong; 0: nothing */
     bool regular_seen, too_large;
     const char *malformed;            /* RFC 9113 8.1.1; the first reason */
 };
@@ -2810,61 +2988,129 @@ static size_t conn_payload(struct conn *c, struct bytes p)
     return n;
 }
 
+static size_t conn_pending(const struct conn *c)
+{
+    return c->out.len - c->out_sent;
+}
+
+/* ---- HTTP/1 ---- */
+
+/* Keeps a field that we look at, where it stands in the head. */
+static void http1_keep(void *arg, struct bytes name, struct bytes value)
+{
+    struct fields *f = arg;
+    int id = field_lookup(name);
+    if (id >= F_PSEUDO_END && id < F_KNOWN && !f->value[id].p)
+        f->value[id] = value;
+}
+
+/* A request whose head has n bytes becomes a stream; status: what is wrong with it already, 0 if nothing is.  Behind one
+ * that is wrong or has a body nothing more is read. */
+static void conn_http1_request(struct conn *c, size_t n, unsigned status)
+{
+    struct http1_head h = { 0 };
+    struct fields f = { .core = c->core };
+    f.refused = status ? status : http1_parse(c->in.p, n, &h, http1_keep, &f);
+    f.value[F_METHOD] = h.method;
+    f.value[F_PATH] = h.target;
+    c->goaway_sent = f.refused || h.body || h.close || !h.keep_alive;
+    c->last_id += 2;
+    struct stream *s = stream_new(c, c->last_id);
+    if (!s)
+        return;
+    c->on->headers(s, &f, true);
+    if (!s->dead)
+        conn_remote_end(s);
+    c->in.len = c->goaway_sent ? 0 : c->in.len - n;
+    memmove(c->in.p, c->in.p + n, c->in.len);
+    if (!c->in.len)
+        buf_free(&c->in);
+    if (c->reap)
+        conn_reap(c);
+}
+
+/* Takes up the next request, if it is whole and the one before is done.  False: there is none. */
+static bool conn_http1_next(struct conn *c)
+{
+    if (!c->http1 || c->phase != CONN_OPEN || c->streams || c->goaway_sent || c->out.failed || !c->in.len ||
+        conn_pending(c) >= OUT_TARGET / 2)
+        return false;
+    int n = http1_head_len((struct bytes){ c->in.p, c->in.len });
+    if (n == 2) {                     /* RFC 9112 2.2: an empty line before a request is passed over */
+        c->in.len -= 2;
+        memmove(c->in.p, c->in.p + 2, c->in.len);
+    } else if (n > 0) {
+        conn_http1_request(c, (size_t)n, 0);
+    } else if (n == HTTP1_BAD || c->in.len >= HTTP1_HEAD_MAX) {
+        conn_http1_request(c, 0, n == HTTP1_BAD ? 400 : 431);
+    } else {
+        return false;
+    }
+    return true;
+}
+
+static void conn_http1_recv(struct conn *c, struct bytes p)
+{
+    if (!c->in.len)
+        c->opened_ms = c->core->now_ms;
+    if (!c->goaway_sent)
+        buf_put(&c->in, p.p, p.n);
+    c->out.failed |= c->in.failed;
+}
+
 /* What a client is that does not begin with the preface. */
 enum client_kind { CLIENT_UNKNOWN, CLIENT_HTTP1, CLIENT_TLS, CLIENT_OTHER };
+enum { CLIENT_TELLS = 24 };           /* so many bytes tell it */
 
 static enum client_kind client_kind(struct bytes p)
 {
-    enum { ENOUGH = 24, PREFACE_LINE = 14 };
+    enum { PREFACE_LINE = 14 };
     size_t word = 0;
     while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
         word++;
+    bool method = word >= 3 && word < p.n && p.p[word] == ' ';
+    struct bytes target = bytes_from(p, method ? word + 1 : p.n);
     if (p.n >= PREFACE_LINE && memcmp(p.p, preface, PREFACE_LINE) == 0)
         return CLIENT_OTHER;
-    if (p.n > word + 1 && word >= 3 && p.p[word] == ' ' && (p.p[word + 1] == '/' || p.p[word + 1] == '*'))
+    if (target.n && (*target.p == '/' || *target.p == '*' || bytes_start(target, "http")))
         return CLIENT_HTTP1;
     if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03)
         return CLIENT_TLS;
-    bool may_be = word == p.n || (word + 1 == p.n && word >= 3 && p.p[word] == ' ') || (p.n == 1 && p.p[0] == 0x16);
-    return may_be && p.n < ENOUGH ? CLIENT_UNKNOWN : CLIENT_OTHER;
+    bool may_be = word == p.n || (method && memcmp("http", target.p, min_size(target.n, 4)) == 0) ||
+                  (p.n == 1 && p.p[0] == 0x16);
+    return may_be && p.n < CLIENT_TELLS ? CLIENT_UNKNOWN : CLIENT_OTHER;
 }
 
-/* Takes bytes of a client that has no preface until it is plain what it is: a line for the log, and for an HTTP/1
- * request an answer that it understands. */
-static void conn_unknown_client(struct conn *c, struct bytes p)
+/* Takes bytes of a client that has no preface until it is plain what it is; what speaks neither HTTP/2 nor HTTP/1 gets a
+ * line in the log.  Returns how many were taken. */
+static size_t conn_unknown_client(struct conn *c, struct bytes p)
 {
-    static const char body[] =
-        "This port speaks gRPC over HTTP/2 (cvms, the CVMS server for Cocos agents), not HTTP/1.1.\n";
-    buf_put(&c->in, p.p, min_size(p.n, 64));
+    size_t n = min_size(p.n, CLIENT_TELLS - min_size(c->in.len, CLIENT_TELLS));
+    buf_put(&c->in, p.p, n);
     enum client_kind kind = c->in.failed ? CLIENT_OTHER : client_kind((struct bytes){ c->in.p, c->in.len });
-    if (kind == CLIENT_UNKNOWN)
-        return;
-    core_note(c->core, c->peer, kind == CLIENT_HTTP1 ? "an HTTP/1.1 client; this port speaks gRPC over HTTP/2"
-                              : kind == CLIENT_TLS ? "this port speaks plaintext HTTP/2; the client sent a TLS "
-                                "ClientHello: set SERVER_CERT and SERVER_KEY, or turn TLS off at the client"
-                              : "not an HTTP/2 client: no connection preface");
-    if (kind == CLIENT_HTTP1)
-        buf_printf(conn_out(c), "HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
-                                "content-type: text/plain\r\ncontent-length: %zu\r\n\r\n%s", sizeof body - 1, body);
-    if (kind == CLIENT_OTHER) {
+    if (kind == CLIENT_HTTP1) {
+        c->http1 = true;
+        c->phase = CONN_OPEN;
+    } else if (kind == CLIENT_TLS) {
+        core_note(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: set "
+                                    "SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
+        conn_close(c);                /* it would not understand a GOAWAY */
+    } else if (kind == CLIENT_OTHER) {
+        core_note(c->core, c->peer, "not an HTTP/2 client: no connection preface");
         conn_fail(c, PROTOCOL_ERROR, "no connection preface");
-        return;
     }
-    conn_close(c);                    /* neither would understand a GOAWAY */
+    return n;
 }
 
 /* The client's 24 bytes (RFC 9113 3.4); ours follow them.  Returns how many were taken. */
 static size_t conn_preface(struct conn *c, struct bytes p)
 {
     size_t n = min_size(p.n, PREFACE_LEN - c->preface_len);
-    if (c->in.len) {
-        conn_unknown_client(c, p);
-        return p.n;
-    }
+    if (c->in.len)
+        return conn_unknown_client(c, p);
     if (memcmp(p.p, preface + c->preface_len, n) != 0) {
         buf_put(&c->in, preface, c->preface_len);
-        conn_unknown_client(c, p);
-        return p.n;
+        return conn_unknown_client(c, p);
     }
     c->preface_len = (uint8_t)(c->preface_len + n);
     if (c->preface_len == PREFACE_LEN) {
@@ -2886,6 +3132,9 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
         size_t taken;
         if (c->phase == CONN_PREFACE) {
             taken = conn_preface(c, rest);
+        } else if (c->http1) {
+            conn_http1_recv(c, rest);
+            taken = n;
         } else if (c->header_len < FRAME_HEADER_LEN) {
             taken = min_size(n, FRAME_HEADER_LEN - (size_t)c->header_len);
             memcpy(c->header + c->header_len, p, taken);
@@ -2903,14 +3152,10 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
     }
 }
 
-static size_t conn_pending(const struct conn *c)
-{
-    return c->out.len - c->out_sent;
-}
-
+/* Requests of HTTP/1 that wait for the one before hold up those behind them. */
 static bool conn_wants_input(const struct conn *c)
 {
-    return c->phase <= CONN_CLOSING && conn_pending(c) < OUT_HIGH;
+    return c->phase <= CONN_CLOSING && conn_pending(c) < OUT_HIGH && !(c->http1 && c->in.len > HTTP1_HEAD_MAX);
 }
 
 /* Moves what waits to the front of its buffer. */
@@ -2942,7 +3187,9 @@ static size_t conn_peek(struct conn *c, const uint8_t **p)
 {
     if (c->reap)
         conn_reap(c);
-    conn_fill(c);
+    do
+        conn_fill(c);
+    while (conn_http1_next(c));
     if (c->write_closed)
         c->out.len = c->out_sent = 0;
     if (c->out.failed && c->phase != CONN_DEAD) {
@@ -3007,7 +3254,8 @@ static void conn_shutdown(struct conn *c, unsigned status, const char *text)
         conn_abandon(c);
     if (c->phase != CONN_OPEN || c->goaway_sent)
         return;
-    frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
+    if (!c->http1)
+        frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
     c->goaway_sent = true;
     for (struct stream *s = c->streams; s; s = s->next)
         c->on->abort(s, status, text);
@@ -3045,17 +3293,23 @@ static void stuck_fire(struct conn *c)
     conn_abandon(c);
 }
 
+/* The preface with its SETTINGS, or a request head of HTTP/1 that has begun. */
 static int64_t preface_at(const struct conn *c)
 {
-    return c->phase < CONN_CLOSING && !c->settings_seen ? c->opened_ms + PREFACE_MS : NEVER;
+    bool waits = c->http1 ? c->in.len && !c->streams : !c->settings_seen;
+    int64_t from = c->http1 && c->idle_ms > c->opened_ms ? c->idle_ms : c->opened_ms;
+    return c->phase < CONN_CLOSING && waits ? from + PREFACE_MS : NEVER;
 }
 
 static void preface_fire(struct conn *c)
 {
     if (!c->client)
-        core_cap(c->core, c->peer, CAP_PREFACE);
-    conn_end(c, c->client ? NO_ERROR : PROTOCOL_ERROR,
-             c->client ? "no answer in HTTP/2 in time" : "no preface in time");
+        core_cap(c->core, c->peer, c->http1 ? CAP_HEAD : CAP_PREFACE);
+    if (c->http1)
+        conn_http1_request(c, 0, 408);
+    else
+        conn_end(c, c->client ? NO_ERROR : PROTOCOL_ERROR,
+                 c->client ? "no answer in HTTP/2 in time" : "no preface in time");
 }
 
 static int64_t idle_at(const struct conn *c)
@@ -3184,6 +3438,7 @@ struct grpc_method {
     void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
     void (*end)(struct stream *);                             /* the client has sent all */
     void (*drained)(struct stream *);                         /* all that was queued is on its way */
+    bool (*pull)(struct stream *, uint8_t *, size_t);         /* a 200 that is not gRPC: the next n bytes of its body */
     void (*status)(struct stream *, unsigned status, struct bytes text);  /* at a client: the call has ended */
     void (*closed)(struct stream *);                          /* last call */
 };
@@ -3204,10 +3459,48 @@ static void put_fields(struct buf *block, const char *const *list)
             put_field(block, list[0], bytes_of(list[1]));
 }
 
+/* What a request that is not gRPC is answered with. */
+static const struct http_answer {
+    uint16_t status;
+    const char *reason, *text;
+} http_answers[] = {
+    { 200, "OK", NULL },
+    { 400, "Bad Request", "the request is malformed, or has a body in pieces" },
+    { 404, "Not Found", "nothing of this name is here" },
+    { 405, "Method Not Allowed", "the method is not one for this path" },
+    { 408, "Request Timeout", "the request has not come in time" },
+    { 415, "Unsupported Media Type", "POST with content-type application/grpc" },
+    { 431, "Request Header Fields Too Large", "the request's fields are too many or too long" },
+    { 505, "HTTP Version Not Supported", "gRPC needs HTTP/2, all else HTTP/2, 1.1 or 1.0" },
+};
+
+static const struct http_answer *http_answer(const struct stream *s)
+{
+    const struct http_answer *a = http_answers;
+    while (a->status != s->grpc.plain)
+        a++;
+    return a;
+}
+
+/* The head of an answer as HTTP/1 has it (RFC 9112 4); list as below, with the status in front. */
+static void http1_put_head(struct stream *s, const char *const *list)
+{
+    struct buf *out = conn_out(s->conn);
+    buf_printf(out, "HTTP/1.1 %s %s\r\n", list[1], http_answer(s)->reason);
+    for (list += 2; *list; list += 2)
+        if (list[1])
+            buf_printf(out, "%s: %s\r\n", list[0], list[1]);
+    buf_printf(out, "connection: %s\r\n\r\n", s->conn->goaway_sent ? "close" : "keep-alive");
+}
+
 /* Sends such a list, and the metadata behind it, as HEADERS. */
 static void stream_put_fields(struct stream *s, const char *const *list, const char *const *metadata, unsigned flags)
 {
     struct buf block = { 0 };
+    if (s->conn->http1) {
+        http1_put_head(s, list);
+        return;
+    }
     put_fields(&block, list);
     put_fields(&block, metadata);
     s->conn->out.failed |= block.failed;
@@ -3267,22 +3560,32 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
 /* Answers a request that is not gRPC in plain HTTP. */
 static void plain_answer(struct stream *s)
 {
-    static const char body[] = "This port speaks gRPC (cvms, the CVMS server for Cocos agents): POST with content-type "
-                               "application/grpc.\n";
+    const struct http_answer *a = http_answer(s);
+    struct buf body = { 0 };
+    char status[12], length[24];
     if (s->dead)
         return;
-    char status[12], length[12];
-    bool with_body = !s->grpc.no_body;
+    if (a->text)
+        buf_printf(&body, "This port speaks gRPC (cvms, the CVMS server for Cocos agents). %u %s: %s.\n", a->status,
+                   a->reason, a->text);
+    uint64_t n = a->text ? body.len : s->grpc.length;
+    bool empty = s->grpc.no_body || n == 0;
     s->grpc.finishing = s->grpc.headers_sent = true;
-    text_printf(status, sizeof status, "%u", s->grpc.plain);
-    text_printf(length, sizeof length, "%zu", sizeof body - 1);
-    stream_put_fields(s, (const char *[]){ ":status", status, "content-type", "text/plain", "content-length", length,
-                                           "allow", s->grpc.plain == 405 ? "POST" : NULL, NULL },
-                      NULL, with_body ? 0 : END_STREAM);
-    if (with_body)
-        stream_queue(s, blob_copy(BYTES(body)), ITEM_LAST_DATA);
-    else
+    text_printf(status, sizeof status, "%u", a->status);
+    text_printf(length, sizeof length, "%llu", (unsigned long long)n);
+    const char *const list[] = {
+        ":status", status, "content-type", a->text ? "text/plain" : "application/octet-stream",
+        "content-length", length, "allow", a->status == 405 ? s->grpc.allow : NULL, NULL,
+    };
+    stream_put_fields(s, list, NULL, empty ? END_STREAM : 0);
+    if (empty)
         stream_local_end(s);
+    else if (a->text)
+        stream_queue(s, blob_copy((struct bytes){ body.p, body.len }), ITEM_LAST_DATA);
+    else
+        stream_queue_item(s, NULL, n, ITEM_LAST_DATA);
+    s->conn->out.failed |= body.failed;
+    buf_free(&body);
 }
 
 /* Queues one message; takes over the reference to a blob that holds it with its five-byte prefix.  A client's messages
@@ -3388,14 +3691,26 @@ static void grpc_encoding(struct stream *s, struct bytes v)
                 token && v.n ? (const char *)v.p : "unknown");
 }
 
-/* The HTTP status of a request that is not gRPC, 0 if it is. */
-static unsigned grpc_http_status(const struct fields *f)
+static const struct grpc_method *grpc_find(const struct endpoint *e, struct bytes path)
 {
-    if (f->too_large)
-        return 431;
-    if (!bytes_eq(f->value[F_METHOD], BYTES("POST")))
-        return 405;
-    return grpc_content_type(f->value[F_CONTENT_TYPE]) ? 0 : 415;
+    for (size_t i = 0; i < e->method_count; i++)
+        if (bytes_eq(path, bytes_of(e->methods[i].path)))
+            return &e->methods[i];
+    return NULL;
+}
+
+/* The HTTP status of a request that is not gRPC, 0 if it is. */
+static unsigned grpc_http_status(struct stream *s, const struct fields *f)
+{
+    const struct bytes method = f->value[F_METHOD];
+    bool known = grpc_find(s->conn->endpoint, f->value[F_PATH]);
+    s->grpc.no_body = bytes_eq(method, BYTES("HEAD"));
+    if (f->refused || f->too_large)
+        return f->refused ? f->refused : 431;
+    s->grpc.allow = known ? "POST" : "GET, HEAD, POST";
+    if (!bytes_eq(method, BYTES("POST")))
+        return (s->grpc.no_body || bytes_eq(method, BYTES("GET"))) && !known ? 404 : 405;
+    return !grpc_content_type(f->value[F_CONTENT_TYPE]) ? 415 : s->conn->http1 ? 505 : 0;
 }
 
 /* A request: which method, how long it may take, how it is encoded. */
@@ -3404,8 +3719,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     struct core *core = s->conn->core;
     const struct endpoint *e = s->conn->endpoint;
     const struct bytes *v = f->value;
-    s->grpc.plain = (uint16_t)grpc_http_status(f);
-    s->grpc.no_body = bytes_eq(v[F_METHOD], BYTES("HEAD"));
+    s->grpc.plain = (uint16_t)grpc_http_status(s, f);
     if (s->grpc.plain) {
         if (f->too_large && !end)
             plain_answer(s);
@@ -3418,13 +3732,11 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         return;
     }
     s->deadline_ms = core->now_ms + timeout;
-    for (size_t i = 0; i < e->method_count; i++)
-        if (bytes_eq(v[F_PATH], bytes_of(e->methods[i].path))) {
-            s->grpc.method = &e->methods[i];
-            s->grpc.method->open(s, f);
-            return;
-        }
-    grpc_unknown(s, v[F_PATH]);
+    s->grpc.method = grpc_find(e, v[F_PATH]);
+    if (s->grpc.method)
+        s->grpc.method->open(s, f);
+    else
+        grpc_unknown(s, v[F_PATH]);
 }
 
 /* The five bytes before a message are complete: false, and the stream ends, if the message can't be had. */
@@ -3521,6 +3833,11 @@ static void grpc_drained(struct stream *s)
         s->grpc.method->drained(s);
 }
 
+static bool grpc_pull(struct stream *s, uint8_t *p, size_t n)
+{
+    return s->grpc.method && s->grpc.method->pull(s, p, n);
+}
+
 static void grpc_closed(struct stream *s)
 {
     if (s->grpc.method && s->grpc.method->closed)
@@ -3543,8 +3860,8 @@ static void grpc_abort(struct stream *s, unsigned status, const char *text)
 }
 
 static const struct h2_handler grpc_server = {
-    .headers = grpc_request, .data = grpc_data, .end = grpc_server_end, .drained = grpc_drained, .abort = grpc_abort,
-    .closed = grpc_closed,
+    .headers = grpc_request, .data = grpc_data, .end = grpc_server_end, .drained = grpc_drained, .pull = grpc_pull,
+    .abort = grpc_abort, .closed = grpc_closed,
 };
 
 /* ---- The client's side, for `cvms agent` and `cvms health` ---- */

@@ -1340,6 +1340,43 @@ static void fuzz_hpack(struct input *in)
     hpack_free(&h);
 }
 
+/* ---- HTTP/1 ---- */
+static void http1_check(void *arg, struct bytes name, struct bytes value)
+{
+    struct bytes *head = arg;
+    const uint8_t *end = head->p + head->n;
+    MUST(name.n && name.p >= head->p && name.p + name.n < value.p && value.p + value.n < end);
+    for (size_t i = 0; i < name.n; i++)
+        MUST(name.p[i] > ' ' && name.p[i] < 0x7f && name.p[i] != ':' && (name.p[i] < 'A' || name.p[i] > 'Z'));
+    MUST(field_value_ok(value));
+}
+
+/* Request heads, one behind the other; what is found does not hang on how the input is cut. */
+static void fuzz_http1(struct input *in)
+{
+    run_begin();
+    for (int n = 1; n > 0 && in->n;) {
+        struct http1_head h;
+        n = http1_head_len((struct bytes){ in->p, in->n });
+        MUST(n == HTTP1_BAD || (n >= 0 && (size_t)n <= in->n && n <= HTTP1_HEAD_MAX && n != 1));
+        for (size_t cut = 0; cut < in->n && cut < 300; cut++) {
+            int shorter = http1_head_len((struct bytes){ in->p, cut });
+            MUST(shorter == 0 || shorter == n);
+        }
+        if (n <= 2) {
+            take(in, 2);
+            continue;
+        }
+        uint8_t *copy = memcpy((malloc)((size_t)n), in->p, (size_t)n);
+        unsigned status = http1_parse(copy, (size_t)n, &h, http1_check, &(struct bytes){ copy, (size_t)n });
+        MUST(status == 0 || status == 400 || status == 431 || status == 505);
+        MUST(status || (http1_token(h.method) && h.target.n && h.fields <= HTTP1_FIELDS_MAX && h.lengths <= 1));
+        MUST(status || h.hosts == 1 || (h.http10 && h.hosts == 0));
+        (free)(copy);
+        take(in, (size_t)n);
+    }
+}
+
 /* ---- Reflection ---- */
 
 /* The messages of stream 1 in what has been sent: each is a response, and holds what it says it holds. */
@@ -1571,7 +1608,7 @@ static const struct target {
     bool ops;                         /* the input is operations behind four bytes of options */
 } targets[] = {
     { "server", fuzz_server, true }, { "client", fuzz_client, true }, { "tls-server", fuzz_tls_server, true },
-    { "tls-client", fuzz_tls_client, true }, { "hpack", fuzz_hpack, false }, { "protobuf", fuzz_protobuf, false },
+    { "tls-client", fuzz_tls_client, true }, { "hpack", fuzz_hpack, false }, { "http1", fuzz_http1, false }, { "protobuf", fuzz_protobuf, false },
     { "json", fuzz_json, false }, { "reflection", fuzz_reflection, false }, { "pem", fuzz_pem, false },
     { "der", fuzz_der, false }, { "cli", fuzz_cli, false }, { "manifest", fuzz_manifest, false },
 };

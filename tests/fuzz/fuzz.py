@@ -26,8 +26,8 @@ TOP = os.path.dirname(os.path.dirname(HERE))
 CORPUS = os.path.join(HERE, "corpus")
 BUILD = os.path.join(TOP, "build", "fuzz")
 FOUND = os.path.join(BUILD, "found")
-TARGETS = ["server", "client", "tls-server", "tls-client", "hpack", "protobuf", "json", "reflection", "pem", "der", "cli",
-           "manifest"]
+TARGETS = ["server", "client", "tls-server", "tls-client", "hpack", "http1", "protobuf", "json", "reflection", "pem", "der",
+           "cli", "manifest"]
 SANITIZE = "-O1 -g -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
 MAX_LEN = 8192
 passed = failed = skipped = 0

@@ -403,6 +403,7 @@ static int write_seeds(const char *folder)
     seed_links();
     seed_messages();
     seed_texts();
+    seed_write("http1", "get", BYTES("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"));
     seed_hpack_cases();
     return 0;
 }

@@ -9,6 +9,7 @@
  *   C DATA stream=1 | [ 1:{ 1:"text" } ]     payload: hex, "text", zero*N, [ message ], z[ compressed message ], fields
  *   C*100 PING                     so many times; stream=1+2 counts up
  *   C RAW | "GET / HTTP/1.1\r\n"   bytes without a frame
+ *   S RAW HTTP/1.1 404             an answer of HTTP/1, as a line of its own; its line ends are blanks
  *   S RST_STREAM stream=1 CANCEL   what the server must answer, in order.  Words may be left out, but not END_STREAM,
  *                                  ACK, size-update= and grpc-status=.  Nothing else may come.
  *   OUT "line", LOG "part"         the next line on stdout; text that the log must hold by now
@@ -426,11 +427,13 @@ static void run_collect(struct run *r)
         r->preface_seen = true;
         at = PREFACE_LEN;
     }
-    if (r->out.len - at >= 5 && memcmp(r->out.p + at, "HTTP/", 5) == 0) {
-        buf_puts(&r->lines, "S RAW ");
-        put_text(&r->lines, (struct bytes){ r->out.p + at, r->out.len - at }, NULL);
+    if (bytes_start(bytes_from(whole(&r->out), at), "HTTP/1.1 ")) {
+        for (; at < r->out.len; at++) {
+            if (bytes_start(bytes_from(whole(&r->out), at), "HTTP/1.1 "))
+                buf_puts(&r->lines, at ? "\nS RAW " : "S RAW ");
+            buf_putc(&r->lines, r->out.p[at] > ' ' ? r->out.p[at] : ' ');
+        }
         buf_putc(&r->lines, '\n');
-        at = r->out.len;
     }
     for (size_t n; r->out.p && (n = peer_frame(&r->peer, (struct bytes){ r->out.p + at, r->out.len - at }, &r->lines)) != 0;)
         at += n;
