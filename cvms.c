@@ -1680,13 +1680,19 @@ static void put_whom(struct core *core, struct buf *out, unsigned look, const st
     put_blanks(out, from, KIND_COLUMN);
 }
 
+/* Of log lines. */
+static unsigned core_look(const struct core *core)
+{
+    return core->joined ? core->out_look : core->err_look;
+}
+
 /* One line on stderr, with what a peer or a user has put into it made safe. */
 PRINTF_LIKE(3, 0) static void core_vtell(struct core *core, const struct whom *w, const char *fmt, va_list ap)
 {
     char text[2000];
     static const struct whom self = { .name = { (const uint8_t *)"cvms", 4 }, .kind = "server" };
     struct buf *out = core->joined ? &core->out : &core->err;
-    unsigned look = core->joined ? core->out_look : core->err_look;
+    unsigned look = core_look(core);
     bool dim = look & LOOK_COLOR && w->dim;
     size_t before = out->len;
     if (before > (core->joined ? JOINED_MAX : NOTES_MAX)) {
@@ -11698,7 +11704,9 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     put_whom(core, out, core->out_look, &whom);
     put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
     put_entry(out, member->number, string_field(m, msg, how->text), unknown);
+    size_t plain = out->len;
     buf_puts(out, color ? COLOR_DIM : "");
+    size_t dim = out->len;
     for (size_t i = 0; i < m->n; i++) {
         uint32_t number = m->fields[i].number;
         if (number != how->head && number != how->head2 && number != how->text &&
@@ -11708,7 +11716,11 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     buf_puts(out, first ? "" : ")");
     if (unknown)
         put_unknowns_text(out, wire);
-    buf_puts(out, color ? COLOR_OFF "\n" : "\n");
+    if (out->len == dim)
+        out->len = plain;
+    else
+        buf_puts(out, color ? COLOR_OFF : "");
+    buf_putc(out, '\n');
 }
 
 static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
@@ -11968,7 +11980,9 @@ static void process_open(struct stream *s, const struct fields *f)
     if (kind)
         session_kind(session, kind);
     const char *subject = s->conn->subject;
-    process_note(s, true, "connected from %s%s%s", s->conn->peer, subject ? " as " : "", subject ? subject : "");
+    bool cut = core_look(core) & LOOK_BRIEF && session->job_id && strlen(session->job_id) > NAME_BRIEF;
+    process_note(s, true, "connected from %s%s%s%s%s", s->conn->peer, subject ? " as " : "", subject ? subject : "",
+                 cut ? ", job-id " : "", cut ? session->job_id : "");
     if (session->manifest == &server->manifest && *server->delivery.announced)   /* `cvms agent` looks for it, no other */
         grpc_send_headers(s, (const char *[]){ "cvms-delivers", server->delivery.announced, NULL });
     if (kind == KIND_FORWARDER && server->skip_forwarder)

@@ -321,15 +321,19 @@ class Collector:
 
 
 class Server:
-    """`cvms FLAGS` in the background; .address is where it listens, once it says so.  At the end it gets SIGTERM."""
-    def __init__(self, name, *args, base=None, env=None, program=None, command=None, wait=True, reading=True, **kw):
+    """`cvms FLAGS` in the background; .address is where it listens, once it says so.  At the end it gets SIGTERM.
+    screen: the ends, to read and to write, of a terminal or pipe for stdout and stderr together."""
+    def __init__(self, name, *args, base=None, env=None, program=None, command=None, wait=True, reading=True, screen=None, **kw):
         self.name, self.streams = name, []
         kw = {"cwd": W.dir, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **kw}
         command = command or [program or W.cvms, *(W.base if base is None else base), *args]
         self.verdict = "-until" in command  # its status says more than that it ended
-        self.p = subprocess.Popen(command, env=environment(env), stderr=subprocess.PIPE, **kw)
+        both = {"stdout": screen[1], "stderr": screen[1]} if screen else {"stderr": subprocess.PIPE}
+        self.p = subprocess.Popen(command, env=environment(env), **{**kw, **both})
         self.out = Collector(self.p.stdout.fileno(), reading) if self.p.stdout else None
-        self.err = Collector(self.p.stderr.fileno())
+        if screen:
+            os.close(screen[1])
+        self.err = Collector(screen[0] if screen else self.p.stderr.fileno())
         self.address = self.line = self.port = None
         if wait:
             text = self.err.until(r"listening at \S+ with(out TLS| TLS).*\n")
@@ -484,9 +488,9 @@ def log(text, level="INFO", computation="1", time=TIME):
     return field(1, field(1, text) + field(2, computation) + field(3, level) + (field(4, time) if time else b""))
 
 
-def event(name, details=b"", originator="agent"):
+def event(name, details=b"", originator="agent", time=TIME):
     kind, status = name.split("/")
-    return field(2, field(1, kind) + field(2, field(1, 1700000000)) + field(3, "1") + (field(4, details) if details else b"") +
+    return field(2, field(1, kind) + (field(2, time) if time else b"") + field(3, "1") + (field(4, details) if details else b"") +
                  field(5, originator) + field(6, status))
 
 

@@ -7,15 +7,18 @@ system's choice; what is awaited is an event, or a PING's answer.  The last line
 """
 import base64
 import datetime
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import xml.etree.ElementTree as xml
@@ -1158,6 +1161,121 @@ def test_replay_mistakes():
     got, _, err, _ = run("replay, no server", ["agent", "-replay", path, "-wait", "100ms", address])
     same("replay to no server: status", got, 1)
     has("replay to no server", err, "FAILED: can't connect")
+
+
+# ---- What a whole run looks like ----
+
+# <D>, <G> and <Y> begin what is dim, green and yellow, <> ends it; T is a time.
+SCREEN = """\
+cvms: dataset data.csv, 22 bytes, 3b73f3eb6ce2393c0d8a03f093c02464ccbcdd68641911321f316a3d5f1ecc63
+cvms: algorithm algo.py, 75 bytes, e5fbec7f2dca600ade92d0c5564e5e2b06aae1970804627a3c82a494a75376e1
+T cvms      server        cvms_test_server service gRPC server listening at 127.0.0.1:PORT without TLS
+T demo-cvm  agent         <D>connected from 127.0.0.1:PORT<>
+T demo-cvm  agent         <D>manifest sent: 272 bytes<>
+T demo-cvm  agent         ATTESTATION 6 bytes report
+T demo-cvm  log-forwarder <D>connected from 127.0.0.1:PORT<>
+T demo-cvm  log-forwarder <D>manifest sent: 272 bytes<>
+T demo-cvm  log-forwarder DEBUG       two lines:
+    | \tthe second
+T demo-cvm  agent         RUN_RES     accepted
+T demo-cvm  log-forwarder EVENT       Running/Starting
+T demo-cvm  log-forwarder <Y>WARN        <>odd
+T demo-cvm  log-forwarder <Y>EVENT       AlgorithmRun/Warning<><D>  (originator=computation-runner)<>
+T demo-cvm  log-forwarder <G>EVENT       ConsumingResults/Ready<>
+T demo-cvm  log-forwarder <G>EVENT       Complete/Completed<>
+T demo-cvm  log-forwarder <D>stream ended after 6 messages, 217 bytes<>
+T demo-cvm  agent         <D>stream ended after 2 messages, 15 bytes<>
+cvms: <G>PASSED<>: complete reached after N s (exit status 0)
+cvms:   demo-cvm: connected N, accepted N, running N, ready N, complete N s
+cvms:      8 messages, 232 bytes
+"""
+JSON_LINES = [("agent", '{"vTPMattestationReport":{"file":"cmVwb3J0"}}'),
+              ("log-forwarder", r'{"agentLog":{"message":"two lines:\n\tthe second","computationId":"1","level":"DEBUG"}}'),
+              ("agent", '{"runRes":{"computationId":"1"}}'),
+              *(("log-forwarder", x) for x in (
+                  '{"agentEvent":{"eventType":"Running","computationId":"1","details":"e30=","originator":"agent","status":"Starting"}}',
+                  '{"agentLog":{"message":"odd","computationId":"1","level":"WARN"}}',
+                  '{"agentEvent":{"eventType":"AlgorithmRun","computationId":"1","details":"e30=","originator":"computation-runner",'
+                  '"status":"Warning"}}',
+                  '{"agentEvent":{"eventType":"ConsumingResults","computationId":"1","details":"e30=","originator":"agent",'
+                  '"status":"Ready"}}',
+                  '{"agentEvent":{"eventType":"Complete","computationId":"1","details":"e30=","originator":"agent","status":"Completed"}}'))]
+RFC3339, CLOCK = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", r"\d\d:\d\d:\d\d\.\d{3}"
+
+
+def a_run(name, time, *args, screen=None, **kw):
+    """What the server shows of one run, agent and log-forwarder taking turns, with times and ports masked: stdout, stderr."""
+    with Server(name, *args, "-until", "complete", "-timeout", "20s", base=["-algo-path", "algo.py", "-data-paths", "data.csv",
+                *W.required], cwd=os.path.dirname(W.algo), screen=screen, **kw) as s:
+        a = s.open([("job-id", "demo-cvm")])
+        a.send(harness.ATTESTATION)
+        a.sync()
+        f = s.open([("job-id", "demo-cvm"), ("connection-type", "log-forwarder")])
+        plain = {"details": b"{}", "time": b""}
+        for by, messages in ((f, [log("two lines:\n\tthe second", "DEBUG", time=b"")]), (a, [ACCEPTED]), (f, [event("Running/Starting", **plain), log("odd", "WARN", time=b"")]),
+                             (f, [event("AlgorithmRun/Warning", originator="computation-runner", **plain)]),
+                             (f, [event("ConsumingResults/Ready", **plain)]), (f, [event("Complete/Completed", **plain)])):
+            by.send(*messages)
+            by.sync()
+        same(f"{name}: status", s.wait(), 0)
+        text = [x.text() if x else "" for x in (s.out, s.err)]
+    ends = (r"(.* agent .*stream ended.*\n)(.* log-forwarder .*stream ended.*\n)", r"\2\1")      # in either order
+    for a, b in ((time, "T"), (r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"), (r"\b\d+\.\d{3}\b", "N"), ("\r\n", "\n"), ends):
+        text = [re.sub(a, b, x) for x in text]
+    return text
+
+
+def terminal(columns):
+    """A pty of so many columns: the ends to read and to write."""
+    ends = pty.openpty()
+    fcntl.ioctl(ends[1], termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return ends
+
+
+def test_screens():
+    plain = re.sub("<.?>", "", SCREEN)
+    colored = SCREEN
+    for letter, code in (("D", 2), ("G", 32), ("Y", 33), ("", 0)):
+        colored = colored.replace(f"<{letter}>", f"\x1b[{code}m")
+    for columns in (80, 160):
+        shown = a_run(f"screen of {columns}", CLOCK, screen=terminal(columns), env={"TERM": "xterm"})[1]
+        same(f"screen of {columns}", shown.splitlines(), colored.splitlines())
+    same("screen without colour", a_run("screen without colour", CLOCK, screen=terminal(80), env={"TERM": "dumb"})[1], plain)
+    same("screen in a pipe", a_run("screen in a pipe", RFC3339, screen=os.pipe())[1], plain)
+    lines = re.findall(r".*\n(?: +\| .*\n)*", plain)
+    messages = [x for x in lines if re.match(r"T .* (ATTESTATION|RUN_RES|EVENT|DEBUG|WARN) ", x)]
+    out, err = a_run("screen in two pipes", RFC3339)
+    same("screen in two pipes: stdout", out, "".join(messages))
+    same("screen in two pipes: stderr", err, "".join(x for x in lines if x not in messages))
+    record = os.path.join(temp(), "record")
+    out, err = a_run("screen, json", RFC3339, "-output", "json", "-record", record)
+    wanted = "".join('{"time":"T","peer":"127.0.0.1:PORT","stream":"%s","job_id":"demo-cvm","message":%s}\n' % x for x in JSON_LINES)
+    same("screen, json: stdout", out, wanted)
+    same("screen, json: stderr", err, "".join(x for x in lines if x not in messages))
+    received = [x for x in read(record).decode().splitlines() if '"message":' in x]
+    same("screen, json: -record is the same", [re.sub(RFC3339, "T", re.sub(r"1:\d+", "1:PORT", x)) for x in received], wanted.splitlines())
+    widest = max(map(len, re.sub("^T", "00:00:00.000", plain, flags=re.M).replace("PORT", "65535").splitlines()))
+    check("screen: no line wraps at 120 columns", widest <= 120, widest, "at most 120")
+
+
+def test_names():
+    """Who shares a name is told apart by a number; a name too long for a terminal loses its middle."""
+    uuid = "6f1c2b7e-0f3a-4f5e-9d1b-2a7e4c1e9f3b"
+    for name, screen, long in (("names in a pipe", os.pipe(), uuid), ("names on a terminal", terminal(80), "6f1c2b7~c1e9f3b")):
+        with Server(name, screen=screen) as s:
+            first, second = s.agent("vm"), s.agent("vm")
+            s.both()
+            s.both(uuid)
+            s.forwarder("vm")
+            second.close()
+            s.err.until("stream ended")
+            s.agent("vm")
+            text = s.err.until("vm/2 +agent +connected", times=2) or s.err.text()
+            whose = [tuple(x) for x in re.findall(r"^\S+ (\S+) +(\S+) +(?:\x1b\[2m)?connected", text, re.M)]
+            same(name, whose, [("vm", "agent"), ("vm/2", "agent"), ("127.0.0.1", "stream"), ("127.0.0.1", "stream"), (long, "agent"),
+                               (long, "log-forwarder"), ("vm", "log-forwarder"), ("vm/2", "agent")])
+            has(f"{name}: where the whole name is said", text, "connected from .*" + uuid) if long != uuid else None
+            first.close()
 
 
 # ---- The README's CI jobs ----
