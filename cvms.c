@@ -7538,7 +7538,8 @@ static void options_version(struct buf *out)
     const char *compiler = "unknown";
 #endif
     unsigned sha3 = sha3_features();
-    buf_printf(out, "cvms " CVMS_VERSION "\ncompiler: %s\n", compiler);
+    size_t n = strlen(compiler);      /* clang's ends in a blank */
+    buf_printf(out, "cvms " CVMS_VERSION "\ncompiler: %.*s\n", (int)(n - (compiler[n - 1] == ' ')), compiler);
 #if defined(__GLIBC__)
     buf_printf(out, "C library: glibc %d.%d\n", __GLIBC__, __GLIBC_MINOR__);
 #else
@@ -9659,7 +9660,7 @@ static void set_agent_config(struct manifest *m, struct options *o, struct repor
         config->client_ca_file = bytes_of(o->client_ca_file);
     if (o->attested_tls)
         config->attested_tls = parse_flag(r, USAGE, "attested-tls-bool", o->attested_tls);
-    else if (!o->manifest)
+    else if (!o->manifest && !option_given(o, "attested-tls-bool"))
         tell(r, USAGE, "-attested-tls-bool is missing: give true if agents are to serve attested TLS, else false");
 }
 
@@ -9750,7 +9751,7 @@ static void check_inputs(const struct manifest *m, struct report *r)
         if (fd >= 0)
             close(fd);
         else if (*path)
-            tell(r, START, "-%s: %s", flag, e.text);
+            tell(r, START, "-%s: %s%s", flag, e.text, *path == ' ' ? " (it begins with a blank)" : "");
     }
 }
 
@@ -9917,7 +9918,8 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
     if (present(o->public_key_path))
         m->key = load_key(o, r, "public-key-path", o->public_key_path);
     else if (!o->manifest && !m->key.n && !r->start && !r->usage)
-        tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users");
+        tell(r, USAGE, "-public-key-path is missing: give the PEM file with the public key of the users, or -deliver upload, "
+             "which makes a key");
     set_datasets(m, o, r);
     set_algorithm(m, o, r);
     set_consumers(m, o, r);
@@ -10366,7 +10368,7 @@ static void verdict_timeout(struct verdict *v, unsigned done)
     buf_printf(&v->why, "%s%s after " SECONDS " s", stage ? stage_names[v->until] : "not all expected events seen",
                stage ? " not reached" : "", SECONDS_OF(v->timeout_ms - v->start_ms));
     if (!v->hosts)
-        buf_puts(&v->why, ": no agent connected");
+        buf_puts(&v->why, ": no agent connected: is one running, with this server in its AGENT_CVM_GRPC_URL?");
     else if (v->agents > 1)
         buf_printf(&v->why, ": %u of %u agents got there", done, v->agents);
     for (const struct host *h = v->hosts; h; h = h->next)
@@ -14122,11 +14124,15 @@ int main(int argc, char **argv)
             return 1;
     struct report r = { 0 };
     signals_handle(on_signal_end);
-    size_t command = argc > 1 ? ROW_FIND(command_table, bytes_of(argv[1])) : COMMANDS;
-    int at = command < COMMANDS ? 2 : 1;
+    o.help = argc > 1 && strcmp(argv[1], "help") == 0;
+    int at = o.help ? 2 : 1;
+    size_t command = argc > at ? ROW_FIND(command_table, bytes_of(argv[at])) : COMMANDS;
     if (command < COMMANDS)
-        o.command = command_table[command].command;
-    o.help = argc == 2 && strcmp(argv[1], "help") == 0;
+        o.command = command_table[command].command, at++;
+    if (argc < 2) {
+        tell(&r, USAGE, "no flags: cvms -h shows which are needed, with examples");
+        return 2;
+    }
     options_parse(&r, &o, argv + at, (size_t)(argc > at ? argc - at : 0));
     if (o.help || o.help_short || o.version) {
         struct buf out = { 0 };

@@ -298,6 +298,7 @@ def test_help():
             same(f"help {args}: nothing on stderr", r.err, "")
     short, r = run("help", ["-h"]).out, run("help", ["-help"])
     same("help: a word for it", run("help", ["help"]).out, r.out)
+    same("help: a word for it, and a command", run("help", ["help", "agent"]).out, run("help", ["agent", "-help"]).out)
     same("-h of a command: its help", run("help", ["agent", "-h"]).out, run("help", ["agent", "-help"]).out)
     check("-h: a screen", len(short.splitlines()) <= 40, len(short.splitlines()), "at most 40 lines")
     has("-h: the rest", short, "cvms -help", "COMMAND -h")
@@ -437,6 +438,66 @@ def test_mistakes_usage():
         has(f"no command {words}", r.err, re.escape(f'"{words[0]}"'), "agent, manifest, checksum, health, encrypt, decrypt", "-help")
     for port in ("abc", "-1", "65536", "7001x", "0x10", " 80", "1e3", "99999999999999999999"):
         refused(f"usage: PORT {port!r}", base, 2, ["PORT", re.escape(port), "65535"], {"PORT": port})
+
+
+def test_newcomer():
+    """The likeliest first mistakes: all that is said of each, a line or two."""
+    d = temp("newcomer")
+    harness.shell(f"cp {W.algo} {W.data} {d}; openssl genrsa -out private.pem 2048; openssl rsa -in private.pem -pubout -out pub.pem; "
+          "ssh-keygen -q -t rsa -N '' -f id", cwd=d)
+    key, no = ["-public-key-path", "pub.pem", "-attested-tls-bool", "false"], "-attested-tls-bool is missing: give true if agents are " \
+        "to serve attested TLS, else false"
+    base = ["-algo-path", "algo.py", *key]
+    named = "is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see cvms -help"
+    pem = 'not a public key in PEM ("BEGIN PUBLIC KEY"); make one with:'
+    rows = [
+        ("nothing", 2, [], ["no flags: cvms -h shows which are needed, with examples"]),
+        ("a word for the server", 2, ["server"], ['"server" is no command: the server needs no word, only its flags; see cvms -help']),
+        ("a word of another program", 2, ["up"], [f'"up" {named}']),
+        ("a command misspelt", 2, ["agnet"], ['"agnet" is no command: did you mean agent?']),
+        ("a flag misspelt", 2, [*base, "-utnil", "ready"], ["unknown flag -utnil: did you mean -until?"]),
+        ("the port as a flag", 2, [*base, "-port", "7001"], ["there is no flag -port: set PORT, as in PORT=7001 cvms FLAGS"]),
+        ("a file that is not there", 1, ["-algo-path", "algo.pi", *key], ["-algo-path: algo.pi: No such file or directory"]),
+        ("a private key for the public one", 1, ["-algo-path", "algo.py", "-public-key-path", "private.pem", *key[2:]],
+         [f"-public-key-path: private.pem: is a private key, to be kept to yourself, {pem} openssl pkey -in private.pem -pubout"]),
+        ("a key of ssh", 1, ["-algo-path", "algo.py", "-public-key-path", "id.pub", *key[2:]],
+         [f"-public-key-path: id.pub: is an OpenSSH public key, {pem} ssh-keygen -e -m PKCS8 -f id.pub"]),
+        ("no key at all", 2, ["-algo-path", "algo.py"],
+         ["-public-key-path is missing: give the PEM file with the public key of the users, or -deliver upload, which makes a key", no]),
+        ("a value forgotten", 2, ["-algo-path", "algo.py", *key[:2], "-attested-tls-bool"],
+         ["-attested-tls-bool needs a value: -attested-tls-bool BOOL"]),
+        ("a flag for a value", 2, [*base, "-until", "-timeout", "5m"],
+         ['warning: -until: its value "-timeout" looks like a flag; if it is one, give -until its value STAGE',
+          '"5m" is not a flag (flags end at the first word without a dash); see cvms -help',
+          '-until: "-timeout" is not known; use connected, accepted, running, ready or complete']),
+        ("a list with blanks", 2, [*base, "-data-paths", "data.csv", "data.csv"],
+         ['"data.csv" is not a flag (flags end at the first word without a dash); see cvms -help']),
+        ("a blank behind a comma", 1, [*base, "-data-paths", "data.csv, data.csv"],
+         ["-data-paths:  data.csv: No such file or directory (it begins with a blank)"]),
+        ("a number of seconds", 2, [*base, "-until", "ready", "-timeout", "60"],
+         ['-timeout: "60" has no unit; write it like 90s or 2m30s']),
+        ("a stage that is none", 2, [*base, "-until", "done"],
+         ['-until: "done" is not known; use connected, accepted, running, ready or complete']),
+        ("no stage for a report", 2, [*base, "-report", "r.xml"], ["-report: there is no verdict; add -until STAGE"]),
+        ("a host with a port", 2, {"HOST": "localhost:7001"},
+         ['HOST: "localhost:7001" has a port, which goes into PORT: set HOST=localhost PORT=7001']),
+        ("a URL for an agent", 2, ["agent", "http://localhost:7001"],
+         ['"http://localhost:7001" is not an address; it is no URL here: leave out what comes before the host, and write it like '
+          "localhost:7001 or [::1]:7001"]),
+    ]
+    for name, status, args, lines in rows:
+        r = run(f"newcomer: {name}", base if isinstance(args, dict) else args, args if isinstance(args, dict) else None, cwd=d)
+        same(f"newcomer: {name}: status", r.status, status)
+        same(f"newcomer: {name}", r.err.splitlines(), [f"cvms: {x}" for x in lines])
+        same(f"newcomer: {name}: nothing on stdout", r.out, "")
+    with Server("newcomer: a port that is taken", base=["-algo-path", W.algo, *W.required]) as s:
+        r = run("newcomer: a port that is taken", base, {"PORT": str(s.port)}, cwd=d)
+        same("newcomer: a port that is taken", r.err, f"cvms: HOST, PORT: can't listen at 127.0.0.1 port {s.port}: Address already in use; "
+             "another program has it: set PORT to a free one, or to 0 for any\n")
+    r = run("newcomer: no agent", [*base, "-until", "ready", "-timeout", "100ms"], cwd=d)
+    same("newcomer: no agent: status", r.status, 4)
+    same("newcomer: no agent", r.err.splitlines()[-1], "cvms: TIMED OUT: ready not reached after 0.100 s: no agent connected: is one "
+         "running, with this server in its AGENT_CVM_GRPC_URL? (exit status 4)")
 
 
 def test_mistakes_files():
