@@ -1581,6 +1581,11 @@ enum cap {
     CAP_HOSTS, CAPS
 };
 
+struct bucket {
+    int32_t used;
+    int64_t at_ms;
+};
+
 struct core {
     int64_t now_ms;                   /* monotonic; set by the loop before it calls anything here */
     int64_t wall_ms;                  /* Unix time, for what is shown */
@@ -1591,6 +1596,8 @@ struct core {
     const char *role;                 /* what this program is: "agent", "health"; NULL: the server */
     bool joined;                      /* both are one file: all lines go by way of out, in their order */
     unsigned long notes_lost;         /* lines that stderr did not take in time */
+    struct bucket strangers;          /* lines of connections that come to nothing, which anybody can make, */
+    unsigned long left_out;           /* and those that it left out since the last one */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
     bool recording;
     struct buf record;                /* lines on their way to -record's file */
@@ -1798,6 +1805,49 @@ static const struct {
     [CAP_HOSTS]          = { "agent hosts that are told apart", MAX_HOSTS, 0, "the verdict passes over the new one" },
 };
 
+/* Takes a token of a bucket that holds max and gets per_s of them a second.  False: none is left. */
+static bool bucket_take(struct bucket *b, int64_t now_ms, int32_t max, int32_t per_s)
+{
+    int64_t back = (now_ms - b->at_ms) * per_s / 1000;
+    if (back >= b->used) {
+        b->used = 0;
+        b->at_ms = now_ms;
+    } else {
+        b->used -= (int32_t)back;
+        b->at_ms += back * 1000 / per_s;
+    }
+    bool taken = b->used < max;
+    b->used += taken;
+    return taken;
+}
+
+enum { STRANGERS_MAX = 20, STRANGERS_PER_S = 5 };
+
+/* Whether there is room for a line that a stranger has caused, or it has to be; what was left out is told first. */
+static bool core_strangers(struct core *core, bool end)
+{
+    if (!bucket_take(&core->strangers, core->now_ms, STRANGERS_MAX, STRANGERS_PER_S) && !end)
+        return false;
+    if (core->left_out)
+        core_note(core, NULL, "%lu more lines about connections that failed are left out", core->left_out);
+    core->left_out = 0;
+    return true;
+}
+
+/* A line about a connection that fails, or a call that is refused, by its peer's fault. */
+PRINTF_LIKE(3, 4) static void core_fault(struct core *core, const char *peer, const char *fmt, ...)
+{
+    char text[600];
+    va_list ap;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    if (core_strangers(core, false))
+        core_note(core, peer, "%s", text);
+    else
+        core->left_out++;
+}
+
 /* A peer (NULL: none in particular) has gone over a cap: one line a second for each cap. */
 static void core_cap(struct core *core, const char *peer, enum cap cap)
 {
@@ -1811,11 +1861,6 @@ static void core_cap(struct core *core, const char *peer, enum cap cap)
         text_printf(value, sizeof value, " (%ld)", (long)caps[cap].max);
     core_note(core, peer, "over the cap on %s%s: %s", caps[cap].name, value, caps[cap].effect);
 }
-
-struct bucket {
-    int32_t used;
-    int64_t at_ms;
-};
 
 /* Bytes that several streams send at once: the manifest, a descriptor.  Freed with its last reference. */
 struct blob {
@@ -2074,7 +2119,7 @@ static void conn_fail(struct conn *c, enum h2_error code, const char *why)
     if (c->phase >= CONN_CLOSING)
         return;
     if (c->phase == CONN_OPEN && !c->client)   /* a client's calls tell it */
-        core_note(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
+        core_fault(c->core, c->peer, "the connection ends: %s: %s (%s frame on stream %lu)", h2_error_names[code], why,
                   c->frame.type < FRAME_TYPES ? frame_rules[c->frame.type].name : "unknown",
                   (unsigned long)c->frame.stream_id);
     conn_end(c, code, why);
@@ -2092,19 +2137,8 @@ static void conn_over_cap(struct conn *c, enum cap cap)
 /* Takes a token of a cap.  False: none left, and the connection has been ended with ENHANCE_YOUR_CALM. */
 static bool conn_spend(struct conn *c, enum cap cap)
 {
-    struct bucket *b = &c->bucket[cap];
-    int64_t back = (c->core->now_ms - b->at_ms) * caps[cap].per_s / 1000;
-    if (back >= b->used) {
-        b->used = 0;
-        b->at_ms = c->core->now_ms;
-    } else {
-        b->used -= (int32_t)back;
-        b->at_ms += back * 1000 / caps[cap].per_s;
-    }
-    if (b->used < caps[cap].max) {
-        b->used++;
+    if (bucket_take(&c->bucket[cap], c->core->now_ms, caps[cap].max, caps[cap].per_s))
         return true;
-    }
     conn_over_cap(c, cap);
     return false;
 }
@@ -2331,7 +2365,7 @@ static void stream_emit(struct stream *s)
     free(i);
     if (end)
         stream_local_end(s);
-    else if (!s->head)
+    else if (!s->head || s->head->kind == ITEM_TRAILERS)
         c->on->drained(s);
 }
 
@@ -3098,11 +3132,11 @@ static size_t conn_unknown_client(struct conn *c, struct bytes p)
         c->http1 = true;
         c->phase = CONN_OPEN;
     } else if (kind == CLIENT_TLS) {
-        core_note(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: set "
-                                    "SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
+        core_fault(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: set "
+                                     "SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
         conn_close(c);                /* it would not understand a GOAWAY */
     } else if (kind == CLIENT_OTHER) {
-        core_note(c->core, c->peer, "not an HTTP/2 client: no connection preface");
+        core_fault(c->core, c->peer, "not an HTTP/2 client: no connection preface");
         conn_fail(c, PROTOCOL_ERROR, "no connection preface");
     }
     return n;
@@ -3253,18 +3287,21 @@ static void conn_cut(struct conn *c)
     conn_close(c);
 }
 
-/* Ends in good order: GOAWAY, and every stream gets this status (RFC 9113 6.8). */
+/* Ends in good order: every stream gets this status, and then comes GOAWAY (RFC 9113 6.8). */
 static void conn_shutdown(struct conn *c, unsigned status, const char *text)
 {
     if (c->phase == CONN_PREFACE)
         conn_abandon(c);
     if (c->phase != CONN_OPEN || c->goaway_sent)
         return;
-    if (!c->http1)
-        frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
     c->goaway_sent = true;
     for (struct stream *s = c->streams; s; s = s->next)
         c->on->abort(s, status, text);
+    struct stream *next;
+    for (uint32_t n = c->stream_count; n && (next = conn_next_sendable(c)); n--)   /* so that they are read first */
+        stream_emit(next);
+    if (!c->http1)
+        frame_put_goaway(conn_out(c), c->last_id, NO_ERROR, "");
 }
 
 /* Everything has been said, or can't be: the loop closes the connection. */
@@ -3745,6 +3782,14 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         grpc_unknown(s, v[F_PATH]);
 }
 
+/* A message that can't be had ends its stream, and at a server leaves a line. */
+static void grpc_refuse(struct stream *s, unsigned status, const char *text)
+{
+    if (!s->conn->client)
+        core_fault(s->conn->core, s->conn->peer, "stream %lu: %s", (unsigned long)s->id, text);
+    s->conn->on->abort(s, status, text);
+}
+
 /* The five bytes before a message are complete: false, and the stream ends, if the message can't be had. */
 static bool grpc_prefix(struct stream *s)
 {
@@ -3754,9 +3799,9 @@ static bool grpc_prefix(struct stream *s)
     if (s->grpc.prefix[0] == 1 && *s->grpc.encoding) {
         text_printf(text, sizeof text, "grpc: a message is compressed with %s, which is not supported",
                     s->grpc.encoding);
-        s->conn->on->abort(s, GRPC_UNIMPLEMENTED, text);
+        grpc_refuse(s, GRPC_UNIMPLEMENTED, text);
     } else if (s->grpc.prefix[0] != 0) {
-        s->conn->on->abort(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
+        grpc_refuse(s, GRPC_INTERNAL, "grpc: a message flagged as compressed without a grpc-encoding");
     } else if (s->grpc.message_len > max) {
         text_printf(text, sizeof text, "grpc: received message larger than max (%lu vs. %zu)",
                     (unsigned long)s->grpc.message_len, max);
@@ -5810,7 +5855,7 @@ static void link_tls_state(struct link *k)
         k->conn.why = tls_why(k->tls);
         k->conn.error = INADEQUATE_SECURITY;
     } else if (state == TLS_FAILED) {
-        core_note(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
+        core_fault(core, k->conn.peer, "TLS: %s", tls_why(k->tls));
     }
     conn_cut(&k->conn);
 }
@@ -5873,7 +5918,7 @@ static void link_eof(struct link *k)
                         ? "the server closed the connection before HTTP/2 began; if it wants TLS, give -ca"
                         : "the connection was closed by the server";
     else if (handshake)
-        core_note(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
+        core_fault(&k->loop->core, k->conn.peer, "TLS: the peer went away during the handshake");
     conn_eof(&k->conn);
     if (handshake)
         conn_abandon(&k->conn);       /* what waits to be encrypted never will be */
@@ -6496,6 +6541,8 @@ static int loop_run(struct loop *l)
             loop_goodbye(l);
         if (l->core.touched)
             loop_flush_all(l);
+        if (l->core.left_out)
+            core_strangers(&l->core, l->stopping);
         sink_flush(l, &l->out);
         sink_flush(l, &l->record);
         sink_flush(l, &l->err);
@@ -11530,7 +11577,7 @@ static const struct {
     { "Completed", COLOR_GREEN }, { "Ready", COLOR_GREEN },
 };
 
-static void put_hex(struct buf *out, struct bytes b)
+static void put_as_hex(struct buf *out, struct bytes b)
 {
     for (size_t i = 0; i < b.n; i++)
         buf_printf(out, "%02x", b.p[i]);
@@ -11543,7 +11590,7 @@ static void put_first_bytes(struct buf *out, struct bytes b, size_t most)
     if (bytes_printable(first))
         buf_put(out, first.p, first.n);
     else
-        put_hex(out, first);
+        put_as_hex(out, first);
     buf_puts(out, first.n < b.n ? "..." : "");
 }
 
@@ -12036,7 +12083,7 @@ static void process_drained(struct stream *s)
 {
     const struct faults *faults = server_of(s)->manifest.faults;
     struct session *session = s->user;
-    if (!session || s->grpc.finishing || session->announced)
+    if (!session || session->announced)
         return;
     session->announced = true;
     process_note(s, true, "manifest sent: %zu bytes", session->manifest->len);
@@ -12657,7 +12704,7 @@ static void put_member(struct buf *out, const struct pb_field *f, const void *it
     } else {
         if (b.n != SHA3_256_LEN)
             buf_printf(out, b.n > REPORT_BYTES ? "%zu bytes ..." : "%zu bytes ", b.n);
-        put_hex(out, b.n == SHA3_256_LEN || b.n < REPORT_BYTES ? b : bytes_from(b, b.n - REPORT_BYTES));
+        put_as_hex(out, b.n == SHA3_256_LEN || b.n < REPORT_BYTES ? b : bytes_from(b, b.n - REPORT_BYTES));
     }
     buf_putc(out, '\n');
 }

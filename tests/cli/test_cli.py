@@ -1793,6 +1793,21 @@ def test_health_answers():
             same(f"health answer: {name}: one line", len(r.err.splitlines()), 1)
 
 
+def test_strangers():
+    """Connections that come to nothing have a line each, but not without a limit: the others are counted."""
+    with Server("strangers") as s:
+        for _ in range(60):
+            with socket.create_connection(s.address.rsplit(":", 1)) as c:
+                c.sendall(b"garbage, not HTTP/2, and long enough\r\n\r\n")
+                while c.recv(4096):
+                    pass
+        same("strangers: health", run("health", ["health", s.address]).status, 0)
+        s.stop()
+        lines = len(re.findall("no connection preface", s.err.text()))
+        check("strangers: lines", 20 <= lines <= 30, lines, "20 and a few")
+        same("strangers: all counted", lines + sum(map(int, re.findall(r"(\d+) more lines about", s.err.text()))), 60)
+
+
 def test_wait_until_ready():
     """-wait goes on while the server is not ready: it hangs up, refuses, is UNAVAILABLE.  -timeout ends a try."""
     refusals = [None, frame(RST, 0, 1, struct.pack(">I", 7)), frame(GOAWAY, 0, 0, struct.pack(">II", 0, 0)),

@@ -28,6 +28,7 @@ static void core_reset(void)
     core.out.len = core.err.len = 0;
     core.out.failed = core.err.failed = false;
     memset(core.cap_told_ms, 0, sizeof core.cap_told_ms);
+    core.strangers = (struct bucket){ 0 };
     serving.max_message = 4 << 20;
     core.app = &server;
     pb_arena_reset(&core.arena);
