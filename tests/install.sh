@@ -3,7 +3,7 @@
 # Run as root, or with sudo.  On another system install the same by its own means; what is missing is skipped by name.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-packages="gcc clang llvm libclang-rt-dev binutils valgrind cppcheck make libbearssl-dev musl-tools python3 python3-venv openssl curl nghttp2-client golang nodejs npm"
+packages="gcc clang llvm libclang-rt-dev binutils valgrind cppcheck make libbearssl-dev musl-tools python3 python3-venv openssl openssh-client curl nghttp2-client golang nodejs npm"
 missing=
 for p in $packages; do
     case $p in

@@ -27,7 +27,8 @@ fi
 command -v go >/dev/null 2>&1 || { echo "install.sh: Go is needed: https://go.dev/dl" >&2; exit 1; }
 if ! (cd "$here/go" && go mod edit -json >/dev/null 2>&1); then # before 1.21 Go fetches no newer one of itself
     module=golang.org/toolchain@v0.0.1-go1.26.0.$(go env GOOS)-$(go env GOARCH)
-    newer=$(cd / && go mod download -json "$module" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
+    got=$(cd / && go mod download -json "$module") || printf '%s\n' "$got" >&2
+    newer=$(printf '%s\n' "$got" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
     chmod -R +x "${newer:?install.sh: Go 1.26 or newer is needed: https://go.dev/dl}/bin" "$newer/pkg/tool"
     PATH=$newer/bin:$PATH
 fi
@@ -51,6 +52,6 @@ fi
 wanted=$(cksum <"$here/js/package-lock.json")
 if ! fresh js "$wanted" || ! [ -d "$tools/js/node_modules/@grpc/grpc-js" ]; then
     cp "$here/js/package.json" "$here/js/package-lock.json" "$tools/js/"
-    (cd "$tools/js" && npm ci --silent --no-audit --no-fund --ignore-scripts)
+    (cd "$tools/js" && npm ci --loglevel=error --no-audit --no-fund --ignore-scripts)
     done_ js "$wanted"
 fi
