@@ -11323,8 +11323,10 @@ static struct bytes delivery_public(const struct delivery *d, struct options *o)
 {
     struct buf b = { 0 };
     struct bytes key = { 0 };
-    if (d->key && user_key_public(d->key, &b))
-        key = (struct bytes){ memcpy(keep(o, b.len), need(b.p), b.len), b.len };
+    if (d->key) {
+        need(user_key_public(d->key, &b) ? b.p : NULL);
+        key = (struct bytes){ memcpy(keep(o, b.len), b.p, b.len), b.len };
+    }
     buf_free(&b);
     return key;
 }
@@ -11334,10 +11336,11 @@ static const char *delivery_signature(const struct delivery *d, struct options *
 {
     struct buf b = { 0 }, text = { 0 };
     char *kept = "";
-    if (d->key && user_key_sign(d->key, bytes_of(roles[role].user_id), &b)) {
+    if (d->key) {
+        need(user_key_sign(d->key, bytes_of(roles[role].user_id), &b) ? b.p : NULL);
         pb_base64(&text, (struct bytes){ b.p, b.len });
         buf_putc(&text, 0);
-        kept = memcpy(keep(o, text.len), need(text.p), text.len);
+        kept = memcpy(keep(o, text.len), need(text.failed ? NULL : text.p), text.len);
     }
     buf_free(&b);
     buf_free(&text);
@@ -13043,7 +13046,7 @@ static void service_open(struct stream *s, const struct fields *f)
     else if (role == ROLE_ALGORITHM && !f->value[F_ALGO_TYPE].p)
         agent_fail(a, "an algorithm came without the metadata algo_type: a real agent panics of that");
     else if (!(s->user = calloc(1, sizeof(struct upload))))
-        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        service_refuse(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
     else
         sha3_256_init(&((struct upload *)s->user)->hash, sha3_features());
 }
@@ -13166,7 +13169,7 @@ static void result_end(struct stream *s)
     }
     put_results(&zip);
     if (zip.failed) {
-        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+        service_refuse(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
     } else {
         text_printf(size, sizeof size, "%zu", zip.len);
         grpc_send_headers(s, (const char *[]){ "file-size", size, NULL });
