@@ -373,6 +373,7 @@ def plain(text):
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
     text = re.sub(r"^SHA3: .*", "SHA3: as the processor has it", text, flags=re.M)   # valgrind's has no AVX-512
     text = re.sub(r"(127\.0\.0\.1|\[::1\]|localhost):\d+", "ADDRESS", text)
+    text = re.sub(r"(127\.0\.0\.1|\[::1\]) *", "HOST ", text)
     text = re.sub(r'"(stream|seconds|nanos)": ?"?\d+"?', r'"\1": N', text)
     text = re.sub(r'(time(stamp)?)="[^"]*"', r"\1=T", text)
     text = re.sub(r'"stream":"[^"]*"(,"job_id":"[^"]*")?,"sent":{"runReqChunks"', 'MANIFEST', text)   # to whom comes first
