@@ -13,6 +13,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -1278,13 +1280,16 @@ def test_names():
             first.close()
 
 
-# ---- The README's CI jobs ----
+# ---- The README's commands; those of the modes run in clients, those of TLS in tls ----
+
+def readme():
+    with open(harness.README, encoding="utf-8") as f:
+        return f.read()
+
 
 def test_readme_jobs():
     """Both jobs' shell lines, as they stand: they end with the verdict and leave a report."""
-    with open(harness.README, encoding="utf-8") as f:
-        text = f.read()
-    scripts = re.findall(r"^( *)- (?:run: )?\|\n((?:\1   *.*\n)+)", text, re.M)
+    scripts = re.findall(r"^( *)- (?:run: )?\|\n((?:\1   *.*\n)+)", readme(), re.M)
     same("README: CI jobs", len(scripts), 2)
     for n, (_, script) in enumerate(scripts):
         folder = os.path.join(temp(f"job{n}"), "repository")
@@ -1299,6 +1304,43 @@ def test_readme_jobs():
         same(f"README, job {n}: status", p.returncode, 0)
         has(f"README, job {n}: verdict", p.stderr, "^cvms: PASSED: ready reached")
         junit(f"README, job {n}", f"{folder}/cvms.xml", 0)
+
+
+def test_readme_direct():
+    """The direct run in one command, as it stands; the stand-in takes another port than 7002."""
+    command = re.search(r"^    \./cvms (-algo-path .*-deliver upload(?:.*\\\n)*.*|(?:.*\\\n)+.*-deliver upload .*)", readme(), re.M).group(1)
+    if "BearSSL" not in run("-version", ["-version"]).out:
+        return                              # without TLS there are no keys to sign with
+    d = temp("direct")
+    for path in (W.algo, W.data):
+        os.symlink(path, os.path.join(d, os.path.basename(path)))
+    with Server("README, direct run", base=shlex.split(command.replace("\\\n", "")), cwd=d) as s:
+        agent = s.stand_in("-agent-port", "0", cwd=d)
+        same("README, direct run: agent", agent.status, 0)
+        s.ended(0, "complete reached")
+        check("README, direct run: results", read(f"{d}/out.zip").startswith(b"PK"), read(f"{d}/out.zip")[:20], "a zip")
+
+
+def test_readme_container():
+    """What the image, docker run, the pod and setpriv are told: the flags serve, the probes' commands are well."""
+    text = readme()
+    docker = re.search(r"^    docker run (?:.*\\\n)*.* cvms ((?:.*\\\n)*.*)", text, re.M).group(1).replace("\\\n", "")
+    pod = text[text.index("    kind: Pod"):]
+    args = re.search(r"args: \[([^]]*)\]", pod).group(1).replace('"', "").replace("\n", "")
+    flags = [re.split(r",?\s+", x.strip()) for x in (docker, args)]
+    same("README: docker and Kubernetes run the same", *flags)
+    probes = [re.search(p, text).group(1).replace('"', "").split(", ") for p in (r"HEALTHCHECK CMD \[(.*)\]", r"command: \[(.*?)\]")]
+    same("README: the probes", probes, [["/cvms", "health"]] * 2)
+    d = temp("in")
+    for path, name in ((W.algo, "algo.py"), (W.data, "data.csv"), (W.key, "pub.pem")):
+        os.symlink(path, os.path.join(d, name))
+    with Server("README, container", base=[x.replace("/in/", f"{d}/") for x in flags[0]], env={"HOST": ""}) as s:
+        here = {"AGENT_CVM_GRPC_URL": f"localhost:{s.port}"}
+        same("README, container: health", run("README, container: health", probes[0][1:], here).status, 0)
+    limits = re.search(r"^    setpriv (.*) \./cvms FLAGS$", text, re.M).group(1).split()
+    if os.geteuid() == 0 and shutil.which("setpriv"):
+        with Server("README, setpriv", command=["setpriv", *limits, W.cvms, *W.base]) as s:
+            same("README, setpriv: an agent", s.stand_in().status, 0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -36,12 +37,16 @@ class Server(harness.Server):
 
 
 def readme_commands():
-    """The README's indented openssl lines, as they stand."""
+    """The README's commands for certificates, and those that use them, as they stand."""
     with open(README) as f:
-        lines = [line[4:].rstrip("\n") for line in f if line.startswith("    openssl ") or line.startswith("    printf ")]
-    check("README: openssl commands", len(lines) >= 6, lines)
-    p = subprocess.run(["sh", "-e", "-c", "\n".join(lines)], capture_output=True, text=True)
+        made, used = re.findall(r"(?:^    .*\n)+", f.read().split("## TLS and mutual TLS")[1], re.M)[:2]
+    check("README: openssl commands", made.count("openssl ") >= 5, made)
+    p = subprocess.run(["sh", "-e", "-c", made], capture_output=True, text=True)
     check("README: they work", p.returncode == 0, p.stderr)
+    serve, agent = used.replace("FLAGS", shlex.join([*INPUTS, "-until", "complete", "-timeout", "20s", "-ready-file", "ready"])).splitlines()
+    p = subprocess.run(["bash", "-e", "-c", f"mkfifo ready; {serve} &\nread -r AGENT_CVM_GRPC_URL <ready; export AGENT_CVM_GRPC_URL\n"
+                        f"{agent}\nwait $!"], capture_output=True, text=True, env=harness.environment({"HOST": "localhost"}))
+    check("README: mutual TLS", p.returncode == 0 and " as CN=agent" in p.stderr, p.stderr)
 
 
 def server_tls():
