@@ -147,7 +147,7 @@ static inline struct bytes at_edge(struct bytes s)
 }
 
 /* Appends the bytes of a hex text; blanks and bars are for the reader. */
-static inline void put_hex(struct buf *b, const char *hex)
+static inline void put_unhex(struct buf *b, const char *hex)
 {
     for (; *hex; hex++) {
         char pair[3] = { hex[0], hex[1], 0 };

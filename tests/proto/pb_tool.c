@@ -135,7 +135,7 @@ int main(int argc, char **argv)
             at += more;
         }
         struct buf in = { 0 };
-        put_hex(&in, line + at);
+        put_unhex(&in, line + at);
         command(verb, name, indent, whole(&in));
         buf_free(&in);
         fflush(stdout);

@@ -71,7 +71,7 @@ static enum hpack_error decode(struct tester *t, struct bytes block)
 static enum hpack_error decode_hex(struct tester *t, const char *hex)
 {
     struct buf b = { 0 };
-    put_hex(&b, hex);
+    put_unhex(&b, hex);
     enum hpack_error error = decode(t, whole(&b));
     buf_free(&b);
     return error;
@@ -143,7 +143,7 @@ static void test_integers(void)
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct buf b = { 0 }, back = { 0 };
-        put_hex(&b, rows[i].hex);
+        put_unhex(&b, rows[i].hex);
         struct bytes in = whole(&b);
         uint64_t v = 0;
         CHECK(hpack_int(&in, rows[i].prefix, &v), rows[i].ok);
@@ -259,7 +259,7 @@ static void test_truncation(struct tester *t)
             if (*p == '|')
                 boundary[block.len] = true;
             else if (*p != ' ')
-                put_hex(&block, (char[3]){ p[0], p[1], 0 }), p++;
+                put_unhex(&block, (char[3]){ p[0], p[1], 0 }), p++;
         }
         boundary[block.len] = true;
         for (size_t n = 0; n <= block.len; n++) {
@@ -504,7 +504,7 @@ static void test_limit(struct tester *t)
         for (int over = -1; over <= 1; over++) {
             lead_up(t, i);
             block.len = 0;
-            put_hex(&block, examples[i].hex);
+            put_unhex(&block, examples[i].hex);
             CHECK(decode_limit(t, whole(&block), size + (size_t)over), HPACK_OK);
             CHECK(t->reader.too_large, over < 0);
             struct bytes all = bytes_of(examples[i].fields);
@@ -518,7 +518,7 @@ static void test_limit(struct tester *t)
     }
     lead_up(t, 10); /* nothing is delivered after the first that is too much, even if it would fit */
     block.len = 0;
-    put_hex(&block, "4001610461616161 4001620162");
+    put_unhex(&block, "4001610461616161 4001620162");
     CHECK(decode_limit(t, whole(&block), 34), HPACK_OK);
     CHECK(t->delivered, 0);
     CHECK(t->reader.too_large, true);
@@ -747,7 +747,7 @@ static void test_encoder(struct tester *t)
     struct buf b = { 0 }, wanted = { 0 }, text = { 0 };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         size_t at = b.len;
-        put_hex(&wanted, rows[i].hex);
+        put_unhex(&wanted, rows[i].hex);
         hpack_encode_field(&b, bytes_of(rows[i].name), bytes_of(rows[i].value));
         CHECK(b.len, wanted.len);
         CHECK(b.len == wanted.len && memcmp(b.p + at, wanted.p + at, b.len - at) == 0, true);
@@ -770,7 +770,7 @@ static void test_encoder(struct tester *t)
     } updates[] = { { 0, "20" }, { 30, "3e" }, { 31, "3f00" }, { 256, "3fe101" }, { 4096, "3fe11f" } };
     for (size_t i = 0; i < sizeof updates / sizeof *updates; i++) {
         b.len = wanted.len = 0;
-        put_hex(&wanted, updates[i].hex);
+        put_unhex(&wanted, updates[i].hex);
         hpack_encode_size_update(&b, updates[i].max);
         CHECK_BYTES(whole(&b), whole(&wanted));
     }
@@ -860,7 +860,7 @@ static void test_noise(struct tester *t)
     for (int round = 0; round < 30000; round++) {
         struct buf b = { 0 };
         if (round % 2) {
-            put_hex(&b, examples[noise(&state) % (sizeof examples / sizeof *examples)].hex);
+            put_unhex(&b, examples[noise(&state) % (sizeof examples / sizeof *examples)].hex);
             for (uint32_t n = noise(&state) % 4; n > 0; n--)
                 b.p[noise(&state) % b.len] = (uint8_t)noise(&state);
         } else {
