@@ -18,6 +18,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 BUILD = os.path.join(TOP, "build")
 BIN = BUILD
+PYTHON = os.path.join(BUILD, "tools", "venv", "bin", "python")
 CI = bool(os.environ.get("CI"))
 STRICT = "-std=c11 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror".split()
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
@@ -68,13 +69,13 @@ def missing(name, why):
     totals[1 if CI else 2] += 1
 
 
-def layer(name, command, **kw):
-    """Runs a command; shows its lines if it failed, else only what it skipped."""
+def layer(name, command, wait=True, **kw):
+    """Runs a command; shows its lines if it failed, else only what it skipped.  Without wait, the next show() does."""
     if not wants(name):
         return
     p = running.submit(subprocess.run, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
     shown_later.append((name, p))
-    if not QUICK:
+    if wait and not QUICK:
         show()
 
 
@@ -122,11 +123,14 @@ def expect(name, good, got):
         print(f"FAIL {name}: got {str(got)[-2000:]}")
 
 
+def unit_tests():
+    return sorted(f[:-2] for f in os.listdir(os.path.join(HERE, "unit")) if re.match(r"test_.*\.c$", f))
+
+
 def unit():
     """Layers 1 to 6: no socket, sanitizers on, every compiler there is."""
-    sources = sorted(f[:-2] for f in os.listdir(os.path.join(HERE, "unit")) if re.match(r"test_.*\.c$", f))
     for cc in COMPILERS:
-        for name in sources:
+        for name in unit_tests():
             made = wants(name) and build(cc, f"{name}-{cc}", f"tests/unit/{name}.c", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
             if made:
                 layer(f"{name}-{cc}", [made], cwd=os.path.join(HERE, "unit"))
@@ -157,7 +161,7 @@ def script(directory, name, *args, python=sys.executable):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
     cvms = wants(name) and program()
     if cvms:
-        layer(name, [python, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+        layer(name, [PYTHON, os.path.join(HERE, directory, name + ".py"), cvms, *args])
 
 
 def cli():
@@ -185,8 +189,7 @@ def deliver():
 
 def remote():
     """What agents fetch; Python's cryptography is in the clients' venv."""
-    python = os.path.join(BUILD, "tools", "venv", "bin", "python")
-    if not os.path.exists(python):
+    if not os.path.exists(PYTHON):
         missing("remote", "no Python cryptography; run tests/install.sh")
         return
     driver = wants("test_crypt") and build(COMPILERS[0], "seal_driver", "tests/remote/seal_driver.c", SANITIZE, ["-std=c11", "-D_GNU_SOURCE"])
@@ -212,11 +215,10 @@ def tls():
 def proto():
     """The codec and the message tables against the reference implementation."""
     tool = build(COMPILERS[0], "pb_tool", "tests/proto/pb_tool.c", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
-    python = os.path.join(BUILD, "tools", "venv", "bin", "python")
-    if not os.path.exists(python):
+    if not os.path.exists(PYTHON):
         missing("proto", "no Python protobuf; run tests/install.sh")
     elif tool:
-        layer("test_pb", [python, os.path.join(HERE, "proto", "test_pb.py"), tool,
+        layer("test_pb", [PYTHON, os.path.join(HERE, "proto", "test_pb.py"), tool,
                           os.path.join(HERE, "vectors", "manifests.jsonl"), "20"])
 
 
@@ -265,6 +267,54 @@ def attack():
         layer("test_attack", [sys.executable, os.path.join(HERE, "attack", "test_attack.py"), san, tools, fast])
 
 
+# Debian's name of a machine: its compiler's, and qemu's.
+MACHINES = {"i386": ("i686-linux-gnu", "i386"), "s390x": ("s390x-linux-gnu", "s390x"), "arm64": ("aarch64-linux-gnu", "aarch64"),
+            "armhf": ("arm-linux-gnueabihf", "arm"), "riscv64": ("riscv64-linux-gnu", "riscv64")}
+
+
+def cross(*machines):
+    """32 bits and big-endian: what needs no socket, the golden vectors, and one whole run, with TLS where there is BearSSL."""
+    for machine in machines:
+        triple, cpu = MACHINES[machine]
+        qemu, root = shutil.which(f"qemu-{cpu}"), os.path.join(BUILD, "tools", "cross", machine)
+        if not shutil.which(f"{triple}-gcc") or not qemu:
+            missing(machine, f"no {triple}-gcc or qemu-{cpu}; run tests/install.sh cross")
+            continue
+        bear = plain = ["-D_GNU_SOURCE", "-DCVMS_TLS=0"]
+        if os.path.exists(f"{root}/usr"):
+            bear = ["-isystem", f"{root}/usr/include", "-L", f"{root}/usr/lib/{triple.replace('i6', 'i3')}"]
+        elif not planning:
+            print(f"skip TLS on {machine}: no BearSSL")
+            totals[2] += 1
+        sources = [("cvms", "cvms.c", bear), ("pb_tool", "tests/proto/pb_tool.c", plain),
+                   ("fuzz-replay", "tests/fuzz/fuzz.c", ["-D_GNU_SOURCE", "-DFUZZ_REPLAY", "-UCVMS_PORTABLE", *bear]),
+                   *((name, f"tests/unit/{name}.c", plain) for name in unit_tests())]
+        made = {name: build(f"{triple}-gcc", f"{name}-{machine}", source, ["-O1", "-g", "-static", *flags]) for name, source, flags in sources}
+        if planning or not all(made.values()):
+            continue
+        for name, path in made.items():   # what the scripts run is a script
+            os.replace(path, f"{path}.elf")
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(f'#!/bin/sh\nexec nice {qemu} {path}.elf "$@"\n')
+            os.chmod(path, 0o755)
+        for name in unit_tests():
+            layer(f"{name} {machine}", [made[name]], wait=False, cwd=os.path.join(HERE, "unit"))
+        layer(f"fuzz {machine}", [made["fuzz-replay"], os.path.join(HERE, "fuzz", "corpus")], wait=False)
+        layer(f"test_checksum {machine}", [sys.executable, os.path.join(HERE, "cli", "test_checksum.py"), made["cvms"],
+                                           os.path.join(HERE, "vectors"), "--small"], wait=False)
+        layer(f"test_pb {machine}", [PYTHON, os.path.join(HERE, "proto", "test_pb.py"), made["pb_tool"],
+                                     os.path.join(HERE, "vectors", "manifests.jsonl"), "2"], wait=False)
+        subprocess.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=cross -addext "
+                       "subjectAltName=IP:127.0.0.1 -keyout cross.key -out cross.pem".split(), cwd=BIN, capture_output=True)
+        pem = {name: os.path.join(BIN, "cross" + end) for name, end in (
+            ("SERVER_CERT", ".pem"), ("SERVER_KEY", ".key"), ("AGENT_CVM_GRPC_SERVER_CA_CERTS", ".pem"))}
+        for how, variables in (("plain", {}), ("TLS", pem)) if bear is not plain else (("plain", {}),):
+            demo = subprocess.run(["sh", os.path.join(HERE, "demo.sh"), made["cvms"]], capture_output=True, text=True,
+                                  env={**os.environ, **variables})
+            expect(f"make run, {how}, {machine}", demo.returncode == 0, demo.stderr)
+    show()
+
+
 HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start": r"BIND_NOW|FLAGS_1.* NOW",
             "no executable stack": r"GNU_STACK .* RW "}
 
@@ -303,11 +353,12 @@ def builds():
 
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke, "deliver": deliver,
-          "remote": remote, "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all")}
-ON_REQUEST = {"inject-all"}           # only by name: minutes
+          "remote": remote, "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all"),
+          "cross": lambda: cross("i386", "s390x"), "cross-all": lambda: cross(*MACHINES)}
+ON_REQUEST = {"inject-all", "cross-all"}  # only by name: minutes
 QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]
 PLANNED = {*LAYERS} - {"builds", "inject", "inject-all"}  # what these do besides building can't be left out
-NOT_COVERAGE = {"builds", "attack"}   # one hardly runs what it made, the other reaches nothing that the rest does not
+NOT_COVERAGE = {"builds", "attack", "cross"}  # one hardly runs what it made, the others reach nothing that the rest does not
 
 
 def main():

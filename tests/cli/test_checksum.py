@@ -187,7 +187,7 @@ def test_deep(tmp):
         os.chdir(level)
     write("./f", b"deep")
     os.fchdir(home)
-    got = run(root, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8)))
+    got = run(root, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16)))
     same("deep tree", (got.returncode, len(got.stdout)), (0, 64 + 2 + len(root) + 1))
     compare_with_go("deep tree, as Go", root)
     os.chdir(root)

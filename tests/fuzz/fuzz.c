@@ -875,7 +875,7 @@ static void op_run(struct op_record *op)
             break;
         case 'S': loop_stop(&loop, "the server is shutting down"); break;
         case 'X': op_control(op); break;
-        case 'N': alloc_fail = n ? alloc_count + n : 0; break;
+        case 'N': alloc_fail = n ? alloc_count + (long)n : 0; break;
         case 'Y': w->damage_at = op->a, w->damage = op->b; break;
         case 'V':
             if (w->far)

@@ -432,14 +432,14 @@ static void test_message_memory(void)
     put_call(&a, 1, process, 0, NULL);
     side_exchange(&a);
     a.lines.len = 0;
-    core.arena.limit = 32768;
+    core.arena.limit = 16384;
     uint8_t message[5 + 4 * PAIRS];
     grpc_put_prefix(message, 4 * PAIRS);
     for (size_t i = 0; i < PAIRS; i++)                      /* of a oneof, one member and the other: both are made anew */
         memcpy(message + 5 + 4 * i, "\x0a\0\x12\0", 4);
     put_data(&a, 1, message, sizeof message, 0);
     side_exchange(&a);
-    CHECK(core.arena.held <= 32768, true);
+    CHECK(core.arena.held <= 16384, true);
     SIDE_LINES(&a, "S HEADERS stream=1 END_STREAM grpc-status=13 grpc-message=\"message 1 of 1600 bytes is not a "
                    "cvms.ClientStreamMessage: message needs too much memory\"\nS RST_STREAM stream=1 NO_ERROR\n");
     CHECK(a.conn.phase, CONN_OPEN);
