@@ -9817,6 +9817,9 @@ static void hash_inputs(struct manifest *m, struct report *r)
         if (in->ok && all)
             tell_note("%s %s, %llu byte%s, %s", algo ? "algorithm" : "dataset", in->path, (unsigned long long)in->size,
                       in->size == 1 ? "" : "s", hex);
+        if (in->ok && all && in->size == 0)
+            tell(r, WARNING, "-%s: %s is empty: agents refuse an upload without a byte", algo ? "algo-path" : "data-paths",
+                 in->path);
         else if (!in->ok && *in->path)
             tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", checksum_why(in));
         free(in->why);

@@ -296,7 +296,7 @@ def test_own_address():
         go.keys(a.manifest())
         a.send(ACCEPTED)
         check("own address: uploaded", go.saw("algo"), s.err.text(), "an upload")
-        has("own address: told", s.err.text(), f"uploading the algorithm algo.py to {own}:7002")
+        check("own address: told", s.err.until(f"uploading the algorithm algo.py to {own}:7002"), s.err.text())
 
 
 def test_requirements():
@@ -737,6 +737,9 @@ def test_stand_in_holds_to_the_manifest():
             ("empty dataset", [], basic(write("e", b"")), "dataset is required"),
             ("empty algorithm", [], basic(algo=write("e.py", b"")), "algorithm binary is required")):
         with Run(name, *args, base=base) as r, stand_in(r.server) as a:
+            err = r.server.err.text()
+            if "empty" in name:
+                has(f"{name}: a warning", err, "warning: .* is empty: agents refuse an upload without a byte")
             played(r.server, a, 3, 1, words)
 
 
