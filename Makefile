@@ -35,7 +35,7 @@ FORCE:
 
 cvms: $(SOURCES) build/flags
 	@$(HAS_BEAR)
-	$(CC) $(STRICT) $(HARDEN) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR)
+	@set -- $(CC) $(STRICT) $(HARDEN) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR); echo "$$*"; "$$@"
 
 # The main job, on files that ship in tests/: a server on a free loopback port, and a stand-in agent against it.
 run: cvms
@@ -105,9 +105,9 @@ bench:
 static: $(SOURCES)
 	@$(HAS_BEAR)
 	@mkdir -p build; echo static >build/flags
-	cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
-	$$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie \
-	    -static -s -Wl,--gc-sections,-z,noseparate-code -o cvms cvms.c $(LDFLAGS) $(BEAR)
+	@cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
+	set -- $$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie \
+	    -static -s -Wl,--gc-sections,-z,noseparate-code -o cvms cvms.c $(LDFLAGS) $(BEAR); echo "$$*"; "$$@"
 
 install: cvms
 	mkdir -p $(DESTDIR)$(PREFIX)/bin

@@ -10821,7 +10821,7 @@ static void courier_done(struct courier *c)
     if (e->role == ROLE_RESULT) {
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, p->hash, SHA3_256_LEN);
-        courier_note(c, "results are in %s: %llu bytes, %s", p->name, (unsigned long long)p->bytes, rate);
+        courier_note(c, "results in %s: %llu bytes, %s", p->name, (unsigned long long)p->bytes, rate);
         courier_note(c, "SHA3-256 %s", hex);
         c->runs++;
         courier_ask(c);

@@ -119,7 +119,7 @@ def test_whole_run():
         go.tell("results 1000 1048576")
         r.results()
         need(go.saw("result 1000"), "no results")
-        r.said(r"results are in \S+out.zip: 1000 bytes, .*\n.* delivery +SHA3-256 " + sha3(counting(1000)))
+        r.said(r"results in \S+out.zip: 1000 bytes, .*\n.* delivery +SHA3-256 " + sha3(counting(1000)))
         r.forwarder.events("Complete/Completed")
         err = r.server.ended(0, "complete reached")
         for line in (rf"algorithm algo.py uploaded, {os.path.getsize(W.algo)} bytes", "dataset data.csv uploaded",
@@ -476,7 +476,7 @@ def test_new_run():
             r.connect().accept()
             need(go.saw("algo", i), f"no algorithm {i}")
             r.results()
-            r.said("results are in", i)
+            r.said("results in", i)
             r.agent.close()
             r.forwarder.close()
         same("again: first", read(out), counting(100))
@@ -517,7 +517,7 @@ def test_results_in_bytes():
         r.connect().accept()
         need(go.saw("algo"), "no algorithm")
         r.results()
-        r.said("results are in")
+        r.said("results in")
         r.forwarder.events("Complete/Completed")
         r.server.ended(0, "complete reached")
         same("bytes: results", read(out), counting(5000))
@@ -563,7 +563,7 @@ def test_results_broken():
         r.results()
         need(r.agent.asked(4) is not None, "it is not asked")
         r.agent.send(state("ConsumingResults"))
-        r.said("results are in")
+        r.said("results in")
         r.forwarder.events("Complete/Completed")
         r.server.ended(0, "complete reached")
         same("broken results", read(out), counting(4 * MIB))
@@ -596,7 +596,7 @@ def test_back_without_events():
         again = r.server.agent()
         need(again.asked(4) is not None, "it is not asked when it is back")
         again.send(state("ConsumingResults"))
-        r.said("results are in")
+        r.said("results in")
         need(again.asked(4, 2) is not None, "it is not asked at the end")
         again.send(state("Complete"))
         r.server.ended(0, "complete reached")
@@ -613,7 +613,7 @@ def test_no_forwarder():
         for i, s in enumerate(["Running", "ConsumingResults"]):
             need(r.agent.asked(4, i + 1) is not None, "not asked")
             r.agent.send(state(s))
-        r.said("results are in")
+        r.said("results in")
         asked = len([m for m in r.agent.messages if fields(m)[0][0] == 4])
         need(r.agent.asked(4, asked + 1) is not None, "not asked at the end")
         r.agent.send(state("Complete"))
@@ -633,7 +633,7 @@ def test_two_agents():
         need(go.saw("algo", 2), "not both")
         for _, f in pairs:
             f.events(*DONE)
-        r.said("results are in", 2)
+        r.said("results in", 2)
         same("two: names", sorted(os.listdir(folder)), ["out-vm7.zip", "out-vm_8.zip"])
 
 
@@ -790,7 +790,7 @@ def test_stand_ins_of_which_one_refuses():
     folder = temp()
     with Run("one of two", "-agents", "2", "-results", folder + "/out.zip", base=basic(W.data)) as r, \
             stand_in(r.server, "-job-id", "good") as good:
-        r.said("results are in")
+        r.said("results in")
         with stand_in(r.server, "-job-id", "bad", "-fail", "dataset-signature") as bad:
             err = played(r.server, bad, 3, 0, "bad", "the agent refused the dataset: signature verification failed")
             same("one of two: the other", good.wait(), 0)
