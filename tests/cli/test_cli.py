@@ -444,7 +444,7 @@ def test_newcomer():
     """The likeliest first mistakes: all that is said of each, a line or two."""
     d = temp("newcomer")
     harness.shell(f"cp {W.algo} {W.data} {d}; openssl genrsa -out private.pem 2048; openssl rsa -in private.pem -pubout -out pub.pem; "
-          "ssh-keygen -q -t rsa -N '' -f id", cwd=d)
+          "echo 'ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABgQC7 me@host' >id.pub", cwd=d)
     key, no = ["-public-key-path", "pub.pem", "-attested-tls-bool", "false"], "-attested-tls-bool is missing: give true if agents are " \
         "to serve attested TLS, else false"
     base = ["-algo-path", "algo.py", *key]
@@ -956,6 +956,8 @@ def test_compat_all():
                          ("vectors/inputs/../inputs/data.csv", "data.csv")):
         got, r = manifest(f"base name {path}", [*W.base, "-data-paths", path])
         same(f"base name of {path}", dig(got, "datasets.0.filename"), wanted)
+    got, r = manifest("the only key broker", [*W.base, *W.remote_data, "-dataset-hash", "11" * 32, "-dataset-kbs-urls", ",http://2"])
+    same("the only key broker is the second dataset's", dig(got, "kbs.url"), "http://2")
 
 
 def test_manifest_json():

@@ -163,6 +163,12 @@ def test_stages_by_poll():
         f = s.forwarder("other")
         a.asked(4, 3)
         check("poll: a log-forwarder is never asked", f.sync() and not [m for m in f.messages if fields(m)[0][0] == 4], f.messages, "no question")
+    with Server("poll: its interval", "-until", "ready", "-timeout", "30s", "-poll", "500ms") as s:
+        a = s.agent()
+        a.asked(4, 6)
+        at = [t for m, t in zip(a.messages, a.times) if fields(m)[0][0] == 4]
+        steps = sorted(y - x for x, y in zip(at, at[1:]))
+        check("poll: its interval", 0.4 < steps[len(steps) // 2] < 0.9, steps, "0.5 s")
 
 
 def test_stages_ways():

@@ -1,0 +1,196 @@
+/* Values at an edge, where a small mistake shows in no whole run: durations and presets, DER lengths, a read that a signal
+ * interrupts, a file of the same size and time, the end of a zip, when a verdict wants its turn.  Works in a new folder
+ * under $TMPDIR or /tmp. */
+#include <unistd.h>
+
+static long interrupts;               /* so many calls of read are interrupted first */
+
+static ssize_t test_read(int fd, void *p, size_t n);
+#define read test_read
+#include "../harness.h"
+#undef read
+
+static ssize_t test_read(int fd, void *p, size_t n)
+{
+    if (interrupts > 0 && interrupts--) {
+        errno = EINTR;
+        return -1;
+    }
+    return read(fd, p, n < 3 ? n : 3);
+}
+
+static void test_durations(void)
+{
+    static const struct {
+        const char *text;
+        int64_t ms;
+    } rows[] = {
+        { "0", 0 }, { "0s", 0 }, { "1ns", 1 }, { "500us", 1 }, { "1ms", 1 }, { "1999us", 1 }, { "2s", 2000 }, { "2m", 120000 },
+        { "2m30s", 150000 }, { "3h", 10800000 }, { "1.25s", 1250 }, { "1.125s", 1125 }, { "0.05s", 50 }, { ".5m", 30000 },
+        { "1.s", 1000 }, { "1h1m1s1ms", 3661001 }, { "", -1 }, { "2", -1 }, { "2 s", -1 }, { "-1s", -1 }, { "1d", -1 },
+        { ".s", -1 }, { "s", -1 }, { "87660h", 315576000000 }, { "87661h", -1 },
+    };
+    const char *why;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (!CHECK(parse_duration(rows[i].text, &why), rows[i].ms))
+            printf("the duration is \"%s\"\n", rows[i].text);
+}
+
+static struct options parsed(enum command command)
+{
+    struct report r = { 0 };
+    struct options o = { .command = command, .arena.limit = SIZE_MAX / 2 };
+    char *words[1] = { NULL };
+    options_parse(&r, &o, words, 0);
+    pb_arena_free(&o.arena);
+    return o;
+}
+
+static void test_presets(void)
+{
+    struct options serve = parsed(CMD_SERVE), agent = parsed(CMD_AGENT), health = parsed(CMD_HEALTH);
+    CHECK(serve.timeout_ms, 0);
+    CHECK(serve.grace_ms, 15000);
+    CHECK(serve.poll_ms, 5000);
+    CHECK(serve.agents, 1);
+    CHECK(serve.max_message, 4194304);
+    CHECK(serve.max_connections, 0);
+    CHECK_STR(serve.python_runtime, "python3");
+    CHECK_STR(serve.algo_source_type, "oci-image");
+    CHECK_STR(serve.dataset_source_type, "oci-image");
+    CHECK_STR(serve.compat, "all");
+    CHECK_STR(serve.output, "text");
+    CHECK(agent.wait_ms, 10000);
+    CHECK(agent.timeout_ms, 30000);
+    CHECK(agent.repeat, 1);
+    CHECK(agent.max_message, 4194304);
+    CHECK(health.wait_ms, 0);
+    CHECK(health.timeout_ms, 10000);
+    CHECK_STR(health.service, "");
+}
+
+static void test_der(void)
+{
+    static uint8_t p[70000];
+    static const struct {
+        uint8_t head[5];
+        size_t n, content;
+        bool good;
+    } rows[] = {
+        { { 0x30, 0x7f }, 2, 127, true }, { { 0x30, 0x81, 0x7f }, 3, 127, false }, { { 0x30, 0x81, 0x80 }, 3, 128, true },
+        { { 0x30, 0x82, 0x00, 0x80 }, 4, 128, false }, { { 0x30, 0x82, 0x00, 0xff }, 4, 255, false },
+        { { 0x30, 0x82, 0x01, 0x00 }, 4, 256, true }, { { 0x30, 0x83, 0x00, 0xff, 0xff }, 5, 65535, false },
+        { { 0x30, 0x83, 0x01, 0x00, 0x00 }, 5, 65536, true }, { { 0x30, 0x80 }, 2, 0, false },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct bytes in = { p, rows[i].n + rows[i].content }, value = { 0 };
+        memcpy(p, rows[i].head, rows[i].n);
+        CHECK(der_next(&in, &value), rows[i].good ? 0x30 : -1);
+        CHECK(value.n, rows[i].good ? rows[i].content : 0);
+        in = (struct bytes){ p, rows[i].n + rows[i].content - 1 };
+        CHECK(rows[i].content ? der_next(&in, &value) : -1, -1);
+    }
+}
+
+static void put_file(const char *name, const char *text)
+{
+    FILE *f = fopen(name, "w");
+    NEED(f && fputs(text, f) >= 0 && fclose(f) == 0);
+}
+
+static void test_interrupted(void)
+{
+    static const char text[] = "read in pieces of three";
+    uint8_t p[100];
+    struct err e;
+    put_file("f", text);
+    for (interrupts = 1; interrupts <= 3; interrupts++) {
+        long n = interrupts;
+        struct buf b = { 0 };
+        CHECK(file_load("f", sizeof text, &b, &e), true);
+        CHECK(b.len, sizeof text - 1);
+        buf_free(&b);
+        interrupts = n;
+        int fd = open("f", O_RDONLY);
+        NEED(fd >= 0);
+        CHECK(file_read(fd, p, sizeof p), (ssize_t)sizeof text - 1);
+        CHECK(memcmp(p, text, sizeof text - 1), 0);
+        close(fd);
+        interrupts = n;
+    }
+    interrupts = 0;
+}
+
+/* Written anew with the size and the modification time that it had. */
+static void test_same_size_and_time(void)
+{
+    struct stat before, now;
+    put_file("g", "one");
+    NEED(stat("g", &before) == 0);
+    struct file_id id = path_id("g");
+    CHECK(checksum_changed("g", &id), false);
+    do {                              /* until the clock of the file system has gone on */
+        struct timespec t[2] = { before.st_atim, before.st_mtim };
+        put_file("g", "two");
+        NEED(utimensat(AT_FDCWD, "g", t, 0) == 0 && stat("g", &now) == 0);
+    } while (now.st_ctim.tv_sec == before.st_ctim.tv_sec && now.st_ctim.tv_nsec == before.st_ctim.tv_nsec);
+    CHECK(now.st_size == before.st_size && now.st_mtim.tv_nsec == before.st_mtim.tv_nsec, true);
+    CHECK(checksum_changed("g", &id), true);
+}
+
+/* Go's archive/zip writes the Zip64 records from 65,535 files on, a count that would mean "look there". */
+static void test_zip_end(void)
+{
+    for (uint64_t n = 65534; n <= 65536; n++) {
+        struct zip z = { .len = 1000 };
+        struct tree t = { .n = 0 };
+        zip_end(&z, 900, n);
+        CHECK(z.len - 1000, n < 65535 ? 22 : 56 + 20 + 22);
+        buf_free(&z.out);
+        t.n = (size_t)n;
+        t.entry = calloc(t.n, sizeof *t.entry);
+        NEED(t.entry);
+        for (size_t i = 0; i < t.n; i++)
+            t.entry[i].name = "";
+        CHECK(zip_size(&t), n * (46 + 9 + 30 + 9 + 16) + (n < 65535 ? 22 : 56 + 20 + 22));
+        free(t.entry);
+    }
+}
+
+/* A host that was lost, an end, a time-out and a poll: the first of them wakes the loop. */
+static void test_verdict_deadline(void)
+{
+    struct host h = { .lost_ms = 1000 };
+    struct verdict v = { .wanted = true, .until = STAGE_RUNNING, .hosts = &h, .grace_ms = 500, .end_ms = INT64_MAX,
+                         .timeout_ms = INT64_MAX, .next_poll_ms = INT64_MAX };
+    CHECK(verdict_deadline(&v), 1500);
+    v.next_poll_ms = 1400;
+    CHECK(verdict_deadline(&v), 1400);
+    v.timeout_ms = 1300;
+    CHECK(verdict_deadline(&v), 1300);
+    v.end_ms = 1200;
+    CHECK(verdict_deadline(&v), 1200);
+    h.lost_ms = INT64_MAX;
+    v.end_ms = v.timeout_ms = v.next_poll_ms = INT64_MAX;
+    CHECK(verdict_deadline(&v), INT64_MAX);
+    v.timeout_ms = 7;
+    v.over = true;
+    CHECK(verdict_deadline(&v), INT64_MAX);
+}
+
+int main(void)
+{
+    char folder[200];
+    const char *tmp = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/cvms-edges-XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    NEED(mkdtemp(folder) && chdir(folder) == 0);
+    test_durations();
+    test_presets();
+    test_der();
+    test_interrupted();
+    test_same_size_and_time();
+    test_zip_end();
+    test_verdict_deadline();
+    NEED(unlink("f") == 0 && unlink("g") == 0 && rmdir(folder) == 0);
+    return closing();
+}
