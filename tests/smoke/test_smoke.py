@@ -268,6 +268,18 @@ def test_summary_is_safe():
     junit("hostile text", report, 3)
 
 
+def test_last_lines():
+    """The log's last lines end without the newlines that they came with."""
+    with Server("last lines", "-until", "ready", "-timeout", "15s", screen=terminal(80), env={"TERM": "xterm"}) as s:
+        a, f = s.both("vm")
+        f.send(log("one\n", "WARN"), log("two\nthree\r\n\n", "ERROR"), event("Running/Failed"))
+        same("last lines: status", s.wait(), 3)
+        text = s.err.text().replace("\r\n", "\n")
+        lines = re.search(r"last lines of vm:\n(.*)", text, re.S).group(1).splitlines()
+        same("last lines", lines[-3:], ["cvms:     | WARN one", r"cvms:     | ERROR two\nthree", "cvms:     | event Running/Failed"])
+        has("last lines: the verdict is red", text, "^cvms: \x1b\\[31mFAILED\x1b\\[0m: ")
+
+
 def test_healthy():
     """What is normal in a healthy run never fails it."""
     for level in ("INFO", "DEBUG", "", "warn-ish"):
