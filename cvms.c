@@ -8809,7 +8809,7 @@ static bool output_end(struct output *w, bool ok, struct err *e)
 /* Makes a key in a new file, its owner's alone. */
 static bool seal_key_new(const char *path, uint8_t key[AES_KEY], struct err *e)
 {
-    if (getentropy(key, AES_KEY) != 0)
+    if (!random_fill(key, AES_KEY))
         return err_set(e, "the operating system gives no random numbers: %s", strerror(errno));
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -8878,7 +8878,7 @@ static bool crypt_run(const struct options *o, bool encrypt, uint8_t key[AES_KEY
     else if (ok)
         ok = seal_key_new(o->new_key, key, &why) || err_set(e, "-new-key: %s", why.text);
     if (ok && encrypt)
-        ok = (getentropy(nonce, sizeof nonce) == 0 || err_set(e, "no random numbers: %s", strerror(errno))) &&
+        ok = (random_fill(nonce, sizeof nonce) || err_set(e, "no random numbers: %s", strerror(errno))) &&
              source_seal(&s, key, nonce, e);
     ok = ok && crypt_output(&w, o, encrypt, e) && (encrypt ? encrypt_copy(&s, &w, e) : decrypt_copy(&s, key, &w, e));
     bool made = unfinished[1] != NULL;
