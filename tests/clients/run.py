@@ -326,7 +326,7 @@ def kinds_text(t):
     entries = [line for line in text.rstrip("\n").split("\n") if not line.startswith((" ", "\t"))]
     need(len(entries) == n + 1, "%d entries for %d messages (a continuation line must be indented)" % (len(entries), n + 1))
     need("cvm-17" in text, "the job-id is not shown")
-    need("127.0.0.1:" in entries[0], "the peer is not shown")
+    need("connected from 127.0.0.1:" in s.err.text(), "the peer is not shown")
 
 
 def metadata(t):
