@@ -1,11 +1,12 @@
 # cvms: make, make run, make check.  CC, CFLAGS, LDFLAGS, PREFIX and DESTDIR are yours.
 # make TLS=0 builds without BearSSL; make BEARSSL=DIR links the one in DIR (headers in DIR/inc, library in DIR/build);
-# make PORTABLE=1 takes nothing of the system but ISO C and POSIX.1-2008.
+# make PORTABLE=1 takes nothing of the system but ISO C and POSIX.1-2008; make O=DIR writes nothing but DIR.
 .POSIX:
 CC = cc
 CFLAGS = -O2
 LDFLAGS =
 PREFIX = /usr/local
+O = .
 TLS = 1
 PORTABLE = 0
 BEARSSL =
@@ -24,22 +25,22 @@ HAS_BEAR = test $(TLS) = 0 -o -n "$(BEARSSL)" || printf '\043include <bearssl.h>
     { echo "bearssl.h is not there: install libbearssl-dev (Debian) or bearssl-dev (Alpine), name a build of it with" \
     "make BEARSSL=DIR, or do without TLS: make TLS=0" >&2; exit 1; }
 
-all: cvms
+all: $(O)/cvms
 
 # Changes when what is built changes, so that make TLS=0 behind make builds anew.
-build/flags: FORCE
-	@mkdir -p build; f='$(CC) $(CFLAGS) $(LDFLAGS) TLS=$(TLS) $(PORTABLE) $(BEARSSL)'; \
+$(O)/build/flags: FORCE
+	@mkdir -p $(O)/build; f='$(CC) $(CFLAGS) $(LDFLAGS) TLS=$(TLS) $(PORTABLE) $(BEARSSL)'; \
 	test -f $@ && test "$$(cat $@)" = "$$f" || printf '%s\n' "$$f" >$@
 
 FORCE:
 
-cvms: $(SOURCES) build/flags
+$(O)/cvms: $(SOURCES) $(O)/build/flags
 	@$(HAS_BEAR)
 	@set -- $(CC) $(STRICT) $(HARDEN) $(CFLAGS) -o $@ cvms.c $(LDFLAGS) $(BEAR); echo "$$*"; "$$@"
 
 # The main job, on files that ship in tests/: a server on a free loopback port, and a stand-in agent against it.
-run: cvms
-	sh tests/demo.sh ./cvms
+run: $(O)/cvms
+	sh tests/demo.sh $(O)/cvms
 
 # The quick tests, in under a minute; python3 tests/check.py LAYER/FILE runs one file.
 test:
@@ -64,9 +65,9 @@ check-cross:
 	python3 tests/check.py cross-all
 
 # The large cases of the checksum tests: files over 4 GiB, more than 65,535 files; an upload of 10 GiB (some minutes).
-check-large: cvms
-	python3 tests/cli/test_checksum.py ./cvms tests/vectors
-	python3 tests/deliver/test_deliver.py ./cvms ./cvms build/tools/bin/agent --large
+check-large: $(O)/cvms
+	python3 tests/cli/test_checksum.py $(O)/cvms tests/vectors
+	python3 tests/deliver/test_deliver.py $(O)/cvms $(O)/cvms build/tools/bin/agent --large
 
 # Every call of libc that can fail, failed in turn over whole runs (some minutes); make check takes a sample.
 inject:
@@ -104,16 +105,34 @@ bench:
 # library built for it.
 static: $(SOURCES)
 	@$(HAS_BEAR)
-	@mkdir -p build; echo static >build/flags
+	@mkdir -p $(O)/build; echo static >$(O)/build/flags
 	@cc=$$(command -v musl-gcc || echo $(CC)); test $(TLS) = 0 -o -n "$(BEARSSL)" || cc=$(CC); \
 	set -- $$cc $(STRICT) $(CFLAGS) -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie \
-	    -static -s -Wl,--gc-sections,-z,noseparate-code -o cvms cvms.c $(LDFLAGS) $(BEAR); echo "$$*"; "$$@"
+	    -static -s -Wl,--gc-sections,-z,noseparate-code -o $(O)/cvms cvms.c $(LDFLAGS) $(BEAR); echo "$$*"; "$$@"
 
-install: cvms
-	mkdir -p $(DESTDIR)$(PREFIX)/bin
-	cp cvms $(DESTDIR)$(PREFIX)/bin/cvms
+# The manual page is made of what -help prints: headings, names in columns 3 to 29, texts from column 31 on.
+MAN = awk 'function safe(s) { gsub(/\\/, "\\e", s); gsub(/-/, "\\-", s); gsub(/^ +| +$$/, "", s); return "\\&" s } \
+    NR == 1 { sub(/ [0-9.]*:/, " -"); print ".TH CVMS 1\n.SH NAME\n" safe($$0); next } \
+    /^$$/ { print ".PP"; next } \
+    /^[A-Z].*:$$/ { print ".SH " safe(substr($$0, 1, length - 1)); next } \
+    /^  [^ ]/ { cut = substr($$0, 30, 1) == " " && substr($$0, 31, 1) != " "; \
+        print ".TP\n.B " safe(cut ? substr($$0, 3, 27) : substr($$0, 3)); if (cut) print safe(substr($$0, 31)); next } \
+    { print safe($$0) }'
+
+install: $(O)/cvms
+	mkdir -p "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/man/man1"
+	cp $(O)/cvms "$(DESTDIR)$(PREFIX)/bin/cvms"
+	$(O)/cvms -help >$(O)/build/help && $(MAN) $(O)/build/help >"$(DESTDIR)$(PREFIX)/share/man/man1/cvms.1" || \
+	    echo "no manual page: this machine does not run $(O)/cvms" >&2
+
+# One tar of what is here, in build/.
+dist:
+	v=cvms-$$(sed -n 's/^#define CVMS_VERSION "\(.*\)"/\1/p' cvms.c); rm -rf $(O)/build/$$v; mkdir -p $(O)/build/$$v && \
+	cp -R $(SOURCES) Makefile README.md tests .ci .gitignore $(O)/build/$$v && \
+	find $(O)/build/$$v -name __pycache__ -prune -exec rm -rf {} + && \
+	tar -C $(O)/build -cf $(O)/build/$$v.tar $$v && rm -rf $(O)/build/$$v
 
 clean:
-	rm -rf cvms build
+	rm -rf $(O)/cvms $(O)/build
 
-.PHONY: FORCE all run test check check-systems check-cross check-large inject analyze cppcheck coverage fuzz bench static install clean
+.PHONY: FORCE all run test check check-systems check-cross check-large inject analyze cppcheck coverage fuzz bench static install dist clean

@@ -77,7 +77,7 @@ enum {
 
 /* ---- Beyond ISO C and POSIX.1-2008: all that the program takes of it, beside what does without ---- */
 
-#if defined(__linux__) && !CVMS_PORTABLE
+#if defined(__linux__) && defined(__GNUC__) && !CVMS_PORTABLE /* struct epoll_event is packed by a GNU attribute */
 #define CVMS_LINUX 1
 #include <sys/epoll.h>
 #else

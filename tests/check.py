@@ -8,11 +8,13 @@ and the exit status agrees.  What a layer needs is installed by tests/install.sh
 in CI it fails.
 """
 import concurrent.futures
+import glob
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
@@ -319,10 +321,54 @@ HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start
             "no executable stack": r"GNU_STACK .* RW "}
 
 
-def made(*command):
+def made(*command, cwd=TOP):
     """A make command of the README: it succeeds without a word from the compiler."""
-    p = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
+    p = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     expect(" ".join(command), p.returncode == 0 and not p.stderr, p.stderr)
+
+
+def compilers(every):
+    """Other compilers, dialects and degrees of optimization, without a warning.  What tcc makes does the main job."""
+    kinds = [("gcc", "-std=gnu17", "-O3"), ("gcc", "-O0"), ("clang", "-Os"), ("cc",)]
+    if every:
+        kinds = [(cc, std, *how) for cc in (*COMPILERS, "musl-gcc") for std in ("-std=c11", "-std=gnu17")
+                 for how in (["-O0"], ["-O1"], ["-O2"], ["-O3"], ["-Os"], ["-O2", "-flto=auto" if cc == "gcc" else "-flto"])
+                 if (cc, how[-1]) not in (("musl-gcc", "-flto"), ("clang", "-flto") if not shutil.which("ld.lld") else ())]
+    for cc, *flags in kinds:
+        if shutil.which(cc):
+            build(cc, f"cvms-{cc}{''.join(flags)}", "cvms.c", [*flags, "-DCVMS_TLS=0"])
+    if not shutil.which("tcc"):
+        missing("tcc", "not installed; run tests/install.sh")
+        return
+    tcc = build("tcc", "cvms-tcc", "cvms.c", ["-Wall"], ["-Werror"])
+    p = tcc and subprocess.run(["sh", os.path.join(HERE, "demo.sh"), tcc], capture_output=True, text=True)
+    expect("tcc: make run", p and p.returncode == 0, p and p.stderr)
+
+
+def trees():
+    """Two folders, one with a blank in its name, neither with git: the same bits, nothing else written, installed, packed."""
+    with tempfile.TemporaryDirectory() as top:
+        made("make", f"O={top}/build", "dist")
+        source, out, root = (os.path.join(top, name) for name in ("a b", "out", "a root"))
+        os.mkdir(source)
+        made("tar", "-xf", *glob.glob(f"{top}/build/build/cvms-*.tar"), "--strip-components=1", cwd=source)
+        for name in os.listdir(source):
+            os.utime(os.path.join(source, name), (0, 0))
+        os.utime(source, (0, 0))
+        before = sorted(os.walk(source)), os.stat(source).st_mtime
+        for o in (out, f"{top}/again"):
+            made("make", "-j4", f"O={o}", "TLS=0", "CFLAGS=-O0", "install", f"DESTDIR={root}", "PREFIX=/usr", cwd=source)
+        expect("make O=DIR: the source is left alone", before == (sorted(os.walk(source)), os.stat(source).st_mtime), before)
+        made("make", "-j4", "TLS=0", "CFLAGS=-O0", cwd=source)
+        made("cmp", f"{source}/cvms", f"{out}/cvms")
+        made("cmp", f"{root}/usr/bin/cvms", f"{top}/again/cvms")
+        told = subprocess.run([f"{root}/usr/bin/cvms", "-help"], capture_output=True, text=True).stdout
+        with open(f"{root}/usr/share/man/man1/cvms.1", encoding="utf-8") as f:
+            page = f.read().replace("\\&", "").replace("\\-", "-")
+        for flag in re.findall(r"^  (-\S.{0,25}\S)", told, re.M):
+            expect(f"cvms.1: {flag}", f".TP\n.B {flag}" in page, page[:500])
+        if shutil.which("groff"):
+            made("groff", "-man", "-ww", "-z", "-Tutf8", f"{root}/usr/share/man/man1/cvms.1")
 
 
 def builds():
@@ -336,6 +382,8 @@ def builds():
         build(cc, f"cvms-{cc}-plain", "cvms.c", ["-O2", "-DCVMS_TLS=0"])
     if shutil.which("musl-gcc"):
         build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static", "-DCVMS_TLS=0"])
+    compilers(False)
+    trees()
     made("make", "-B", "cvms")
     if shutil.which("readelf"):
         told = subprocess.run(["readelf", "-hldW", "cvms"], cwd=TOP, capture_output=True, text=True).stdout
@@ -354,7 +402,7 @@ def builds():
 
 LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke, "deliver": deliver,
           "remote": remote, "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all"),
-          "cross": lambda: cross("i386", "s390x"), "cross-all": lambda: cross(*MACHINES)}
+          "cross": lambda: cross("i386", "s390x"), "cross-all": lambda: (compilers(True), cross(*MACHINES))}
 ON_REQUEST = {"inject-all", "cross-all"}  # only by name: minutes
 QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]
 PLANNED = {*LAYERS} - {"builds", "inject", "inject-all"}  # what these do besides building can't be left out
