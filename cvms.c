@@ -90,7 +90,6 @@ enum {
 #endif
 extern char **environ;                /* of POSIX, but in none of its headers */
 
-#if CVMS_TLS
 /* Fills p with up to 256 bytes of the kernel's randomness.  False: errno tells why. */
 static bool random_fill(void *p, size_t n)
 {
@@ -104,7 +103,6 @@ static bool random_fill(void *p, size_t n)
     return getentropy(p, n) == 0;
 #endif
 }
-#endif
 
 /* A descriptor that does not block, and that no other program inherits. */
 static bool fd_prepare(int fd)
@@ -1888,6 +1886,7 @@ struct endpoint {
     const struct h2_handler *on;      /* grpc_server or grpc_client */
     bool client;
     const struct grpc_method *methods;    /* a server's: what may be called */
+    const struct grpc_method *plain;      /* who gets the requests that are not gRPC; NULL: nobody */
     size_t method_count, max_message;
 };
 
@@ -1929,7 +1928,7 @@ struct h2_handler {
     void (*data)(struct stream *, struct bytes);                        /* DATA, cut anywhere */
     void (*end)(struct stream *);                                       /* the peer sent END_STREAM */
     void (*drained)(struct stream *);                                   /* all that was queued is in the output */
-    bool (*pull)(struct stream *, uint8_t *, size_t);                   /* n more bytes of a body; false: none come */
+    size_t (*pull)(struct stream *, uint8_t *, size_t);                 /* n more bytes of a body; fewer: it breaks off */
     void (*abort)(struct stream *, unsigned grpc_status, const char *text);
     void (*lost)(struct stream *, const char *how, uint32_t code);      /* a client's: it ends with an HTTP/2 error */
     void (*closed)(struct stream *);                                    /* last call: the stream is freed after it */
@@ -2318,25 +2317,24 @@ static void conn_put_block(struct conn *c, uint32_t id, struct bytes block, unsi
 static bool stream_put_data(struct stream *s, const struct item *i, size_t n, bool end)
 {
     struct conn *c = s->conn;
-    size_t before = c->out.len;
+    size_t head = c->http1 ? 0 : FRAME_HEADER_LEN, at = c->out.len, got = n;
+    uint8_t *to = buf_room(&c->out, head + n);
+    if (!to)
+        return false;
+    if (i->blob && n)
+        memcpy(to + head, i->blob->p + (i->blob->n - i->left), n);
+    else if (!i->blob)
+        got = c->on->pull(s, to + head, n);
     c->control_credit += ANSWERS_PER_FRAME;
-    if (!c->http1) {
-        frame_put(&c->out, (uint32_t)n, FRAME_DATA, end ? END_STREAM : 0u, s->id);
-        s->send_window -= (int32_t)n;
-        c->send_window -= (int32_t)n;
+    if (head) {
+        frame_put(&c->out, (uint32_t)got, FRAME_DATA, end && got == n ? END_STREAM : 0u, s->id);
+        s->send_window -= (int32_t)got;
+        c->send_window -= (int32_t)got;
     }
-    if (i->blob) {
-        buf_put(&c->out, i->blob->p + (i->blob->n - i->left), n);
-        return true;
-    }
-    uint8_t *to = buf_room(&c->out, n);
-    if (to && c->on->pull(s, to, n)) {
-        c->out.len += n;
-        return true;
-    }
-    c->out.len = before;
-    stream_reset(s, INTERNAL_ERROR);
-    return false;
+    c->out.len = at + head + got;
+    if (got < n)
+        stream_reset(s, INTERNAL_ERROR);
+    return got == n;
 }
 
 /* Puts one frame of the stream's queue into the output. */
@@ -2474,7 +2472,7 @@ enum { PREFACE_LEN = sizeof preface - 1 };
 enum field_id {
     F_METHOD, F_SCHEME, F_AUTHORITY, F_PATH, F_STATUS, F_PSEUDO_END,
     F_CONTENT_TYPE = F_PSEUDO_END, F_CONTENT_LENGTH, F_TE, F_GRPC_ENCODING, F_GRPC_TIMEOUT, F_GRPC_STATUS,
-    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_FILE_SIZE, F_SIGNATURE, F_ALGO_TYPE, F_AGENT_PORT,
+    F_GRPC_MESSAGE, F_USER_AGENT, F_JOB_ID, F_CONNECTION_TYPE, F_FILE_SIZE, F_AUTHORIZATION, F_SIGNATURE, F_ALGO_TYPE, F_AGENT_PORT,
     F_CVMS_DELIVERS, F_KNOWN,
     F_FORBIDDEN = F_KNOWN, FIELD_RULES = F_FORBIDDEN + 5
 };
@@ -2484,7 +2482,7 @@ static const char *const field_names[FIELD_RULES] = {
     [F_STATUS] = ":status", [F_CONTENT_TYPE] = "content-type", [F_CONTENT_LENGTH] = "content-length", [F_TE] = "te",
     [F_GRPC_ENCODING] = "grpc-encoding", [F_GRPC_TIMEOUT] = "grpc-timeout", [F_GRPC_STATUS] = "grpc-status",
     [F_GRPC_MESSAGE] = "grpc-message", [F_USER_AGENT] = "user-agent", [F_JOB_ID] = "job-id",
-    [F_CONNECTION_TYPE] = "connection-type", [F_FILE_SIZE] = "file-size", [F_SIGNATURE] = "signature",
+    [F_CONNECTION_TYPE] = "connection-type", [F_FILE_SIZE] = "file-size", [F_AUTHORIZATION] = "authorization", [F_SIGNATURE] = "signature",
     [F_ALGO_TYPE] = "algo_type", [F_AGENT_PORT] = "agent-port", [F_CVMS_DELIVERS] = "cvms-delivers",
     /* RFC 9113 8.2.2 */
     [F_FORBIDDEN] = "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade",
@@ -3481,7 +3479,7 @@ struct grpc_method {
     void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
     void (*end)(struct stream *);                             /* the client has sent all */
     void (*drained)(struct stream *);                         /* all that was queued is on its way */
-    bool (*pull)(struct stream *, uint8_t *, size_t);         /* a 200 that is not gRPC: the next n bytes of its body */
+    size_t (*pull)(struct stream *, uint8_t *, size_t);       /* a 200 that is not gRPC: n more bytes of its body */
     void (*status)(struct stream *, unsigned status, struct bytes text);  /* at a client: the call has ended */
     void (*closed)(struct stream *);                          /* last call */
 };
@@ -3509,11 +3507,14 @@ static const struct http_answer {
 } http_answers[] = {
     { 200, "OK", NULL },
     { 400, "Bad Request", "the request is malformed, or has a body in pieces" },
+    { 401, "Unauthorized", "the token is not the one that GetToken gives" },
     { 404, "Not Found", "nothing of this name is here" },
     { 405, "Method Not Allowed", "the method is not one for this path" },
     { 408, "Request Timeout", "the request has not come in time" },
+    { 410, "Gone", "it has changed since its hash was sent to agents" },
     { 415, "Unsupported Media Type", "POST with content-type application/grpc" },
     { 431, "Request Header Fields Too Large", "the request's fields are too many or too long" },
+    { 503, "Service Unavailable", "it can't be read now" },
     { 505, "HTTP Version Not Supported", "gRPC needs HTTP/2, all else HTTP/2, 1.1 or 1.0" },
 };
 
@@ -3618,7 +3619,8 @@ static void plain_answer(struct stream *s)
     text_printf(length, sizeof length, "%llu", (unsigned long long)n);
     const char *const list[] = {
         ":status", status, "content-type", a->text ? "text/plain" : "application/octet-stream",
-        "content-length", length, "allow", a->status == 405 ? s->grpc.allow : NULL, NULL,
+        "content-length", length, "allow", a->status == 405 ? s->grpc.allow : NULL,
+        "www-authenticate", a->status == 401 ? "Bearer" : NULL, "cache-control", a->text ? NULL : "no-store", NULL,
     };
     stream_put_fields(s, list, NULL, empty ? END_STREAM : 0);
     if (empty)
@@ -3764,6 +3766,9 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     const struct bytes *v = f->value;
     s->grpc.plain = (uint16_t)grpc_http_status(s, f);
     if (s->grpc.plain) {
+        s->grpc.method = e->plain;
+        if (e->plain)
+            e->plain->open(s, f);
         if (f->too_large && !end)
             plain_answer(s);
         return;
@@ -3884,9 +3889,9 @@ static void grpc_drained(struct stream *s)
         s->grpc.method->drained(s);
 }
 
-static bool grpc_pull(struct stream *s, uint8_t *p, size_t n)
+static size_t grpc_pull(struct stream *s, uint8_t *p, size_t n)
 {
-    return s->grpc.method && s->grpc.method->pull(s, p, n);
+    return s->grpc.method->pull(s, p, n);
 }
 
 static void grpc_closed(struct stream *s)
@@ -4080,6 +4085,7 @@ struct tls_options {
     const char *server_name;                /* client: a host name or an IP address */
     bool insecure;                          /* client: believe any server */
     bool allow_no_alpn;                     /* server: a client that offers no ALPN may stay (RFC 9113 3.2 forbids) */
+    bool http1;                             /* server: ALPN http/1.1 and http/1.0 as well */
 };
 
 /* TLS_CLOSING and TLS_FAILED: close the socket once tls_send_buf has no more. */
@@ -4410,7 +4416,7 @@ union tls_engine {
 /* Made once and never changed; each connection holds a reference, so that a reload leaves live ones alone. */
 struct tls_config {
     unsigned refs;
-    bool client, verify, insecure, allow_no_alpn;
+    bool client, verify, insecure, allow_no_alpn, http1;
     char *peer_name; /* the server's name, or what -client-san asks for, or NULL */
     bool peer_is_ip;
     br_x509_certificate *chain;
@@ -4418,7 +4424,7 @@ struct tls_config {
     br_skey_decoder_context key;
     br_x509_trust_anchor *anchors;
     size_t anchors_len;
-    const char *alpn;
+    const char *alpn[3];
     struct buf warnings;     /* lines, NUL-terminated */
     union tls_engine base; /* initialised: a connection starts as a copy */
 };
@@ -4752,8 +4758,8 @@ static void config_engine(struct tls_config *c)
         br_ssl_engine_set_hash(eng, tls_hashes[i].id, tls_hashes[i].class);
     br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
     br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
-    c->alpn = "h2";
-    br_ssl_engine_set_protocol_names(eng, &c->alpn, 1);
+    c->alpn[0] = "h2", c->alpn[1] = "http/1.1", c->alpn[2] = "http/1.0";
+    br_ssl_engine_set_protocol_names(eng, c->alpn, c->http1 ? 3 : 1);
     br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_NO_RENEGOTIATION |
                                      BR_OPT_FAIL_ON_ALPN_MISMATCH);
 #if CVMS_TLS_POOL
@@ -4784,6 +4790,7 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
     c->client = client;
     c->insecure = client && o->insecure;
     c->allow_no_alpn = o->allow_no_alpn;
+    c->http1 = o->http1;
     name = c->peer_name;
     c->peer_is_ip = name && (inet_pton(AF_INET, name, probe) == 1 || inet_pton(AF_INET6, name, probe) == 1);
     config_engine(c);
@@ -6784,12 +6791,33 @@ static const struct pb_message ResultRequest_message = {
 struct ResultResponse { struct bytes file; };
 PB_DEFINE(ResultResponse, PB_PLAIN, NULL, PB_ROW(ResultResponse, 1, BYTES, 0, file, NULL));
 
+/* ---- attestation_agent: where an agent gets the token that a key broker wants ---- */
+struct GetTeeTypeRequest { char empty; };
+static const struct pb_message GetTeeTypeRequest_message = {
+    "GetTeeTypeRequest", NULL, 0, sizeof(struct GetTeeTypeRequest), PB_PLAIN, NULL
+};
+struct GetTeeTypeResponse { struct bytes tee; };
+PB_DEFINE(GetTeeTypeResponse, PB_PLAIN, NULL, PB_ROW(GetTeeTypeResponse, 1, STRING, 0, tee, NULL));
+struct GetTokenRequest { struct bytes TokenType; };
+PB_DEFINE(GetTokenRequest, PB_PLAIN, NULL, PB_ROW(GetTokenRequest, 1, STRING, 0, TokenType, NULL));
+struct GetTokenResponse { struct bytes Token; };
+PB_DEFINE(GetTokenResponse, PB_PLAIN, NULL, PB_ROW(GetTokenResponse, 1, BYTES, 0, Token, NULL));
+
 /* ---- A line of -output json or -record, as -replay reads it ---- */
 struct UnknownField { struct bytes field, value; int32_t wire_type; };
 PB_DEFINE(UnknownField, PB_PLAIN, NULL,
     PB_ROW(UnknownField, 1, STRING, 0, field,     NULL),
     PB_ROW(UnknownField, 2, INT32,  0, wire_type, NULL),
     PB_ROW(UnknownField, 3, STRING, 0, value,     NULL));
+struct Request { struct bytes method, path, what, note; int32_t status, milliseconds; int64_t bytes; };
+PB_DEFINE(Request, PB_PLAIN, NULL,
+    PB_ROW(Request, 1, STRING, 0, method,       NULL),
+    PB_ROW(Request, 2, STRING, 0, path,         NULL),
+    PB_ROW(Request, 3, INT32,  0, status,       NULL),
+    PB_ROW(Request, 4, INT64,  0, bytes,        NULL),
+    PB_ROW(Request, 5, INT32,  0, milliseconds, NULL),
+    PB_ROW(Request, 6, STRING, 0, what,         NULL),
+    PB_ROW(Request, 7, STRING, 0, note,         NULL));
 struct Line {
     struct Timestamp *time;
     struct bytes peer, stream, job_id, subject;
@@ -6797,6 +6825,7 @@ struct Line {
     struct ServerStreamMessage *sent;
     struct pb_list unknown;
     int64_t unknown_left_out;
+    struct Request *request;
 };
 PB_DEFINE(Line, PB_PLAIN, NULL,
     PB_ROW(Line, 1, MESSAGE, 0, time,    &Timestamp_message),
@@ -6807,7 +6836,8 @@ PB_DEFINE(Line, PB_PLAIN, NULL,
     PB_ROW(Line, 6, MESSAGE, 0, message, &ClientStreamMessage_message),
     PB_ROW(Line, 7, MESSAGE, 0, sent,    &ServerStreamMessage_message),
     PB_ROW(Line, 8, MESSAGE, PB_REPEATED, unknown, &UnknownField_message),
-    PB_ROW(Line, 9, INT64,   0, unknown_left_out, NULL));
+    PB_ROW(Line, 9, INT64,   0, unknown_left_out, NULL),
+    PB_ROW(Line, 10, MESSAGE, 0, request, &Request_message));
 
 /* ---- grpc.health.v1 ---- */
 enum ServingStatus { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
@@ -6936,8 +6966,25 @@ static const struct pb_service reflection_services[] = {
 static const struct pb_file reflection_v1_file = REFLECTION_FILE("v1");
 static const struct pb_file reflection_v1alpha_file = REFLECTION_FILE("v1alpha");
 
+static const struct pb_message *const attestation_messages[] = {
+    &GetTeeTypeRequest_message, &GetTeeTypeResponse_message, &GetTokenRequest_message, &GetTokenResponse_message,
+};
+static const struct pb_method attestation_methods[] = {
+    { "GetTeeType", &GetTeeTypeRequest_message, &GetTeeTypeResponse_message, false, false },
+    { "GetToken", &GetTokenRequest_message, &GetTokenResponse_message, false, false },
+};
+static const struct pb_service attestation_services[] = {
+    { "AttestationAgentService", attestation_methods, PB_COUNT(attestation_methods) },
+};
+static const struct pb_file attestation_file = {
+    .name = "attestation-agent.proto", .package = "attestation_agent",
+    .messages = attestation_messages, .n_messages = PB_COUNT(attestation_messages),
+    .services = attestation_services, .n_services = PB_COUNT(attestation_services),
+};
+
 static const struct pb_file *const all_files[] = {
     &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file,
+    &attestation_file,                /* last: while something encrypted is delivered */
 };
 
 /* ==== 12. Options: one table for every command (Go's flag syntax) ==================================================
@@ -6961,13 +7008,15 @@ struct options {
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
         *until, *report, *record, *replay, *server_cert, *new_key,
-        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *private_key_path,
+        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *deliver_host,
+        *deliver_key, *private_key_path,
         *agent_address, *algo_requirements, *python_runtime, *results, *agent_port;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
         reject, fault;
     int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
-    bool once, base64, help, help_short, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure;
+    bool once, base64, help, help_short, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure,
+        fetches;                      /* -deliver: agents fetch from here */
     bool *given;                      /* a row of option_table each: whether its flag was there */
     const char **args;
     size_t arg_count;
@@ -7004,7 +7053,12 @@ static const struct option option_table[] = {
       "arguments of the algorithm; an empty element is an empty argument" },
     { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Delivery" },
     { "deliver", "WAY[,WAY]", NULL, OPT_TEXT, CMD_SERVE, AT(deliver),
-      "how algorithm and datasets reach the agent: cli (somebody else uploads them, the default) or upload" },
+      "how algorithm and datasets reach the agent: cli (somebody else uploads them, the default), upload, http (the "
+      "agent fetches them encrypted, and their key) or http-plain" },
+    { "deliver-host", "HOST[:PORT]", NULL, OPT_TEXT, CMD_SERVE, AT(deliver_host),
+      "what stands in the URLs of what agents fetch (default: HOST and the port)" },
+    { "deliver-key", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(deliver_key),
+      "the key that encrypts what agents fetch, 32 raw bytes (default: one is made for the run)" },
     { "private-key-path", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(private_key_path),
       "the users' private key, RSA or EC, PEM (default: a key pair is made for the run)" },
     { "algo-requirements", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(algo_requirements),
@@ -7177,7 +7231,9 @@ static const char *const environment_table[][2] = {
 /* What -fault can do, to see how an agent takes it. */
 enum fault {
     FAULT_DELAY, FAULT_MISSING_CHUNK, FAULT_NO_LAST, FAULT_FLIP, FAULT_SHORT_HASH, FAULT_WRONG_HASH, FAULT_RST,
-    FAULT_GOAWAY, FAULT_FREEZE, FAULT_REFUSE, FAULT_PLAIN, FAULT_TWICE, FAULTS
+    FAULT_GOAWAY, FAULT_FREEZE, FAULT_REFUSE, FAULT_PLAIN, FAULT_TWICE,
+    FAULT_OF_FETCHES, FAULT_NOT_FOUND = FAULT_OF_FETCHES, FAULT_UNAVAILABLE, FAULT_CUT, FAULT_BLOB, FAULT_KEY,
+    FAULT_TOKEN, FAULTS
 };
 static const struct {
     const char *name, *arg, *help;
@@ -7194,6 +7250,12 @@ static const struct {
     [FAULT_REFUSE] = { "refuse", "N", "close the first N connections at once" },
     [FAULT_PLAIN] = { "plain", NULL, "one plain runReq instead of chunks" },
     [FAULT_TWICE] = { "twice", NULL, "the whole manifest twice" },
+    [FAULT_NOT_FOUND] = { "not-found", NULL, "what agents fetch is not there: 404" },
+    [FAULT_UNAVAILABLE] = { "unavailable", NULL, "what agents fetch can't be had: 503" },
+    [FAULT_CUT] = { "cut", "BYTES", "what agents fetch breaks off after so many bytes" },
+    [FAULT_BLOB] = { "flip-blob", "OFFSET", "flip a bit in this byte of what agents fetch" },
+    [FAULT_KEY] = { "wrong-key", NULL, "the key broker gives another key" },
+    [FAULT_TOKEN] = { "refuse-token", NULL, "the key broker takes no token: 401" },
 };
 
 /* The faults that were asked for; -1: not this one. */
@@ -9307,6 +9369,8 @@ struct manifest {
     bool algo_input;                  /* the last input is the algorithm */
     enum compat compat;
     const struct faults *faults;      /* NULL: none */
+    void (*renew)(void *);            /* what hangs on the inputs' hashes is to be made anew; NULL: nothing does */
+    void *renew_arg;
     struct blob *stream;              /* all RunReqChunks, each with its gRPC prefix */
     size_t len, chunks;               /* bytes of the manifest itself, and in how many chunks it goes */
     unsigned version;                 /* how often it has been encoded */
@@ -9898,6 +9962,8 @@ static bool manifest_encode(struct manifest *m)
     struct buf b = { 0 };
     uint8_t spoilt[SHA3_256_LEN];
     struct bytes hash = m->req.algorithm ? m->req.algorithm->hash : (struct bytes){ 0 };
+    if (m->renew)
+        m->renew(m->renew_arg);
     if (m->faults && m->req.algorithm)
         manifest_spoil(m, spoilt);
     struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
@@ -10126,11 +10192,12 @@ static const char *const silent_failures[] = {
     "hash does not match manifest", "not declared in computation manifest", "failed to start ingress proxy",
 };
 
-/* What is carried between the users and an agent host: a file that is uploaded, or the results. */
+/* What is carried between the users and an agent host: a file that is uploaded or fetched, or the results. */
 struct parcel {
     const char *what, *name;          /* "algorithm", "dataset" or "results", and the file */
-    enum stage stage;                 /* which is not reached without it */
-    bool begun, done;
+    enum stage stage;                 /* which is not reached without it; STAGES: it is not known who fetches what */
+    bool begun, done, sealed;         /* sealed: done when its key has been fetched, too */
+    unsigned fetched, keys;           /* how often an agent has */
     uint64_t bytes;
     uint8_t hash[32];                 /* of results: SHA3-256 */
 };
@@ -10140,6 +10207,7 @@ struct host {
     struct host *next;
     bool failed;
     char *name, *failure;             /* failure: why it has failed; NULL without memory */
+    char at[56];                      /* the address that its last stream came from */
     enum stage stage;
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
     unsigned agents, forwarders;      /* streams that are open */
@@ -10390,12 +10458,17 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
 {
     buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
     const struct parcel *p = h->parcels, *end = p ? p + h->parcel_count : NULL;
+    const struct parcel *unfetched = p;
     while (p < end && (!p->begun || p->done))
         p++;
+    while (unfetched < end && (unfetched->stage != STAGES || unfetched->begun))
+        unfetched++;
     if (!h->had_agent)
         buf_puts(out, "; only its log-forwarder connected: is the agent running? Its AGENT_CVM_GRPC_URL must be this server");
     else if (h->trouble)
         buf_printf(out, "; %s", h->trouble);
+    else if (p < end && p->fetched)
+        buf_printf(out, "; the agent fetched the %s, but never asked for its key", p->what);
     else if (p < end)
         buf_printf(out, "; the %s ", p->what), put_text(out, bytes_of(p->name), NULL),
             buf_printf(out, " stood at %llu bytes", (unsigned long long)p->bytes);
@@ -10405,6 +10478,8 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
     else if (h->expected < v->expect.n)
         buf_puts(out, "; event "), put_text(out, bytes_of(v->expect.v[h->expected]), NULL),
             buf_puts(out, " was not seen");
+    else if (unfetched < end)
+        buf_printf(out, "; the agent never asked for the %s", unfetched->what);
     else if (h->stage < v->until)
         buf_printf(out, "; %s", h->cure ? h->cure : stage_signs[h->stage + 1]);
 }
@@ -10488,14 +10563,18 @@ static const char *verdict_word(int status)
 static void put_parcel(struct buf *out, const struct parcel *p)
 {
     char hex[65];
-    if (!p->done)
+    if (!p->done && !p->fetched)
         return;
     bool results = p->stage == STAGE_COMPLETE;
     buf_printf(out, results ? "cvms:      %s in " : "cvms:      %s ", p->what);
     put_text(out, bytes_of(p->name), NULL);
-    buf_puts(out, results ? "" : p->begun ? " uploaded" : " was there already");
+    buf_puts(out, results ? "" : p->fetched ? " fetched" : p->begun ? " uploaded" : " was there already");
     if (p->begun)
         buf_printf(out, ", %llu bytes", (unsigned long long)p->bytes);
+    if (p->sealed)
+        buf_puts(out, p->keys ? ", and its key" : ", but not its key");
+    if (p->fetched > 1)
+        buf_printf(out, ", %u times", p->fetched);
     hex_text(hex, p->hash, sizeof p->hash);
     buf_printf(out, results && p->begun ? "\ncvms:      SHA3-256 %s\n" : "\n", hex);
 }
@@ -10507,6 +10586,8 @@ static void put_parcel_json(struct buf *out, const struct parcel *p, bool first)
     buf_printf(out, "%s{\"what\":\"%s\",\"file\":", first ? "" : ",", p->what);
     pb_json_string(out, bytes_of(p->name));
     buf_printf(out, ",\"done\":%s,\"bytes\":%llu", p->done ? "true" : "false", (unsigned long long)p->bytes);
+    if (p->stage == STAGES)
+        buf_printf(out, ",\"fetched\":%u,\"keys\":%u", p->fetched, p->keys);
     buf_printf(out, p->done && p->stage == STAGE_COMPLETE ? ",\"sha3_256\":\"%s\"}" : "}", hex);
 }
 
@@ -10649,15 +10730,21 @@ static void verdict_start(struct verdict *v, const struct options *o, int64_t no
         v->next_poll_ms = now_ms + o->poll_ms;
 }
 
-/* ==== 17. Delivery: uploads and results =============================================================================
+/* ==== 17. Delivery: uploads, results, what agents fetch =============================================================
  * Owns: the users' side of a direct run: their key, and the calls of agent.AgentService by which algorithm and datasets
- * reach each agent host and its results come back.
- * Never: guesses where an agent stands; it acts on what the agent has said.
+ * reach each agent host and its results come back; of a remote run the resources, their key broker and attestation agent.
+ * Never: guesses where an agent stands; it acts on what the agent has said.  Serves nothing but the resources.
  */
-enum way { WAY_CLI, WAY_UPLOAD, WAYS };
-static const char *const way_names[WAYS] = { "cli", "upload" };
+enum way { WAY_CLI, WAY_UPLOAD, WAY_HTTP, WAY_HTTP_PLAIN, WAYS };
+static const char *const way_names[WAYS] = { "cli", "upload", "http", "http-plain" };
+
+static bool way_fetches(enum way way)
+{
+    return way >= WAY_HTTP;
+}
 
 enum {
+    FETCHES_MAX = 1000,               /* under way at a time: each has a descriptor */
     PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
     RESULT_MESSAGE_MAX = 4 << 20,     /* what gRPC's own clients take */
     SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
@@ -10699,14 +10786,36 @@ struct errand {
     const char **metadata;            /* name, value, ..., NULL */
 };
 
+/* A file or folder that agents fetch, as it is or sealed.  Its name and nonce are made anew with its hash. */
+struct resource {
+    enum user_role role;
+    const struct checksum *input;
+    const char *name;                 /* of the file */
+    struct Source *source;            /* in the manifest */
+    struct KBSConfig *kbs;
+    bool sealed;
+    uint8_t hash[SHA3_256_LEN], nonce[SEAL_NONCE];
+    size_t stem;                      /* as much of the path does not change */
+    char path[48], url[400];          /* path: empty until it can be fetched */
+    char key_path[40];                /* REPO/TYPE/TAG at the key broker */
+};
+
 /* What all agents have in common. */
 struct delivery {
     struct loop *loop;
     struct verdict *verdict;
     const struct options *o;
     const struct manifest *manifest;
+    struct ComputationRunReq *req;    /* of the manifest */
+    struct KBSConfig *kbs;            /* its own, if we have made it */
     enum way algorithm, data;
-    bool wanted, asks;                /* asks: an agent is to be asked for its state */
+    bool wanted, signs, asks;         /* signs: there are uploads or results; asks: an agent is to be asked for its state */
+    bool sealed, secure;              /* something encrypted is fetched; over TLS */
+    struct resource *resources;
+    size_t resource_count;
+    uint8_t seal_key[AES_KEY];
+    char token[40], base[320];        /* what GetToken gives; the URLs' beginning */
+    unsigned fetches;                 /* that are under way */
     struct user_key *key;
     char *signature[ROLES];
     struct errand *errands;
@@ -11118,23 +11227,32 @@ static void courier_dial(struct courier *c)
 
 /* ---- What the agents say ---- */
 
+/* What is carried for a host: as many as there are calls, then as many as there are resources.  False without memory. */
+static bool host_parcels(struct delivery *d, struct host *h)
+{
+    size_t n = d->count + d->resource_count;
+    if (h->parcels || !n || !(h->parcels = calloc(n, sizeof *h->parcels)))
+        return h->parcels;
+    h->parcel_count = n;
+    for (size_t i = 0; i < d->resource_count; i++)
+        h->parcels[d->count + i] = (struct parcel){ .what = roles[d->resources[i].role].what, .stage = STAGES,
+                                                    .name = d->resources[i].name, .sealed = d->resources[i].sealed };
+    return true;
+}
+
 static struct courier *courier_of(struct delivery *d, struct host *h)
 {
     if (h->courier)
         return h->courier;
     struct courier *c = calloc(1, sizeof *c);
-    struct parcel *p = calloc(d->count, sizeof *p);
-    if (!c || !p) {
+    if (!c || !host_parcels(d, h)) {
         free(c);
-        free(p);
         core_tell(&d->loop->core, &(struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
                   "out of memory: nothing is delivered to this agent");
         return NULL;
     }
     *c = (struct courier){ .delivery = d, .host = h, .next = d->count, .unreachable_ms = INT64_MAX, .fd = -1,
                            .after = d->couriers };
-    h->parcels = p;
-    h->parcel_count = d->count;
     d->couriers = c;
     h->courier = c;
     return c;
@@ -11180,6 +11298,8 @@ static void delivery_message(struct delivery *d, struct host *h, const struct Cl
 {
     struct courier *c = d->count && h ? courier_of(d, h) : NULL;
     struct address at;
+    if (h)
+        host_parcels(d, h);
     if (!c)
         return;
     c->job_id = job_id;
@@ -11274,6 +11394,32 @@ static void delivery_free(struct delivery *d)
     }
     addresses_free(d->addresses);
     free(d->piece);
+    wipe(d->seal_key, sizeof d->seal_key);
+}
+
+/* ---- What agents fetch ---- */
+
+/* Called before the manifest is encoded, when hashes are known or have changed: a nonce is of one content only, and a name shows which it is. */
+static void resources_renew(void *arg)
+{
+    struct delivery *d = arg;
+    if (d->kbs && !d->kbs->url.p)
+        d->kbs->url = bytes_of(d->base);
+    for (size_t i = 0; i < d->resource_count; i++) {
+        struct resource *x = &d->resources[i];
+        bool ours = !x->source->url.p || x->source->url.p == (uint8_t *)x->url;   /* else -set has another */
+        char hex[17];
+        if (x->path[x->stem] && memcmp(x->hash, x->input->hash, sizeof x->hash) == 0)
+            continue;
+        memcpy(x->hash, x->input->hash, sizeof x->hash);
+        hex_text(hex, x->hash, sizeof hex / 2);
+        text_printf(x->path + x->stem, sizeof x->path - x->stem, "%s", random_fill(x->nonce, sizeof x->nonce) ? hex : "");
+        text_printf(x->url, sizeof x->url, "%s%s", d->base, x->path);
+        if (ours)
+            x->source->url = bytes_of(x->url);
+        if (!x->kbs->url.p)
+            x->kbs->url = bytes_of(d->base);
+    }
 }
 
 /* ---- What the flags ask for ---- */
@@ -11283,8 +11429,42 @@ static enum way way_parse(struct report *r, const char *word, size_t n)
     for (int i = 0; i < WAYS; i++)
         if (strlen(way_names[i]) == n && strncmp(way_names[i], word, n) == 0)
             return (enum way)i;
-    tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli or upload", (int)n, word);
+    tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli, upload, http or http-plain", (int)n,
+         word);
     return WAY_CLI;
+}
+
+/* The key that encrypts what agents fetch, and the token of its broker. */
+static void delivery_secrets(struct delivery *d, const struct options *o, struct report *r)
+{
+    uint8_t token[16];
+    struct err e;
+    if (!d->sealed)
+        return;
+#if CVMS_TLS
+    if (present(o->deliver_key) && !seal_key_load(o->deliver_key, d->seal_key, &e))
+        tell(r, START, "-deliver-key: %s", e.text);
+#else
+    (void)o, (void)e;
+    tell(r, USAGE, "-deliver http: this cvms was built without TLS (make TLS=0), and so without AES; use http-plain, or "
+                   "build it with TLS");
+#endif
+    if (!random_fill(token, sizeof token) || (!present(o->deliver_key) && !random_fill(d->seal_key, sizeof d->seal_key)))
+        tell(r, START, "-deliver http: the operating system gives no random numbers: %s", strerror(errno));
+    memcpy(d->token, "cvms-", 5);
+    hex_text(d->token + 5, token, sizeof token);
+}
+
+/* Where agents fetch from: -deliver-host, else where the port is open. */
+static void delivery_base(struct delivery *d, const char *where)
+{
+    const char *given = d->o->deliver_host;
+    struct address at, real;
+    char host[300];
+    text_printf(host, sizeof host, "%s", where);
+    if (given && address_parse(given, &at) && address_parse(where, &real))
+        host_port(host, sizeof host, at.host, (unsigned)(at.port < 0 ? real.port : at.port));
+    text_printf(d->base, sizeof d->base, "%s://%s", d->secure ? "https" : "http", host);
 }
 
 /* Before the manifest is made: the ways, and the users' key, whose public half goes into it. */
@@ -11295,11 +11475,18 @@ static void delivery_setup(struct delivery *d, struct options *o, struct report 
     d->o = o;
     d->algorithm = way_parse(r, ways, comma ? (size_t)(comma - ways) : strlen(ways));
     d->data = comma ? way_parse(r, comma + 1, strlen(comma + 1)) : d->algorithm;
-    d->wanted = d->algorithm == WAY_UPLOAD || d->data == WAY_UPLOAD || o->results;
-    static const char *const of_delivery[] = { "private-key-path", "agent-address" };
+    o->fetches = way_fetches(d->algorithm) || way_fetches(d->data);
+    d->sealed = d->algorithm == WAY_HTTP || d->data == WAY_HTTP;
+    d->signs = d->algorithm == WAY_UPLOAD || d->data == WAY_UPLOAD || o->results;
+    d->wanted = d->signs || o->fetches;
+    const struct { const char *flag; bool used; const char *cure; } of_delivery[] = {
+        { "private-key-path", d->wanted, "-deliver upload or -results FILE" },
+        { "agent-address", d->signs, "-deliver upload or -results FILE" },
+        { "deliver-host", o->fetches, "-deliver http" }, { "deliver-key", d->sealed, "-deliver http" },
+    };
     for (size_t i = 0; i < PB_COUNT(of_delivery); i++)
-        if (!d->wanted && option_given(o, of_delivery[i]))
-            tell(r, USAGE, "-%s: nothing is delivered; add -deliver upload or -results FILE", of_delivery[i]);
+        if (!of_delivery[i].used && option_given(o, of_delivery[i].flag))
+            tell(r, USAGE, "-%s: nothing is delivered so; add %s", of_delivery[i].flag, of_delivery[i].cure);
     static const char *const of_algorithm[] = { "algo-requirements", "python-runtime" };
     for (size_t i = 0; i < PB_COUNT(of_algorithm); i++)
         if (d->algorithm != WAY_UPLOAD && option_given(o, of_algorithm[i]))
@@ -11308,6 +11495,9 @@ static void delivery_setup(struct delivery *d, struct options *o, struct report 
         return;
     if (!o->attested_tls && !o->manifest)
         o->attested_tls = "false";
+    delivery_secrets(d, o, r);
+    if (present(o->public_key_path) && !present(o->private_key_path) && !d->signs)
+        return;
     if (present(o->public_key_path) && !present(o->private_key_path)) {
         tell(r, USAGE, "-private-key-path is missing: uploads and results are signed with the private half of "
                        "-public-key-path; without both, a key pair is made for the run");
@@ -11458,6 +11648,81 @@ static void delivery_add_results(struct delivery *d, struct options *o, struct r
              stage_names[d->verdict->until]);
 }
 
+/* Adds a resource: its place in the manifest, whose URL follows when the port is open and the hash is known. */
+static void delivery_add_resource(struct delivery *d, struct options *o, enum user_role role, size_t i,
+                                  const struct checksum *input, bool sealed)
+{
+    struct resource *x = &d->resources[d->resource_count++];
+    struct ComputationRunReq *req = d->req;
+    struct Dataset *data = role == ROLE_DATA ? (struct Dataset *)req->datasets.items + i : NULL;
+    struct KBSConfig *kbs = keep(o, sizeof *kbs);
+    char part[32];
+    text_printf(part, sizeof part, data ? "dataset-%lu" : "algorithm", (unsigned long)i);
+    *x = (struct resource){ .role = role, .input = input, .name = keep_text(o, base_name(input->path)), .sealed = sealed,
+                            .source = new_source(o, d->manifest->compat, data ? o->dataset_source_type
+                                                                             : o->algo_source_type, "", NULL) };
+    x->stem = text_printf(x->path, sizeof x->path, "/blobs/%s-", part);
+    text_printf(x->key_path, sizeof x->key_path, "cvms/key/%s", part);
+    x->source->url = (struct bytes){ 0 };
+    x->source->encrypted = sealed;
+    x->source->kbs_resource_path = bytes_of(sealed ? x->key_path : "");
+    kbs->enabled = true;              /* agents want one, also for what is plain */
+    x->kbs = kbs;
+    *(data ? &data->source : &req->algorithm->source) = x->source;
+    *(data ? &data->kbs : &req->algorithm->kbs) = kbs;
+    if (d->manifest->compat == COMPAT_ALL && !req->kbs)
+        req->kbs = d->kbs = memcpy(keep(o, sizeof *kbs), kbs, sizeof *kbs);
+}
+
+/* What agents fetch: whatever of it stands here. */
+static void delivery_add_resources(struct delivery *d, struct options *o, struct report *r)
+{
+    const struct manifest *m = d->manifest;
+    struct values unpack = list_split(o, &o->dataset_decompress);
+    struct Dataset *data = d->req->datasets.items;
+    size_t n = m->input_count - m->algo_input;
+    struct stat st;
+    d->resources = keep(o, (m->input_count + 1) * sizeof *d->resources);
+    if (m->compat == COMPAT_SEED)
+        tell(r, USAGE, "-compat seed: agents of that time fetch images only, not by -deliver %s", way_names[d->algorithm]);
+    if (way_fetches(d->algorithm) && m->algo_input) {
+        const struct checksum *in = &m->inputs[n];
+        delivery_add_resource(d, o, ROLE_ALGORITHM, 0, in, d->algorithm == WAY_HTTP);
+        if (stat(in->path, &st) == 0 && S_ISDIR(st.st_mode))
+            tell(r, WARNING, "-algo-path: %s is a folder; an agent runs a fetched algorithm as it is, which is its zip",
+                 in->path);
+    } else if (way_fetches(d->algorithm) && !d->req->algorithm->source) {
+        tell(r, USAGE, "-deliver %s: there is no algorithm to serve; give -algo-path", way_names[d->algorithm]);
+    }
+    for (size_t i = 0; way_fetches(d->data) && i < n; i++) {
+        char *name = keep(o, 40);
+        text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
+        delivery_add_resource(d, o, ROLE_DATA, i, &m->inputs[i], d->data == WAY_HTTP);
+        data[i].filename = bytes_of(name);
+        if (!nth(&unpack, i))
+            data[i].decompress = stat(m->inputs[i].path, &st) == 0 && S_ISDIR(st.st_mode);
+    }
+}
+
+/* -deliver-host, and who can read what is served. */
+static void delivery_host(const struct delivery *d, const struct options *o, struct report *r)
+{
+    const char *env = getenv("HOST"), *host = env ? env : "localhost", *given = o->deliver_host;
+    struct address at = { .port = -1 }, own = { .port = -1 };
+    if (!o->fetches || !address_parse(host, &own))
+        return;
+    bool wildcard = !*own.host || strcmp(own.host, "0.0.0.0") == 0 || strcmp(own.host, "::") == 0;
+    bool loopback = is_localhost(own.host) || strncmp(own.host, "127.", 4) == 0 || strcmp(own.host, "::1") == 0;
+    if (given && (!address_parse(given, &at) || !*at.host || at.host[strcspn(at.host, "/?#@ ")] || at.port == 0))
+        tell(r, USAGE, "-deliver-host: \"%s\" is not an address; write it like cvms.example, 10.0.0.1:7001 or [::1]", given);
+    else if (wildcard && !given)
+        tell(r, USAGE, "HOST is all interfaces, which agents can't fetch from: give -deliver-host HOST, as they reach this "
+                       "machine");
+    if (d->sealed && !loopback && !d->secure)
+        tell(r, WARNING, "-deliver http gives its keys in the clear to all who reach the port: set SERVER_CERT and "
+                         "SERVER_KEY for TLS");
+}
+
 /* -agent-address, looked up before anything starts: the loop can't wait for a resolver. */
 static void delivery_address(struct delivery *d, const struct options *o, struct report *r)
 {
@@ -11474,21 +11739,35 @@ static void delivery_address(struct delivery *d, const struct options *o, struct
 }
 
 /* After the manifest is made: the calls, and whether an agent can take them.  The key is needed no longer. */
-static void delivery_check(struct delivery *d, const struct manifest *m, struct options *o, struct report *r)
+static void delivery_check(struct delivery *d, struct manifest *m, struct options *o, struct report *r)
 {
     d->manifest = m;
+    d->req = &m->req;
+    for (int i = FAULT_OF_FETCHES; m->faults && i < FAULTS; i++)
+        if (m->faults->value[i] >= 0 && !(i < FAULT_KEY ? o->fetches : d->sealed))
+            tell(r, USAGE, "-fault %s does nothing: agents fetch nothing like that from here; add -deliver http",
+                 fault_table[i].name);
     if (!d->wanted)
         return;
     d->errands = keep(o, (m->input_count + 1) * sizeof *d->errands);
-    if (m->req.agent_config && m->req.agent_config->attested_tls)
+    if (d->signs && m->req.agent_config && m->req.agent_config->attested_tls)
         tell(r, USAGE, "-attested-tls-bool true: agents then serve their users over attested TLS, which uploads from here "
                        "do not speak; say false, or use -deliver cli");
     if (d->algorithm == WAY_UPLOAD)
         delivery_add_algorithm(d, o, r);
     if (d->data == WAY_UPLOAD)
         delivery_add_data(d, o, r);
-    if (!d->count && !o->results && !r->usage)
-        tell(r, USAGE, "-deliver upload: there is nothing to upload: both algorithm and datasets are remote");
+    if (o->fetches)
+        delivery_add_resources(d, o, r);
+    if (d->resource_count) {
+        m->renew = resources_renew;
+        m->renew_arg = d;
+        set_fields(m, o, r);
+    }
+    delivery_host(d, o, r);
+    if (!d->count && !d->resource_count && !o->results && !r->usage)
+        tell(r, USAGE, "-deliver %s: there is nothing to %s: both algorithm and datasets are remote",
+             way_names[d->algorithm], o->fetches ? "serve" : "upload");
     if (o->results)
         delivery_add_results(d, o, r);
     else if (d->verdict->until == STAGE_COMPLETE)
@@ -11817,23 +12096,29 @@ static void json_defuse(struct buf *out, size_t start)
     buf_free(&whole);
 }
 
+/* What every line begins with. */
+static void put_json_front(struct buf *out, const struct conn *c, const char *stream, const char *job_id)
+{
+    buf_puts(out, "{\"time\":\"");
+    buf_put(out, core_stamp(c->core), STAMP_LEN);
+    buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", c->peer, stream);
+    if (job_id) {
+        buf_puts(out, ",\"job_id\":");
+        pb_json_string(out, bytes_of(job_id));
+    }
+    if (c->subject) {
+        buf_puts(out, ",\"subject\":");
+        pb_json_string(out, bytes_of(c->subject));
+    }
+}
+
 /* One JSON object a line; `message`, or `sent`, is the canonical JSON of msg.  wire: where unknown fields stand. */
 static void put_json_line(struct buf *out, struct stream *s, const struct pb_message *type, const void *msg,
                           struct bytes wire)
 {
     const struct session *session = s->user;
     size_t start = out->len;
-    buf_puts(out, "{\"time\":\"");
-    buf_put(out, core_stamp(s->conn->core), STAMP_LEN);
-    buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", s->conn->peer, kind_names[session->kind]);
-    if (session->job_id) {
-        buf_puts(out, ",\"job_id\":");
-        pb_json_string(out, bytes_of(session->job_id));
-    }
-    if (s->conn->subject) {
-        buf_puts(out, ",\"subject\":");
-        pb_json_string(out, bytes_of(s->conn->subject));
-    }
+    put_json_front(out, s->conn, kind_names[session->kind], session->job_id);
     buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":" : ",\"sent\":");
     pb_json(out, type, msg, 0);
     if (wire.n) {
@@ -11996,8 +12281,11 @@ static void session_kind(struct session *session, enum stream_kind kind)
     session->kind = kind;
     session_number(server, session);
     session->host = verdict_host(&server->verdict, session->job_id, session->stream->conn->peer);
-    if (session->host)
+    if (session->host) {
+        const char *peer = session->stream->conn->peer;
+        text_printf(session->host->at, sizeof session->host->at, "%.*s", (int)host_len(peer), peer);
         verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    }
     if (session->host && kind == KIND_AGENT)
         delivery_back(session->host);
     else if (server->verdict.host_count == MAX_HOSTS)
@@ -12250,10 +12538,16 @@ static bool file_has(const struct pb_file *f, struct bytes symbol)
     return false;
 }
 
-/* The file that a request asks for, or NULL. */
-static const struct pb_file *reflection_file(const struct ServerReflectionRequest *req)
+/* As many of all_files are offered. */
+static size_t file_count(const struct stream *s)
 {
-    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
+    return PB_COUNT(all_files) - !server_of(s)->delivery.sealed;
+}
+
+/* The file that a request asks for, or NULL. */
+static const struct pb_file *reflection_file(const struct stream *s, const struct ServerReflectionRequest *req)
+{
+    for (size_t i = 0; i < file_count(s); i++) {
         const struct pb_file *f = all_files[i];
         if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
                                     : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
@@ -12282,7 +12576,7 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
     struct ServiceResponse list[PB_COUNT(all_files)];
     char names[PB_COUNT(all_files)][64];
     size_t n = 0;
-    for (size_t i = 0; i < PB_COUNT(all_files); i++)
+    for (size_t i = 0; i < file_count(s); i++)
         for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
             text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
             list[n].name = bytes_of(names[n]);
@@ -12298,7 +12592,7 @@ static void reflection_message(struct stream *s, struct bytes wire)
     if (!message_decode(s, &ServerReflectionRequest_message, &req, wire))
         return;
     struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
-    const struct pb_file *file = reflection_file(&req);
+    const struct pb_file *file = reflection_file(s, &req);
     struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
     struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
     if (file) {
@@ -12310,13 +12604,255 @@ static void reflection_message(struct stream *s, struct bytes wire)
         return;
     }
     bool known = false;
-    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
+    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < file_count(s); i++)
         known |= file_has(all_files[i], req.all_extension_numbers_of_type);
     if (known)
         res.all_extension_numbers_response = &numbers;
     else
         res.error_response = &error;
     grpc_send(s, &ServerReflectionResponse_message, &res);
+}
+
+/* ---- What agents fetch ---- */
+
+/* A request that is not gRPC. */
+struct fetch {
+    struct delivery *d;
+    struct resource *resource;        /* NULL: none of this name */
+    struct host *host;                /* NULL: it is not known whose request it is */
+    bool key, open, counted, get;     /* key: of the resource; open: source is; counted: among those under way */
+    struct source source;
+    const char *note;                 /* what else is to be shown; NULL: nothing */
+    uint64_t bytes;
+    int64_t begin_ms;
+    struct bytes method, path;        /* in text, cut */
+    uint8_t text[256];
+};
+
+static struct parcel *fetch_parcel(const struct fetch *t)
+{
+    bool counts = t->host && t->resource && host_parcels(t->d, t->host);
+    return counts ? &t->host->parcels[t->d->count + (size_t)(t->resource - t->d->resources)] : NULL;
+}
+
+/* Whose request it is: of the hosts at its address, the first that lacks what it asks for; the only host there is. */
+static void fetch_host(struct fetch *t, const char *peer)
+{
+    struct host *all = t->d->verdict->hosts;
+    for (struct host *h = all; h && t->resource; h = h->next) {
+        if (!bytes_eq(bytes_of(h->at), (struct bytes){ (const uint8_t *)peer, host_len(peer) }))
+            continue;
+        struct host *before = t->host;
+        t->host = h;
+        const struct parcel *p = fetch_parcel(t);
+        if (p && !(t->key ? p->keys : p->fetched))
+            return;
+        t->host = before ? before : h;
+    }
+    if (!t->host && all && !all->next)
+        t->host = all;
+}
+
+/* What the path names.  Returns the status of the answer. */
+static unsigned fetch_find(struct fetch *t, struct bytes path)
+{
+    static const char broker[] = "/kbs/v0/resource/";
+    path = bytes_take(&path, '?');
+    for (size_t i = 0; i < t->d->resource_count; i++) {
+        struct resource *x = &t->d->resources[i];
+        bool ours = x->path[x->stem] && path.n > x->stem && memcmp(path.p, x->path, x->stem) == 0;
+        t->key = x->sealed && bytes_start(path, broker) &&
+                 bytes_eq(bytes_from(path, sizeof broker - 1), bytes_of(x->key_path));
+        if (!ours && !t->key)
+            continue;
+        t->resource = x;
+        return t->key || bytes_eq(path, bytes_of(x->path)) ? 200 : path.n == strlen(x->path) ? 410 : 404;
+    }
+    return 404;
+}
+
+/* Opens the source of a resource that is fetched.  Returns the status of the answer. */
+static unsigned fetch_source(struct fetch *t, struct core *core)
+{
+    const struct faults *faults = t->d->manifest->faults;
+    const struct resource *x = t->resource;
+    struct err e;
+    if (faults && (faults->value[FAULT_NOT_FOUND] >= 0 || faults->value[FAULT_UNAVAILABLE] >= 0))
+        return faults->value[FAULT_NOT_FOUND] >= 0 ? 404 : 503;
+    if (t->d->fetches >= FETCHES_MAX)
+        return 503;
+    t->open = source_open(&t->source, x->input->path, &e);
+    if (t->open ? memcmp(&t->source.id, &x->input->id, sizeof x->input->id) != 0
+                : checksum_changed(x->input->path, &x->input->id)) {
+        core_note(core, NULL, "%s has changed since its hash was sent to agents: it is not served", x->input->path);
+        return 410;
+    }
+    t->open = t->open && (!x->sealed || source_seal(&t->source, t->d->seal_key, x->nonce, &e));
+    if (!t->open)
+        core_note(core, NULL, "%s can't be served: %s", x->input->path, e.text);
+    t->counted = t->open;
+    t->d->fetches += t->counted;
+    return t->open ? 200 : 503;
+}
+
+/* A token that is sent must be ours; real agents without an attestation agent send none (RFC 6750 2.1). */
+static unsigned fetch_authorize(struct fetch *t, struct bytes authorization)
+{
+    const struct faults *faults = t->d->manifest->faults;
+    bool refuse = faults && faults->value[FAULT_TOKEN] >= 0;
+    struct bytes scheme = bytes_take(&authorization, ' ');
+    if (!scheme.n)
+        t->note = "without a token";
+    else if (!bytes_eq_nocase(scheme, "Bearer") || !bytes_eq(bytes_trim(authorization), bytes_of(t->d->token)))
+        t->note = "with a wrong token";
+    return refuse || (scheme.n && t->note) ? 401 : 200;
+}
+
+static void fetch_open(struct stream *s, const struct fields *f)
+{
+    struct fetch *t = calloc(1, sizeof *t);
+    struct conn *c = s->conn;
+    const struct bytes *v = f->value;
+    if (!t) {
+        c->out.failed = true;
+        return;
+    }
+    *t = (struct fetch){ .d = &server_of(s)->delivery, .begin_ms = c->core->now_ms, .get = !s->grpc.no_body };
+    struct buf text = buf_fixed(t->text, sizeof t->text);
+    put_text(&text, (struct bytes){ v[F_METHOD].p, min_size(v[F_METHOD].n, 20) }, NULL);
+    t->method = (struct bytes){ t->text, text.len };
+    put_text(&text, (struct bytes){ v[F_PATH].p, min_size(v[F_PATH].n, 100) }, NULL);
+    t->path = bytes_from((struct bytes){ t->text, text.len }, t->method.n);
+    s->user = t;
+    unsigned status = s->grpc.plain == 404 ? fetch_find(t, v[F_PATH]) : s->grpc.plain;
+    fetch_host(t, c->peer);
+    if (status == 200)
+        status = t->key ? fetch_authorize(t, v[F_AUTHORIZATION]) : fetch_source(t, c->core);
+    s->grpc.plain = (uint16_t)status;
+    s->grpc.length = t->key ? sizeof t->d->seal_key : t->source.size;
+    struct parcel *p = fetch_parcel(t);
+    if (p && !t->key && status == 200) {
+        p->begun = true;
+        p->bytes = 0;
+    }
+}
+
+/* The next n bytes of a body, with the faults that were asked for.  Fewer: the file has shrunk, or can't be read. */
+static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
+{
+    struct fetch *t = s->user;
+    const struct faults *faults = t->d->manifest->faults;
+    struct parcel *p = t->key ? NULL : fetch_parcel(t);
+    struct err e = { "it has shrunk" };
+    ssize_t got = (ssize_t)n;
+    if (t->key)
+        memcpy(to, t->d->seal_key + t->bytes, n);
+    else
+        got = source_read(&t->source, to, n, &e);
+    if (got < (ssize_t)n)
+        core_note(s->conn->core, NULL, "%s breaks off: %s", t->resource->input->path, e.text);
+    uint64_t from = t->bytes, len = got > 0 ? (uint64_t)got : 0;
+    uint64_t flip = faults && !t->key ? (uint64_t)faults->value[FAULT_BLOB] : UINT64_MAX;
+    uint64_t cut = faults && !t->key ? (uint64_t)faults->value[FAULT_CUT] : UINT64_MAX;
+    if (faults && t->key && faults->value[FAULT_KEY] >= 0)
+        to[0] ^= 1;
+    if (flip >= from && flip - from < len)
+        to[flip - from] ^= 1;
+    if (len > cut - from)
+        len = cut - from;
+    t->bytes += len;
+    if (p)
+        p->bytes = t->bytes;
+    return (size_t)len;
+}
+
+/* A line for a request that is not of a stream: text, or an object. */
+static void show_request(struct conn *c, const struct host *host, const struct Request *r)
+{
+    struct core *core = c->core;
+    struct server *server = core->app;
+    struct buf *out = &core->out;
+    size_t from = out->len;
+    struct whom whom = { .name = host ? bytes_of(host->name) : (struct bytes){ (uint8_t *)c->peer, host_len(c->peer) },
+                         .kind = "http" };
+    if (server->json) {
+        put_json_front(out, c, "http", NULL);
+        buf_puts(out, ",\"request\":");
+        pb_json(out, &Request_message, r, 0);
+        buf_puts(out, "}\n");
+        json_defuse(out, from);
+    } else {
+        put_whom(core, out, core->out_look, &whom);
+        size_t head = out->len;
+        put_text(out, r->method, NULL);
+        put_blanks(out, head, WORD_COLUMN);
+        put_text(out, r->path, NULL);
+        put_text(out, r->what, NULL);
+        buf_printf(out, ": %d, %lld bytes, " SECONDS " s", (int)r->status, (long long)r->bytes,
+                   SECONDS_OF(r->milliseconds));
+        put_text(out, r->note, NULL);
+        buf_putc(out, '\n');
+    }
+    if (out->failed)                  /* not half a line */
+        out->len = from;
+    out->failed = false;
+}
+
+/* The answer is out, or broke off: its line, and what it means for the verdict. */
+static void fetch_closed(struct stream *s)
+{
+    struct fetch *t = s->user;
+    if (!t)
+        return;
+    struct parcel *p = fetch_parcel(t);
+    bool whole = s->local_closed, fetched = whole && s->grpc.plain == 200 && t->get;
+    t->d->fetches -= t->counted;
+    if (t->open)
+        source_close(&t->source);
+    if (p && fetched) {
+        *(t->key ? &p->keys : &p->fetched) += 1;
+        p->done = p->fetched && (p->keys || !p->sealed);
+    }
+    const struct checksum *in = fetched && !t->key ? t->resource->input : NULL;
+    if (in && checksum_changed(in->path, &in->id))
+        t->note = "changed while it was sent";
+    char what[300] = "", note[80] = "";
+    if (t->resource)
+        text_printf(what, sizeof what, t->key ? " key of the %s %s" : " %s %s", roles[t->resource->role].what,
+                    t->resource->name);
+    text_printf(note, sizeof note, "%s%s%s", whole ? "" : ", broken off", t->note ? ", " : "", t->note ? t->note : "");
+    show_request(s->conn, t->host, &(struct Request){
+        .method = t->method, .path = t->path, .status = s->grpc.plain, .bytes = (int64_t)t->bytes, .what = bytes_of(what),
+        .milliseconds = (int32_t)(s->conn->core->now_ms - t->begin_ms), .note = bytes_of(note) });
+    free(t);
+    s->user = NULL;
+}
+
+static const struct grpc_method fetch_method = { .open = fetch_open, .pull = fetch_pull, .closed = fetch_closed };
+
+/* attestation_agent.AttestationAgentService: a machine without a TEE, and a token that is none of JSON. */
+static void attestation_answer(struct stream *s, struct bytes wire, const struct pb_message *ask, void *req,
+                               const struct pb_message *answer, const void *res)
+{
+    if (!unary_first(s) || !message_decode(s, ask, req, wire))
+        return;
+    grpc_send(s, answer, res);
+    show_request(s->conn, NULL, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
+                                                   .status = 200, .bytes = (int64_t)wire.n });
+}
+
+static void attestation_tee_type(struct stream *s, struct bytes wire)
+{
+    struct GetTeeTypeRequest req;
+    attestation_answer(s, wire, &GetTeeTypeRequest_message, &req, &GetTeeTypeResponse_message,
+                       &(struct GetTeeTypeResponse){ BYTES("sample") });
+}
+
+static void attestation_token(struct stream *s, struct bytes wire)
+{
+    struct GetTokenRequest req = { 0 };
+    attestation_answer(s, wire, &GetTokenRequest_message, &req, &GetTokenResponse_message,
+                       &(struct GetTokenResponse){ bytes_of(server_of(s)->delivery.token) });
 }
 
 static const struct grpc_method server_methods[] = {
@@ -12328,7 +12864,12 @@ static const struct grpc_method server_methods[] = {
       .message = reflection_message, .end = reflection_end },
     { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
       .message = reflection_message, .end = reflection_end },
+    { .path = "/attestation_agent.AttestationAgentService/GetTeeType", .open = ignore_open,
+      .message = attestation_tee_type, .end = unary_end },
+    { .path = "/attestation_agent.AttestationAgentService/GetToken", .open = ignore_open,
+      .message = attestation_token, .end = unary_end },
 };
+enum { ATTESTATION_METHODS = 2 };     /* the last ones: while something encrypted is delivered */
 
 /* ==== 19. Control: commands on stdin ===============================================================================
  * Owns: what a line on stdin may ask of agents and of the server.
@@ -13853,7 +14394,7 @@ static bool server_tls(const struct options *o, struct tls_config **config, stru
         .key = TLS_SOURCE("-server-key", o->server_key, "SERVER_KEY"),
         .client_ca = TLS_SOURCE("-client-ca-certs", o->client_ca_certs, "CLIENT_CA_CERTS"),
         .server_ca = { "SERVER_CA_CERTS", getenv("SERVER_CA_CERTS") },
-        .client_san = o->client_san, .allow_no_alpn = o->allow_no_alpn,
+        .client_san = o->client_san, .allow_no_alpn = o->allow_no_alpn, .http1 = o->fetches,
     };
     if (!present(t.cert.value) && !present(t.key.value)) {
         const char *of_tls = present(o->client_san)        ? "-client-san"
@@ -14034,6 +14575,8 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
     o->max_connections = o->max_connections ? o->max_connections : room;
     v->manifest.faults = o->fault.n ? &v->faults : NULL;
     struct err e;
+    v->delivery.verdict = &v->verdict;
+    delivery_setup(&v->delivery, o, r);
     if (!server_tls(o, &v->tls, &e))
         tell_lines(r, START, e.text);
     else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
@@ -14041,8 +14584,7 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
              present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
     if (v->tls)
         tell_lines(r, WARNING, tls_config_warnings(v->tls));
-    v->delivery.verdict = &v->verdict;
-    delivery_setup(&v->delivery, o, r);
+    v->delivery.secure = v->tls;
     v->manifest.key = delivery_public(&v->delivery, o);
     manifest_build(&v->manifest, o, r);
     delivery_check(&v->delivery, &v->manifest, o, r);
@@ -14061,6 +14603,7 @@ static bool server_open(struct server *v, struct report *r, char *where, size_t 
     struct err e;
     if (!serve_listen(v->loop, r, where, cap))
         return false;
+    delivery_base(&v->delivery, where);
     signals_handle(on_signal_end);    /* hashing may take long, and the loop does not run yet */
     bool whole = manifest_finish(&v->manifest, r);
     signals_handle(on_signal);
@@ -14114,7 +14657,9 @@ static int cmd_serve(struct options *o, struct report *r)
     struct loop *l = v.loop = v.delivery.loop = loop_new();
     l->tls = v.tls;
     l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
-                                    .method_count = PB_COUNT(server_methods), .max_message = (size_t)o->max_message };
+                                    .method_count = PB_COUNT(server_methods) -
+                                                    (v.delivery.sealed ? 0 : ATTESTATION_METHODS),
+                                    .plain = &fetch_method, .max_message = (size_t)o->max_message };
     l->max_accepted = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;
     l->core.app = &v;

@@ -196,6 +196,8 @@ def remote():
         return
     driver = wants("test_crypt") and build(COMPILERS[0], "seal_driver", "tests/remote/seal_driver.c", SANITIZE, ["-std=c11", "-D_GNU_SOURCE"])
     script("remote", "test_crypt", driver or "", python=python)
+    fast = wants("test_remote") and program(name="cvms-fast", flags=["-O2"])
+    script("remote", "test_remote", fast or "", os.path.join(BUILD, "tools", "bin", "grpcurl"), python=python)
 
 
 def tls():
