@@ -1855,6 +1855,9 @@ def test_agent_and_odd_servers():
         r = run("-max-message", ["agent", "-once", "-max-message", "20000", fake.address])
         same("-max-message: status", r.status, 1)
         has("-max-message", r.err, "RESOURCE_EXHAUSTED: .*larger than max .* 20000")
+    odd = HEAD + data(field(1, field(1, b"x") + field(2, "1")), field(1, field(1, b"y") + field(2, "2")))
+    with Fake(odd) as fake:
+        has("another computation's chunk", run("another's chunk", ["agent", fake.address]).err, "FAILED: chunk 2 belongs to another computation")
     for i in range(10):                        # OK, and nothing taken
         with Fake(chunks + trailers(0)) as fake:
             r = run("OK too early", ["agent", fake.address])

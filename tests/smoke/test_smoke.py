@@ -171,6 +171,21 @@ def test_stages_by_poll():
         check("poll: its interval", 0.4 < steps[len(steps) // 2] < 0.9, steps, "0.5 s")
 
 
+def test_end_of_input():
+    """A client that has said all, and closes its side at once, gets the whole manifest and its status all the same."""
+    with Server("end of input", base=big(W.base)) as s:
+        c = harness.connect(s.address)
+        c.sendall(harness.PREFACE + harness.frame(4, 0, 0, b"\0\4\1\0\0\0") + harness.frame(8, 0, 0, b"\1\0\0\0") + harness.request(1, flags=5))
+        c.shutdown(socket.SHUT_WR)
+        got = b""
+        while piece := c.recv(1 << 16):
+            got += piece
+        frames = harness.frames_of(got)[0]
+        size = sum(len(f[3]) for f in frames if f[0] == 0)
+        check("end of input: the manifest", size > 2.5 * MIB, size, "2.5 MiB")
+        check("end of input: the status", [f for f in frames if f[0] == 1 and f[1] & 1], [f[:3] for f in frames[-3:]], "trailers")
+
+
 def test_stages_ways():
     with Server("deaf forwarder", "-until", "complete", "-timeout", "15s") as s:    # as the oldest log-forwarder
         s.agent().send(ACCEPTED)

@@ -185,6 +185,9 @@ def mutual_tls():
             clients(s, certificate)
     with Server("-client-san", "someone.else", env=env) as s:
         check("-client-san: another name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 1)
+    for part in ("agen", "gent", "agent2"):
+        with Server("-client-san", part, env=env) as s:
+            check(f"-client-san: {part}, not the whole name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 1)
     with Server("-client-san", "agent", env=env) as s:
         check("-client-san: this name", run(CVMS, "health", "-ca", "ca.pem", *mine, s.address)[0] == 0)
 

@@ -121,6 +121,36 @@ static void test_interrupted(void)
     interrupts = 0;
 }
 
+/* What is written over a longer file is all that is there then. */
+static void test_written_over(void)
+{
+    struct stat st;
+    struct err e;
+    put_file("f", "a longer text");
+    CHECK(write_file("f", (const uint8_t *)"short", 5, &e), true);
+    CHECK(stat("f", &st), 0);
+    CHECK(st.st_size, 5);
+}
+
+/* A manifest of exactly n MiB goes in n chunks and the empty one. */
+static void test_whole_chunks(void)
+{
+    static uint8_t manifest[2 * CHUNK_LEN + 1];
+    const struct ComputationRunReq req = { .id = BYTES("1") };
+    static const size_t sizes[] = { 0, 1, CHUNK_LEN - 1, CHUNK_LEN, CHUNK_LEN + 1, 2 * CHUNK_LEN, 2 * CHUNK_LEN + 1 };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        size_t n = sizes[i];
+        size_t messages = 0;
+        struct blob *b = manifest_chunks(&req, (struct bytes){ manifest, n }, NULL);
+        NEED(b);
+        for (size_t at = 0; at < b->n; at += 5 + get_be32(b->p + at + 1))
+            messages++;
+        if (!CHECK(messages, (n + CHUNK_LEN - 1) / CHUNK_LEN + 1))
+            printf("the manifest has %zu octets\n", n);
+        blob_unref(b);
+    }
+}
+
 /* Written anew with the size and the modification time that it had. */
 static void test_same_size_and_time(void)
 {
@@ -188,6 +218,8 @@ int main(void)
     test_presets();
     test_der();
     test_interrupted();
+    test_written_over();
+    test_whole_chunks();
     test_same_size_and_time();
     test_zip_end();
     test_verdict_deadline();
