@@ -1272,9 +1272,8 @@ def test_signals():
 
 def big_server(name):
     """A server whose manifest does not fit into any socket buffer, and a client that reads nothing of it."""
-    d = temp("big")
-    write(f"{d}/d")
-    server = Server(name, "-data-paths", ",".join("d" * 40000), "-public-key-path", W.rsa, cwd=d)
+    big = {**manifest(f"{name}: manifest", W.base)[0], "description": "d" * (24 << 20)}
+    server = Server(name, base=["-manifest", write("big.json", json.dumps(big))])
     stream = Stream(server.address, deaf=True)
     stream.s.sendall(frame(4, 0, 0, struct.pack(">HI", 4, 0x7fffffff)) +        # windows of 2 GiB
                      frame(8, 0, 0, struct.pack(">I", 0x7fff0000)))
