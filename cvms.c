@@ -12787,9 +12787,11 @@ static void show_request(struct conn *c, const struct host *host, const struct R
         put_text(out, r->method, NULL);
         put_blanks(out, head, WORD_COLUMN);
         put_text(out, r->path, NULL);
+        buf_puts(out, r->what.n ? " " : "");
         put_text(out, r->what, NULL);
         buf_printf(out, ": %d, %lld bytes, " SECONDS " s", (int)r->status, (long long)r->bytes,
                    SECONDS_OF(r->milliseconds));
+        buf_puts(out, r->note.n ? ", " : "");
         put_text(out, r->note, NULL);
         buf_putc(out, '\n');
     }
@@ -12818,9 +12820,10 @@ static void fetch_closed(struct stream *s)
         t->note = "changed while it was sent";
     char what[300] = "", note[80] = "";
     if (t->resource)
-        text_printf(what, sizeof what, t->key ? " key of the %s %s" : " %s %s", roles[t->resource->role].what,
+        text_printf(what, sizeof what, t->key ? "key of the %s %s" : "%s %s", roles[t->resource->role].what,
                     t->resource->name);
-    text_printf(note, sizeof note, "%s%s%s", whole ? "" : ", broken off", t->note ? ", " : "", t->note ? t->note : "");
+    text_printf(note, sizeof note, "%s%s%s", t->note ? t->note : "", t->note && !whole ? ", " : "",
+                whole ? "" : "broken off");
     show_request(s->conn, t->host, &(struct Request){
         .method = t->method, .path = t->path, .status = s->grpc.plain, .bytes = (int64_t)t->bytes, .what = bytes_of(what),
         .milliseconds = (int32_t)(s->conn->core->now_ms - t->begin_ms), .note = bytes_of(note) });
