@@ -8338,6 +8338,11 @@ MUST_USE static bool seal_key_load(const char *path, uint8_t key[AES_KEY], struc
     wipe_buf(&raw);
     return ok;
 }
+#else
+struct unseal { int unused; };
+#define unseal_init(u, key) ((void)(u), (void)(key))
+#define unseal_update(u, p, n, out) ((void)(u), (void)(p), (void)(n), (void)(out), (size_t)0)
+#define unseal_final(u) ((void)(u), false)
 #endif
 
 /* ---- Sources ---- */
@@ -11773,10 +11778,14 @@ static void delivery_check(struct delivery *d, struct manifest *m, struct option
     else if (d->verdict->until == STAGE_COMPLETE)
         tell(r, WARNING, "-until complete comes about only when somebody fetches the results: add -results FILE, or use "
                          "-until ready");
-    for (size_t i = 0, n = 0; i < d->count; i++)
-        if (i == 0 || d->errands[i].role != d->errands[i - 1].role)
-            n += (size_t)text_printf(d->announced + n, sizeof d->announced - n, n ? ",%s" : "%s",
-                                     roles[d->errands[i].role].what);
+    unsigned played = 0;
+    for (size_t i = 0; i < d->count; i++)
+        played |= 1u << d->errands[i].role;
+    for (size_t i = 0; i < d->resource_count; i++)
+        played |= 1u << d->resources[i].role;
+    for (size_t i = 0, n = 0; i < ROLES; i++)
+        if (played & 1u << i)
+            n += (size_t)text_printf(d->announced + n, sizeof d->announced - n, n ? ",%s" : "%s", roles[i].what);
     delivery_address(d, o, r);
     user_key_free(d->key);
     d->key = NULL;
@@ -13142,9 +13151,28 @@ static const struct failure {
 /* What a server with a verdict tells its agents when it ends. */
 #define VERDICT_OVER "the smoke test is over"
 
+/* One resource of the manifest on its way here: a token and a key if it is encrypted, then its bytes. */
+enum download_phase { DOWNLOAD_NONE, DOWNLOAD_TOKEN, DOWNLOAD_KEY, DOWNLOAD_BLOB };
+struct download {
+    enum download_phase phase;
+    bool over, data, decompress;      /* over: the phase has ended, for what stands in why; data: a dataset */
+    size_t index;                     /* of the dataset */
+    const struct Source *source;
+    struct bytes kbs, hash, name;
+    struct dial dial;
+    struct link *link;
+    char where[300], path[1024], why[300];
+    struct buf token, key;
+    struct unseal unseal;
+    struct sha3_256 sha3;
+    uint64_t bytes;
+    uint8_t head[2], plain[16384 + AES_KEY];      /* its first bytes; room for a piece of it */
+};
+
 struct agent {
     struct loop *loop;
     struct dial dial;
+    struct download download;
     const struct options *o;
     const char *authority;
     struct stream *stream[STREAMS];
@@ -13157,7 +13185,7 @@ struct agent {
     struct ComputationRunReq req;
     const char *state;
     const struct failure *fail;       /* NULL: none */
-    unsigned port, announced, awaited, served;      /* of its service, 0: none is open; roles, a bit each */
+    unsigned port, announced, awaited, served, fetched;     /* of its service, 0: none is open; roles, a bit each */
     size_t missing;                   /* datasets that are not there yet */
     bool *there, unchecked;           /* each dataset; it has been told that a signature can't be checked */
     char port_text[8];
@@ -13315,6 +13343,14 @@ static void agent_check_manifest(struct agent *a)
 /* ---- Its run ---- */
 
 static void agent_bind(struct agent *a, unsigned port);
+static void download_next(struct agent *a, enum user_role role);
+
+/* Whether a resource is fetched in earnest: the server has said that it serves it. */
+static bool agent_fetches(const struct agent *a, enum user_role role, const struct Source *source)
+{
+    return a->announced & 1u << role && is_remote(source) &&
+           (bytes_start(source->url, "http://") || bytes_start(source->url, "https://"));
+}
 
 /* Whom it waits for: whoever the server has said that it plays, or, with -agent-port, all that a real agent waits for.
  * From now on it can be called. */
@@ -13323,12 +13359,17 @@ static void agent_await(struct agent *a)
     const struct Dataset *d = a->req.datasets.items;
     const struct failure *f = a->fail;
     a->awaited = a->announced | (a->o->agent_port ? (1u << ROLES) - 1 : 0) | (f && f->words ? 1u << f->role : 0);
-    a->served = a->req.algorithm && is_remote(a->req.algorithm->source) ? 1u << ROLE_ALGORITHM : 0;
+    bool remote = a->req.algorithm && is_remote(a->req.algorithm->source);
+    a->fetched = remote && agent_fetches(a, ROLE_ALGORITHM, a->req.algorithm->source) ? 1u << ROLE_ALGORITHM : 0;
+    a->served = remote && !a->fetched ? 1u << ROLE_ALGORITHM : 0;
     a->there = pb_arena_alloc(&a->arena, a->req.datasets.n * sizeof *a->there + 1);
-    for (size_t i = a->missing = 0; a->there && i < a->req.datasets.n; i++)
-        a->missing += !(a->there[i] = is_remote(d[i].source));
+    for (size_t i = a->missing = 0; a->there && i < a->req.datasets.n; i++) {
+        bool fetch = agent_fetches(a, ROLE_DATA, d[i].source);
+        a->fetched |= fetch ? 1u << ROLE_DATA : 0;
+        a->missing += !(a->there[i] = is_remote(d[i].source) && !fetch);
+    }
     a->served |= (a->missing ? 0 : 1u << ROLE_DATA) | (a->req.result_consumers.n ? 0 : 1u << ROLE_RESULT);
-    if (a->awaited & ~a->served && !a->port)
+    if (a->awaited & ~a->served & ~a->fetched && !a->port)
         agent_bind(a, SERVICE_PORT);
     if (!a->there || (a->port && !a->failed && !listeners_open(a->loop)))
         agent_fail(a, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", a->port, strerror(errno));
@@ -13374,6 +13415,8 @@ static void agent_play(struct agent *a)
         if (f && f->event && step->event && strcmp(f->event, step->event) == 0 && strcmp(f->status, step->status) == 0)
             agent_play_failure(a);
     }
+    if (agent_waits(a) && a->fetched)
+        download_next(a, (enum user_role)(run_steps[a->step - 1].gate - 1));
 }
 
 /* Goes on once the manifest is whole and both streams are up, and each time that somebody has called. */
@@ -13632,7 +13675,7 @@ static bool *dataset_place(struct agent *a, struct bytes name, const uint8_t *ha
     *why = UNDECLARED;
     for (size_t i = 0; i < a->req.datasets.n; i++) {
         bool same = memcmp(d[i].hash.p, hash, SHA3_256_LEN) == 0, named = bytes_eq(d[i].filename, name);
-        if (a->there[i] || (!same && !named))
+        if (a->there[i] || is_remote(d[i].source) || (!same && !named))
             continue;
         if (same && (named || !d[i].filename.n))
             return &a->there[i];
@@ -13679,6 +13722,299 @@ static void upload_end(struct stream *s)
                (unsigned long long)u->bytes);
     grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });     /* as empty as AlgoResponse and DataResponse */
     grpc_finish(s, GRPC_OK, "");
+    agent_go(a);
+}
+
+/* ---- What it fetches ---- */
+
+PRINTF_LIKE(2, 3) static void download_end(struct download *l, const char *fmt, ...)
+{
+    va_list ap;
+    if (l->over)
+        return;
+    va_start(ap, fmt);
+    text_vprintf(l->why, sizeof l->why, fmt, ap);
+    va_end(ap);
+    l->over = true;
+}
+
+static struct download *download_of(const struct stream *s)
+{
+    return &((struct agent *)s->conn->core->app)->download;
+}
+
+static void token_message(struct stream *s, struct bytes wire)
+{
+    struct GetTokenResponse res = { .Token = { NULL, 0 } };
+    if (message_decode(s, &GetTokenResponse_message, &res, wire))
+        buf_put(&download_of(s)->token, res.Token.p, res.Token.n);
+}
+
+/* A server without that service is one for agents that do without. */
+static void token_status(struct stream *s, unsigned status, struct bytes text)
+{
+    bool good = status == GRPC_OK || status == GRPC_UNIMPLEMENTED;
+    download_end(download_of(s), good ? "%s" : "failed to retrieve token from attestation service: %s: %.*s",
+                 good ? "" : grpc_status_names[status], (int)text.n, text.n ? (const char *)text.p : "");
+}
+
+static const struct grpc_method token_method = {
+    .path = "/attestation_agent.AttestationAgentService/GetToken", .message = token_message, .status = token_status,
+};
+
+/* What has come of the resource, in the clear. */
+static void download_take(struct download *l, const uint8_t *p, size_t n)
+{
+    for (size_t i = 0; i < n && l->bytes + i < sizeof l->head; i++)
+        l->head[l->bytes + i] = p[i];
+    sha3_256_update(&l->sha3, p, n);
+    l->bytes += n;
+}
+
+static void http_headers(struct stream *s, const struct fields *f, bool end)
+{
+    struct bytes status = f->value[F_STATUS];
+    (void)end;
+    if (status.p && !bytes_eq(status, BYTES("200")))
+        download_end(download_of(s), "HTTP status %.*s", (int)status.n, (const char *)status.p);
+}
+
+static void http_data(struct stream *s, struct bytes p)
+{
+    struct download *l = download_of(s);
+    if (l->over)
+        return;
+    if (l->phase == DOWNLOAD_KEY && l->key.len + p.n > AES_KEY)
+        download_end(l, "the key has more than %d bytes", AES_KEY);
+    else if (l->phase == DOWNLOAD_KEY)
+        buf_put(&l->key, p.p, p.n);
+    for (size_t n; l->phase == DOWNLOAD_BLOB && p.n; p = bytes_from(p, n)) {
+        n = min_size(p.n, 16384);
+        if (l->source->encrypted)
+            download_take(l, l->plain, unseal_update(&l->unseal, p.p, n, l->plain));
+        else
+            download_take(l, p.p, n);
+    }
+}
+
+static void http_end(struct stream *s)
+{
+    download_end(download_of(s), "%s", "");
+}
+
+static void http_abort(struct stream *s, unsigned status, const char *text)
+{
+    (void)status;
+    download_end(download_of(s), "%s", text);
+}
+
+static void http_lost(struct stream *s, const char *how, uint32_t code)
+{
+    download_end(download_of(s), "%s: %s", how, h2_error_name(code));
+}
+
+static void http_closed(struct stream *s)
+{
+    download_end(download_of(s), "%s", s->conn->why ? s->conn->why : "the stream was closed");
+}
+
+static const struct h2_handler http_client = {
+    .headers = http_headers, .data = http_data, .end = http_end, .drained = grpc_drained, .abort = http_abort,
+    .lost = http_lost, .closed = http_closed,
+};
+
+static void download_up(struct link *k)
+{
+    struct download *l = k->user;
+    struct conn *c = &k->conn;
+    struct stream *s = l->phase == DOWNLOAD_TOKEN ? grpc_call(c, &token_method, l->where, NULL) : stream_new(c, c->next_id);
+    struct buf bearer = { 0 };
+    if (!s) {
+        download_end(l, "out of memory");
+        return;
+    }
+    if (l->phase == DOWNLOAD_TOKEN) {
+        grpc_send(s, &GetTokenRequest_message, &(struct GetTokenRequest){ .TokenType = BYTES("kbs") });
+        grpc_half_close(s);
+        return;
+    }
+    c->next_id += 2;
+    buf_printf(&bearer, "Bearer %.*s", (int)l->token.len, l->token.len ? (const char *)l->token.p : "");
+    buf_putc(&bearer, 0);
+    bool authorized = l->phase == DOWNLOAD_KEY && l->token.len && !bearer.failed;
+    stream_put_fields(s, (const char *[]){ ":method", "GET", ":scheme", c->secure ? "https" : "http", ":path", l->path,
+                                           ":authority", l->where, "user-agent", "cvms/" CVMS_VERSION, "authorization",
+                                           authorized ? (const char *)bearer.p : NULL, NULL }, NULL, END_STREAM);
+    buf_free(&bearer);
+    stream_local_end(s);
+}
+
+static void download_down(struct link *k, const char *why)
+{
+    struct download *l = k->user;
+    l->link = NULL;
+    download_end(l, "%s", why);
+}
+
+static void download_free(struct agent *a)
+{
+    struct download *l = &a->download;
+    if (l->dial.addresses != a->dial.addresses)
+        addresses_free(l->dial.addresses);
+    wipe_buf(&l->key);
+    buf_free(&l->token);
+    wipe(l, sizeof *l);
+}
+
+/* Takes a URL of http or https apart, with more behind its path.  False: told why not. */
+static bool download_url(struct download *l, struct bytes url, const char *before, struct bytes more)
+{
+    bool tls = bytes_start(url, "https://");
+    struct bytes rest = bytes_from(url, tls ? 8 : min_size(url.n, 7));
+    const uint8_t *slash = rest.n ? memchr(rest.p, '/', rest.n) : NULL;
+    size_t n = slash ? (size_t)(slash - rest.p) : rest.n;
+    struct address at;
+    const char *why;
+    text_printf(l->where, sizeof l->where, "%.*s", (int)min_size(n, 299), rest.n ? (const char *)rest.p : "");
+    rest = bytes_from(rest, n);
+    if (rest.n && rest.p[rest.n - 1] == '/' && *before)
+        rest.n--;
+    text_printf(l->path, sizeof l->path, "%.*s%s%.*s", (int)rest.n, rest.n ? (const char *)rest.p : "", before, (int)more.n,
+                more.n ? (const char *)more.p : "");
+    if (!*l->path)
+        text_printf(l->path, sizeof l->path, "/");
+    if (!address_parse(l->where, &at))
+        download_end(l, "%s is no address", l->where);
+    else if (!(l->dial.addresses = resolve_host(at.host, at.port < 0 ? tls ? 443 : 80 : (unsigned)at.port, 0, &why)))
+        download_end(l, "can't resolve %s: %s", at.host, why);
+    return !l->over;
+}
+
+/* Begins a phase: a request on a link of its own.  A name is looked up at once: a stand-in has nothing else to do. */
+static void download_phase(struct agent *a, enum download_phase phase)
+{
+    struct download *l = &a->download;
+    bool token = phase == DOWNLOAD_TOKEN;
+    if (l->dial.addresses != a->dial.addresses)
+        addresses_free(l->dial.addresses);
+    l->phase = phase;
+    l->over = false;
+    l->why[0] = 0;
+    l->dial = (struct dial){ .endpoint = { .on = token ? &grpc_client : &http_client, .client = true,
+                                           .max_message = CLIENT_MAX_MESSAGE },
+                             .name = "resource", .connect_ms = CONNECT_MS, .up = download_up, .down = download_down, .closed = download_down };
+    if (token) {
+        l->dial.addresses = a->dial.addresses;
+        text_printf(l->where, sizeof l->where, "%s", a->authority);
+    } else if (phase == DOWNLOAD_KEY ? !download_url(l, l->kbs, "/kbs/v0/resource/", l->source->kbs_resource_path)
+                                     : !download_url(l, l->source->url, "", BYTES(""))) {
+        return;
+    }
+    l->dial.tls = token || bytes_start(phase == DOWNLOAD_KEY ? l->kbs : l->source->url, "https://") ? a->dial.tls : NULL;
+    l->link = link_dial(a->loop, &l->dial, l);
+    if (!l->link)
+        download_end(l, "out of memory");
+}
+
+/* The first resource of a role that is not there yet, unless one is on its way. */
+static void download_next(struct agent *a, enum user_role role)
+{
+    struct download *l = &a->download;
+    const struct Dataset *d = a->req.datasets.items;
+    const struct Algorithm *algorithm = a->req.algorithm;
+    size_t i = 0;
+    if (l->phase || role == ROLE_RESULT || !(a->fetched & 1u << role))
+        return;
+    while (role == ROLE_DATA && i < a->req.datasets.n && (a->there[i] || !is_remote(d[i].source)))
+        i++;
+    if (role == ROLE_DATA && i == a->req.datasets.n)
+        return;
+    const struct KBSConfig *kbs = role == ROLE_DATA ? d[i].kbs : algorithm->kbs;
+    kbs = kbs ? kbs : a->req.kbs;
+    *l = (struct download){ .data = role == ROLE_DATA, .index = i, .kbs = kbs ? kbs->url : BYTES(""),
+                            .source = role == ROLE_DATA ? d[i].source : algorithm->source,
+                            .hash = role == ROLE_DATA ? d[i].hash : algorithm->hash,
+                            .name = role == ROLE_DATA ? d[i].filename : BYTES(""),
+                            .decompress = role == ROLE_DATA && d[i].decompress };
+    sha3_256_init(&l->sha3, sha3_features());
+    download_phase(a, l->source->encrypted ? DOWNLOAD_TOKEN : DOWNLOAD_BLOB);
+    if (l->source->encrypted && !CVMS_TLS)
+        download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
+}
+
+/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "". */
+static void download_check(struct download *l)
+{
+    uint8_t hash[SHA3_256_LEN];
+    char hex[2][2 * SHA3_256_LEN + 1];
+    sha3_256_final(&l->sha3, hash);
+    l->over = false;
+    for (int i = 0; i < 2; i++)
+        hex_text(hex[i], i ? hash : l->hash.p, SHA3_256_LEN);
+    if (l->source->encrypted && !unseal_final(&l->unseal))
+        download_end(l, "failed to decrypt resource: cipher: message authentication failed");
+    else if (memcmp(hash, l->hash.p, sizeof hash) != 0)
+        download_end(l, "hash mismatch: expected %s, got %s", hex[0], hex[1]);
+    else if (l->decompress && memcmp(l->head, "PK", 2) != 0)
+        download_end(l, "failed to unzip: zip: not a valid zip file");
+    l->over = true;
+}
+
+/* It has failed: said as a real agent says it, and the run is over. */
+static void download_fail(struct agent *a, const char *before)
+{
+    const struct download *l = &a->download;
+    char line[700];
+    text_printf(line, sizeof line, "failed to download and decrypt %s%s%.*s: %s%s", l->data ? "dataset" : "algorithm",
+                l->name.n ? " " : "", (int)min_size(l->name.n, 100), l->name.n ? (const char *)l->name.p : "", before, l->why);
+    agent_note(a, "%s", line);
+    agent_log(a, "ERROR", line);
+    agent_event(a, "Failed", "Failed", NULL);
+    a->loop->exit_status = 1;
+    a->step = PB_COUNT(run_steps);
+}
+
+static void download_done(struct agent *a)
+{
+    const struct download *l = &a->download;
+    agent_note(a, "the %s is fetched: %llu bytes with the manifest's hash", l->data ? "dataset" : "algorithm",
+               (unsigned long long)l->bytes);
+    if (l->data)
+        a->there[l->index] = true, a->missing--;
+    if (!l->data || !a->missing)
+        a->served |= 1u << (l->data ? ROLE_DATA : ROLE_ALGORITHM);
+}
+
+/* A phase is over: the next one begins, or it was the last. */
+static void download_turn(struct agent *a)
+{
+    static const char *const of_phase[] = { "", "", "failed to retrieve decryption key from KBS: ",
+                                            "failed to download resource: " };
+    struct download *l = &a->download;
+    const char *before = of_phase[l->phase];
+    if (!l->phase || !l->over)
+        return;
+    if (l->link)
+        link_close(l->link, "the request is over");
+    bool good = !*l->why && !a->over; /* a->over: it has been stopped */
+    if (good && l->phase == DOWNLOAD_TOKEN) {
+        download_phase(a, DOWNLOAD_KEY);
+        return;
+    }
+    if (good && l->phase == DOWNLOAD_KEY && l->key.len == AES_KEY && !l->key.failed) {
+        unseal_init(&l->unseal, l->key.p);
+        download_phase(a, DOWNLOAD_BLOB);
+        return;
+    }
+    if (good && l->phase == DOWNLOAD_KEY)
+        text_printf(l->why, sizeof l->why, "the key has %zu bytes, not %d", l->key.len, AES_KEY);
+    else if (good)
+        before = "", download_check(l);
+    if (!a->over && *l->why)
+        download_fail(a, before);
+    else if (!a->over)
+        download_done(a);
+    download_free(a);
     agent_go(a);
 }
 
@@ -13790,10 +14126,12 @@ static void agent_dial(struct agent *a, int which)
 static void agent_turn(struct loop *l)
 {
     struct agent *a = l->core.app;
+    download_turn(a);
     if (!a->next_run && !a->again)
         return;
     if (!client_redial(l, &a->dial, &a->stream[AGENT], a->again))
         agent_fail(a, "out of memory");
+    download_free(a);
     a->run += a->next_run;
     a->chunks = a->step = a->announced = 0;
     a->next_run = a->again = a->whole = a->begun = a->over = a->done[AGENT] = a->done[FORWARDER] = false;
@@ -14195,6 +14533,7 @@ static int cmd_agent(struct options *o, struct report *r)
             agent_dial(&a, AGENT);
     }
     int status = client_run(a.loop, &a.dial, r);
+    download_free(&a);
     pb_arena_free(&a.arena);
     buf_free(&a.manifest);
     buf_free(&a.id);

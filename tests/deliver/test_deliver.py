@@ -814,6 +814,39 @@ def test_stand_in_lost_and_back():
             same("killed: the second one", len(re.findall("big is uploaded", r.server.err.text())), 1)
 
 
+def test_stand_in_fetches():
+    """The ways http and http-plain, mixed with uploads, in the clear and over TLS: a token, a key, a blob; each thing that can be wrong."""
+    folder, big, tls = temp(), write("big.bin", os.urandom(MIB + 5)), temp()
+    write(os.path.join(folder, "a.csv"), b"1,2")
+    harness.self_signed("localhost", tls)
+    secure = {"SERVER_CERT": tls + "/localhost.pem", "SERVER_KEY": tls + "/localhost.key", "HOST": "localhost"}
+    for way, env, sealed in (("http", {}, 4), ("http-plain", {}, 0), ("http,upload", {}, 1), ("upload,http", {}, 3),
+                             ("http-plain,http", {}, 3), ("http", secure, 4)):
+        name = f"fetches, {way}{', TLS' if env else ''}"
+        with Server(name, *basic(W.data, folder, big), "-deliver", way, "-results", temp() + "/r", "-until", "complete",
+                    "-timeout", "20s", base=[], env=env) as s:
+            with stand_in(s, *(["-ca", tls + "/localhost.pem"] if env else [])) as a:
+                err = played(s, a, 0, 0, "complete reached")
+                same(f"{name}: keys", len(re.findall("fetched, \\d+ bytes, and its key", err)), sealed)
+                n = (way.split(",")[0] != "upload") + 3 * (way.split(",")[-1] != "upload")
+                same(f"{name}: fetched", len(re.findall("is fetched: \\d+ bytes with the manifest's hash", a.err.text())), n)
+    broken = "cipher: message authentication failed"
+    for fault, way, words in (
+            ("not-found", "http-plain", "failed to download resource: HTTP status 404"), ("unavailable", "http", "HTTP status 503"),
+            ("cut=5", "http-plain", "failed to download resource: the server has reset the stream"), ("flip-blob=20", "http", broken),
+            ("flip-blob=20", "http-plain", "hash mismatch: expected [0-9a-f]{64}, got"), ("wrong-key", "http", broken),
+            ("refuse-token", "http", "failed to retrieve decryption key from KBS: HTTP status 401"),
+            ("wrong-hash", "http-plain", "hash mismatch")):
+        name = f"fetches, {fault}, {way}"
+        with Server(name, *basic(W.data), "-deliver", way, "-fault", fault, "-until", "ready", "-timeout", "20s", base=[]) as s, \
+                stand_in(s) as a:
+            err = played(s, a, 3, 1, "Failed/Failed")
+            has(name, err, "ERROR +failed to download and decrypt algorithm: .*" + words)
+    with Server("fetches, no zip", *basic(W.data), "-deliver", "http", "-dataset-decompress", "true", "-until", "ready", "-timeout",
+                "20s", base=[]) as s, stand_in(s) as a:
+        has("fetches, no zip", played(s, a, 3, 1, "Failed/Failed"), "decrypt dataset dataset_0.csv: failed to unzip")
+
+
 def huge_upload():
     """10 GiB, sparse: by request, as it takes a minute."""
     big = os.path.join(temp(), "big")

@@ -1109,6 +1109,7 @@ static void link_target(struct input *in, bool client, bool secure)
         check_json_lines(whole(&recorded), &Line_message);
     loop_end();
     if (client) {
+        download_free(&st.agent);
         pb_arena_free(&st.agent.arena);
         buf_free(&st.agent.manifest);
         buf_free(&st.agent.id);
