@@ -1888,6 +1888,7 @@ struct endpoint {
     const struct grpc_method *methods;    /* a server's: what may be called */
     const struct grpc_method *plain;      /* who gets the requests that are not gRPC; NULL: nobody */
     size_t method_count, max_message;
+    unsigned offers;                  /* what it has of the methods that are not always there */
 };
 
 /* gRPC's state of a stream (section 8). */
@@ -1898,7 +1899,8 @@ struct grpc_stream {
     uint8_t prefix[5], prefix_len;
     uint16_t plain;                   /* not gRPC: the HTTP status of the answer, */
     const char *allow;                /* what 405 allows, */
-    uint64_t length;                  /* and how long the body of a 200 is, which is pulled */
+    uint64_t length;                  /* and how long the body of a 200 is, which is pulled, */
+    const char *type;                 /* and of what type (NULL: any) */
     uint32_t plain_body, message_len;
     struct buf message;               /* a message whose bytes came in several pieces */
 };
@@ -3475,6 +3477,7 @@ static const char *const grpc_status_names[GRPC_STATUSES] = {
 /* One row a method; NULL: nothing to do.  A server's row has open, a client's has status and may have open. */
 struct grpc_method {
     const char *path;
+    unsigned needs;                   /* of endpoint.offers; 0: it is always there */
     void (*open)(struct stream *, const struct fields *);     /* the fields are good; before any message */
     void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
     void (*end)(struct stream *);                             /* the client has sent all */
@@ -3618,7 +3621,7 @@ static void plain_answer(struct stream *s)
     text_printf(status, sizeof status, "%u", a->status);
     text_printf(length, sizeof length, "%llu", (unsigned long long)n);
     const char *const list[] = {
-        ":status", status, "content-type", a->text ? "text/plain" : "application/octet-stream",
+        ":status", status, "content-type", a->text ? "text/plain" : s->grpc.type ? s->grpc.type : "application/octet-stream",
         "content-length", length, "allow", a->status == 405 ? s->grpc.allow : NULL,
         "www-authenticate", a->status == 401 ? "Bearer" : NULL, "cache-control", a->text ? NULL : "no-store", NULL,
     };
@@ -3708,7 +3711,7 @@ static void grpc_unknown(struct stream *s, struct bytes path)
     for (size_t i = 0; i < e->method_count; i++) {
         const char *known = e->methods[i].path;
         size_t n = (size_t)(strrchr(known, '/') - known) + 1;
-        if (path.n >= n && memcmp(path.p, known, n) == 0)
+        if (path.n >= n && memcmp(path.p, known, n) == 0 && !(e->methods[i].needs & ~e->offers))
             what = "method";
     }
     buf_printf(&text, "unknown %s ", what);
@@ -3739,7 +3742,7 @@ static void grpc_encoding(struct stream *s, struct bytes v)
 static const struct grpc_method *grpc_find(const struct endpoint *e, struct bytes path)
 {
     for (size_t i = 0; i < e->method_count; i++)
-        if (bytes_eq(path, bytes_of(e->methods[i].path)))
+        if (bytes_eq(path, bytes_of(e->methods[i].path)) && !(e->methods[i].needs & ~e->offers))
             return &e->methods[i];
     return NULL;
 }
@@ -6908,7 +6911,19 @@ PB_DEFINE(ServerReflectionResponse, PB_PLAIN, "message_response",
     REFLECTION_ROW(6, MESSAGE, PB_ONEOF, list_services_response,         &ListServiceResponse_message),
     REFLECTION_ROW(7, MESSAGE, PB_ONEOF, error_response,                 &ErrorResponse_message));
 
+/* ---- keyprovider (ocicrypt): JSON in an envelope ---- */
+struct keyProviderKeyWrapProtocolInput { struct bytes KeyProviderKeyWrapProtocolInput; };
+PB_DEFINE(keyProviderKeyWrapProtocolInput, PB_PLAIN, NULL,
+    PB_ROW(keyProviderKeyWrapProtocolInput, 1, BYTES, 0, KeyProviderKeyWrapProtocolInput, NULL));
+struct keyProviderKeyWrapProtocolOutput { struct bytes KeyProviderKeyWrapProtocolOutput; };
+PB_DEFINE(keyProviderKeyWrapProtocolOutput, PB_PLAIN, NULL,
+    PB_ROW(keyProviderKeyWrapProtocolOutput, 1, BYTES, 0, KeyProviderKeyWrapProtocolOutput, NULL));
+
 /* ---- Files and services, as reflection lists them ---- */
+
+/* What is offered only while something is delivered that needs it. */
+enum { OFFER_TOKENS = 1, OFFER_UNWRAP = 2 };
+
 static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
 static const struct pb_file timestamp_file = {
     .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
@@ -6979,12 +6994,27 @@ static const struct pb_service attestation_services[] = {
 static const struct pb_file attestation_file = {
     .name = "attestation-agent.proto", .package = "attestation_agent",
     .messages = attestation_messages, .n_messages = PB_COUNT(attestation_messages),
-    .services = attestation_services, .n_services = PB_COUNT(attestation_services),
+    .services = attestation_services, .n_services = PB_COUNT(attestation_services), .needs = OFFER_TOKENS,
+};
+
+static const struct pb_message *const keyprovider_messages[] = {
+    &keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message,
+};
+static const struct pb_method keyprovider_methods[] = {
+    { "UnWrapKey", &keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message, false, false },
+};
+static const struct pb_service keyprovider_services[] = {
+    { "KeyProviderService", keyprovider_methods, PB_COUNT(keyprovider_methods) },
+};
+static const struct pb_file keyprovider_file = {
+    .name = "utils/keyprovider/keyprovider.proto", .package = "keyprovider",
+    .messages = keyprovider_messages, .n_messages = PB_COUNT(keyprovider_messages),
+    .services = keyprovider_services, .n_services = PB_COUNT(keyprovider_services), .needs = OFFER_UNWRAP,
 };
 
 static const struct pb_file *const all_files[] = {
-    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file,
-    &attestation_file,                /* last: while something encrypted is delivered */
+    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file, &attestation_file,
+    &keyprovider_file,
 };
 
 /* ==== 12. Options: one table for every command (Go's flag syntax) ==================================================
@@ -7054,7 +7084,7 @@ static const struct option option_table[] = {
     { NULL, NULL, NULL, OPT_IGNORED, 0, 0, "Delivery" },
     { "deliver", "WAY[,WAY]", NULL, OPT_TEXT, CMD_SERVE, AT(deliver),
       "how algorithm and datasets reach the agent: cli (somebody else uploads them, the default), upload, http (the "
-      "agent fetches them encrypted, and their key) or http-plain" },
+      "agent fetches them encrypted, and their key), http-plain, oci (as encrypted images, by skopeo) or oci-plain" },
     { "deliver-host", "HOST[:PORT]", NULL, OPT_TEXT, CMD_SERVE, AT(deliver_host),
       "what stands in the URLs of what agents fetch (default: HOST and the port)" },
     { "deliver-key", "FILE", NULL, OPT_PATH, CMD_SERVE, AT(deliver_key),
@@ -8026,36 +8056,41 @@ struct zip {
     struct buf out;              /* made, not yet taken from `at` on: all but the files' bytes */
     uint64_t len, start;         /* start: where the central directory begins */
     uint16_t dos_time, dos_date;
-    uint32_t crc_table[16][256]; /* [k][b]: the CRC of byte b and k zeros after it */
+    const char *tar;             /* it is a tar instead; the name that the root has in it, if that is a file */
 };
 
-static void crc32_init(uint32_t table[16][256])
+/* [k][b]: the CRC of byte b and k zeros after it; made by the first that needs it. */
+static uint32_t crc_table[16][256];
+
+static void crc32_init(void)
 {
+    if (crc_table[0][1])
+        return;
     for (uint32_t b = 0; b < 256; b++) {
         uint32_t crc = b;
         for (int bit = 0; bit < 8; bit++)
             crc = crc >> 1 ^ (crc & 1 ? UINT32_C(0xedb88320) : 0);
-        table[0][b] = crc;
+        crc_table[0][b] = crc;
     }
     for (int k = 1; k < 16; k++)
         for (int b = 0; b < 256; b++)
-            table[k][b] = table[k - 1][b] >> 8 ^ table[0][table[k - 1][b] & 0xff];
+            crc_table[k][b] = crc_table[k - 1][b] >> 8 ^ crc_table[0][crc_table[k - 1][b] & 0xff];
 }
 
 /* The CRC-32 of APPNOTE 4.4.7, sixteen bytes a step; start with crc 0. */
-static uint32_t crc32_update(const uint32_t table[16][256], uint32_t crc, const uint8_t *p, size_t n)
+static uint32_t crc32_update(uint32_t crc, const uint8_t *p, size_t n)
 {
     crc = ~crc;
     for (; n >= 16; n -= 16, p += 16) {
         uint32_t next = 0;
         for (int k = 0; k < 4; k++)
-            next ^= table[15 - k][(crc >> 8 * k & 0xff) ^ p[k]];
+            next ^= crc_table[15 - k][(crc >> 8 * k & 0xff) ^ p[k]];
         for (int k = 4; k < 16; k++)
-            next ^= table[15 - k][p[k]];
+            next ^= crc_table[15 - k][p[k]];
         crc = next;
     }
     for (; n; n--)
-        crc = crc >> 8 ^ table[0][(crc & 0xff) ^ *p++];
+        crc = crc >> 8 ^ crc_table[0][(crc & 0xff) ^ *p++];
     return ~crc;
 }
 
@@ -8208,7 +8243,7 @@ static void zip_init(struct zip *z)
     gmtime_r(&shown, &tm);
     z->dos_date = (uint16_t)((unsigned)tm.tm_mday + ((unsigned)tm.tm_mon + 1) * 32 + ((unsigned)tm.tm_year - 80) * 512);
     z->dos_time = (uint16_t)((unsigned)tm.tm_sec / 2 + (unsigned)tm.tm_min * 32 + (unsigned)tm.tm_hour * 2048);
-    crc32_init(z->crc_table);
+    crc32_init();
 }
 
 /* The bytes of the whole zip, if every file still has the size that the walk found. */
@@ -8223,6 +8258,80 @@ static uint64_t zip_size(const struct tree *t)
     }
     bool zip64 = t->n >= 0xffff || directory >= ZIP_32_MAX || files >= ZIP_32_MAX;
     return files + directory + 22 + (zip64 ? 56 + 20 : 0);
+}
+
+/* ---- The tar of a file or folder (POSIX.1-2008 pax, "pax Interchange Format"): a layer of an image ---- */
+
+enum { TAR_BLOCK = 512, TAR_NAME = 100, TAR_END = 2 * TAR_BLOCK };
+
+#define TAR_OCTAL_MAX ((UINT64_C(1) << 33) - 1) /* the largest size in 11 octal digits */
+
+static uint64_t tar_padding(uint64_t n)
+{
+    return -n & (TAR_BLOCK - 1);
+}
+
+static void put_octal(uint8_t *p, int digits, uint64_t v)
+{
+    while (digits--)
+        p[digits] = (uint8_t)('0' + (v & 7)), v >>= 3;
+}
+
+static void tar_put(struct zip *z, int type, struct bytes name, uint64_t size)
+{
+    uint8_t h[TAR_BLOCK] = { 0 };
+    unsigned sum = 0;
+    memcpy(h, name.p, min_size(name.n, TAR_NAME));
+    put_octal(h + 100, 7, 0755);
+    put_octal(h + 108, 7, 0);         /* of nobody in particular, from Unix time 0 */
+    put_octal(h + 116, 7, 0);
+    put_octal(h + 124, 11, size);
+    put_octal(h + 136, 11, 0);
+    if (size > TAR_OCTAL_MAX) {       /* as GNU and Go write it: base 256 */
+        h[124] = 0x80;
+        for (int i = 11; i > 0; i--)
+            h[124 + i] = (uint8_t)(i > 3 ? size >> 8 * (11 - i) : 0);
+    }
+    memset(h + 148, ' ', 8);
+    h[156] = (uint8_t)type;
+    memcpy(h + 257, "ustar\00000", 8);
+    for (size_t i = 0; i < sizeof h; i++)
+        sum += h[i];
+    put_octal(h + 148, 6, sum);
+    h[154] = 0;
+    zip_put(z, h, sizeof h);
+}
+
+/* The record of a pax header that gives a long name; of no length for one that needs none. */
+static size_t tar_record(char *to, size_t cap, struct bytes name)
+{
+    size_t rest = name.n + sizeof " path=", n = rest;
+    for (size_t digits = 1, limit = 10; n != rest + digits; digits += n >= limit, limit *= n >= limit ? 10 : 1)
+        n = rest + digits;
+    if (name.n > TAR_NAME && to)
+        text_printf(to, cap, "%zu path=%.*s\n", n, (int)name.n, (const char *)name.p);
+    return name.n > TAR_NAME ? n : 0;
+}
+
+static struct bytes tar_name(const struct zip *z, const struct tree_entry *entry)
+{
+    return bytes_of(*entry->name ? entry->name : z->tar);
+}
+
+static void tar_header(struct zip *z, const struct tree_entry *entry)
+{
+    static const uint8_t zeros[TAR_BLOCK];
+    struct bytes name = tar_name(z, entry);
+    size_t n = tar_record(NULL, 0, name);
+    if (n) {
+        tar_put(z, 'x', name, n);
+        char *record = (char *)buf_room(&z->out, n + 1);
+        if (record)
+            tar_record(record, n + 1, name), z->out.len += n;
+        z->len += n;
+        zip_put(z, zeros, (size_t)tar_padding(n));
+    }
+    tar_put(z, '0', name, entry->st.size);
 }
 
 /* ---- Blobs: a nonce, the ciphertext and its tag (AES-256-GCM, NIST SP 800-38D, no associated data) ---- */
@@ -8269,12 +8378,24 @@ MUST_USE static bool gcm_run(struct gcm *g, bool encrypt, uint8_t *p, size_t n)
     return true;
 }
 
-/* A source that is being sealed: what stands around the ciphertext, of which edge[at] is the next byte. */
+/* SHA-256 of an image's layer as it is sent, and of the tar in it, and the MAC: what has to be known before. */
+struct digests {
+    br_sha256_context layer, tar;
+    br_hmac_context mac;
+};
+
+/* A source that is being sealed, as a blob or as an image's layer. */
 struct seal {
-    struct gcm g;
-    uint8_t edge[SEAL_TAG];
+    struct gcm g;                    /* a layer uses its key, and len */
+    uint8_t edge[SEAL_TAG];          /* bytes around those of the source; edge[at] is the next one */
     size_t at, len;
-    bool ended;                      /* the edge is the tag */
+    bool ended;                      /* behind the edge there is nothing more */
+    uint64_t left;                   /* bytes of the source before the next edge */
+    bool layer;                      /* the rest is a layer's alone */
+    uint64_t rest;                   /* bytes of the source behind `left` */
+    uint32_t crc, size;              /* of the tar; size modulo 2^32 */
+    uint8_t nonce[SEAL_NONCE], block[16];
+    struct digests *digests;         /* NULL: crc is known */
 };
 
 /* A blob that is being opened, piece by piece. */
@@ -8405,6 +8526,13 @@ MUST_USE static bool source_open(struct source *s, const char *path, struct err 
     return true;
 }
 
+/* The path of the file that is being read. */
+static const char *source_at(struct source *s)
+{
+    const char *path = s->zip ? tree_path(&s->zip->tree, s->zip->tree.entry[s->zip->step].name) : s->path;
+    return path ? path : s->path;
+}
+
 /* Opens the next file of a folder and makes its header.  Fills the entry's mode and offset. */
 static bool source_next_file(struct source *s, struct tree_entry *entry, struct err *e)
 {
@@ -8417,13 +8545,31 @@ static bool source_next_file(struct source *s, struct tree_entry *entry, struct 
         return false;
     entry->offset = s->zip->len;
     entry->mode = (uint32_t)st.st_mode & 07777;
-    zip_local_header(s->zip, entry->name);
+    if (s->zip->tar)
+        tar_header(s->zip, entry);
+    else
+        zip_local_header(s->zip, entry->name);
     return true;
+}
+
+/* What stands behind the last file of an archive, in its order. */
+static void source_end(struct zip *z)
+{
+    static const uint8_t zeros[TAR_END];
+    size_t n = z->tree.n;
+    if (z->tar)
+        zip_put(z, zeros, sizeof zeros), z->step = 2 * n;
+    else if (z->step < 2 * n)
+        zip_central_header(z, &z->tree.entry[z->step - n]);
+    else
+        zip_end(z, z->start, n);
+    z->step++;
 }
 
 /* Goes on in a zip whose bytes are all taken: from a file that has ended to the next one, then to the directory. */
 static bool source_next(struct source *s, struct err *e)
 {
+    static const uint8_t zeros[TAR_BLOCK];
     struct zip *z = s->zip;
     struct tree_entry *entry = z->tree.entry;
     size_t n = z->tree.n;
@@ -8431,25 +8577,28 @@ static bool source_next(struct source *s, struct err *e)
     if (s->fd >= 0) {
         close(s->fd);
         s->fd = -1;
-        zip_descriptor(z, &entry[z->step++]);
+        if (z->tar && entry[z->step].size != entry[z->step].st.size)
+            return file_err(e, source_at(s), "has changed while it was read");
+        if (z->tar)
+            zip_put(z, zeros, (size_t)tar_padding(entry[z->step].size));
+        else
+            zip_descriptor(z, &entry[z->step]);
+        z->step++;
         z->start = z->len;
     } else if (z->step < n) {
         if (!source_next_file(s, &entry[z->step], e))
             return false;
-    } else if (z->step < 2 * n) {
-        zip_central_header(z, &entry[z->step++ - n]);
     } else {
-        zip_end(z, z->start, n);
-        z->step++;
+        source_end(z);
     }
     return !z->out.failed || file_err(e, s->path, "out of memory");
 }
 
-/* The path of the file that is being read. */
-static const char *source_at(struct source *s)
+/* How much of the open file is taken: in a tar no more than stands before it. */
+static size_t source_room(const struct source *s, size_t n)
 {
-    const char *path = s->zip ? tree_path(&s->zip->tree, s->zip->tree.entry[s->zip->step].name) : s->path;
-    return path ? path : s->path;
+    const struct tree_entry *entry = s->zip && s->zip->tar ? &s->zip->tree.entry[s->zip->step] : NULL;
+    return entry && entry->st.size - entry->size < n ? (size_t)(entry->st.size - entry->size) : n;
 }
 
 /* source_read, before any sealing. */
@@ -8463,14 +8612,14 @@ MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, stru
             z->at += made;
             len += made;
         }
-        ssize_t got = len < n && s->fd >= 0 ? file_read(s->fd, p + len, n - len) : 0;
+        ssize_t got = len < n && s->fd >= 0 ? file_read(s->fd, p + len, source_room(s, n - len)) : 0;
         if (got < 0) {
             file_err(e, source_at(s), strerror(errno));
             return -1;
         }
         if (z && got) {
             struct tree_entry *entry = &z->tree.entry[z->step];
-            entry->crc = crc32_update((const uint32_t (*)[256])z->crc_table, entry->crc, p + len, (size_t)got);
+            entry->crc = crc32_update(entry->crc, p + len, (size_t)got);
             entry->size += (uint64_t)got;
             z->len += (uint64_t)got;
         }
@@ -8483,6 +8632,44 @@ MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, stru
 }
 
 #if CVMS_TLS
+static uint64_t tar_size(const struct zip *z)
+{
+    uint64_t n = TAR_END;
+    for (size_t i = 0; i < z->tree.n; i++) {
+        const struct tree_entry *entry = &z->tree.entry[i];
+        uint64_t record = tar_record(NULL, 0, tar_name(z, entry));
+        n += (record ? TAR_BLOCK + record + tar_padding(record) : 0) + TAR_BLOCK;
+        n += entry->st.size + tar_padding(entry->st.size);
+    }
+    return n;
+}
+
+/* Opens a file or folder as a tar; a file has this name in it, which is kept, not copied. */
+MUST_USE static bool source_open_tar(struct source *s, const char *path, const char *name, struct err *e)
+{
+    if (!source_open(s, path, e))
+        return false;
+    if (!s->zip) {
+        struct stat st = { .st_mode = S_IFREG };
+        struct zip *z = calloc(1, sizeof *z);
+        bool ok = z && fstat(s->fd, &st) == 0 && tree_push(&z->tree, 0, "", &st);
+        close(s->fd);
+        s->fd = -1;
+        s->zip = z;
+        if (!ok) {
+            source_close(s);
+            return file_err(e, path, "out of memory");
+        }
+        z->tree.root = path;
+        z->tree.entry = (void *)z->tree.entries.p;
+        z->tree.entry[0].name = (const char *)z->tree.names.p;
+        z->tree.n = 1;
+    }
+    s->zip->tar = name;
+    s->size = tar_size(s->zip);
+    return true;
+}
+
 /* From now on the source, of which nothing has been read, is the blob of its bytes, and size the blob's.  The caller wipes
  * the key, and uses a nonce once: a random one is.  False: the source is closed. */
 MUST_USE static bool source_seal(struct source *s, const uint8_t key[AES_KEY], const uint8_t nonce[SEAL_NONCE],
@@ -8498,7 +8685,84 @@ MUST_USE static bool source_seal(struct source *s, const uint8_t key[AES_KEY], c
     gcm_nonce(&s->seal->g, nonce);
     memcpy(s->seal->edge, nonce, SEAL_NONCE);
     s->seal->len = SEAL_NONCE;
+    s->seal->left = UINT64_MAX;       /* to its end, wherever that is */
     s->size += SEAL_EXTRA;
+    return true;
+}
+
+/* AES-256-CTR of a layer.  Its nonce of 16 bytes ends in 4 zeros, so BearSSL's counter of 32 bits serves up to 64 GiB. */
+static void layer_run(struct seal *l, uint8_t *p, size_t n)
+{
+    const br_block_ctr_class **aes = &l->g.aes.vtable;
+    for (; n && l->g.len & 15; n--)
+        *p++ ^= l->block[l->g.len++ & 15];
+    size_t whole = n & ~(size_t)15;
+    (*aes)->run(aes, l->nonce, (uint32_t)(l->g.len >> 4), p, whole);
+    l->g.len += whole;
+    if (n == whole)
+        return;
+    memset(l->block, 0, sizeof l->block);
+    (*aes)->run(aes, l->nonce, (uint32_t)(l->g.len >> 4), l->block, sizeof l->block);
+    for (p += whole, n -= whole; n; n--)
+        *p++ ^= l->block[l->g.len++ & 15];
+}
+
+/* What stands between the bytes of a layer's tar: the head of the next stored block (RFC 1951 3.2.4), or gzip's trailer
+ * (RFC 1952 2.3.1), behind the n bytes that are in the edge already. */
+static void layer_edge(struct seal *l, size_t n)
+{
+    uint8_t *to = l->edge + n;
+    l->ended = l->rest == 0;
+    if (l->ended) {
+        to = put_le(put_le(to, 4, l->crc), 4, l->size);
+    } else {
+        l->left = l->rest < 0xffff ? l->rest : 0xffff;
+        l->rest -= l->left;
+        *to++ = l->rest == 0;
+        to = put_le(put_le(to, 2, l->left), 2, ~l->left);
+    }
+    l->at = 0;
+    l->len = (size_t)(to - l->edge);
+    layer_run(l, l->edge, l->len);
+}
+
+/* As source_seal, for a tar: it becomes gzip in stored blocks, encrypted, as ocicrypt's AES_256_CTR_HMAC_SHA256 without its
+ * MAC.  digests get what is known of the tar alone, and crc is given if they are NULL. */
+MUST_USE static bool source_layer(struct source *s, const uint8_t key[AES_KEY], const uint8_t nonce[SEAL_NONCE],
+                                  uint32_t crc, struct digests *digests, struct err *e)
+{
+    static const uint8_t gzip[] = { 0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff };
+    uint64_t size = s->size;
+    if (!source_seal(s, key, nonce, e))
+        return false;
+    s->size = sizeof gzip + size + (size + 0xfffe) / 0xffff * 5 + 8;
+    if (s->size > SEAL_MAX) {
+        source_close(s);
+        return file_err(e, s->path, seal_too_long);
+    }
+    struct seal *l = s->seal;
+    crc32_init();
+    l->layer = true;
+    l->rest = size;
+    l->size = (uint32_t)size;
+    l->crc = crc;
+    l->digests = digests;
+    memcpy(l->nonce, nonce, sizeof l->nonce);
+    memcpy(l->edge, gzip, sizeof gzip);
+    layer_edge(l, sizeof gzip);
+    return true;
+}
+
+/* Encrypts what has come from the source.  False: too much. */
+static bool seal_run(struct seal *l, uint8_t *p, size_t n)
+{
+    if (!l->layer)
+        return gcm_run(&l->g, true, p, n);
+    if (l->digests) {
+        l->crc = crc32_update(l->crc, p, n);
+        br_sha256_update(&l->digests->tar, p, n);
+    }
+    layer_run(l, p, n);
     return true;
 }
 
@@ -8513,19 +8777,24 @@ static ssize_t seal_read(struct source *s, uint8_t *p, size_t n, struct err *e)
         len += k;
         if (len == n || l->ended)
             return (ssize_t)len;
-        ssize_t got = source_pull(s, p + len, n - len, e);
+        size_t want = l->left < n - len ? (size_t)l->left : n - len;
+        ssize_t got = source_pull(s, p + len, want, e);
         if (got < 0)
             return -1;
-        if (!gcm_run(&l->g, true, p + len, (size_t)got)) {
-            file_err(e, s->path, seal_too_long);
+        bool end = (size_t)got < want;
+        if ((end && l->layer) || !seal_run(l, p + len, (size_t)got)) {
+            file_err(e, s->path, end ? "has changed while it was read" : seal_too_long);
             return -1;
         }
         len += (size_t)got;
-        if (len < n) {
+        l->left -= (uint64_t)got;
+        if (end) {
             br_gcm_get_tag(&l->g.gcm, l->edge);
             l->at = 0;
             l->len = SEAL_TAG;
             l->ended = true;
+        } else if (l->left == 0) {
+            layer_edge(l, 0);
         }
     }
 }
@@ -8546,6 +8815,229 @@ MUST_USE static ssize_t source_read(struct source *s, uint8_t *p, size_t n, stru
     return s->seal ? seal_read(s, p, n, e) : source_pull(s, p, n, e);
 }
 
+/* ---- Images: a manifest, a config and one layer (OCI image specification 1.0), the layer encrypted or not ---- */
+
+enum image_part { IMAGE_MANIFEST, IMAGE_CONFIG, IMAGE_LAYER, IMAGE_PARTS };
+
+static const char *const image_types[IMAGE_PARTS] = {
+    "application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.config.v1+json",
+    "application/vnd.oci.image.layer.v1.tar",
+};
+
+#if CVMS_TLS
+/* What one input is as an image.  The first members say how it is to be made, the others what it has become. */
+struct image {
+    const char *what, *entry;        /* the beginning of its name; a file's name in the layer */
+    const uint8_t *key;              /* NULL: plain.  It and the names are the caller's */
+    struct file_id id;
+    uint8_t nonce[SEAL_NONCE];
+    uint32_t crc;                    /* of the tar */
+    uint64_t size;                   /* of the layer */
+    uint8_t mac[br_sha256_SIZE];
+    char digest[IMAGE_PARTS][sizeof "sha256:" + 2 * br_sha256_SIZE];
+    struct blob *text[IMAGE_LAYER];  /* manifest and config */
+    char name[64];                   /* ends in a part of the layer's digest: no other content ever has it */
+    struct measure {                 /* while the digests are made; else NULL */
+        struct source source;
+        struct digests digests;
+    } *measure;
+};
+
+static void image_init(struct image *im, const char *what, const char *entry, const uint8_t *key)
+{
+    *im = (struct image){ .what = what, .entry = entry, .key = key };
+}
+
+/* Manifest or config. */
+static struct blob *image_text_of(const struct image *im, enum image_part part)
+{
+    return im->text[part];
+}
+
+static const char *image_name(const struct image *im)
+{
+    return im->name;
+}
+
+/* Which part of the image this is, behind its name; IMAGE_PARTS: none. */
+static enum image_part image_part(const struct image *im, struct bytes path)
+{
+    static const char *const folders[IMAGE_PARTS] = { "/manifests/", "/blobs/", "/blobs/" };
+    for (int part = 0; part < IMAGE_PARTS; part++) {
+        struct bytes name = bytes_start(path, folders[part]) ? bytes_from(path, strlen(folders[part])) : BYTES("");
+        if (bytes_eq(name, bytes_of(im->digest[part])) || (part == IMAGE_MANIFEST && bytes_eq(name, BYTES("latest"))))
+            return (enum image_part)part;
+    }
+    return IMAGE_PARTS;
+}
+
+static void image_free(struct image *im)
+{
+    if (im->measure)
+        source_close(&im->measure->source);
+    free(im->measure);
+    for (size_t i = 0; i < PB_COUNT(im->text); i++)
+        blob_unref(im->text[i]);
+    image_init(im, im->what, im->entry, im->key);
+}
+
+/* Another image of the same kind, to be made, image_free'd and freed; NULL: without memory, or of none. */
+static struct image *image_again(const struct image *of)
+{
+    struct image *im = of ? calloc(1, sizeof *im) : NULL;
+    if (im)
+        image_init(im, of->what, of->entry, of->key);
+    return im;
+}
+
+/* Opens the layer for one reader, who gets the bytes that the digests are of; false also if the input has changed. */
+MUST_USE static bool image_open(const struct image *im, const char *path, struct source *s, struct err *e)
+{
+    if (!source_open_tar(s, path, im->entry, e))
+        return false;
+    if (memcmp(&s->id, &im->id, sizeof s->id) != 0) {
+        source_close(s);
+        return file_err(e, path, "has changed since its digest was made");
+    }
+    return !im->key || source_layer(s, im->key, im->nonce, im->crc, NULL, e);
+}
+
+static void digest_text(char to[], const br_sha256_context *h)
+{
+    uint8_t digest[br_sha256_SIZE];
+    br_sha256_out(h, digest);
+    memcpy(to, "sha256:", 7);
+    hex_text(to + 7, digest, sizeof digest);
+}
+
+/* Makes a blob of a text, and its digest. */
+static bool image_text(struct image *im, enum image_part part, struct buf *text)
+{
+    br_sha256_context h;
+    struct blob *b = text->failed ? NULL : blob_new(text->len);
+    if (b)
+        memcpy(b->p, text->p, text->len);
+    br_sha256_init(&h);
+    br_sha256_update(&h, text->p, text->len);
+    digest_text(im->digest[part], &h);
+    buf_free(text);
+    im->text[part] = b;
+    return b != NULL;
+}
+
+/* Where a layer's MAC and nonce stand in the manifest, as ocicrypt wants them; "x" is the wrapped key, as which the
+ * unwrapping one needs nothing. */
+static void image_annotations(const struct image *im, struct buf *out)
+{
+    uint8_t nonce[16] = { 0 };
+    struct buf options = { 0 };
+    memcpy(nonce, im->nonce, sizeof im->nonce);
+    buf_puts(&options, "{\"cipher\":\"AES_256_CTR_HMAC_SHA256\",\"hmac\":\"");
+    pb_base64(&options, (struct bytes){ im->mac, sizeof im->mac });
+    buf_puts(&options, "\",\"cipheroptions\":{\"nonce\":\"");
+    pb_base64(&options, (struct bytes){ nonce, sizeof nonce });
+    buf_puts(&options, "\"}}");
+    buf_puts(out, ",\"annotations\":{\"org.opencontainers.image.enc.keys.provider.attestation-agent\":\"eA==\","
+                  "\"org.opencontainers.image.enc.pubopts\":\"");
+    pb_base64(out, (struct bytes){ options.p, options.len });
+    buf_puts(out, "\"}");
+    out->failed |= options.failed;
+    buf_free(&options);
+}
+
+/* Config and manifest of a layer whose digest is made; tar is that of what is in it.  False without memory. */
+static bool image_describe(struct image *im, const char *tar)
+{
+    struct buf b = { 0 };
+    buf_puts(&b, "{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{\"Entrypoint\":[");
+    struct buf path = { 0 };
+    buf_printf(&path, "/%s", im->entry);
+    pb_json_string(&b, (struct bytes){ path.p, path.len });
+    b.failed |= path.failed;
+    buf_free(&path);
+    buf_printf(&b, "]},\"rootfs\":{\"type\":\"layers\",\"diff_ids\":[\"%s\"]}}", tar);
+    if (!image_text(im, IMAGE_CONFIG, &b))
+        return false;
+    buf_printf(&b, "{\"schemaVersion\":2,\"mediaType\":\"%s\",\"config\":{\"mediaType\":\"%s\",\"digest\":\"%s\",\"size\":%zu},"
+               "\"layers\":[{\"mediaType\":\"%s%s\",\"digest\":\"%s\",\"size\":%llu", image_types[IMAGE_MANIFEST],
+               image_types[IMAGE_CONFIG], im->digest[IMAGE_CONFIG], im->text[IMAGE_CONFIG]->n, image_types[IMAGE_LAYER],
+               im->key ? "+gzip+encrypted" : "", im->digest[IMAGE_LAYER], (unsigned long long)im->size);
+    if (im->key)
+        image_annotations(im, &b);
+    buf_puts(&b, "}]}");
+    text_printf(im->name, sizeof im->name, "%s-%.16s", im->what, im->digest[IMAGE_LAYER] + 7);
+    return image_text(im, IMAGE_MANIFEST, &b);
+}
+
+/* Begins to read the layer for its digests. */
+static bool image_begin(struct image *im, const char *path, struct err *e)
+{
+    image_free(im);
+    struct measure *m = im->measure = calloc(1, sizeof *m);
+    if (!m)
+        return file_err(e, path, "out of memory");
+    m->source.fd = -1;
+    br_sha256_init(&m->digests.layer);
+    br_sha256_init(&m->digests.tar);
+    if (!source_open_tar(&m->source, path, im->entry, e))
+        return false;
+    im->id = m->source.id;
+    if (!im->key)
+        return true;
+    br_hmac_key_context key;
+    br_hmac_key_init(&key, &br_sha256_vtable, im->key, AES_KEY);
+    br_hmac_init(&m->digests.mac, &key, 0);
+    wipe(&key, sizeof key);
+    if (getentropy(im->nonce, sizeof im->nonce) != 0)
+        return file_err(e, path, "the operating system gives no random numbers");
+    return source_layer(&m->source, im->key, im->nonce, 0, &m->digests, e);
+}
+
+/* The layer has been read. */
+static bool image_end(struct image *im, const char *path, struct err *e)
+{
+    struct measure *m = im->measure;
+    char tar[sizeof im->digest[0]];
+    digest_text(im->digest[IMAGE_LAYER], &m->digests.layer);
+    digest_text(tar, im->key ? &m->digests.tar : &m->digests.layer);
+    if (im->key)
+        br_hmac_out(&m->digests.mac, im->mac);
+    im->crc = m->source.seal ? m->source.seal->crc : 0;
+    source_close(&m->source);
+    wipe(m, sizeof *m);
+    free(m);
+    im->measure = NULL;
+    return image_describe(im, tar) || file_err(e, path, "out of memory");
+}
+
+/* Reads a piece of an input for its image's digests.  1: there is more; 0: the image is made; -1: e has the reason. */
+static int image_step(struct image *im, const char *path, struct err *e)
+{
+    uint8_t piece[FILE_READ];
+    if (!im->measure && !image_begin(im, path, e))
+        return -1;
+    ssize_t n = source_read(&im->measure->source, piece, sizeof piece, e);
+    if (n <= 0)
+        return n < 0 || !image_end(im, path, e) ? -1 : 0;
+    im->size += (uint64_t)n;
+    br_sha256_update(&im->measure->digests.layer, piece, (size_t)n);
+    if (im->key)
+        br_hmac_update(&im->measure->digests.mac, piece, (size_t)n);
+    return 1;
+}
+#else
+struct image { int unused; };
+
+#define image_free(im) ((void)(im))
+#define image_again(im) ((void)(im), (struct image *)NULL)
+#define image_init(im, what, entry, key) ((void)(im), (void)(what), (void)(entry), (void)(key))
+#define image_name(im) ((void)(im), "")
+#define image_text_of(im, part) ((void)(im), (void)(part), (struct blob *)NULL)
+#define image_part(im, path) ((void)(im), (void)(path), IMAGE_PARTS)
+#define image_open(im, path, s, e) ((void)(im), (void)(path), (void)(s), (void)(e), false)
+#define image_step(im, path, e) ((void)(im), (void)(path), (void)(e), 0)
+#endif
+
 /* ---- Many paths at once ---- */
 
 /* One path to hash, and the answer: hash, size and id if ok, else why, to be freed (NULL: out of memory). */
@@ -8557,6 +9049,7 @@ struct checksum {
     uint8_t hash[32];
     struct file_id id;
     unsigned version;            /* of the first manifest that had this hash */
+    struct image *image;         /* to be made as well, by whom it is kept; NULL: none */
 };
 
 /* A source on its way into its hash; c is NULL when the lane is free.  data[at] to data[len] waits. */
@@ -8571,7 +9064,7 @@ struct lane {
 /* Paths that are being hashed, files several at once where the processor gains by it. */
 struct checksums {
     struct checksum *c;
-    size_t n, next;              /* next: the first that no lane has taken up */
+    size_t n, next, imaged;      /* next: the first that no lane has taken up; imaged: whose image is made, or in hand */
     struct lane *lanes;
     unsigned width, features;
     uint64_t done;               /* bytes */
@@ -8628,13 +9121,30 @@ static bool checksums_start(struct checksums *j, struct checksum *c, size_t n)
     unsigned features = n > 1 ? sha3_features() : 0, most = sha3_256_lanes(features);
     *j = (struct checksums){ .c = c, .n = n, .features = features, .width = n < most ? (unsigned)n : most };
     for (size_t i = 0; i < n; i++)
-        c[i] = (struct checksum){ .path = c[i].path };
+        c[i] = (struct checksum){ .path = c[i].path, .image = c[i].image };
     j->lanes = n ? calloc(j->width, sizeof *j->lanes) : NULL;
     return j->lanes || n == 0;
 }
 
+/* Reads a piece of the next input that has its checksum and is to be an image.  False: there is none. */
+static bool images_step(struct checksums *j)
+{
+    struct err e;
+    for (; j->imaged < j->n; j->imaged++) {
+        struct checksum *c = &j->c[j->imaged];
+        int more = c->ok && c->image ? image_step(c->image, c->path, &e) : 0;
+        if (more > 0)
+            return true;
+        if (more == 0)
+            continue;
+        c->ok = false;
+        checksum_fail(c, &e);
+    }
+    return false;
+}
+
 /* Hashes a piece of each path in hand, CHECKSUM_READ bytes at most; a lane whose source ends takes up the next path.
- * False: all is done. */
+ * Images come after all checksums.  False: all is done. */
 static bool checksums_step(struct checksums *j)
 {
     struct lane *busy[CHECKSUM_LANES];
@@ -8658,7 +9168,7 @@ static bool checksums_step(struct checksums *j)
     for (unsigned i = 0; i < some; i++)
         busy[i]->at += step;
     j->done += some * step;
-    return some;
+    return some || images_step(j);
 }
 
 /* Ends the hashing, also before all is done: the rest is not ok and has no reason. */
@@ -10079,8 +10589,12 @@ static struct manifest *manifest_for(struct manifest *m, struct bytes job)
 static void manifest_settle(struct manifest *m)
 {
     checksums_free(&m->hashing);
-    for (size_t i = 0; m->fresh && i < m->hashing.n; i++)
+    for (size_t i = 0; m->fresh && i < m->hashing.n; i++) {
         free(m->fresh[i].why);
+        if (m->fresh[i].image)
+            image_free(m->fresh[i].image);
+        free(m->fresh[i].image);
+    }
     free(m->fresh);
     m->fresh = NULL;
 }
@@ -10090,6 +10604,9 @@ static void manifest_free(struct manifest *m)
 {
     for (; m; m = m->next) {
         manifest_settle(m);
+        for (size_t i = 0; i < m->input_count; i++)
+            if (m->inputs[i].image)
+                image_free(m->inputs[i].image);
         blob_unref(m->stream);
         m->stream = NULL;
     }
@@ -10110,6 +10627,7 @@ static bool manifest_look(struct manifest *m, struct core *core)
             m->fresh = calloc(m->input_count, sizeof *m->fresh);
         if (!m->fresh)
             break;
+        m->fresh[n].image = image_again(m->inputs[i].image);
         m->fresh[n++].path = m->inputs[i].path;
     }
     if (n && checksums_start(&m->hashing, m->fresh, n))
@@ -10125,12 +10643,21 @@ static bool manifest_look(struct manifest *m, struct core *core)
 static bool manifest_take(struct manifest *m, struct checksum *in, struct checksum *fresh, struct core *core)
 {
     char hex[2 * SHA3_256_LEN + 1];
+    struct image *again = fresh->image;
     bool differs = fresh->ok && memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0;
     if (fresh->ok) {
         hex_text(hex, fresh->hash, SHA3_256_LEN);
         core_note(core, NULL, "%s has changed: hashed again, now %s", in->path, hex);
+        differs |= in->image != NULL; /* which may have a new name */
         fresh->version = differs ? m->version + 1 : in->version;
+        if (again) {
+            struct image old = *in->image;
+            *in->image = *again;
+            *again = old;
+        }
+        fresh->image = in->image;     /* where it is pointed to */
         *in = *fresh;
+        fresh->image = again;
     } else {
         core_note(core, NULL, "%s has changed and can't be read; the manifest keeps its old hash", in->path);
         in->id = path_id(in->path);
@@ -10740,12 +11267,22 @@ static void verdict_start(struct verdict *v, const struct options *o, int64_t no
  * reach each agent host and its results come back; of a remote run the resources, their key broker and attestation agent.
  * Never: guesses where an agent stands; it acts on what the agent has said.  Serves nothing but the resources.
  */
-enum way { WAY_CLI, WAY_UPLOAD, WAY_HTTP, WAY_HTTP_PLAIN, WAYS };
-static const char *const way_names[WAYS] = { "cli", "upload", "http", "http-plain" };
+enum way { WAY_CLI, WAY_UPLOAD, WAY_HTTP, WAY_HTTP_PLAIN, WAY_OCI, WAY_OCI_PLAIN, WAYS };
+static const char *const way_names[WAYS] = { "cli", "upload", "http", "http-plain", "oci", "oci-plain" };
 
 static bool way_fetches(enum way way)
 {
     return way >= WAY_HTTP;
+}
+
+static bool way_image(enum way way)
+{
+    return way >= WAY_OCI;
+}
+
+static bool way_sealed(enum way way)
+{
+    return way == WAY_HTTP || way == WAY_OCI;
 }
 
 enum {
@@ -10799,6 +11336,7 @@ struct resource {
     struct Source *source;            /* in the manifest */
     struct KBSConfig *kbs;
     bool sealed;
+    struct image *image;              /* NULL: it is not an image; else path is that of all its parts */
     uint8_t hash[SHA3_256_LEN], nonce[SEAL_NONCE];
     size_t stem;                      /* as much of the path does not change */
     char path[48], url[400];          /* path: empty until it can be fetched */
@@ -10810,7 +11348,7 @@ struct delivery {
     struct loop *loop;
     struct verdict *verdict;
     const struct options *o;
-    const struct manifest *manifest;
+    struct manifest *manifest;
     struct ComputationRunReq *req;    /* of the manifest */
     struct KBSConfig *kbs;            /* its own, if we have made it */
     enum way algorithm, data;
@@ -11414,12 +11952,17 @@ static void resources_renew(void *arg)
         struct resource *x = &d->resources[i];
         bool ours = !x->source->url.p || x->source->url.p == (uint8_t *)x->url;   /* else -set has another */
         char hex[17];
-        if (x->path[x->stem] && memcmp(x->hash, x->input->hash, sizeof x->hash) == 0)
+        if (x->image) {
+            text_printf(x->path, sizeof x->path, "/v2/%s", image_name(x->image));
+            text_printf(x->url, sizeof x->url, "docker://%s/%s:latest", strstr(d->base, "//") + 2, image_name(x->image));
+        } else if (x->path[x->stem] && memcmp(x->hash, x->input->hash, sizeof x->hash) == 0)
             continue;
         memcpy(x->hash, x->input->hash, sizeof x->hash);
         hex_text(hex, x->hash, sizeof hex / 2);
-        text_printf(x->path + x->stem, sizeof x->path - x->stem, "%s", random_fill(x->nonce, sizeof x->nonce) ? hex : "");
-        text_printf(x->url, sizeof x->url, "%s%s", d->base, x->path);
+        if (!x->image) {
+            text_printf(x->path + x->stem, sizeof x->path - x->stem, "%s", random_fill(x->nonce, sizeof x->nonce) ? hex : "");
+            text_printf(x->url, sizeof x->url, "%s%s", d->base, x->path);
+        }
         if (ours)
             x->source->url = bytes_of(x->url);
         if (!x->kbs->url.p)
@@ -11434,9 +11977,16 @@ static enum way way_parse(struct report *r, const char *word, size_t n)
     for (int i = 0; i < WAYS; i++)
         if (strlen(way_names[i]) == n && strncmp(way_names[i], word, n) == 0)
             return (enum way)i;
-    tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli, upload, http or http-plain", (int)n,
+    tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli, upload, http, http-plain, oci or oci-plain", (int)n,
          word);
     return WAY_CLI;
+}
+
+/* The services that are there for what is delivered. */
+static unsigned delivery_offers(const struct delivery *d)
+{
+    return (d->algorithm == WAY_HTTP || d->data == WAY_HTTP ? OFFER_TOKENS : 0) |
+           (d->algorithm == WAY_OCI || d->data == WAY_OCI ? OFFER_UNWRAP : 0);
 }
 
 /* The key that encrypts what agents fetch, and the token of its broker. */
@@ -11481,7 +12031,7 @@ static void delivery_setup(struct delivery *d, struct options *o, struct report 
     d->algorithm = way_parse(r, ways, comma ? (size_t)(comma - ways) : strlen(ways));
     d->data = comma ? way_parse(r, comma + 1, strlen(comma + 1)) : d->algorithm;
     o->fetches = way_fetches(d->algorithm) || way_fetches(d->data);
-    d->sealed = d->algorithm == WAY_HTTP || d->data == WAY_HTTP;
+    d->sealed = way_sealed(d->algorithm) || way_sealed(d->data);
     d->signs = d->algorithm == WAY_UPLOAD || d->data == WAY_UPLOAD || o->results;
     d->wanted = d->signs || o->fetches;
     const struct { const char *flag; bool used; const char *cure; } of_delivery[] = {
@@ -11653,10 +12203,50 @@ static void delivery_add_results(struct delivery *d, struct options *o, struct r
              stage_names[d->verdict->until]);
 }
 
+/* The endings of the files that an agent takes out of an image, by what it is to do with them; !: all but these. */
+static const struct {
+    const char *type, *endings;
+} image_files[] = {
+    { "python", ".py" },
+    { "wasm", ".wasm .wat" },
+    { "bin", "! .py .wasm .wat .js .sh .csv .json .txt .md" },
+    { "", ".csv .json .txt .parquet .arrow .dat .zip .tar .gz .tgz" },
+};
+
+/* Whether the name ends in one of the words. */
+static bool name_ends(struct bytes name, const char *words)
+{
+    for (size_t n; *words; words += n + (words[n] == ' ')) {
+        n = strcspn(words, " ");
+        if (name.n > n && memcmp(name.p + name.n - n, words, n) == 0 && *words != '!')
+            return true;
+    }
+    return false;
+}
+
+/* type: the algorithm's, empty for a dataset. */
+static void check_image(struct report *r, const char *flag, struct bytes type, const char *path)
+{
+    struct stat st;
+    size_t row = ROW_FIND(image_files, type);
+    bool there = stat(path, &st) == 0, folder = there && S_ISDIR(st.st_mode);
+    const char *endings = row < PB_COUNT(image_files) && there && !folder ? image_files[row].endings : "";
+    if (!CVMS_TLS)
+        tell(r, USAGE, "-deliver oci: this cvms was built without TLS (make TLS=0), and so without images; build it with TLS");
+    else if (folder && type.n)
+        tell(r, USAGE, "-%s: %s is a folder; an agent takes one file out of an image", flag, path);
+    else if (*endings && name_ends(base_name(path), endings) == (*endings == '!'))
+        tell(r, USAGE, "-%s: %s: agents take no file of this name out of an image; they want %s%s", flag, path,
+             *endings == '!' ? "any ending but" : "", endings + (*endings == '!'));
+    if (!pb_utf8_valid(base_name(path)))
+        tell(r, USAGE, "-%s: %s: its name is not UTF-8 and can't stand in an image", flag, path);
+}
+
 /* Adds a resource: its place in the manifest, whose URL follows when the port is open and the hash is known. */
 static void delivery_add_resource(struct delivery *d, struct options *o, enum user_role role, size_t i,
-                                  const struct checksum *input, bool sealed)
+                                  struct checksum *input, enum way way)
 {
+    bool sealed = way_sealed(way);
     struct resource *x = &d->resources[d->resource_count++];
     struct ComputationRunReq *req = d->req;
     struct Dataset *data = role == ROLE_DATA ? (struct Dataset *)req->datasets.items + i : NULL;
@@ -11666,7 +12256,11 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     *x = (struct resource){ .role = role, .input = input, .name = keep_text(o, base_name(input->path)), .sealed = sealed,
                             .source = new_source(o, d->manifest->compat, data ? o->dataset_source_type
                                                                              : o->algo_source_type, "", NULL) };
-    x->stem = text_printf(x->path, sizeof x->path, "/blobs/%s-", part);
+    x->stem = text_printf(x->path, sizeof x->path, way_image(way) ? "/v2/%s-" : "/blobs/%s-", part);
+    if (way_image(way)) {
+        x->image = input->image = keep(o, sizeof *x->image);
+        image_init(x->image, keep_text(o, bytes_of(part)), x->name, sealed ? d->seal_key : NULL);
+    }
     text_printf(x->key_path, sizeof x->key_path, "cvms/key/%s", part);
     x->source->url = (struct bytes){ 0 };
     x->source->encrypted = sealed;
@@ -11674,26 +12268,29 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     kbs->enabled = true;              /* agents want one, also for what is plain */
     x->kbs = kbs;
     *(data ? &data->source : &req->algorithm->source) = x->source;
-    *(data ? &data->kbs : &req->algorithm->kbs) = kbs;
-    if (d->manifest->compat == COMPAT_ALL && !req->kbs)
+    if (d->manifest->compat != COMPAT_SEED)
+        *(data ? &data->kbs : &req->algorithm->kbs) = kbs;
+    if (d->manifest->compat != COMPAT_HEAD && !req->kbs)
         req->kbs = d->kbs = memcpy(keep(o, sizeof *kbs), kbs, sizeof *kbs);
 }
 
 /* What agents fetch: whatever of it stands here. */
 static void delivery_add_resources(struct delivery *d, struct options *o, struct report *r)
 {
-    const struct manifest *m = d->manifest;
+    struct manifest *m = d->manifest;
     struct values unpack = list_split(o, &o->dataset_decompress);
     struct Dataset *data = d->req->datasets.items;
     size_t n = m->input_count - m->algo_input;
     struct stat st;
     d->resources = keep(o, (m->input_count + 1) * sizeof *d->resources);
-    if (m->compat == COMPAT_SEED)
-        tell(r, USAGE, "-compat seed: agents of that time fetch images only, not by -deliver %s", way_names[d->algorithm]);
+    if (m->compat == COMPAT_SEED && !(way_image(d->algorithm) && way_image(d->data)))
+        tell(r, USAGE, "-compat seed: agents of that time fetch images only: use -deliver oci or oci-plain");
     if (way_fetches(d->algorithm) && m->algo_input) {
-        const struct checksum *in = &m->inputs[n];
-        delivery_add_resource(d, o, ROLE_ALGORITHM, 0, in, d->algorithm == WAY_HTTP);
-        if (stat(in->path, &st) == 0 && S_ISDIR(st.st_mode))
+        struct checksum *in = &m->inputs[n];
+        delivery_add_resource(d, o, ROLE_ALGORITHM, 0, in, d->algorithm);
+        if (way_image(d->algorithm))
+            check_image(r, "algo-path", d->req->algorithm->algo_type, in->path);
+        else if (stat(in->path, &st) == 0 && S_ISDIR(st.st_mode))
             tell(r, WARNING, "-algo-path: %s is a folder; an agent runs a fetched algorithm as it is, which is its zip",
                  in->path);
     } else if (way_fetches(d->algorithm) && !d->req->algorithm->source) {
@@ -11702,7 +12299,9 @@ static void delivery_add_resources(struct delivery *d, struct options *o, struct
     for (size_t i = 0; way_fetches(d->data) && i < n; i++) {
         char *name = keep(o, 40);
         text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
-        delivery_add_resource(d, o, ROLE_DATA, i, &m->inputs[i], d->data == WAY_HTTP);
+        delivery_add_resource(d, o, ROLE_DATA, i, &m->inputs[i], d->data);
+        if (way_image(d->data))
+            check_image(r, "data-paths", BYTES(""), m->inputs[i].path);
         data[i].filename = bytes_of(name);
         if (!nth(&unpack, i))
             data[i].decompress = stat(m->inputs[i].path, &st) == 0 && S_ISDIR(st.st_mode);
@@ -12547,17 +13146,19 @@ static bool file_has(const struct pb_file *f, struct bytes symbol)
     return false;
 }
 
-/* As many of all_files are offered. */
-static size_t file_count(const struct stream *s)
+/* Whether the server has what the file describes. */
+static bool file_offered(const struct stream *s, const struct pb_file *f)
 {
-    return PB_COUNT(all_files) - !server_of(s)->delivery.sealed;
+    return !(f->needs & ~s->conn->endpoint->offers);
 }
 
 /* The file that a request asks for, or NULL. */
 static const struct pb_file *reflection_file(const struct stream *s, const struct ServerReflectionRequest *req)
 {
-    for (size_t i = 0; i < file_count(s); i++) {
+    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
         const struct pb_file *f = all_files[i];
+        if (!file_offered(s, f))
+            continue;
         if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
                                     : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
             return f;
@@ -12585,8 +13186,8 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
     struct ServiceResponse list[PB_COUNT(all_files)];
     char names[PB_COUNT(all_files)][64];
     size_t n = 0;
-    for (size_t i = 0; i < file_count(s); i++)
-        for (size_t j = 0; j < all_files[i]->n_services && n < PB_COUNT(all_files); j++, n++) {
+    for (size_t i = 0; i < PB_COUNT(all_files); i++)
+        for (size_t j = 0; file_offered(s, all_files[i]) && j < all_files[i]->n_services; j++, n++) {
             text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
             list[n].name = bytes_of(names[n]);
         }
@@ -12613,8 +13214,8 @@ static void reflection_message(struct stream *s, struct bytes wire)
         return;
     }
     bool known = false;
-    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < file_count(s); i++)
-        known |= file_has(all_files[i], req.all_extension_numbers_of_type);
+    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
+        known |= file_offered(s, all_files[i]) && file_has(all_files[i], req.all_extension_numbers_of_type);
     if (known)
         res.all_extension_numbers_response = &numbers;
     else
@@ -12630,6 +13231,8 @@ struct fetch {
     struct resource *resource;        /* NULL: none of this name */
     struct host *host;                /* NULL: it is not known whose request it is */
     bool key, open, counted, get;     /* key: of the resource; open: source is; counted: among those under way */
+    enum image_part part;             /* of an image; else IMAGE_LAYER, which is what counts */
+    struct blob *body;                /* of one that is not its layer, or NULL */
     struct source source;
     const char *note;                 /* what else is to be shown; NULL: nothing */
     uint64_t bytes;
@@ -12637,6 +13240,8 @@ struct fetch {
     struct bytes method, path;        /* in text, cut */
     uint8_t text[256];
 };
+
+static const char *const fetch_parts[IMAGE_PARTS + 1] = { "manifest of the ", "config of the ", "", "" };
 
 static struct parcel *fetch_parcel(const struct fetch *t)
 {
@@ -12662,6 +13267,17 @@ static void fetch_host(struct fetch *t, const char *peer)
         t->host = all;
 }
 
+/* The same of an image: /v2/NAME/manifests/... or /v2/NAME/blobs/... (OCI distribution specification 1.0). */
+static unsigned fetch_image(struct fetch *t, const struct resource *x, struct bytes path)
+{
+    size_t n = strlen(x->path);
+    bool named = path.n > n && path.p[n] == '/';
+    if (!named || memcmp(path.p, x->path, n) != 0)
+        return named ? 410 : 404;
+    t->part = image_part(x->image, bytes_from(path, n));
+    return t->part < IMAGE_PARTS ? 200 : 404;
+}
+
 /* What the path names.  Returns the status of the answer. */
 static unsigned fetch_find(struct fetch *t, struct bytes path)
 {
@@ -12675,9 +13291,12 @@ static unsigned fetch_find(struct fetch *t, struct bytes path)
         if (!ours && !t->key)
             continue;
         t->resource = x;
+        if (x->image && !t->key)
+            return fetch_image(t, x, path);
         return t->key || bytes_eq(path, bytes_of(x->path)) ? 200 : path.n == strlen(x->path) ? 410 : 404;
     }
-    return 404;
+    t->part = IMAGE_PARTS;
+    return bytes_eq(path, BYTES("/v2/")) && (way_image(t->d->algorithm) || way_image(t->d->data)) ? 200 : 404;
 }
 
 /* Opens the source of a resource that is fetched.  Returns the status of the answer. */
@@ -12688,15 +13307,23 @@ static unsigned fetch_source(struct fetch *t, struct core *core)
     struct err e;
     if (faults && (faults->value[FAULT_NOT_FOUND] >= 0 || faults->value[FAULT_UNAVAILABLE] >= 0))
         return faults->value[FAULT_NOT_FOUND] >= 0 ? 404 : 503;
+    if (t->part == IMAGE_PARTS)       /* /v2/ alone: this is a registry */
+        return 200;
+    if (x->image && t->part != IMAGE_LAYER) {
+        t->body = blob_ref(image_text_of(x->image, t->part));
+        t->source.size = t->body->n;
+        return 200;
+    }
     if (t->d->fetches >= FETCHES_MAX)
         return 503;
-    t->open = source_open(&t->source, x->input->path, &e);
+    t->open = x->image ? image_open(x->image, x->input->path, &t->source, &e)
+                       : source_open(&t->source, x->input->path, &e);
     if (t->open ? memcmp(&t->source.id, &x->input->id, sizeof x->input->id) != 0
                 : checksum_changed(x->input->path, &x->input->id)) {
         core_note(core, NULL, "%s has changed since its hash was sent to agents: it is not served", x->input->path);
         return 410;
     }
-    t->open = t->open && (!x->sealed || source_seal(&t->source, t->d->seal_key, x->nonce, &e));
+    t->open = t->open && (!x->sealed || x->image || source_seal(&t->source, t->d->seal_key, x->nonce, &e));
     if (!t->open)
         core_note(core, NULL, "%s can't be served: %s", x->input->path, e.text);
     t->counted = t->open;
@@ -12726,7 +13353,7 @@ static void fetch_open(struct stream *s, const struct fields *f)
         c->out.failed = true;
         return;
     }
-    *t = (struct fetch){ .d = &server_of(s)->delivery, .begin_ms = c->core->now_ms, .get = !s->grpc.no_body };
+    *t = (struct fetch){ .d = &server_of(s)->delivery, .part = IMAGE_LAYER, .begin_ms = c->core->now_ms, .get = !s->grpc.no_body };
     struct buf text = buf_fixed(t->text, sizeof t->text);
     put_text(&text, (struct bytes){ v[F_METHOD].p, min_size(v[F_METHOD].n, 20) }, NULL);
     t->method = (struct bytes){ t->text, text.len };
@@ -12739,8 +13366,10 @@ static void fetch_open(struct stream *s, const struct fields *f)
         status = t->key ? fetch_authorize(t, v[F_AUTHORIZATION]) : fetch_source(t, c->core);
     s->grpc.plain = (uint16_t)status;
     s->grpc.length = t->key ? sizeof t->d->seal_key : t->source.size;
+    if (t->body)
+        s->grpc.type = image_types[t->part];
     struct parcel *p = fetch_parcel(t);
-    if (p && !t->key && status == 200) {
+    if (p && !t->key && status == 200 && t->part == IMAGE_LAYER) {
         p->begun = true;
         p->bytes = 0;
     }
@@ -12751,11 +13380,13 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
 {
     struct fetch *t = s->user;
     const struct faults *faults = t->d->manifest->faults;
-    struct parcel *p = t->key ? NULL : fetch_parcel(t);
+    struct parcel *p = t->key || t->part != IMAGE_LAYER ? NULL : fetch_parcel(t);
     struct err e = { "it has shrunk" };
     ssize_t got = (ssize_t)n;
     if (t->key)
         memcpy(to, t->d->seal_key + t->bytes, n);
+    else if (t->body)
+        memcpy(to, t->body->p + t->bytes, n);
     else
         got = source_read(&t->source, to, n, &e);
     if (got < (ssize_t)n)
@@ -12820,17 +13451,18 @@ static void fetch_closed(struct stream *s)
     t->d->fetches -= t->counted;
     if (t->open)
         source_close(&t->source);
-    if (p && fetched) {
+    blob_unref(t->body);
+    if (p && fetched && t->part == IMAGE_LAYER) {
         *(t->key ? &p->keys : &p->fetched) += 1;
         p->done = p->fetched && (p->keys || !p->sealed);
     }
-    const struct checksum *in = fetched && !t->key ? t->resource->input : NULL;
+    const struct checksum *in = fetched && t->open ? t->resource->input : NULL;
     if (in && checksum_changed(in->path, &in->id))
         t->note = "changed while it was sent";
     char what[300] = "", note[80] = "";
     if (t->resource)
-        text_printf(what, sizeof what, t->key ? "key of the %s %s" : "%s %s", roles[t->resource->role].what,
-                    t->resource->name);
+        text_printf(what, sizeof what, "%s%s %s", t->key ? "key of the " : fetch_parts[t->part],
+                    roles[t->resource->role].what, t->resource->name);
     text_printf(note, sizeof note, "%s%s%s", t->note ? t->note : "", t->note && !whole ? ", " : "",
                 whole ? "" : "broken off");
     show_request(s->conn, t->host, &(struct Request){
@@ -12867,6 +13499,56 @@ static void attestation_token(struct stream *s, struct bytes wire)
                        &(struct GetTokenResponse){ bytes_of(server_of(s)->delivery.token) });
 }
 
+/* ---- keyprovider.KeyProviderService ---- */
+
+/* The key has been given: to whoever fetches images from that address. */
+static void unwrap_seen(struct stream *s, size_t n)
+{
+    struct delivery *d = &server_of(s)->delivery;
+    struct fetch t = { .d = d, .key = true, .part = IMAGE_LAYER };
+    for (size_t i = 0; i < d->resource_count; i++) {
+        t.resource = &d->resources[i];
+        t.host = NULL;
+        fetch_host(&t, s->conn->peer);
+        struct parcel *p = t.resource->image && t.resource->sealed ? fetch_parcel(&t) : NULL;
+        if (p) {
+            p->keys++;
+            p->done = p->fetched > 0;
+        }
+    }
+    show_request(s->conn, t.host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
+                                                     .status = 200, .bytes = (int64_t)n,
+                                                     .what = BYTES("key of the images") });
+}
+
+/* The key of all images, in the form of ocicrypt; a layer's own is its nonce. */
+static void unwrap_key(struct stream *s, struct bytes wire)
+{
+    struct keyProviderKeyWrapProtocolInput req = { .KeyProviderKeyWrapProtocolInput = { 0 } };
+    struct buf key = { 0 }, answer = { 0 };
+    if (!unary_first(s) || !message_decode(s, &keyProviderKeyWrapProtocolInput_message, &req, wire))
+        return;
+    if (!bytes_contain(req.KeyProviderKeyWrapProtocolInput, "\"keyunwrap\"")) {
+        grpc_finish(s, GRPC_INVALID_ARGUMENT, "not ocicrypt's JSON with \"op\":\"keyunwrap\"");
+        return;
+    }
+    buf_puts(&key, "{\"symkey\":\"");
+    pb_base64(&key, (struct bytes){ server_of(s)->delivery.seal_key, AES_KEY });
+    buf_puts(&key, "\"}");
+    buf_puts(&answer, "{\"keyunwrapresults\":{\"optsdata\":\"");
+    pb_base64(&answer, (struct bytes){ key.p, key.len });
+    buf_puts(&answer, "\"}}");
+    answer.failed |= key.failed;
+    struct keyProviderKeyWrapProtocolOutput res = { { answer.p, answer.len } };
+    if (answer.failed)
+        grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
+    else
+        grpc_send(s, &keyProviderKeyWrapProtocolOutput_message, &res);
+    unwrap_seen(s, wire.n);
+    wipe_buf(&key);
+    wipe_buf(&answer);
+}
+
 static const struct grpc_method server_methods[] = {
     { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
       .drained = process_drained, .closed = process_closed },
@@ -12876,12 +13558,13 @@ static const struct grpc_method server_methods[] = {
       .message = reflection_message, .end = reflection_end },
     { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
       .message = reflection_message, .end = reflection_end },
-    { .path = "/attestation_agent.AttestationAgentService/GetTeeType", .open = ignore_open,
-      .message = attestation_tee_type, .end = unary_end },
-    { .path = "/attestation_agent.AttestationAgentService/GetToken", .open = ignore_open,
-      .message = attestation_token, .end = unary_end },
+    { .path = "/attestation_agent.AttestationAgentService/GetTeeType", .needs = OFFER_TOKENS,
+      .open = ignore_open, .message = attestation_tee_type, .end = unary_end },
+    { .path = "/attestation_agent.AttestationAgentService/GetToken", .needs = OFFER_TOKENS,
+      .open = ignore_open, .message = attestation_token, .end = unary_end },
+    { .path = "/keyprovider.KeyProviderService/UnWrapKey", .needs = OFFER_UNWRAP, .open = ignore_open,
+      .message = unwrap_key, .end = unary_end },
 };
-enum { ATTESTATION_METHODS = 2 };     /* the last ones: while something encrypted is delivered */
 
 /* ==== 19. Control: commands on stdin ===============================================================================
  * Owns: what a line on stdin may ask of agents and of the server.
@@ -14029,7 +14712,7 @@ static void put_results(struct buf *out)
         return;
     }
     zip_init(z);
-    entry.crc = crc32_update((const uint32_t (*)[256])z->crc_table, 0, (const uint8_t *)text, sizeof text - 1);
+    entry.crc = crc32_update(0, (const uint8_t *)text, sizeof text - 1);
     zip_local_header(z, entry.name);
     zip_put(z, text, sizeof text - 1);
     zip_descriptor(z, &entry);
@@ -14999,8 +15682,7 @@ static int cmd_serve(struct options *o, struct report *r)
     struct loop *l = v.loop = v.delivery.loop = loop_new();
     l->tls = v.tls;
     l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
-                                    .method_count = PB_COUNT(server_methods) -
-                                                    (v.delivery.sealed ? 0 : ATTESTATION_METHODS),
+                                    .method_count = PB_COUNT(server_methods), .offers = delivery_offers(&v.delivery),
                                     .plain = &fetch_method, .max_message = (size_t)o->max_message };
     l->max_accepted = (size_t)o->max_connections;
     v.skip_forwarder = o->skip_forwarder;

@@ -1409,6 +1409,7 @@ struct pb_file {
     const struct pb_message *const *messages;
     const struct pb_service *services;
     size_t n_deps, n_messages, n_services;
+    unsigned needs;              /* what a server must offer for it to be there; 0: nothing */
 };
 
 /* Writes ".package.Type"; the package is that of the file, own or imported, that has the outermost message. */

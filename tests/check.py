@@ -163,7 +163,7 @@ def script(directory, name, *args, python=sys.executable):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
     cvms = wants(name) and program()
     if cvms:
-        layer(name, [PYTHON, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+        layer(name, [python, os.path.join(HERE, directory, name + ".py"), cvms, *args])
 
 
 def cli():
@@ -194,10 +194,12 @@ def remote():
     if not os.path.exists(PYTHON):
         missing("remote", "no Python cryptography; run tests/install.sh")
         return
-    driver = wants("test_crypt") and build(COMPILERS[0], "seal_driver", "tests/remote/seal_driver.c", SANITIZE, ["-std=c11", "-D_GNU_SOURCE"])
-    script("remote", "test_crypt", driver or "", python=python)
+    driver = (wants("test_crypt") or wants("test_image")) and build(COMPILERS[0], "seal_driver", "tests/remote/seal_driver.c", SANITIZE, ["-std=c11", "-D_GNU_SOURCE"])
+    script("remote", "test_crypt", driver or "", python=PYTHON)
+    script("remote", "test_image", driver or "", python=PYTHON)
+    script("remote", "test_oci", python=PYTHON)
     fast = wants("test_remote") and program(name="cvms-fast", flags=["-O2"])
-    script("remote", "test_remote", fast or "", os.path.join(BUILD, "tools", "bin", "grpcurl"), python=python)
+    script("remote", "test_remote", fast or "", os.path.join(BUILD, "tools", "bin", "grpcurl"), python=PYTHON)
 
 
 def tls():

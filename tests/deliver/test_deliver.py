@@ -149,7 +149,7 @@ def test_mistakes():
     base = ["-algo-path", W.algo, "-algo-type", "python"]
     up = [*base, "-deliver", "upload"]
     rows = [
-        ([*base, "-deliver", "ftp"], 2, r'-deliver: "ftp" is no way to deliver; use cli, upload, http or http-plain'),
+        ([*base, "-deliver", "ftp"], 2, r'-deliver: "ftp" is no way to deliver; use cli, upload, http, http-plain, oci or oci-plain'),
         ([*base, "-deliver", "upload,ftp"], 2, r'-deliver: "ftp" is no way'),
         ([*base, *W.required, "-agent-address", "h:7002"], 2, "-agent-address: nothing is delivered"),
         ([*base, *W.required, "-private-key-path", W.key], 2, "-private-key-path: nothing is delivered"),

@@ -16,6 +16,7 @@ The last line is `N passed, M failed`.
 import collections
 import concurrent.futures
 import errno
+import http.client
 import os
 import re
 import select
@@ -227,6 +228,30 @@ def serve(run):
     run.keep("record")
 
 
+def get(address, path):
+    """What is there; nothing where the server can't give it."""
+    connection = http.client.HTTPConnection(address, timeout=LIMIT)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    except (OSError, http.client.HTTPException):
+        return b""
+    finally:
+        connection.close()
+
+
+def images(run):
+    """A server with an encrypted image: all that skopeo asks for."""
+    address = run.serve(*DIRECT, "-data-paths", f"{folder()}", "-algo-type", "python", "-deliver", "cli,oci")
+    if address:
+        run.peer("agent", "-once", "-wait", "1s", address)
+        for name in re.findall(r"docker://[^/]+/([^:]+):latest", run.peers[-1][1]):
+            manifest = get(address, f"/v2/{name}/manifests/latest")
+            for digest in re.findall(r"sha256:[0-9a-f]{64}", manifest.decode(errors="replace")):
+                get(address, f"/v2/{name}/blobs/{digest}")
+    run.end(signal.SIGTERM)
+
+
 def serve_tls(run):
     """The same over mutual TLS, JSON on stdout, certificates loaded anew."""
     address = run.serve(*DIRECT, "-output", "json", **server_tls())
@@ -342,7 +367,7 @@ MANIFEST = ["manifest", *DIRECT, "-data-paths", f"{INPUTS}/data.csv,{INPUTS}/emp
 SCENARIOS = {
     "serve": serve, "serve over TLS": serve_tls, "verdict": verdict, "deliver": deliver, "agent": agent,
     "agent with uploads": agent_uploads, "agent over TLS": agent_tls,
-    "replay": replay, "health": health, "health over TLS": health_tls,
+    "replay": replay, "images": images, "health": health, "health over TLS": health_tls,
     "manifest": simple(*MANIFEST), "manifest -o": simple(*MANIFEST, "-o", "wire"),
     "manifest -manifest": simple("manifest", "-manifest", f"{W}/manifest.json"),
     "positional": simple("manifest", *DIRECT[1::2], f"{INPUTS}/data.csv", f"{INPUTS}/empty.bin"),
@@ -528,6 +553,8 @@ def main():
             base.verdict = scenario in (verdict, deliver, agent_uploads)
             # what comes in another order, or is asked for; what an agent sends again on a stream that it opens anew
             base.either_way = "RUN_RES|STATE|ATTESTATION" if base.verdict else "ATTESTATION|vTPMattestationReport"
+            if scenario is images:
+                base.either_way = " http  | ATTESTATION "      # requests have each their status
             scenario(base)
             wanted = {"mistakes": 2}.get(name, 0)
             wrong = [] if base.status == wanted else [f"status {base.status}: {base.err}"]

@@ -1,6 +1,14 @@
-/* Driver for test_crypt.py, whose nonces and pieces are given: `seal KEY NONCE PIECE PATH` writes the blob of a file or
- * folder, `unseal KEY PIECE` what is in the blob on stdin.  Keys and nonces are hex. */
+/* Driver for test_crypt.py and test_image.py, whose keys, nonces and pieces are given.  Keys and nonces are hex.
+ *   seal KEY NONCE PIECE PATH        the blob of a file or folder
+ *   unseal KEY PIECE                 what is in the blob on stdin
+ *   image KEY|- PIECE PATH FOLDER    PATH as an image, -: a plain one, in an OCI layout; prints its name, and the manifest's
+ *                                    digest and size
+ *   header PATH                      the first 512 bytes of a plain image's layer
+ *   ctr KEY IV                       stdin as a layer is encrypted, from the block on that the IV's last 4 bytes count */
 #include "../harness.h"
+
+static uint8_t key[AES_KEY], piece[1 << 16], plain[1 << 16];
+static struct err e;
 
 static void from_hex(uint8_t *to, size_t n, const char *hex)
 {
@@ -8,28 +16,93 @@ static void from_hex(uint8_t *to, size_t n, const char *hex)
         sscanf(hex + 2 * i, "%2hhx", &to[i]);
 }
 
+/* Writes all of a source, which is of this size.  Returns the exit status. */
+static int copy(struct source *s, size_t n, uint64_t size, FILE *to)
+{
+    uint64_t len = 0;
+    ssize_t got;
+    for (; (got = source_read(s, piece, n, &e)) > 0; len += (uint64_t)got)
+        fwrite(piece, 1, (size_t)got, to);
+    source_close(s);
+    return got < 0 || len != size || size != s->size;
+}
+
+static int seal(char **arg)
+{
+    struct source s;
+    uint8_t nonce[SEAL_NONCE];
+    from_hex(nonce, sizeof nonce, arg[1]);
+    if (!source_open(&s, arg[3], &e) || !source_seal(&s, key, nonce, &e))
+        return puts(e.text), 1;
+    return copy(&s, (size_t)atoi(arg[2]), s.size, stdout);
+}
+
+static int unseal(char **arg)
+{
+    struct unseal u;
+    unseal_init(&u, key);
+    for (ssize_t n; (n = file_read(STDIN_FILENO, piece, (size_t)atoi(arg[1]))) > 0;)
+        fwrite(plain, 1, unseal_update(&u, piece, (size_t)n, plain), stdout);
+    return !unseal_final(&u);
+}
+
+static FILE *part(const struct image *im, enum image_part which, const char *folder)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/blobs/sha256/%s", folder, im->digest[which] + 7);
+    return need(fopen(path, "w"));
+}
+
+static int image(char **arg)
+{
+    struct image im = { .what = "algorithm", .entry = (const char *)base_name(arg[2]).p, .key = *arg[0] == '-' ? NULL : key };
+    struct checksum c = { .path = arg[2], .image = &im };
+    struct source s = { .fd = -1 };
+    checksum_files(&c, 1);
+    if (!c.ok || !image_open(&im, arg[2], &s, &e))
+        return puts(c.ok ? e.text : checksum_why(&c)), free(c.why), image_free(&im), 1;
+    for (int i = 0; i < IMAGE_LAYER; i++) {
+        FILE *f = part(&im, (enum image_part)i, arg[3]);
+        fwrite(im.text[i]->p, 1, im.text[i]->n, f);
+        fclose(f);
+    }
+    FILE *f = part(&im, IMAGE_LAYER, arg[3]);
+    int status = copy(&s, (size_t)atoi(arg[1]), im.size, f);
+    fclose(f);
+    printf("%s %s %zu\n", im.name, im.digest[IMAGE_MANIFEST], im.text[IMAGE_MANIFEST]->n);
+    image_free(&im);
+    return status;
+}
+
+static int header(char **arg)
+{
+    struct source s = { .fd = -1 };
+    bool ok = source_open_tar(&s, arg[0], "name", &e) && source_read(&s, piece, TAR_BLOCK, &e) == TAR_BLOCK;
+    source_close(&s);
+    return !ok || fwrite(piece, 1, TAR_BLOCK, stdout) != TAR_BLOCK;
+}
+
+static int ctr(char **arg)
+{
+    struct seal l = { .layer = true };
+    uint8_t iv[16];
+    from_hex(iv, sizeof iv, arg[1]);
+    gcm_key(&l.g, key);
+    memcpy(l.nonce, iv, sizeof l.nonce);
+    l.g.len = (uint64_t)get_be32(iv + 12) << 4;
+    for (ssize_t n; (n = file_read(STDIN_FILENO, piece, 7)) > 0; fwrite(piece, 1, (size_t)n, stdout))
+        layer_run(&l, piece, (size_t)n);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
-    uint8_t key[AES_KEY], nonce[SEAL_NONCE], in[1 << 16], out[1 << 16];
-    size_t piece = (size_t)atoi(argv[argc == 6 ? 4 : 3]);
-    struct err e = { "" };
-    struct source s;
-    struct unseal u;
-    uint64_t len = 0;
-    ssize_t n;
+    static const struct { const char *name; int args, (*run)(char **); } commands[] = {
+        { "seal", 4, seal }, { "unseal", 2, unseal }, { "image", 4, image }, { "header", 1, header }, { "ctr", 2, ctr },
+    };
+    size_t i = argc > 2 ? ROW_FIND(commands, bytes_of(argv[1])) : PB_COUNT(commands);
+    if (i == PB_COUNT(commands) || argc != commands[i].args + 2)
+        return 3;
     from_hex(key, sizeof key, argv[2]);
-    if (argc == 6) {
-        from_hex(nonce, sizeof nonce, argv[3]);
-        if (!source_open(&s, argv[5], &e) || !source_seal(&s, key, nonce, &e))
-            return puts(e.text), 1;
-        for (; (n = source_read(&s, in, piece, &e)) > 0; len += (uint64_t)n)
-            fwrite(in, 1, (size_t)n, stdout);
-        bool whole = n == 0 && len == s.size;
-        source_close(&s);
-        return !whole;
-    }
-    unseal_init(&u, key);
-    while ((n = file_read(STDIN_FILENO, in, piece)) > 0)
-        fwrite(out, 1, unseal_update(&u, in, (size_t)n, out), stdout);
-    return !unseal_final(&u);
+    return commands[i].run(argv + 2);
 }

@@ -481,7 +481,7 @@ def test_mistakes():
     key = write("key", bytes(32), 0o600)
     base = ["-algo-path", W.algo, "-data-paths", W.data, "-algo-type", "python"]
     for name, args, env, patterns in (
-            ("no such way", ["-deliver", "ftp"], {}, ["use cli, upload, http or http-plain"]),
+            ("no such way", ["-deliver", "ftp"], {}, ["use cli, upload, http, http-plain, oci or oci-plain"]),
             ("all interfaces", ["-deliver", "http"], {"HOST": ""}, ["-deliver-host HOST"]),
             ("all of IPv4", ["-deliver", "http-plain"], {"HOST": "0.0.0.0"}, ["-deliver-host HOST"]),
             ("a URL for a host", ["-deliver", "http", "-deliver-host", "http://x"], {}, ["-deliver-host: \"http://x\""]),
