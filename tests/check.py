@@ -144,16 +144,21 @@ def program(cc="gcc", name="cvms-san", flags=SANITIZE):
 
 def musl(cc, directory, name, *args):
     """A test script against a build with the other C library, which does elsewhere what glibc forgives."""
-    lib, flags, after = "/usr/lib/x86_64-linux-musl/", ["-O1", "-g", "-static", "-DCVMS_TLS=0"], []
+    lib, bear = "/usr/lib/x86_64-linux-musl/", os.path.join(BIN, "musl")
+    flags, after = ["-O1", "-g", "-static", "-idirafter", "/usr/include", "-L", bear], ["tests/tls/fortify.c"]
     if QUICK or COVERAGE or not wants(name):
         return
     if not shutil.which("musl-gcc") or not os.path.exists(lib + "crt1.o"):
         missing(f"{name} with musl", "not installed; run tests/install.sh")
         return
+    if not os.path.exists(bear):      # of glibc's libraries, this one alone is to be found
+        os.mkdir(bear)
+        library = subprocess.run(["gcc", "-print-file-name=libbearssl.a"], capture_output=True, text=True).stdout.strip()
+        os.symlink(library, os.path.join(bear, "libbearssl.a"))
     if cc == "clang":                 # it does not read GCC's specs
         gcc = subprocess.run(["gcc", "-print-libgcc-file-name"], capture_output=True, text=True).stdout.strip()
         flags += ["-nostdlibinc", "-isystem", "/usr/include/x86_64-linux-musl", "-nostdlib"]
-        after = [lib + "crt1.o", lib + "crti.o", "-Wl,--start-group", lib + "libc.a", gcc, "-Wl,--end-group", lib + "crtn.o"]
+        after += [lib + "crt1.o", lib + "crti.o", "-Wl,--start-group", lib + "libc.a", gcc, "-Wl,--end-group", lib + "crtn.o"]
     cvms = build("musl-gcc" if cc == "gcc" else cc, f"cvms-musl-{cc}", "cvms.c", flags, after=after)
     if cvms:
         layer(f"{name} with musl, {cc}", [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
@@ -169,7 +174,7 @@ def script(directory, name, *args, python=sys.executable):
 def cli():
     script("cli", "test_checksum", os.path.join(HERE, "vectors"), "--small")
     script("cli", "test_cli")
-    musl("gcc", "cli", "test_cli", "-plain")
+    musl("gcc", "cli", "test_cli")
     plain = wants("test_plain") and program(name="cvms-san-plain", flags=SANITIZE + ["-DCVMS_TLS=0"])
     if plain:
         layer("test_plain", [sys.executable, os.path.join(HERE, "cli", "test_plain.py"), plain])
@@ -216,6 +221,7 @@ def tls():
         layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast, outside])
     wipe = wants("test_serve") and build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2"], driver)
     script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
+    musl("gcc", "tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
 
 
 def proto():
@@ -271,6 +277,7 @@ def attack():
         missing("attack", "no grpc-go client; run tests/install.sh")
     elif san and fast:
         layer("test_attack", [sys.executable, os.path.join(HERE, "attack", "test_attack.py"), san, tools, fast])
+    musl("gcc", "attack", "test_attack", tools, os.path.join(BIN, "cvms-musl-gcc"))
 
 
 # Debian's name of a machine: its compiler's, and qemu's.
