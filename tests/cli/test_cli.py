@@ -814,6 +814,7 @@ def test_warnings():
         ("an unset variable", [*W.base, "-data-paths", ""], ["-data-paths is empty", "variable"]),
         ("-kbs-url without a scheme", [*remote, "-kbs-url", "kbs:8080"], ["key broker of the computation", "kbs:8080", "https://"]),
         ("-algo-kbs-url without a scheme", [*remote, "-algo-kbs-url", "kbs:8080"], ["key broker of the algorithm", "kbs:8080"]),
+        ("-algo-kbs-url with another scheme", [*remote, "-algo-kbs-url", "httpx://kbs"], ["key broker of the algorithm", "httpx"]),
         ("-dataset-kbs-urls without a scheme", [*remote, *data, "-dataset-hash", "11" * 32, "-dataset-kbs-urls", "http://x,x"],
          ["key broker of dataset 1", '"x"']),
         ("unknown scheme of the algorithm", [*remote, "-algo-source-url", "ftp://h/a"], ["-algo-source-url", "ftp://h/a", "s3://"]),
@@ -847,6 +848,8 @@ def test_warnings():
         r = run("a hash in hex", ["manifest", *flags])
         same("a hash in hex: status", r.status, 1)
         has("a hash in hex", r.err, "algorithm has its hash in hex", "base64", re.escape(b64(b"\xab" * 32)))
+    for n, status in ((1024, 0), (1025, 2)):
+        same(f"an id of {n} bytes", run("id", ["manifest", *W.base, "-set", "id=" + "x" * n]).status, status)
     for name, args in (("direct", [*W.base, "-data-paths", W.data, "-algo-type", "python"]), ("remote", remote),
                        ("one dataset", [*remote, "-dataset-source-urls", "s3://a", "-dataset-kbs-paths", "k", "-dataset-hash",
                         "11" * 32]), ("head", [*nokbs, "-algo-kbs-url", "http://x", "-compat", "head"]),
