@@ -14524,7 +14524,9 @@ static void download_up(struct link *k)
     c->next_id += 2;
     buf_printf(&bearer, "Bearer %.*s", (int)l->token.len, l->token.len ? (const char *)l->token.p : "");
     buf_putc(&bearer, 0);
-    bool authorized = l->phase == DOWNLOAD_KEY && l->token.len && !bearer.failed;
+    if (bearer.failed || l->token.failed)
+        download_end(l, "out of memory");
+    bool authorized = l->phase == DOWNLOAD_KEY && l->token.len && !l->over;
     stream_put_fields(s, (const char *[]){ ":method", "GET", ":scheme", c->secure ? "https" : "http", ":path", l->path,
                                            ":authority", l->where, "user-agent", "cvms/" CVMS_VERSION, "authorization",
                                            authorized ? (const char *)bearer.p : NULL, NULL }, NULL, END_STREAM);
