@@ -8873,8 +8873,10 @@ static enum image_part image_part(const struct image *im, struct bytes path)
 
 static void image_free(struct image *im)
 {
-    if (im->measure)
+    if (im->measure) {
         source_close(&im->measure->source);
+        wipe(im->measure, sizeof *im->measure);
+    }
     free(im->measure);
     for (size_t i = 0; i < PB_COUNT(im->text); i++)
         blob_unref(im->text[i]);
@@ -8988,7 +8990,7 @@ static bool image_begin(struct image *im, const char *path, struct err *e)
     br_hmac_key_init(&key, &br_sha256_vtable, im->key, AES_KEY);
     br_hmac_init(&m->digests.mac, &key, 0);
     wipe(&key, sizeof key);
-    if (getentropy(im->nonce, sizeof im->nonce) != 0)
+    if (!random_fill(im->nonce, sizeof im->nonce))
         return file_err(e, path, "the operating system gives no random numbers");
     return source_layer(&m->source, im->key, im->nonce, 0, &m->digests, e);
 }
