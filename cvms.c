@@ -3772,7 +3772,9 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         s->grpc.method = e->plain;
         if (e->plain)
             e->plain->open(s, f);
-        if (f->too_large && !end)
+        const struct bytes type = v[F_CONTENT_TYPE], connect = BYTES("application/connect+");
+        bool waits = !s->conn->http1 && type.n > connect.n && memcmp(type.p, connect.p, connect.n) == 0;   /* for us */
+        if ((f->too_large || (waits && s->grpc.plain == 415)) && !end)
             plain_answer(s);
         return;
     }
