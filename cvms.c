@@ -11946,7 +11946,8 @@ static void delivery_free(struct delivery *d)
 
 /* ---- What agents fetch ---- */
 
-/* Called before the manifest is encoded, when hashes are known or have changed: a nonce is of one content only, and a name shows which it is. */
+/* Called before the manifest is encoded, when hashes are known or have changed: a nonce is of one content only, and a
+ * name shows which it is. */
 static void resources_renew(void *arg)
 {
     struct delivery *d = arg;
@@ -11963,10 +11964,14 @@ static void resources_renew(void *arg)
             continue;
         memcpy(x->hash, x->input->hash, sizeof x->hash);
         hex_text(hex, x->hash, sizeof hex / 2);
+        bool whole = x->image || !x->sealed || random_fill(x->nonce, sizeof x->nonce);
         if (!x->image) {
-            text_printf(x->path + x->stem, sizeof x->path - x->stem, "%s", random_fill(x->nonce, sizeof x->nonce) ? hex : "");
+            text_printf(x->path + x->stem, sizeof x->path - x->stem, "%s", whole ? hex : "");
             text_printf(x->url, sizeof x->url, "%s%s", d->base, x->path);
         }
+        if (!whole)
+            core_note(&d->loop->core, NULL, "%s can't be encrypted, so it is not served: no random numbers: %s", x->name,
+                      strerror(errno));
         if (ours)
             x->source->url = bytes_of(x->url);
         if (!x->kbs->url.p)

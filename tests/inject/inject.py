@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from harness import LIMIT, VERBOSE, check, closing, environment, finish, lock, shell  # noqa: E402
@@ -290,6 +291,21 @@ def deliver(run):
     run.keep("results.zip")
 
 
+def fetch(run):
+    """What agents fetch, and its key: a file and a folder, by HTTP/1.1."""
+    tree = folder()
+    hashes = subprocess.run([PEER, "checksum", f"{INPUTS}/algo.py", tree], capture_output=True, text=True, check=True).stdout.split()
+    paths = f"blobs/algorithm-{hashes[0][:16]}", f"blobs/dataset-0-{hashes[2][:16]}", "kbs/v0/resource/cvms/key/algorithm"
+    address = run.serve("-algo-path", f"{INPUTS}/algo.py", "-algo-type", "python", "-data-paths", tree, "-deliver", "http", HOST="127.0.0.1")
+    for path in paths if address else ():
+        try:
+            with urllib.request.urlopen(f"http://{address}/{path}", timeout=LIMIT) as r:
+                run.peers.append((0, len(r.read()), ""))
+        except (OSError, http.client.HTTPException) as e:
+            run.peers.append((1, 0, repr(e)))
+    run.end(signal.SIGTERM)
+
+
 class Clean:
     """An undisturbed server for a client with a fault; what it has shown is the run's .told."""
 
@@ -371,7 +387,8 @@ def crypt(*args):
 
 MANIFEST = ["manifest", *DIRECT, "-data-paths", f"{INPUTS}/data.csv,{INPUTS}/empty.bin", "-algo-args", "a,b"]
 SCENARIOS = {
-    "serve": serve, "serve over TLS": serve_tls, "verdict": verdict, "deliver": deliver, "agent": agent,
+    "serve": serve, "serve over TLS": serve_tls, "verdict": verdict, "deliver": deliver, "fetch": fetch,
+    "agent": agent,
     "agent with uploads": agent_uploads, "agent that fetches": agent_fetches, "agent over TLS": agent_tls,
     "replay": replay, "images": images, "health": health, "health over TLS": health_tls,
     "manifest": simple(*MANIFEST), "manifest -o": simple(*MANIFEST, "-o", "wire"),
@@ -559,7 +576,7 @@ def main():
             base.verdict = scenario in (verdict, deliver, agent_uploads, agent_fetches)
             # what comes in another order, or is asked for; what an agent sends again on a stream that it opens anew
             base.either_way = "RUN_RES|STATE|ATTESTATION" if base.verdict else "ATTESTATION|vTPMattestationReport"
-            if scenario is images:
+            if scenario in (images, fetch):
                 base.either_way = " http  | ATTESTATION "      # requests have each their status
             scenario(base)
             wanted = {"mistakes": 2}.get(name, 0)
