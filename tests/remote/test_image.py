@@ -89,6 +89,7 @@ def test_sizes():
             image = Image(write("algo.py", content(n)), key)
             same(f"{n} bytes", image.files(), {"algo.py": content(n)})
             same(f"{n} bytes: two blocks of zeros", image.tar[-1024:], bytes(1024))
+            same(f"{n} bytes: the tar's size", len(image.tar), 512 + (n + 511) // 512 * 512 + 1024)
             nonces.add(image.nonce if key else None)
     same("each layer has its nonce", len(nonces), 11)
 
