@@ -13489,9 +13489,13 @@ static void attestation_answer(struct stream *s, struct bytes wire, const struct
 {
     if (!unary_first(s) || !message_decode(s, ask, req, wire))
         return;
-    grpc_send(s, answer, res);
-    show_request(s->conn, NULL, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
-                                                   .status = 200, .bytes = (int64_t)wire.n });
+    struct fetch t = { .d = &server_of(s)->delivery };
+    struct blob *b = grpc_encode(answer, res);
+    size_t n = b ? b->n : 0;
+    grpc_send_blob(s, b);
+    fetch_host(&t, s->conn->peer);
+    show_request(s->conn, t.host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
+                                                     .status = 200, .bytes = (int64_t)n });
 }
 
 static void attestation_tee_type(struct stream *s, struct bytes wire)
