@@ -597,13 +597,14 @@ static void wipe_buf(struct buf *b)
     buf_free(b);
 }
 
-/* Room for a piece more.  What the old place held may be a key: it is wiped. */
+/* Room for a piece more.  What the old place held may be a key: it is wiped.  No key is so long that it moves, for what
+ * copies it would leave it in vector registers. */
 static bool file_room(struct buf *b)
 {
     struct buf more = { 0 };
     if (b->cap - b->len >= FILE_READ)
         return true;
-    if (!buf_room(&more, b->len + FILE_READ))
+    if (!buf_room(&more, b->len + 2 * FILE_READ))
         return false;
     buf_put(&more, b->p, b->len);
     wipe_buf(b);
