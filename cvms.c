@@ -5396,7 +5396,7 @@ struct link;
 /* A server to connect to, and what becomes of a try.  It outlives the links to it. */
 struct dial {
     struct endpoint endpoint;
-    const char *name;                 /* of the peer, in log lines */
+    const char *name, *where;         /* of the peer, in log lines; where: of one that may not be there yet */
     struct addrinfo *addresses;       /* tried in turn, then again until give_up_ms */
     int64_t give_up_ms, connect_ms;   /* connect_ms: for an address to answer at all */
     struct tls_config *tls;           /* NULL: plaintext */
@@ -6157,7 +6157,7 @@ static void link_dial_on(struct link *k, int error)
         return;
     }
     if (!d->retry_told && left > 1000)
-        core_note(&l->core, NULL, "no %s there yet (%s); trying again for %lld s", d->name, strerror(error),
+        core_note(&l->core, NULL, "no %s at %s yet (%s); trying again for %lld s", d->name, d->where, strerror(error),
                   (long long)left / 1000);
     d->retry_told = true;
     heap_set(l, k, now + RETRY_MS);
@@ -7631,7 +7631,7 @@ static void help_short(struct buf *out)
     for (size_t i = 0; i < PB_COUNT(flags); i++)
         help_flag(out, option_find(flags[i], strlen(flags[i]), CMD_SERVE));
     buf_puts(out, "\nExamples:\n"
-                  "  cvms -algo-path algo.py -data-paths data.csv -deliver upload -results out.zip -until complete\n"
+                  "  cvms -algo-path algo.py -algo-type python -deliver upload -results out.zip -until complete\n"
                   "  cvms -algo-path algo.py -public-key-path pub.pem -attested-tls-bool false -until ready\n"
                   "  HOST= PORT=7001 SERVER_CERT=cert.pem SERVER_KEY=key.pem cvms -manifest manifest.json\n"
                   "\nAll flags, faults and variables: cvms -help.  A command's own: cvms COMMAND -h.\n");
@@ -7644,7 +7644,8 @@ static void options_help(struct buf *out, enum command command)
     if (command != CMD_SERVE) {
         while (command_table[c].command != command)
             c++;
-        buf_printf(out, "%s: %s\n\nFlags:\n", command_table[c].synopsis, command_table[c].what);
+        help_entry(out, command_table[c].synopsis, "", NULL, command_table[c].what);
+        buf_puts(out, "\nFlags:\n");
         help_flags(out, command, 0);
         buf_puts(out, command & CLIENTS ? help_address : "");
         return;
@@ -13416,7 +13417,7 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
     return (size_t)len;
 }
 
-/* A line for a request that is not of a stream: text, or an object. */
+/* A line for a request that is not of a stream: an object, or text, where what is asked for stands in place of its path. */
 static void show_request(struct conn *c, const struct host *host, const struct Request *r)
 {
     struct core *core = c->core;
@@ -13436,9 +13437,7 @@ static void show_request(struct conn *c, const struct host *host, const struct R
         size_t head = out->len;
         put_text(out, r->method, NULL);
         put_blanks(out, head, WORD_COLUMN);
-        put_text(out, r->path, NULL);
-        buf_puts(out, r->what.n ? " " : "");
-        put_text(out, r->what, NULL);
+        put_text(out, r->what.n ? r->what : r->path, NULL);
         buf_printf(out, ": %d, %lld bytes, " SECONDS " s", (int)r->status, (long long)r->bytes,
                    SECONDS_OF(r->milliseconds));
         buf_puts(out, r->note.n ? ", " : "");
@@ -13496,7 +13495,8 @@ static void attestation_answer(struct stream *s, struct bytes wire, const struct
     grpc_send_blob(s, b);
     fetch_host(&t, s->conn->peer);
     show_request(s->conn, t.host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
-                                                     .status = 200, .bytes = (int64_t)n });
+                                                     .status = 200, .bytes = (int64_t)n,
+                                                     .what = bytes_of(strrchr(s->grpc.method->path, '/') + 1) });
 }
 
 static void attestation_tee_type(struct stream *s, struct bytes wire)
@@ -14917,6 +14917,7 @@ static struct loop *client_loop(const struct options *o, struct report *r, void 
     d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message =
                                      o->command == CMD_AGENT ? (size_t)o->max_message : CLIENT_MAX_MESSAGE };
     d->name = "server";
+    d->where = addr_text(o);
     d->give_up_ms = l->core.now_ms + o->wait_ms;
     d->connect_ms = o->timeout_ms && o->timeout_ms < CONNECT_MS ? o->timeout_ms : CONNECT_MS;
     return l;
@@ -15370,7 +15371,7 @@ static bool positional_form(struct options *o, struct report *r, bool any_flag)
 {
     if (o->arg_count == 0)
         return true;
-    if (!any_flag && o->arg_count < 3) {
+    if (!any_flag && (o->arg_count < 3 || o->args[1][0] == '-')) {
         size_t near = COMMANDS;
         for (size_t c = 0; c < COMMANDS; c++)
             if (edit_distance(o->args[0], command_table[c].name) <= edit_limit(strlen(o->args[0])))

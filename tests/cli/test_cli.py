@@ -319,9 +319,30 @@ def test_help():
         help_of = run(f"help {command}", [command, "-help"]).out
         has(f"help of {command}: its own flags", help_of, rf"^  -{own}( |$)")
         hasnot(f"help of {command}: nothing else's", help_of, rf"^  -{others}( |$)")
-    widest = max(map(len, r.out.splitlines() + short.splitlines()))
+    commands = "".join(run(f"help {c}", [c, "-h"]).out for c in ("agent", "manifest", "checksum", "health", "encrypt", "decrypt"))
+    widest = max(map(len, (r.out + short + commands).splitlines()))
     check("help: under 100 columns", widest < 100, widest, 99)
     hasnot("help: no bracket twice", flat, r"\) \(")
+    examples = re.findall(r"^  (?:HOST= PORT=7001 \S+ \S+ )?cvms (.+)", short.split("Examples:")[1], re.M)
+    same("help: examples", len(examples), 3)
+    manifest = write(os.path.join(temp(), "manifest.json"), run("help: a manifest", ["manifest", *W.base]).out.encode())
+    files = {"algo.py": W.algo, "data.csv": W.data, "pub.pem": W.key, "manifest.json": manifest}
+    for example in examples:
+        args = [files.get(a, a) for a in example.replace("out.zip", os.path.join(temp(), "out.zip")).split()]
+        smoke = "-until" in args
+        same(f"help: {example}", run(f"help: {example}", [*args, "-timeout", "1ms"] if smoke else ["manifest", *args]).status, 4 * smoke)
+    commands = "".join(run(f"help {c}", [c, "-h"]).out for c in ("agent", "manifest", "checksum", "health", "encrypt", "decrypt"))
+    widest = max(map(len, (r.out + short + commands).splitlines()))
+    check("help: under 100 columns", widest < 100, widest, 99)
+    hasnot("help: no bracket twice", flat, r"\) \(")
+    examples = re.findall(r"^  (?:HOST= PORT=7001 \S+ \S+ )?cvms (.+)", short.split("Examples:")[1], re.M)
+    same("help: examples", len(examples), 3)
+    manifest = write(os.path.join(temp(), "manifest.json"), run("help: a manifest", ["manifest", *W.base]).out.encode())
+    files = {"algo.py": W.algo, "data.csv": W.data, "pub.pem": W.key, "manifest.json": manifest}
+    for example in examples:
+        args = [files.get(a, a) for a in example.replace("out.zip", os.path.join(temp(), "out.zip")).split()]
+        same(f"help: {example}", run(f"help: {example}", [*args, "-timeout", "1ms"], env={"PORT": "0"}, limit=15).status,
+             4 if "-until" in args else 2)
     r = run("version", ["-version"])
     same("-version: status", r.status, 0)
     has("-version", r.out, r"cvms \d+\.\d+")
@@ -453,8 +474,10 @@ def test_newcomer():
     rows = [
         ("nothing", 2, [], ["no flags: cvms -h shows which are needed, with examples"]),
         ("a word for the server", 2, ["server"], ['"server" is no command: the server needs no word, only its flags; see cvms -help']),
+        ("a word for the server, and flags", 2, ["server", *base], ['"server" is no command: the server needs no word, only its flags; see cvms -help']),
         ("a word of another program", 2, ["up"], [f'"up" {named}']),
         ("a command misspelt", 2, ["agnet"], ['"agnet" is no command: did you mean agent?']),
+        ("a file without its flag", 2, ["algo.py", *key], [f'"algo.py" {named}']),
         ("a flag misspelt", 2, [*base, "-utnil", "ready"], ["unknown flag -utnil: did you mean -until?"]),
         ("the port as a flag", 2, [*base, "-port", "7001"], ["there is no flag -port: set PORT, as in PORT=7001 cvms FLAGS"]),
         ("a file that is not there", 1, ["-algo-path", "algo.pi", *key], ["-algo-path: algo.pi: No such file or directory"]),
@@ -1718,7 +1741,7 @@ def test_waiting_is_told():
     for command in ("agent", "health"):
         where = f"127.0.0.1:{free_port()}"
         r = run(f"waiting: {command}", [command, "-wait", "1200ms", where])
-        same(f"waiting: {command}: told once", len(re.findall("no server there yet .*refused.* for 1 s", r.err)), 1)
+        same(f"waiting: {command}: told once", len(re.findall(f"no server at {where} yet .*refused.* for 1 s", r.err)), 1)
         same(f"waiting: {command}: status", r.status, 1)
 
 

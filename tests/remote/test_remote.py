@@ -457,6 +457,18 @@ def test_missing():
     timed_out("algorithm only", "vm1 stood at accepted; the agent never asked for the dataset \\(exit", 0, 1)
 
 
+def test_text_lines():
+    """What is asked for stands in place of its path, which would wrap on a terminal; only json has both."""
+    with Remote("text") as s:
+        url, key_url, *_ = s.manifest()[0]
+        s.token()
+        s.get(url)
+        s.get(key_url)
+        lines = (r"POST +GetToken: 200, 44 bytes", r"GET +algorithm algo\.py: 200, \d+ bytes", r"GET +key of the algorithm algo\.py: 200, 32 bytes")
+        for line in lines:
+            s.said(rf" http +{line}, 0\.\d+ s")
+
+
 def test_json_lines():
     record = os.path.join(temp(), "record")
     with Remote("json", "-output", "json", "-record", record) as s:

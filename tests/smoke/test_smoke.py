@@ -1339,19 +1339,22 @@ def test_readme_jobs():
         junit(f"README, job {n}", f"{folder}/cvms.xml", 0)
 
 
-def test_readme_direct():
-    """The direct run in one command, as it stands; the stand-in takes another port than 7002."""
-    command = re.search(r"^    \./cvms (-algo-path .*-deliver upload(?:.*\\\n)*.*|(?:.*\\\n)+.*-deliver upload .*)", readme(), re.M).group(1)
+def test_readme_runs():
+    """The direct and the remote run, each in one command as it stands; the stand-in takes another port than 7002."""
+    commands = re.findall(r"^    \./cvms (-algo-path .*\\\n +-deliver (upload|http) .*)", readme(), re.M)
+    same("README, runs", [way for _, way in commands], ["upload", "http"])
     if "BearSSL" not in run("-version", ["-version"]).out:
-        return                              # without TLS there are no keys to sign with
-    d = temp("direct")
-    for path in (W.algo, W.data):
-        os.symlink(path, os.path.join(d, os.path.basename(path)))
-    with Server("README, direct run", base=shlex.split(command.replace("\\\n", "")), cwd=d) as s:
-        agent = s.stand_in("-agent-port", "0", cwd=d)
-        same("README, direct run: agent", agent.status, 0)
-        s.ended(0, "complete reached")
-        check("README, direct run: results", read(f"{d}/out.zip").startswith(b"PK"), read(f"{d}/out.zip")[:20], "a zip")
+        return                              # without TLS there are no keys to sign and encrypt with
+    for command, way in commands:
+        d = temp(way)
+        for path in (W.algo, W.data):
+            os.symlink(path, os.path.join(d, os.path.basename(path)))
+        with Server(f"README, {way}", base=shlex.split(command.replace("\\\n", "")), cwd=d) as s:
+            same(f"README, {way}: agent", s.stand_in("-agent-port", "0", cwd=d).status, 0)
+            s.ended(0, "complete reached")
+            check(f"README, {way}: results", read(f"{d}/out.zip").startswith(b"PK"), read(f"{d}/out.zip")[:20], "a zip")
+            widest = max(len(x) - len("2026-01-01T") - 1 for x in (s.out.text() + s.err.text()).splitlines() if x[:1].isdigit())
+            check(f"README, {way}: no line wraps at 120 columns", widest <= 120, widest, "at most 120")
 
 
 def test_readme_container():
