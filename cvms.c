@@ -10008,16 +10008,20 @@ static void check_url(struct report *r, const char *flag, const char *url)
                      "http://", flag, url);
 }
 
+/* The flags of what may be remote. */
+static const struct remote_flags {
+    const char *what, *url, *kbs_path, *kbs_url, *encrypted;
+} algo_flags = { "algorithm", "algo-source-url", "algo-kbs-path", "algo-kbs-url", "algo-encrypted" },
+  dataset_flags = { "dataset", "dataset-source-urls", "dataset-kbs-paths", "dataset-kbs-urls", "dataset-encrypted" };
+
 /* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
-static bool check_remote(struct report *r, const char *what, bool url, bool path, bool plain)
+static bool check_remote(struct report *r, const struct remote_flags *f, bool url, bool path, bool plain)
 {
-    const char *urls = *what == 'a' ? "algo-source-url" : "dataset-source-urls";
-    const char *paths = *what == 'a' ? "algo-kbs-path" : "dataset-kbs-paths";
     if (url && !path && !plain)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s-encrypted false if it is plain",
-             urls, paths, what);
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain", f->url,
+             f->kbs_path, f->encrypted);
     if (path && !url)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", paths, urls);
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", f->kbs_path, f->url);
     return url && (path || plain);
 }
 
@@ -10065,12 +10069,12 @@ static struct KBSConfig *new_kbs(struct options *o, const char *url)
 
 /* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
 static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum compat compat, const char *own,
-                                      const char *what, const char *url)
+                                      const struct remote_flags *f, const char *url)
 {
     const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
     if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", what, url,
-             *what == 'a' ? "algo-kbs-url" : "dataset-kbs-urls", compat == COMPAT_HEAD ? "" : " or -kbs-url");
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", f->what, url, f->kbs_url,
+             compat == COMPAT_HEAD ? "" : " or -kbs-url");
     return new_kbs(o, kbs);
 }
 
@@ -10124,7 +10128,7 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
         tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
     d->filename = bytes_of(name);
     d->source = new_source(o, m->compat, o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
-    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), "dataset", url);
+    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), &dataset_flags, url);
     if (!nth(&col[COL_HASH], i))
         d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
 }
@@ -10162,7 +10166,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
     for (size_t c = 0; c < COLUMNS; c++)
         col[c] = list_split(o, (const struct values *)(const void *)((const char *)o + columns[c].option));
     size_t urls = col[COL_URL].n;
-    bool remote = check_remote(r, "dataset", urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
+    bool remote = check_remote(r, &dataset_flags, urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
     size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
     struct Dataset *d = keep(o, (n + 1) * sizeof *d);
     m->inputs = keep(o, (paths.n + 2) * sizeof *m->inputs);
@@ -10197,13 +10201,13 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
 static void algorithm_source(struct manifest *m, struct options *o, struct report *r, struct Algorithm *a)
 {
     bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
-    if (check_remote(r, "algo", present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
+    if (check_remote(r, &algo_flags, present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
         if (present(o->algo_path))
             tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
         check_url(r, "algo-source-url", o->algo_source_url);
         a->hash = remote_hash(o, r, "algo-hash", o->algo_hash);
         a->source = new_source(o, m->compat, o->algo_source_type, o->algo_source_url, o->algo_kbs_path);
-        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, "algorithm", o->algo_source_url);
+        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, &algo_flags, o->algo_source_url);
     } else if (present(o->algo_path)) {
         m->algo_input = true;
         a->source = NULL;
