@@ -10721,12 +10721,12 @@ static const struct {
 };
 
 /* What an agent that stands in a state waits for, and what brings it on. */
-static const struct {
-    const char *state, *cure;
+static const struct wait {
+    const char *state, *what, *cure;
 } waits[] = {
-    { "ReceivingAlgorithm", "no algorithm was uploaded: -deliver upload, or cocos-cli algo FILE KEY" },
-    { "ReceivingData", "a dataset was not uploaded: -deliver upload, or cocos-cli data FILE KEY" },
-    { "ConsumingResults", "its results were not fetched: -results FILE, or cocos-cli result KEY" },
+    { "ReceivingAlgorithm", "algorithm", "no algorithm was uploaded: -deliver upload, or cocos-cli algo FILE KEY" },
+    { "ReceivingData", "dataset", "a dataset was not uploaded: -deliver upload, or cocos-cli data FILE KEY" },
+    { "ConsumingResults", "results", "its results were not fetched: -results FILE, or cocos-cli result KEY" },
 };
 
 /* Log lines of level WARN or ERROR that mean a failure which no event tells. */
@@ -10754,7 +10754,7 @@ struct host {
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
     unsigned agents, forwarders;      /* streams that are open */
     bool had_agent, had_forwarder;
-    const char *cure;                 /* of what it waits for; NULL: nothing from outside */
+    const struct wait *wait;          /* what it waits for; NULL: nothing from outside */
     size_t expected;                  /* of -expect, as many have been seen */
     uint64_t messages, bytes;
     char *context[CONTEXT_LINES];     /* a ring of the last lines */
@@ -10914,7 +10914,7 @@ static void verdict_log(const struct verdict *v, struct host *h, const struct Ag
 static void host_state(struct host *h, struct bytes state)
 {
     size_t row = ROW_FIND(waits, state);
-    h->cure = row < PB_COUNT(waits) ? waits[row].cure : NULL;
+    h->wait = row < PB_COUNT(waits) ? &waits[row] : NULL;
 }
 
 static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
@@ -10992,8 +10992,20 @@ static const char *const stage_signs[STAGES] = {
     [STAGE_ACCEPTED] = "it has not answered the manifest (no run_res)",
     [STAGE_RUNNING] = "no event or state Running has come",
     [STAGE_READY] = "no event ConsumingResults/Ready has come",
-    [STAGE_COMPLETE] = "its results have not been fetched (no event Complete/Completed)",
+    [STAGE_COMPLETE] = "no event Complete/Completed has come",
 };
+
+/* Whether all that the host says it waits for went over from here. */
+static bool host_served(const struct host *h)
+{
+    bool served = false, missing = false;
+    for (size_t i = 0; h->wait && i < h->parcel_count; i++) {
+        bool awaited = strcmp(h->parcels[i].what, h->wait->what) == 0;
+        served |= awaited && h->parcels[i].done;
+        missing |= awaited && !h->parcels[i].done;
+    }
+    return served && !missing;
+}
 
 /* What a time-out was waiting for, for one host. */
 static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
@@ -11022,8 +11034,10 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
             buf_puts(out, " was not seen");
     else if (unfetched < end)
         buf_printf(out, "; the agent never asked for the %s", unfetched->what);
+    else if (h->stage < v->until && host_served(h))
+        buf_printf(out, "; the delivery of the %s is complete, but %s", h->wait->what, stage_signs[h->stage + 1]);
     else if (h->stage < v->until)
-        buf_printf(out, "; %s", h->cure ? h->cure : stage_signs[h->stage + 1]);
+        buf_printf(out, "; %s", h->wait ? h->wait->cure : stage_signs[h->stage + 1]);
 }
 
 static void verdict_timeout(struct verdict *v, unsigned done)
@@ -11392,7 +11406,8 @@ struct courier {
     enum agent_state state;
     unsigned version, runs, broken;   /* of the manifest that it has; runs with results; calls that broke off in a row */
     size_t next;
-    bool ask, over, told, job_id;     /* ask it for its state; the call has ended; it has been told that the port is shut */
+    bool ask, over, job_id;           /* ask it for its state; the call has ended */
+    bool told, dropped;               /* that the port is shut; it took the last connection, but never spoke HTTP/2 */
     int64_t begin_ms, redial_ms, unreachable_ms;  /* unreachable_ms: the first try that failed; INT64_MAX: none */
     struct source source;
     bool open, extra, whole;          /* source is open, and is -algo-requirements; all has been handed to gRPC */
@@ -11620,6 +11635,10 @@ static void results_message(struct stream *s, struct bytes wire)
                      pb_error_text(err));
         return;
     }
+    if (res.file.n > c->expected - courier_parcel(c)->bytes) {
+        courier_fail(c, "the results go on after the %llu bytes that they should have", (unsigned long long)c->expected);
+        return;
+    }
     if (!fd_write(c->fd, res.file.p, res.file.n, -1)) {
         courier_fail(c, "-results: %s: %s after %llu bytes; what there is of it is removed", c->part, strerror(errno),
                      (unsigned long long)courier_parcel(c)->bytes);
@@ -11665,6 +11684,22 @@ static void courier_again(struct courier *c)
     p->bytes = 0;
 }
 
+/* Its service can't be reached: the agent knows of no call, so the next try does not wait for its word. */
+static void courier_unreachable(struct courier *c, const char *why)
+{
+    int64_t now = c->delivery->loop->core.now_ms;
+    char text[500];
+    c->redial_ms = now + REDIAL_MS;
+    c->unreachable_ms = c->unreachable_ms < now ? c->unreachable_ms : now;
+    text_printf(text, sizeof text, "its service at %s can't be reached: %s; if it is reached by another address, as behind "
+                "a forwarded port, give -agent-address HOST:PORT", c->where, why);
+    host_trouble(c->host, text);
+    if (!c->told && now - c->unreachable_ms >= UNREACHABLE_MS) {
+        c->told = true;
+        courier_note(c, "%s; trying on", text);
+    }
+}
+
 static void courier_status(struct stream *s, unsigned status, struct bytes words)
 {
     struct courier *c = s->user;
@@ -11675,7 +11710,14 @@ static void courier_status(struct stream *s, unsigned status, struct bytes words
     for (size_t i = 0; i < PB_COUNT(not_yet); i++)
         early |= bytes_contain(words, not_yet[i]);
     bool results = errand->role == ROLE_RESULT;
-    if (status == GRPC_OK && !results && !c->whole) {
+    c->dropped = !s->conn->settings_seen;
+    if (c->dropped) {
+        char why[300];
+        text_printf(why, sizeof why, "%.*s", (int)words.n, words.n ? (const char *)words.p : "");
+        why[strcspn(why, ";")] = 0;   /* what follows is advice for a client command */
+        courier_parcel(c)->begun = false;
+        courier_unreachable(c, why);
+    } else if (status == GRPC_OK && !results && !c->whole) {
         courier_fail(c, "the agent ended the upload of the %s before it had all of it", roles[errand->role].what);
     } else if (status == GRPC_OK) {
         if (!results || results_finish(c))
@@ -11691,8 +11733,8 @@ static void courier_status(struct stream *s, unsigned status, struct bytes words
     } else if (early) {
         courier_again(c);
     } else {
-        courier_fail(c, "the agent refused the %s: %.*s", roles[errand->role].what, (int)words.n,
-                     words.n ? (const char *)words.p : grpc_status_names[status]);
+        words = words.n ? words : bytes_of(grpc_status_names[status]);
+        courier_fail(c, "the agent refused the %s: %.*s", roles[errand->role].what, (int)words.n, (const char *)words.p);
     }
     courier_end(c);
 }
@@ -11717,12 +11759,14 @@ static void courier_up(struct link *k)
         return;                       /* another run has begun meanwhile */
     const struct errand *errand = courier_errand(c);
     bool results = errand->role == ROLE_RESULT;
-    c->unreachable_ms = INT64_MAX;
-    c->told = c->whole = false;
+    c->unreachable_ms = c->dropped ? c->unreachable_ms : INT64_MAX;
+    c->told &= c->dropped;
+    c->whole = false;
     c->pieces = 0;
     c->begin_ms = k->loop->core.now_ms;
     courier_parcel(c)->bytes = 0;
-    host_trouble(c->host, NULL);
+    if (!c->dropped)
+        host_trouble(c->host, NULL);
     if (results ? !results_open(c) : !courier_open(c))
         return;
     struct stream *s = grpc_call(&k->conn, &courier_methods[errand->role], c->where, errand->metadata);
@@ -11732,13 +11776,14 @@ static void courier_up(struct link *k)
     }
     courier_parcel(c)->begun = true;
     s->user = c;
+    if (!c->dropped)
+        courier_note(c, results ? "fetching the %s%s from %s" : "uploading the %s %s to %s", roles[errand->role].what,
+                     results ? "" : errand->filename, c->where);
     if (results) {
-        courier_note(c, "fetching the results from %s", c->where);
         grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });
         grpc_half_close(s);
         return;
     }
-    courier_note(c, "uploading the %s %s to %s", roles[errand->role].what, errand->filename, c->where);
     courier_pull(s);
 }
 
@@ -11746,20 +11791,11 @@ static void courier_up(struct link *k)
 static void courier_down(struct link *k, const char *why)
 {
     struct courier *c = k->user;
-    int64_t now = k->loop->core.now_ms;
     c->link = NULL;
     if (!k->connecting)
         return;
-    char text[500];
-    c->redial_ms = now + REDIAL_MS;
-    c->unreachable_ms = c->unreachable_ms < now ? c->unreachable_ms : now;
-    text_printf(text, sizeof text, "its service at %s can't be reached: %s; if it is reached by another address, as behind "
-                "a forwarded port, give -agent-address HOST:PORT", c->where, why);
-    host_trouble(c->host, text);
-    if (!c->told && now - c->unreachable_ms >= UNREACHABLE_MS) {
-        c->told = true;
-        courier_note(c, "%s; trying on", text);
-    }
+    c->dropped = false;
+    courier_unreachable(c, why);
 }
 
 static void courier_dial(struct courier *c)
@@ -11822,6 +11858,7 @@ static void courier_start(struct courier *c, enum agent_state state, unsigned ve
     c->state = state;
     c->version = version;
     c->broken = 0;
+    c->dropped = false;
     c->redial_ms = d->loop->core.now_ms;
     for (size_t i = 0; i < d->count; i++)
         c->host->parcels[i] = (struct parcel){

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -330,6 +331,13 @@ def test_refused():
             r.server.ended(3, f"the agent refused the {what}: signature verification failed")
 
 
+def test_refused_without_words():
+    with Agent() as go, Run("no words", go=go) as r:
+        go.tell("mode algo refuse")
+        r.connect().accept()
+        r.server.ended(3, "the agent refused the algorithm: UNKNOWN")
+
+
 def test_words_made_safe():
     """What an agent says by a status reaches a terminal escaped, in the log and in the summary."""
     with Agent() as go, Run("safe words", go=go) as r:
@@ -400,12 +408,56 @@ def test_progress():
         os.close(master)
 
 
+def forwarder(drop, to):
+    """The address of a port that takes connections and ends them, so many; the others are joined to `to`, as one of a virtual machine."""
+    def join(a, b):
+        while data := a.recv(65536):
+            b.sendall(data)
+        b.shutdown(socket.SHUT_WR)
+
+    def serve():
+        for i in range(100):
+            s, _ = listener.accept()
+            if i < drop:
+                s.close()
+                continue
+            other = harness.connect(to)
+            for pair_ in ((s, other), (other, s)):
+                threading.Thread(target=join, args=pair_, daemon=True).start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    return "127.0.0.1:%d" % listener.getsockname()[1]
+
+
 def test_unreachable():
-    with Run("unreachable", "-agent-address", "127.0.0.1:1", "-timeout", "4s") as r:
-        a, _ = r.server.both()
-        a.send(ACCEPTED)
-        r.said("its service at 127.0.0.1:1 can't be reached: Connection refused; .* -agent-address .*; trying on")
-        r.server.ended(4, "127.0.0.1:1 can't be reached", "-agent-address HOST:PORT")
+    for name, where, why in (("shut", "127.0.0.1:1", "Connection refused"), ("forwarded", forwarder(100, None), "(the server closed|Connection reset)[^;]*")):
+        with Run(name, "-agent-address", where, "-timeout", "4s") as r:
+            a, _ = r.server.both()
+            a.send(ACCEPTED)
+            r.said(f"its service at {where} can't be reached: {why}; .* -agent-address .*; trying on")
+            r.server.ended(4, f"{where} can't be reached", "-agent-address HOST:PORT")
+
+
+def test_forwarded_port_opens_late():
+    """A forwarder takes connections before the agent does: they are tried again, without a word of the agent."""
+    with Agent() as go, Run("forwarded late", "-agent-address", forwarder(2, go.address), until="running") as r:
+        r.go = go
+        r.connect().accept()
+        need(go.saw("algo"), r.server.err.text())
+        r.forwarder.events("Running/Starting")
+        r.server.ended(0, "running reached")
+        same("forwarded late: told once", len(re.findall("uploading the algorithm", r.server.err.text())), 1)
+        hasnot("forwarded late: no upload broke off", r.server.err.text(), "broke off")
+
+
+def test_delivered_for_nothing():
+    """A time-out of an agent that has all, but does not go on: it is not said to lack it."""
+    with Agent() as go, Run("for nothing", "-timeout", "2s", go=go) as r:
+        r.connect().accept()
+        r.server.ended(4, "; the delivery of the algorithm is complete, but no event or state Running has come")
+    with Agent() as go, Run("for nothing, results", "-timeout", "2s", "-results", os.path.join(temp(), "out"), go=go) as r:
+        r.connect().accept().results()
+        r.server.ended(4, "; the delivery of the results is complete, but no event Complete/Completed has come")
 
 
 def test_port_opens_late():
@@ -523,15 +575,16 @@ def test_results_in_bytes():
         same("bytes: results", read(out), counting(5000))
 
 
-def test_results_short():
-    folder = temp()
-    with Agent() as go, Run("short", "-results", folder + "/out", go=go) as r:
-        go.tell("mode result short")
-        r.connect().accept()
-        need(go.saw("algo"), "no algorithm")
-        r.results()
-        r.server.ended(3, "the results end after 999 bytes of 1000")
-        same("short: nothing is left", os.listdir(folder), [])
+def test_results_of_another_size():
+    for more, words in ((-1, "the results end after 999 bytes of 1000"), (1, "the results go on after the 1000 bytes that they should have")):
+        folder = temp()
+        with Agent() as go, Run(f"size {more:+}", "-results", folder + "/out", go=go) as r:
+            go.tell(f"mode result more {more}")
+            r.connect().accept()
+            need(go.saw("algo"), "no algorithm")
+            r.results()
+            r.server.ended(3, words)
+            same(f"size {more:+}: nothing is left", os.listdir(folder), [])
 
 
 def test_results_endless():

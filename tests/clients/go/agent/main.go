@@ -1,7 +1,8 @@
 // agent serves agent.AgentService as a real agent does: it checks who calls with Go's own crypto, keeps what is
 // uploaded, and gives results.  Lines on stdin set it up: "key BASE64" (the users' SubjectPublicKeyInfo), "results N
 // PIECE" (so many bytes in pieces of PIECE; N -1: endless), "mode CALL WORDS...": "refuse TEXT", "deaf" (never reads),
-// "early" (an OK before all is read), "drop N" (closes the connection after N bytes, once), "busy N" (not yet, N times).
+// "early" (an OK before all is read), "drop N" (closes the connection after N bytes, once), "busy N" (not yet, N times),
+// "more N" (results that are N bytes longer than their file-size).
 // What a call was goes to stdout, a line each.
 package main
 
@@ -189,16 +190,17 @@ func (a *agent) result(_ any, stream grpc.ServerStream) error {
 	}
 	a.Lock()
 	size, piece := a.results, a.piece
-	short := len(a.mode["result"]) > 0 && a.mode["result"][0] == "short"
+	more := 0
+	if m := a.mode["result"]; len(m) == 2 && m[0] == "more" {
+		more, _ = strconv.Atoi(m[1])
+	}
 	a.Unlock()
 	if size >= 0 {
 		if err := stream.SetHeader(metadata.Pairs("file-size", strconv.Itoa(size))); err != nil {
 			return err
 		}
 	}
-	if short {
-		size--
-	}
+	size += more
 	h := sha3.New256()
 	for at := 0; at != size; {
 		n := piece
