@@ -9483,7 +9483,7 @@ static int cmd_crypt(const struct options *o, struct report *r)
     uint8_t key[AES_KEY];
     struct err e;
     if (o->arg_count != 2)
-        tell(r, USAGE, "%s: name two files, IN and OUT; %zu are given", name, o->arg_count);
+        tell(r, USAGE, "%s: name two files, IN and OUT, not %zu", name, o->arg_count);
     if (!o->key == !o->new_key)
         tell(r, USAGE, encrypt ? "encrypt: give either -key FILE or -new-key FILE" : "decrypt: give -key FILE");
     if (r->usage)
@@ -12031,7 +12031,7 @@ static enum way way_parse(struct report *r, const char *word, size_t n)
             return (enum way)i;
     tell(r, USAGE, "-deliver: \"%.*s\" is no way to deliver; use cli, upload, http, http-plain, oci or oci-plain", (int)n,
          word);
-    return WAY_CLI;
+    return WAY_UPLOAD;                /* which misses the fewest of the other flags */
 }
 
 /* The services that are there for what is delivered. */

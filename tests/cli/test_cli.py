@@ -477,6 +477,8 @@ def test_newcomer():
         ("a word for the server, and flags", 2, ["server", *base], ['"server" is no command: the server needs no word, only its flags; see cvms -help']),
         ("a word of another program", 2, ["up"], [f'"up" {named}']),
         ("a command misspelt", 2, ["agnet"], ['"agnet" is no command: did you mean agent?']),
+        ("a way misspelt", 2, ["-algo-path", "algo.py", "-algo-type", "bin", "-deliver", "uplaod"],
+         ['-deliver: "uplaod" is no way to deliver; use cli, upload, http, http-plain, oci or oci-plain']),
         ("a file without its flag", 2, ["algo.py", *key], [f'"algo.py" {named}']),
         ("a flag misspelt", 2, [*base, "-utnil", "ready"], ["unknown flag -utnil: did you mean -until?"]),
         ("the port as a flag", 2, [*base, "-port", "7001"], ["there is no flag -port: set PORT, as in PORT=7001 cvms FLAGS"]),
