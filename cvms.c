@@ -12360,6 +12360,20 @@ static void delivery_add_resources(struct delivery *d, struct options *o, struct
     }
 }
 
+/* All interfaces: what a server listens at, but no client connects to. */
+static bool is_wildcard(const char *host)
+{
+    return !*host || strcmp(host, "0.0.0.0") == 0 || strcmp(host, "::") == 0;
+}
+
+/* A host as it may stand in a URL (RFC 3986 3.2.2), and in an image's name: IPv6, IPv4 or a name of DNS. */
+static bool host_in_url(const char *host, bool brackets)
+{
+    static const char dns[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._";
+    struct in6_addr ip;
+    return brackets || strchr(host, ':') ? inet_pton(AF_INET6, host, &ip) == 1 : !host[strspn(host, dns)];
+}
+
 /* -deliver-host, and who can read what is served. */
 static void delivery_host(const struct delivery *d, const struct options *o, struct report *r)
 {
@@ -12367,11 +12381,11 @@ static void delivery_host(const struct delivery *d, const struct options *o, str
     struct address at = { .port = -1 }, own = { .port = -1 };
     if (!o->fetches || !address_parse(host, &own))
         return;
-    bool wildcard = !*own.host || strcmp(own.host, "0.0.0.0") == 0 || strcmp(own.host, "::") == 0;
     bool loopback = is_localhost(own.host) || strncmp(own.host, "127.", 4) == 0 || strcmp(own.host, "::1") == 0;
-    if (given && (!address_parse(given, &at) || !*at.host || at.host[strcspn(at.host, "/?#@ ")] || at.port == 0))
-        tell(r, USAGE, "-deliver-host: \"%s\" is not an address; write it like cvms.example, 10.0.0.1:7001 or [::1]", given);
-    else if (wildcard && !given)
+    if (given && (!address_parse(given, &at) || is_wildcard(at.host) || !host_in_url(at.host, *given == '[') || !at.port))
+        tell(r, USAGE, "-deliver-host: \"%s\" is no address to fetch from; write it like cvms.example, 10.0.0.1:7001 or "
+                       "[::1]", given);
+    else if (is_wildcard(own.host) && !given)
         tell(r, USAGE, "HOST is all interfaces, which agents can't fetch from: give -deliver-host HOST, as they reach this "
                        "machine");
     if (d->sealed && !loopback && !d->secure)

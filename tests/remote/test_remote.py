@@ -498,6 +498,8 @@ def test_mistakes():
             ("all of IPv4", ["-deliver", "http-plain"], {"HOST": "0.0.0.0"}, ["-deliver-host HOST"]),
             ("a URL for a host", ["-deliver", "http", "-deliver-host", "http://x"], {}, ["-deliver-host: \"http://x\""]),
             ("a port of 0", ["-deliver", "http", "-deliver-host", "x:0"], {}, ["-deliver-host"]),
+            *((f"no host to fetch from: {host!r}", ["-deliver", "http", "-deliver-host", host], {}, ["-deliver-host: \""])
+              for host in ("0.0.0.0", "[::]:7001", "a\nb", "a\x1bb", "a\"b", "a%b", "[x]", "fe80::1%eth0", "\u00fc.example")),
             ("a host for nothing", ["-deliver-host", "x", *W.required], {}, ["-deliver-host: nothing is delivered so; add -deliver http"]),
             ("a key for what is plain", ["-deliver", "http-plain", "-deliver-key", key], {}, ["-deliver-key: nothing is delivered so"]),
             ("a key that others read", ["-deliver", "http", "-deliver-key", write("key", bytes(32))], {}, ["-deliver-key: .*chmod 600"]),
