@@ -11404,7 +11404,7 @@ struct courier {
     struct link *link;                /* of the call that is made now; NULL: none */
     char where[300];                  /* its service, HOST:PORT */
     enum agent_state state;
-    unsigned version, runs, broken;   /* of the manifest that it has; runs with results; calls that broke off in a row */
+    unsigned version, runs, broken;   /* of the manifest that it has; results' names used; calls that broke off in a row */
     size_t next;
     bool ask, over, job_id;           /* ask it for its state; the call has ended */
     bool told, dropped;               /* that the port is shut; it took the last connection, but never spoke HTTP/2 */
@@ -11592,10 +11592,23 @@ static char *results_path(const struct courier *c)
     return (char *)b.p;
 }
 
+/* Whether the file is that of another agent: names of hosts may differ only in what a file's name can't have, or end in
+ * a number. */
+static bool results_taken(const struct courier *c, const char *path)
+{
+    const struct courier *other = c->delivery->couriers;
+    while (other && (other == c || !other->path || strcmp(other->path, path) != 0))
+        other = other->after;
+    return other != NULL;
+}
+
 static bool results_open(struct courier *c)
 {
     free(c->path);
-    c->path = results_path(c);
+    while ((c->path = results_path(c)) && results_taken(c, c->path)) {
+        free(c->path);
+        c->runs++;
+    }
     size_t n = c->path ? strlen(c->path) : 0;
     c->part = c->path ? malloc(n + sizeof ".part") : NULL;
     if (c->part) {
