@@ -3911,7 +3911,7 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->grpc.plain && s->grpc.finishing) {
+    if (s->grpc.plain == 200 || (s->grpc.plain && s->grpc.finishing)) {
         stream_reset(s, CANCEL);
     } else if (s->grpc.plain) {
         plain_answer(s);
@@ -11311,6 +11311,7 @@ static bool way_sealed(enum way way)
 
 enum {
     FETCHES_MAX = 1000,               /* under way at a time: each has a descriptor */
+    FETCH_STILL_MS = 300000,          /* one over HTTP/2 whose window stays shut for so long ends */
     PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
     RESULT_MESSAGE_MAX = 4 << 20,     /* what gRPC's own clients take */
     SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
@@ -13423,6 +13424,13 @@ static unsigned fetch_authorize(struct fetch *t, struct bytes authorization)
     return refuse || (scheme.n && t->note) ? 401 : 200;
 }
 
+/* A body over HTTP/2 has moved.  Over HTTP/1 the connection itself would be stuck. */
+static void fetch_moves(struct stream *s)
+{
+    if (!s->conn->http1)
+        s->deadline_ms = s->conn->core->now_ms + FETCH_STILL_MS;
+}
+
 static void fetch_open(struct stream *s, const struct fields *f)
 {
     struct fetch *t = calloc(1, sizeof *t);
@@ -13443,6 +13451,7 @@ static void fetch_open(struct stream *s, const struct fields *f)
     fetch_host(t, c->peer);
     if (status == 200)
         status = t->key ? fetch_authorize(t, v[F_AUTHORIZATION]) : fetch_source(t, c->core);
+    fetch_moves(s);
     s->grpc.plain = (uint16_t)status;
     s->grpc.length = t->key ? sizeof t->d->seal_key : t->source.size;
     if (t->body)
@@ -13462,6 +13471,7 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
     struct parcel *p = t->key || t->part != IMAGE_LAYER ? NULL : fetch_parcel(t);
     struct err e = { "it has shrunk" };
     ssize_t got = (ssize_t)n;
+    fetch_moves(s);
     if (t->key)
         memcpy(to, t->d->seal_key + t->bytes, n);
     else if (t->body)

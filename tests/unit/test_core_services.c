@@ -577,6 +577,61 @@ static void test_timers(void)
     side_close(&a);
 }
 
+/* Stream 1 asks for a file of this directory; its body goes out at the pace of the peer's windows. */
+static void begin_fetch(struct side *a, unsigned flags)
+{
+    static struct resource x = { .name = "test_pb.c", .stem = 7, .path = "/blobs/x" };
+    static struct checksum in = { .path = "test_pb.c" };
+    static struct verdict verdict;
+    struct source at;
+    struct buf b = { 0 };
+    struct err e;
+    core_reset();
+    manifest_of(10);
+    CHECK(source_open(&at, in.path, &e), true);
+    in.id = at.id;
+    source_close(&at);
+    x.input = &in;
+    server.delivery = (struct delivery){ .manifest = &server.manifest, .verdict = &verdict, .resources = &x,
+                                         .resource_count = 1 };
+    serving.plain = &fetch_method;
+    side_open(a);
+    put_preface(a);
+    put_setting(a, SETTINGS_INITIAL_WINDOW_SIZE, 0);
+    put_field(&b, ":method", BYTES("GET"));
+    put_field(&b, ":scheme", BYTES("http"));
+    put_field(&b, ":path", BYTES("/blobs/x"));
+    frame_put(&a->in, (uint32_t)b.len, FRAME_HEADERS, END_HEADERS | flags, 1);
+    buf_put(&a->in, b.p, b.len);
+    buf_free(&b);
+    side_exchange(a);
+    CHECK(server.delivery.fetches, 1);
+}
+
+/* A body whose window stays shut, or a request that never ends, gives back its place and its file. */
+static void run_fetch_still(unsigned flags)
+{
+    struct side a;
+    begin_fetch(&a, flags);
+    core.now_ms += FETCH_STILL_MS - 1;
+    put_window(&a, 1, 5);             /* it moves */
+    side_exchange(&a);
+    int64_t moved = a.data[0] == 5 ? FETCH_STILL_MS : 1;
+    core.now_ms += moved - 1;
+    conn_tick(&a.conn);
+    CHECK(server.delivery.fetches, 1);
+    core.now_ms++;
+    conn_tick(&a.conn);
+    side_exchange(&a);
+    CHECK(a.conn.stream_count, 0);
+    CHECK(server.delivery.fetches, 0);
+    CHECK(a.data[0], flags ? 5 : 0);
+    CHECK(bytes_contain(whole(&core.out), "200, ") && bytes_contain(whole(&core.out), "broken off"), true);
+    side_close(&a);
+    serving.plain = NULL;
+    server.delivery = (struct delivery){ 0 };
+}
+
 /* Output that is not taken: the connection is not read above OUT_HIGH, and goes on when it is. */
 static void test_output_full(void)
 {
@@ -1288,6 +1343,8 @@ int main(void)
     run_field_block(MAX_FIELD_BLOCK, CONN_OPEN);
     run_field_block(MAX_FIELD_BLOCK + 1, CONN_CLOSING);
     test_timers();
+    run_fetch_still(END_STREAM);
+    run_fetch_still(0);
     test_output_full();
     test_never_drained();
     run_queued_bytes(MAX_QUEUED_BYTES - 1);
