@@ -514,7 +514,7 @@ static char *text_copy(struct bytes b, size_t max)
 }
 
 /* Mistakes of a user, told together before anything starts. */
-struct report {
+struct mistakes {
     bool usage, start, warned;
 };
 
@@ -542,7 +542,7 @@ PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_li
     buf_free(&line);
 }
 
-PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const char *fmt, ...)
+PRINTF_LIKE(3, 4) static void tell(struct mistakes *r, enum severity kind, const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
@@ -554,7 +554,7 @@ PRINTF_LIKE(3, 4) static void tell(struct report *r, enum severity kind, const c
 }
 
 /* Several mistakes, a line for each. */
-static void tell_lines(struct report *r, enum severity kind, const char *text)
+static void tell_lines(struct mistakes *r, enum severity kind, const char *text)
 {
     for (size_t n; *text; text += n + (text[n] != 0)) {
         n = strcspn(text, "\n");
@@ -572,7 +572,7 @@ PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
 }
 
 /* p, or the end of the program if there is no memory.  Only before the port opens. */
-static void *need(void *p)
+static void *or_exit(void *p)
 {
     if (!p) {
         tell_no_memory();
@@ -6418,7 +6418,7 @@ static unsigned terminal_look(int fd)
 /* A loop with nothing in it but stdout, stderr and signals.  Exits the program if the system has nothing to give. */
 static struct loop *loop_new(void)
 {
-    struct loop *l = need(calloc(1, sizeof *l));
+    struct loop *l = or_exit(calloc(1, sizeof *l));
     l->stop_ms = l->timer_ms = INT64_MAX;
     huffman_init(&l->core.huffman);
     l->core.arena.limit = 64 << 20;
@@ -7386,7 +7386,7 @@ static bool option_given(const struct options *o, const char *name)
 }
 
 /* An unknown flag: the variable that it may mean, the nearest flag of this command, or that another command knows it. */
-static void option_unknown(struct report *r, const char *name, size_t n, unsigned command)
+static void option_unknown(struct mistakes *r, const char *name, size_t n, unsigned command)
 {
     static const struct {
         const char *flag, *variable, *as;
@@ -7417,15 +7417,15 @@ static void option_unknown(struct report *r, const char *name, size_t n, unsigne
 }
 
 /* Zeroed memory that lasts as long as the options. */
-static void *keep(struct options *o, size_t n)
+static void *option_alloc(struct options *o, size_t n)
 {
-    return need(pb_arena_alloc(&o->arena, n));
+    return or_exit(pb_arena_alloc(&o->arena, n));
 }
 
 static void values_add(struct options *o, struct values *list, const char *value)
 {
     if ((list->n & (list->n - 1)) == 0) {   /* full at each power of two */
-        const char **v = keep(o, (list->n ? 2 * list->n : 1) * sizeof *v);
+        const char **v = option_alloc(o, (list->n ? 2 * list->n : 1) * sizeof *v);
         if (list->n)
             memcpy(v, list->v, list->n * sizeof *v);
         list->v = v;
@@ -7434,7 +7434,7 @@ static void values_add(struct options *o, struct values *list, const char *value
 }
 
 /* Stores one flag's value; NULL for a flag without one. */
-static void option_set(struct report *r, struct options *o, const struct option *opt, const char *value)
+static void option_set(struct mistakes *r, struct options *o, const struct option *opt, const char *value)
 {
     void *at = (char *)o + opt->offset;
     const char *why;
@@ -7479,7 +7479,7 @@ static void option_set(struct report *r, struct options *o, const struct option 
 }
 
 /* Takes the value of the flag at words[i]; returns how many words it takes. */
-static size_t option_take(struct report *r, struct options *o, char **words, size_t n)
+static size_t option_take(struct mistakes *r, struct options *o, char **words, size_t n)
 {
     const char *name = words[0] + 1 + (words[0][1] == '-'), *next = n > 1 ? words[1] : NULL;
     size_t len = strcspn(name, "=");
@@ -7508,11 +7508,11 @@ static size_t option_take(struct report *r, struct options *o, char **words, siz
 /* Parses the words after the command.  Go's rules: one dash or two, -name value or -name=value, a flag without value
  * only as -name or -name=BOOL; the first word that is no flag, or --, ends the flags.  The commands that take paths or an
  * address have flags behind these as well. */
-static void options_parse(struct report *r, struct options *o, char **words, size_t n)
+static void options_parse(struct mistakes *r, struct options *o, char **words, size_t n)
 {
     bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM | CRYPT);
     size_t i = 0, kept = 0;
-    o->given = keep(o, OPTIONS * sizeof *o->given);
+    o->given = option_alloc(o, OPTIONS * sizeof *o->given);
     for (const struct option *opt = option_table; opt < option_table + OPTIONS; opt++)
         if (opt->preset && opt->commands & (unsigned)o->command)
             option_set(r, o, opt, opt->preset);
@@ -7535,7 +7535,7 @@ static void options_parse(struct report *r, struct options *o, char **words, siz
 }
 
 /* -fault NAME[=VALUE], each of them. */
-static void faults_parse(struct report *r, const struct options *o, struct faults *f)
+static void faults_parse(struct mistakes *r, const struct options *o, struct faults *f)
 {
     for (size_t i = 0; i < FAULTS; i++)
         f->value[i] = -1;
@@ -9282,9 +9282,9 @@ static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 }
 
 /* Prints the checksum of each path, in order, and says on stderr which failed.  Returns the exit status. */
-static int cmd_checksum(struct report *r, bool base64, const char *const *paths, size_t n)
+static int cmd_checksum(struct mistakes *r, bool base64, const char *const *paths, size_t n)
 {
-    struct checksum *c = need(calloc(n, sizeof *c));
+    struct checksum *c = or_exit(calloc(n, sizeof *c));
     struct buf lines = { 0 };
     for (size_t i = 0; i < n; i++)
         c[i].path = paths[i];
@@ -9341,7 +9341,7 @@ static bool output_part(struct output *w, const struct stat *there, struct err *
     w->real = there ? realpath(w->path, NULL) : NULL;
     const char *path = w->real ? w->real : w->path;
     size_t n = strlen(path);
-    w->part = need(malloc(n + sizeof ".part"));
+    w->part = or_exit(malloc(n + sizeof ".part"));
     memcpy(w->part, path, n);
     memcpy(w->part + n, ".part", sizeof ".part");
     unlink(w->part);                  /* of a run that was killed */
@@ -9476,7 +9476,7 @@ static bool crypt_run(const struct options *o, bool encrypt, uint8_t key[AES_KEY
 }
 
 /* cvms encrypt and cvms decrypt.  Returns the exit status. */
-static int cmd_crypt(const struct options *o, struct report *r)
+static int cmd_crypt(const struct options *o, struct mistakes *r)
 {
     bool encrypt = o->command == CMD_ENCRYPT;
     const char *name = encrypt ? "encrypt" : "decrypt";
@@ -9497,7 +9497,7 @@ static int cmd_crypt(const struct options *o, struct report *r)
     return r->start;
 }
 #else
-static int cmd_crypt(const struct options *o, struct report *r)
+static int cmd_crypt(const struct options *o, struct mistakes *r)
 {
     struct err e;
     struct source none = { .fd = -1 };
@@ -9926,7 +9926,7 @@ static struct values list_split(struct options *o, const struct values *given)
     const char *s = given->n ? given->v[0] : "";
     while (*s) {
         size_t n = strcspn(s, ",");
-        char *word = keep(o, n + 1);
+        char *word = option_alloc(o, n + 1);
         memcpy(word, s, n);
         values_add(o, &list, word);
         s += n;
@@ -9957,9 +9957,9 @@ static void hash_read(uint8_t hash[SHA3_256_LEN], const char *s)
 }
 
 /* 64 hex digits, kept; empty if they are not. */
-static struct bytes parse_hash(struct options *o, struct report *r, const char *flag, const char *s)
+static struct bytes parse_hash(struct options *o, struct mistakes *r, const char *flag, const char *s)
 {
-    uint8_t *hash = keep(o, SHA3_256_LEN);
+    uint8_t *hash = option_alloc(o, SHA3_256_LEN);
     if (!is_hash(s)) {
         tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
                        "cvms checksum FILE prints one", flag, s, strlen(s));
@@ -9970,13 +9970,13 @@ static struct bytes parse_hash(struct options *o, struct report *r, const char *
 }
 
 /* The hash of something remote: absent it is 32 zero bytes, of which hash_check warns. */
-static struct bytes remote_hash(struct options *o, struct report *r, const char *flag, const char *s)
+static struct bytes remote_hash(struct options *o, struct mistakes *r, const char *flag, const char *s)
 {
-    return present(s) ? parse_hash(o, r, flag, s) : (struct bytes){ keep(o, SHA3_256_LEN), SHA3_256_LEN };
+    return present(s) ? parse_hash(o, r, flag, s) : (struct bytes){ option_alloc(o, SHA3_256_LEN), SHA3_256_LEN };
 }
 
 /* A boolean that a mistake makes false. */
-static bool parse_flag(struct report *r, enum severity severity, const char *flag, const char *s)
+static bool parse_flag(struct mistakes *r, enum severity severity, const char *flag, const char *s)
 {
     int value = parse_bool(s);
     if (value < 0)
@@ -9986,20 +9986,20 @@ static bool parse_flag(struct report *r, enum severity severity, const char *fla
 }
 
 /* The DER of the key in a PEM file, kept; empty after a mistake. */
-static struct bytes load_key(struct options *o, struct report *r, const char *flag, const char *path)
+static struct bytes load_key(struct options *o, struct mistakes *r, const char *flag, const char *path)
 {
     struct buf der = { 0 };
     struct err e;
     struct bytes key = { 0 };
     if (public_key_load(path, &der, &e))
-        key = (struct bytes){ memcpy(keep(o, der.len), need(der.p), der.len), der.len };
+        key = (struct bytes){ memcpy(option_alloc(o, der.len), or_exit(der.p), der.len), der.len };
     else
         tell(r, START, "-%s: %s", flag, e.text);
     buf_free(&der);
     return key;
 }
 
-static void check_url(struct report *r, const char *flag, const char *url)
+static void check_url(struct mistakes *r, const char *flag, const char *url)
 {
     for (size_t i = 0; i < PB_COUNT(source_schemes); i++)
         if (strncmp(url, source_schemes[i], strlen(source_schemes[i])) == 0)
@@ -10015,7 +10015,7 @@ static const struct remote_flags {
   dataset_flags = { "dataset", "dataset-source-urls", "dataset-kbs-paths", "dataset-kbs-urls", "dataset-encrypted" };
 
 /* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
-static bool check_remote(struct report *r, const struct remote_flags *f, bool url, bool path, bool plain)
+static bool check_remote(struct mistakes *r, const struct remote_flags *f, bool url, bool path, bool plain)
 {
     if (url && !path && !plain)
         tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain", f->url,
@@ -10026,7 +10026,7 @@ static bool check_remote(struct report *r, const struct remote_flags *f, bool ur
 }
 
 /* Which of the words it is; the first, and a mistake, if it is none. */
-static size_t check_choice(struct report *r, const char *flag, const char *value, const char *const *list, size_t n)
+static size_t check_choice(struct mistakes *r, const char *flag, const char *value, const char *const *list, size_t n)
 {
     struct buf all = { 0 };
     size_t row = row_find(list, n, sizeof *list, bytes_of(value));
@@ -10040,7 +10040,7 @@ static size_t check_choice(struct report *r, const char *flag, const char *value
 }
 
 /* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
-static void check_output(struct report *r, const char *flag, const char *path)
+static void check_output(struct mistakes *r, const char *flag, const char *path)
 {
     struct stat st;
     char folder[PATH_MAX];
@@ -10062,13 +10062,13 @@ static struct KBSConfig *new_kbs(struct options *o, const char *url)
 {
     if (!present(url))
         return NULL;
-    struct KBSConfig *kbs = keep(o, sizeof *kbs);
+    struct KBSConfig *kbs = option_alloc(o, sizeof *kbs);
     *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
     return kbs;
 }
 
 /* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
-static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum compat compat, const char *own,
+static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enum compat compat, const char *own,
                                       const struct remote_flags *f, const char *url)
 {
     const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
@@ -10081,7 +10081,7 @@ static struct KBSConfig *resource_kbs(struct options *o, struct report *r, enum 
 static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
                                  const char *kbs_path)
 {
-    struct Source *s = keep(o, sizeof *s);
+    struct Source *s = option_alloc(o, sizeof *s);
     *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
                           .kbs_resource_path = bytes_of(kbs_path ? kbs_path : ""), .encrypted = present(kbs_path) };
     return s;
@@ -10099,7 +10099,7 @@ static struct bytes base_name(const char *path)
 }
 
 /* Dataset.filename of a direct dataset; empty, with a warning, if no manifest can hold the name. */
-static struct bytes upload_name(struct report *r, const char *path)
+static struct bytes upload_name(struct mistakes *r, const char *path)
 {
     struct bytes name = base_name(path);
     if (pb_utf8_valid(name))
@@ -10116,11 +10116,11 @@ static struct bytes new_input(struct manifest *m, const char *path)
     return (struct bytes){ in->hash, SHA3_256_LEN };
 }
 
-static void remote_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col, size_t i,
+static void remote_dataset(struct manifest *m, struct options *o, struct mistakes *r, const struct values *col, size_t i,
                            struct Dataset *d)
 {
     const char *url = nth(&col[COL_URL], i);
-    char *name = keep(o, 40);
+    char *name = option_alloc(o, 40);
     text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
     if (*url)
         check_url(r, "dataset-source-urls", url);
@@ -10134,7 +10134,7 @@ static void remote_dataset(struct manifest *m, struct options *o, struct report 
 }
 
 /* What the flags say of the i-th dataset, wherever it comes from. */
-static void override_dataset(struct manifest *m, struct options *o, struct report *r, const struct values *col,
+static void override_dataset(struct manifest *m, struct options *o, struct mistakes *r, const struct values *col,
                              size_t i, struct Dataset *d)
 {
     const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i);
@@ -10160,7 +10160,7 @@ static bool all_plain(const struct values *encrypted, size_t n)
     return n > 0;
 }
 
-static void set_datasets(struct manifest *m, struct options *o, struct report *r)
+static void set_datasets(struct manifest *m, struct options *o, struct mistakes *r)
 {
     struct values col[COLUMNS], paths = list_split(o, &o->data_paths);
     for (size_t c = 0; c < COLUMNS; c++)
@@ -10168,8 +10168,8 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
     size_t urls = col[COL_URL].n;
     bool remote = check_remote(r, &dataset_flags, urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
     size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
-    struct Dataset *d = keep(o, (n + 1) * sizeof *d);
-    m->inputs = keep(o, (paths.n + 2) * sizeof *m->inputs);
+    struct Dataset *d = option_alloc(o, (n + 1) * sizeof *d);
+    m->inputs = option_alloc(o, (paths.n + 2) * sizeof *m->inputs);
     if (remote && paths.n)
         tell(r, WARNING, "-data-paths is not used: the datasets are remote");
     if (remote && urls > 1 && present(o->dataset_hash))
@@ -10198,7 +10198,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct report *r
 }
 
 /* Where the algorithm comes from: its source, a file here, or the manifest that was read. */
-static void algorithm_source(struct manifest *m, struct options *o, struct report *r, struct Algorithm *a)
+static void algorithm_source(struct manifest *m, struct options *o, struct mistakes *r, struct Algorithm *a)
 {
     bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
     if (check_remote(r, &algo_flags, present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
@@ -10228,10 +10228,10 @@ static void algorithm_source(struct manifest *m, struct options *o, struct repor
     }
 }
 
-static void set_algorithm(struct manifest *m, struct options *o, struct report *r)
+static void set_algorithm(struct manifest *m, struct options *o, struct mistakes *r)
 {
     struct values args = list_split(o, &o->algo_args);
-    struct Algorithm *a = keep(o, sizeof *a);
+    struct Algorithm *a = option_alloc(o, sizeof *a);
     if (m->req.algorithm)
         *a = *m->req.algorithm;
     algorithm_source(m, o, r, a);
@@ -10244,7 +10244,7 @@ static void set_algorithm(struct manifest *m, struct options *o, struct report *
     if (present(o->algo_public_key_path))
         a->userKey = load_key(o, r, "algo-public-key-path", o->algo_public_key_path);
     if (o->algo_args.n) {
-        struct bytes *arg = keep(o, (args.n + 1) * sizeof *arg);
+        struct bytes *arg = option_alloc(o, (args.n + 1) * sizeof *arg);
         for (size_t i = 0; i < args.n; i++)
             arg[i] = bytes_of(args.v[i]);
         a->algo_args = (struct pb_list){ .items = arg, .n = args.n };
@@ -10253,20 +10253,20 @@ static void set_algorithm(struct manifest *m, struct options *o, struct report *
 }
 
 /* Who may fetch the results: the keys of -result-consumer-keys, else that of -public-key-path. */
-static void set_consumers(struct manifest *m, struct options *o, struct report *r)
+static void set_consumers(struct manifest *m, struct options *o, struct mistakes *r)
 {
     struct values keys = list_split(o, &o->result_consumer_keys);
     size_t n = keys.n ? keys.n : m->key.n ? 1 : 0;
     if (n == 0)
         return;
-    struct ResultConsumer *c = keep(o, n * sizeof *c);
+    struct ResultConsumer *c = option_alloc(o, n * sizeof *c);
     for (size_t i = 0; i < n; i++)
         c[i].userKey = keys.n ? load_key(o, r, "result-consumer-keys", keys.v[i]) : m->key;
     m->req.result_consumers = (struct pb_list){ .items = c, .n = n };
 }
 
 /* Field 8, for the oldest agents: -kbs-url, and for `all` whatever broker the flags name. */
-static void set_computation_kbs(struct manifest *m, struct options *o, struct report *r)
+static void set_computation_kbs(struct manifest *m, struct options *o, struct mistakes *r)
 {
     if (m->compat == COMPAT_SEED && (o->algo_kbs_url || o->dataset_kbs_urls.n))
         tell(r, WARNING, "-compat seed has no key broker of a resource's own: -algo-kbs-url and -dataset-kbs-urls are "
@@ -10283,12 +10283,12 @@ static void set_computation_kbs(struct manifest *m, struct options *o, struct re
     for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
         m->req.kbs = d[i].kbs;
     if (m->req.kbs)                   /* its own: -set changes one of them */
-        m->req.kbs = memcpy(keep(o, sizeof *m->req.kbs), m->req.kbs, sizeof *m->req.kbs);
+        m->req.kbs = memcpy(option_alloc(o, sizeof *m->req.kbs), m->req.kbs, sizeof *m->req.kbs);
 }
 
-static void set_agent_config(struct manifest *m, struct options *o, struct report *r)
+static void set_agent_config(struct manifest *m, struct options *o, struct mistakes *r)
 {
-    struct AgentConfig *config = keep(o, sizeof *config);
+    struct AgentConfig *config = option_alloc(o, sizeof *config);
     if (m->req.agent_config)
         *config = *m->req.agent_config;
     m->req.agent_config = config;
@@ -10301,7 +10301,7 @@ static void set_agent_config(struct manifest *m, struct options *o, struct repor
 }
 
 /* -set: fields by their path, over all that other flags say. */
-static void set_fields(struct manifest *m, struct options *o, struct report *r)
+static void set_fields(struct manifest *m, struct options *o, struct mistakes *r)
 {
     for (size_t i = 0; i < o->set.n; i++) {
         const char *given = o->set.v[i], *eq = strchr(given, '=');
@@ -10319,7 +10319,7 @@ static void set_fields(struct manifest *m, struct options *o, struct report *r)
 }
 
 /* A hash is what it was meant to be: 32 bytes, which JSON and -set have in base64, and not of zeros, which is told once. */
-static void hash_check(struct report *r, const char *of, const char *what, struct bytes hash, const char **flag)
+static void hash_check(struct mistakes *r, const char *of, const char *what, struct bytes hash, const char **flag)
 {
     static const uint8_t zeros[SHA3_256_LEN];
     uint8_t meant[SHA3_256_LEN];
@@ -10342,7 +10342,7 @@ static void hash_check(struct report *r, const char *of, const char *what, struc
     buf_free(&text);
 }
 
-static void kbs_check(struct report *r, const char *what, const struct KBSConfig *kbs, const struct KBSConfig *other)
+static void kbs_check(struct mistakes *r, const char *what, const struct KBSConfig *kbs, const struct KBSConfig *other)
 {
     struct bytes url = kbs ? kbs->url : (struct bytes){ 0 };
     bool http = (url.n > 7 && memcmp(url.p, "http://", 7) == 0) || (url.n > 8 && memcmp(url.p, "https://", 8) == 0);
@@ -10352,7 +10352,7 @@ static void kbs_check(struct report *r, const char *what, const struct KBSConfig
 }
 
 /* What a manifest must not have, wherever it comes from.  Files are yet to be hashed. */
-static void manifest_check(struct report *r, const struct manifest *m)
+static void manifest_check(struct mistakes *r, const struct manifest *m)
 {
     char what[40], of[100];
     const char *algo = "algo-hash", *data = "dataset-hash";
@@ -10373,7 +10373,7 @@ static void manifest_check(struct report *r, const struct manifest *m)
 }
 
 /* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
-static void check_inputs(const struct manifest *m, struct report *r)
+static void check_inputs(const struct manifest *m, struct mistakes *r)
 {
     for (const struct manifest *of = m; of; of = of->next)
         if (of->req.id.n > MANIFEST_ID_MAX)
@@ -10392,7 +10392,7 @@ static void check_inputs(const struct manifest *m, struct report *r)
 }
 
 /* Hashes every file and folder; each gets its mistake or its line. */
-static void hash_inputs(struct manifest *m, struct report *r)
+static void hash_inputs(struct manifest *m, struct mistakes *r)
 {
     bool all = true;                  /* else the mistakes alone are told */
     checksum_files(m->inputs, m->input_count);
@@ -10509,7 +10509,7 @@ static bool manifest_encode(struct manifest *m)
 }
 
 /* Reads a manifest in protobuf's JSON, as `cvms manifest` prints it. */
-static void manifest_read(struct manifest *m, struct options *o, struct report *r, const char *flag, const char *path)
+static void manifest_read(struct manifest *m, struct options *o, struct mistakes *r, const char *flag, const char *path)
 {
     struct buf text = { 0 };
     struct err e;
@@ -10518,14 +10518,14 @@ static void manifest_read(struct manifest *m, struct options *o, struct report *
         buf_free(&text);
         return;
     }
-    struct bytes json = { text.len ? memcpy(keep(o, text.len), text.p, text.len) : NULL, text.len };
+    struct bytes json = { text.len ? memcpy(option_alloc(o, text.len), text.p, text.len) : NULL, text.len };
     buf_free(&text);
     if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text))
         tell(r, START, "-%s: %s: %s", flag, path, e.text);
 }
 
 /* The manifests of -manifest-for: each as its file has it. */
-static void manifests_by_job(struct manifest *m, struct options *o, struct report *r)
+static void manifests_by_job(struct manifest *m, struct options *o, struct mistakes *r)
 {
     for (size_t i = 0; i < o->manifest_for.n; i++) {
         const char *given = o->manifest_for.v[i], *eq = strchr(given, '=');
@@ -10533,8 +10533,8 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct repor
             tell(r, USAGE, "-manifest-for: \"%s\" is not JOBID=FILE", given);
             continue;
         }
-        struct manifest *of = keep(o, sizeof *of);
-        char *job = keep(o, (size_t)(eq - given) + 1);
+        struct manifest *of = option_alloc(o, sizeof *of);
+        char *job = option_alloc(o, (size_t)(eq - given) + 1);
         of->job_id = memcpy(job, given, (size_t)(eq - given));
         of->faults = m->faults;
         of->next = m->next;
@@ -10544,7 +10544,7 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct repor
 }
 
 /* Reads and checks everything that the flags name.  What is wrong has been told when it returns. */
-static void manifest_build(struct manifest *m, struct options *o, struct report *r)
+static void manifest_build(struct manifest *m, struct options *o, struct mistakes *r)
 {
     m->compat = (enum compat)check_choice(r, "compat", o->compat, compat_names, COMPATS);
     m->req.id = BYTES("1");
@@ -10574,7 +10574,7 @@ static void manifest_build(struct manifest *m, struct options *o, struct report 
 }
 
 /* Hashes the inputs and makes the bytes that agents get: what may take long, when nothing else is wrong. */
-static bool manifest_finish(struct manifest *m, struct report *r)
+static bool manifest_finish(struct manifest *m, struct mistakes *r)
 {
     if (r->usage || r->start)
         return false;
@@ -11246,7 +11246,7 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
 }
 
 /* The flags that ask for a verdict. */
-static void verdict_setup(struct verdict *v, struct options *o, struct report *r)
+static void verdict_setup(struct verdict *v, struct options *o, struct mistakes *r)
 {
     *v = (struct verdict){ .timeout_ms = INT64_MAX, .end_ms = INT64_MAX, .next_poll_ms = INT64_MAX,
                            .grace_ms = o->grace_ms, .poll_ms = o->poll_ms > 0 ? o->poll_ms : INT64_MAX,
@@ -11266,7 +11266,7 @@ static void verdict_setup(struct verdict *v, struct options *o, struct report *r
     if (o->agents > MAX_HOSTS)
         tell(r, USAGE, "-agents: a verdict tells at most %d agents apart", MAX_HOSTS);
     v->wanted = o->until || v->expect.n || o->reject.n;
-    need(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
+    or_exit(buf_room(&v->why, 1024));    /* so that the end has its reason, however short memory is then */
     static const char *const of_verdict[] = { "report", "grace", "poll" };
     for (size_t i = 0; i < PB_COUNT(of_verdict); i++)
         if (option_given(o, of_verdict[i]) && !v->wanted)
@@ -12038,7 +12038,7 @@ static void resources_renew(void *arg)
 
 /* ---- What the flags ask for ---- */
 
-static enum way way_parse(struct report *r, const char *word, size_t n)
+static enum way way_parse(struct mistakes *r, const char *word, size_t n)
 {
     for (int i = 0; i < WAYS; i++)
         if (strlen(way_names[i]) == n && strncmp(way_names[i], word, n) == 0)
@@ -12056,7 +12056,7 @@ static unsigned delivery_offers(const struct delivery *d)
 }
 
 /* The key that encrypts what agents fetch, and the token of its broker. */
-static void delivery_secrets(struct delivery *d, const struct options *o, struct report *r)
+static void delivery_secrets(struct delivery *d, const struct options *o, struct mistakes *r)
 {
     uint8_t token[16];
     struct err e;
@@ -12089,7 +12089,7 @@ static void delivery_base(struct delivery *d, const char *where)
 }
 
 /* Before the manifest is made: the ways, and the users' key, whose public half goes into it. */
-static void delivery_setup(struct delivery *d, struct options *o, struct report *r)
+static void delivery_setup(struct delivery *d, struct options *o, struct mistakes *r)
 {
     const char *ways = o->deliver ? o->deliver : "cli", *comma = strchr(ways, ',');
     struct err e = { "" };
@@ -12138,8 +12138,8 @@ static struct bytes delivery_public(const struct delivery *d, struct options *o)
     struct buf b = { 0 };
     struct bytes key = { 0 };
     if (d->key) {
-        need(user_key_public(d->key, &b) ? b.p : NULL);
-        key = (struct bytes){ memcpy(keep(o, b.len), b.p, b.len), b.len };
+        or_exit(user_key_public(d->key, &b) ? b.p : NULL);
+        key = (struct bytes){ memcpy(option_alloc(o, b.len), b.p, b.len), b.len };
     }
     buf_free(&b);
     return key;
@@ -12151,10 +12151,10 @@ static const char *delivery_signature(const struct delivery *d, struct options *
     struct buf b = { 0 }, text = { 0 };
     char *kept = "";
     if (d->key) {
-        need(user_key_sign(d->key, bytes_of(roles[role].user_id), &b) ? b.p : NULL);
+        or_exit(user_key_sign(d->key, bytes_of(roles[role].user_id), &b) ? b.p : NULL);
         pb_base64(&text, (struct bytes){ b.p, b.len });
         buf_putc(&text, 0);
-        kept = memcpy(keep(o, text.len), need(text.failed ? NULL : text.p), text.len);
+        kept = memcpy(option_alloc(o, text.len), or_exit(text.failed ? NULL : text.p), text.len);
     }
     buf_free(&b);
     buf_free(&text);
@@ -12162,23 +12162,23 @@ static const char *delivery_signature(const struct delivery *d, struct options *
 }
 
 /* A value that gRPC's metadata can carry: printable ASCII, without blanks at its ends. */
-static void check_metadata(struct report *r, const char *flag, struct bytes value)
+static void check_metadata(struct mistakes *r, const char *flag, struct bytes value)
 {
     if (!bytes_printable(value) || (value.n && (value.p[0] == ' ' || value.p[value.n - 1] == ' ')))
         tell(r, USAGE, "-%s: \"%.*s\" can't be uploaded: gRPC carries it as metadata, which is printable ASCII without "
              "blanks at its ends", flag, (int)min_size(value.n, 80), (const char *)value.p);
 }
 
-static const char *keep_text(struct options *o, struct bytes b)
+static const char *option_text(struct options *o, struct bytes b)
 {
-    char *s = keep(o, b.n + 1);
+    char *s = option_alloc(o, b.n + 1);
     if (b.n)
         memcpy(s, b.p, b.n);
     return s;
 }
 
 /* Adds a call; key is the public half that its resource has in the manifest. */
-static struct errand *delivery_add(struct delivery *d, struct options *o, struct report *r, enum user_role role,
+static struct errand *delivery_add(struct delivery *d, struct options *o, struct mistakes *r, enum user_role role,
                                    const struct checksum *input, struct bytes key, struct bytes name)
 {
     struct errand *errand = &d->errands[d->count++];
@@ -12186,8 +12186,8 @@ static struct errand *delivery_add(struct delivery *d, struct options *o, struct
     size_t args = role == ROLE_ALGORITHM ? d->manifest->req.algorithm->algo_args.n : 0;
     errand->role = role;
     errand->input = input;
-    errand->filename = keep_text(o, name);
-    errand->metadata = keep(o, 2 * (args + 6) * sizeof *errand->metadata);
+    errand->filename = option_text(o, name);
+    errand->metadata = option_alloc(o, 2 * (args + 6) * sizeof *errand->metadata);
     errand->metadata[0] = "user-id", errand->metadata[1] = roles[role].user_id;
     errand->metadata[2] = "signature", errand->metadata[3] = delivery_signature(d, o, role);
     if (d->key && !bytes_eq(ours, key))
@@ -12198,7 +12198,7 @@ static struct errand *delivery_add(struct delivery *d, struct options *o, struct
     return errand;
 }
 
-static void delivery_add_algorithm(struct delivery *d, struct options *o, struct report *r)
+static void delivery_add_algorithm(struct delivery *d, struct options *o, struct mistakes *r)
 {
     const struct manifest *m = d->manifest;
     const struct Algorithm *a = m->req.algorithm;
@@ -12215,12 +12215,12 @@ static void delivery_add_algorithm(struct delivery *d, struct options *o, struct
         tell(r, USAGE, "-algo-type is missing: an agent has to know how to run what is uploaded: bin, python, wasm or "
                        "docker");
     check_metadata(r, "algo-type", a->algo_type);
-    *to++ = "algo_type", *to++ = keep_text(o, a->algo_type);
+    *to++ = "algo_type", *to++ = option_text(o, a->algo_type);
     size_t len = 0;
     for (size_t i = 0; i < a->algo_args.n; i++) {
         check_metadata(r, "algo-args", arg[i]);
         len += arg[i].n + sizeof "algo_args" + 8;
-        *to++ = "algo_args", *to++ = keep_text(o, arg[i]);
+        *to++ = "algo_args", *to++ = option_text(o, arg[i]);
     }
     if (len > ARGS_MAX)
         tell(r, USAGE, "-algo-args: %zu bytes are too long for the metadata of an upload, which takes %d", len, ARGS_MAX);
@@ -12235,7 +12235,7 @@ static void delivery_add_algorithm(struct delivery *d, struct options *o, struct
         close(fd);
 }
 
-static void delivery_add_data(struct delivery *d, struct options *o, struct report *r)
+static void delivery_add_data(struct delivery *d, struct options *o, struct mistakes *r)
 {
     const struct manifest *m = d->manifest;
     const struct Dataset *data = m->req.datasets.items;
@@ -12249,7 +12249,7 @@ static void delivery_add_data(struct delivery *d, struct options *o, struct repo
     }
 }
 
-static void delivery_add_results(struct delivery *d, struct options *o, struct report *r)
+static void delivery_add_results(struct delivery *d, struct options *o, struct mistakes *r)
 {
     const struct pb_list *list = &d->manifest->req.result_consumers;
     const struct ResultConsumer *consumer = list->items;
@@ -12291,7 +12291,7 @@ static bool name_ends(struct bytes name, const char *words)
 }
 
 /* type: the algorithm's, empty for a dataset. */
-static void check_image(struct report *r, const char *flag, struct bytes type, const char *path)
+static void check_image(struct mistakes *r, const char *flag, struct bytes type, const char *path)
 {
     struct stat st;
     size_t row = ROW_FIND(image_files, type);
@@ -12316,16 +12316,16 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     struct resource *x = &d->resources[d->resource_count++];
     struct ComputationRunReq *req = d->req;
     struct Dataset *data = role == ROLE_DATA ? (struct Dataset *)req->datasets.items + i : NULL;
-    struct KBSConfig *kbs = keep(o, sizeof *kbs);
+    struct KBSConfig *kbs = option_alloc(o, sizeof *kbs);
     char part[32];
     text_printf(part, sizeof part, data ? "dataset-%lu" : "algorithm", (unsigned long)i);
-    *x = (struct resource){ .role = role, .input = input, .name = keep_text(o, base_name(input->path)), .sealed = sealed,
+    *x = (struct resource){ .role = role, .input = input, .name = option_text(o, base_name(input->path)), .sealed = sealed,
                             .source = new_source(o, d->manifest->compat, data ? o->dataset_source_type
                                                                              : o->algo_source_type, "", NULL) };
     x->stem = text_printf(x->path, sizeof x->path, way_image(way) ? "/v2/%s-" : "/blobs/%s-", part);
     if (way_image(way)) {
-        x->image = input->image = keep(o, sizeof *x->image);
-        image_init(x->image, keep_text(o, bytes_of(part)), x->name, sealed ? d->seal_key : NULL);
+        x->image = input->image = option_alloc(o, sizeof *x->image);
+        image_init(x->image, option_text(o, bytes_of(part)), x->name, sealed ? d->seal_key : NULL);
     }
     text_printf(x->key_path, sizeof x->key_path, "cvms/key/%s", part);
     x->source->url = (struct bytes){ 0 };
@@ -12337,18 +12337,18 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     if (d->manifest->compat != COMPAT_SEED)
         *(data ? &data->kbs : &req->algorithm->kbs) = kbs;
     if (d->manifest->compat != COMPAT_HEAD && !req->kbs)
-        req->kbs = d->kbs = memcpy(keep(o, sizeof *kbs), kbs, sizeof *kbs);
+        req->kbs = d->kbs = memcpy(option_alloc(o, sizeof *kbs), kbs, sizeof *kbs);
 }
 
 /* What agents fetch: whatever of it stands here. */
-static void delivery_add_resources(struct delivery *d, struct options *o, struct report *r)
+static void delivery_add_resources(struct delivery *d, struct options *o, struct mistakes *r)
 {
     struct manifest *m = d->manifest;
     struct values unpack = list_split(o, &o->dataset_decompress);
     struct Dataset *data = d->req->datasets.items;
     size_t n = m->input_count - m->algo_input;
     struct stat st;
-    d->resources = keep(o, (m->input_count + 1) * sizeof *d->resources);
+    d->resources = option_alloc(o, (m->input_count + 1) * sizeof *d->resources);
     if (m->compat == COMPAT_SEED && !(way_image(d->algorithm) && way_image(d->data)))
         tell(r, USAGE, "-compat seed: agents of that time fetch images only: use -deliver oci or oci-plain");
     if (way_fetches(d->algorithm) && m->algo_input) {
@@ -12363,7 +12363,7 @@ static void delivery_add_resources(struct delivery *d, struct options *o, struct
         tell(r, USAGE, "-deliver %s: there is no algorithm to serve; give -algo-path", way_names[d->algorithm]);
     }
     for (size_t i = 0; way_fetches(d->data) && i < n; i++) {
-        char *name = keep(o, 40);
+        char *name = option_alloc(o, 40);
         text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
         delivery_add_resource(d, o, ROLE_DATA, i, &m->inputs[i], d->data);
         if (way_image(d->data))
@@ -12389,7 +12389,7 @@ static bool host_in_url(const char *host, bool brackets)
 }
 
 /* -deliver-host, and who can read what is served. */
-static void delivery_host(const struct delivery *d, const struct options *o, struct report *r)
+static void delivery_host(const struct delivery *d, const struct options *o, struct mistakes *r)
 {
     const char *env = getenv("HOST"), *host = env ? env : "localhost", *given = o->deliver_host;
     struct address at = { .port = -1 }, own = { .port = -1 };
@@ -12408,7 +12408,7 @@ static void delivery_host(const struct delivery *d, const struct options *o, str
 }
 
 /* -agent-address, looked up before anything starts: the loop can't wait for a resolver. */
-static void delivery_address(struct delivery *d, const struct options *o, struct report *r)
+static void delivery_address(struct delivery *d, const struct options *o, struct mistakes *r)
 {
     const char *why;
     if (!o->agent_address)
@@ -12423,7 +12423,7 @@ static void delivery_address(struct delivery *d, const struct options *o, struct
 }
 
 /* After the manifest is made: the calls, and whether an agent can take them.  The key is needed no longer. */
-static void delivery_check(struct delivery *d, struct manifest *m, struct options *o, struct report *r)
+static void delivery_check(struct delivery *d, struct manifest *m, struct options *o, struct mistakes *r)
 {
     d->manifest = m;
     d->req = &m->req;
@@ -12433,7 +12433,7 @@ static void delivery_check(struct delivery *d, struct manifest *m, struct option
                  fault_table[i].name);
     if (!d->wanted)
         return;
-    d->errands = keep(o, (m->input_count + 1) * sizeof *d->errands);
+    d->errands = option_alloc(o, (m->input_count + 1) * sizeof *d->errands);
     if (d->signs && m->req.agent_config && m->req.agent_config->attested_tls)
         tell(r, USAGE, "-attested-tls-bool true: agents then serve their users over attested TLS, which uploads from here "
                        "do not speak; say false, or use -deliver cli");
@@ -12468,7 +12468,7 @@ static void delivery_check(struct delivery *d, struct manifest *m, struct option
     delivery_address(d, o, r);
     user_key_free(d->key);
     d->key = NULL;
-    d->piece = need(malloc(PIECE_LEN));
+    d->piece = or_exit(malloc(PIECE_LEN));
 }
 
 /* ==== 18. Services: Process, Health, Reflection; how messages are shown ============================================
@@ -14918,7 +14918,7 @@ static void agent_turn(struct loop *l)
 }
 
 /* The address of the command line or the environment, taken apart. */
-static void client_address(const struct options *o, struct report *r, struct address *at)
+static void client_address(const struct options *o, struct mistakes *r, struct address *at)
 {
     const char *text = addr_text(o);
     bool good = address_parse(text, at) && at->port && !at->bare && *text;
@@ -14935,7 +14935,7 @@ static void client_address(const struct options *o, struct report *r, struct add
 }
 
 /* Resolves it, again and again while -wait lasts; the list is the caller's.  NULL: told why not. */
-static struct addrinfo *client_resolve(const struct options *o, struct report *r, const struct address *at)
+static struct addrinfo *client_resolve(const struct options *o, struct mistakes *r, const struct address *at)
 {
     const char *why;
     int64_t end = clock_ms(CLOCK_MONOTONIC) + o->wait_ms, left = o->wait_ms;
@@ -14952,7 +14952,7 @@ static struct addrinfo *client_resolve(const struct options *o, struct report *r
 }
 
 /* The client's TLS as flags or an agent's own variables ask for it; *config stays NULL for plaintext.  False: told. */
-static bool client_tls(const struct options *o, struct report *r, const char *host, struct tls_config **config)
+static bool client_tls(const struct options *o, struct mistakes *r, const char *host, struct tls_config **config)
 {
     struct err e;
     struct tls_options t = {
@@ -14978,7 +14978,7 @@ static bool client_tls(const struct options *o, struct report *r, const char *ho
 
 /* A loop for links to the server that the options name, and what they have in common, for client_run; NULL: told why
  * not. */
-static struct loop *client_loop(const struct options *o, struct report *r, void *app, struct dial *d)
+static struct loop *client_loop(const struct options *o, struct mistakes *r, void *app, struct dial *d)
 {
     struct address at;
     client_address(o, r, &at);
@@ -15003,7 +15003,7 @@ static struct loop *client_loop(const struct options *o, struct report *r, void 
 
 /* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short; also of a
  * client without a loop. */
-static int client_run(struct loop *l, struct dial *d, const struct report *r)
+static int client_run(struct loop *l, struct dial *d, const struct mistakes *r)
 {
     if (!l)
         return r->usage ? 2 : 1;
@@ -15056,7 +15056,7 @@ static void replay_fail(struct replay *r, const char *what, struct bytes why)
 
 static struct bytes keep_bytes(struct options *o, struct bytes b)
 {
-    return (struct bytes){ b.n ? memcpy(keep(o, b.n), b.p, b.n) : NULL, b.n };
+    return (struct bytes){ b.n ? memcpy(option_alloc(o, b.n), b.p, b.n) : NULL, b.n };
 }
 
 /* The part that a line belongs to, made if need be; NULL: too many.  Who sends it may show in a later message only. */
@@ -15156,7 +15156,7 @@ static bool replay_line(struct replay *r, struct options *o, struct bytes text, 
 }
 
 /* Reads the lines that a server received.  False: told. */
-static bool replay_load(struct replay *r, struct options *o, struct report *report)
+static bool replay_load(struct replay *r, struct options *o, struct mistakes *report)
 {
     struct buf text = { 0 };
     struct err e;
@@ -15166,8 +15166,8 @@ static bool replay_load(struct replay *r, struct options *o, struct report *repo
         tell(report, START, "-replay: %s", e.text);
     for (size_t i = 0; i < text.len; i++)
         lines += text.p[i] == '\n';
-    r->lines = keep(o, lines * sizeof *r->lines);
-    r->parts = keep(o, REPLAY_PARTS * sizeof *r->parts);
+    r->lines = option_alloc(o, lines * sizeof *r->lines);
+    r->parts = option_alloc(o, REPLAY_PARTS * sizeof *r->parts);
     r->arena.limit = SIZE_MAX / 2;
     for (struct bytes rest = { text.p, text.len }; ok && rest.n;) {
         const uint8_t *end = memchr(rest.p, '\n', rest.n);
@@ -15263,7 +15263,7 @@ static void replay_turn(struct loop *l)
     r->half_closed = l->core.touched = true;
 }
 
-static int cmd_replay(struct options *o, struct report *report)
+static int cmd_replay(struct options *o, struct mistakes *report)
 {
     struct replay r = { .o = o, .authority = addr_text(o) };
     if (report->usage || !replay_load(&r, o, report))
@@ -15278,7 +15278,7 @@ static int cmd_replay(struct options *o, struct report *report)
     return client_run(r.loop, &r.dial, report);
 }
 
-static int cmd_agent(struct options *o, struct report *r)
+static int cmd_agent(struct options *o, struct mistakes *r)
 {
     struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest" };
     size_t row = ROW_FIND(failures, bytes_of(o->fail ? o->fail : ""));
@@ -15394,7 +15394,7 @@ static void health_turn(struct loop *l)
     h->again = false;
 }
 
-static int cmd_health(struct options *o, struct report *r)
+static int cmd_health(struct options *o, struct mistakes *r)
 {
     struct health h = { .o = o, .authority = addr_text(o), .dial = { .up = health_up, .down = health_down } };
     h.loop = client_loop(o, r, &h, &h.dial);
@@ -15408,7 +15408,7 @@ static int cmd_health(struct options *o, struct report *r)
 /* ==== 21. The server command, and main =========================================================================== */
 
 /* Opens the port that HOST and PORT name.  False: told. */
-static bool serve_listen(struct loop *l, struct report *r, char *where, size_t cap)
+static bool serve_listen(struct loop *l, struct mistakes *r, char *where, size_t cap)
 {
     const char *env_host = getenv("HOST"), *env_port = getenv("PORT"), *host = env_host ? env_host : "localhost";
     const char *why = "it is no host";
@@ -15428,7 +15428,7 @@ static bool serve_listen(struct loop *l, struct report *r, char *where, size_t c
 }
 
 /* HOST and PORT are checked with all the rest; a socket is opened only when nothing is wrong. */
-static void check_environment(struct report *r)
+static void check_environment(struct mistakes *r)
 {
     const char *host = getenv("HOST"), *port = getenv("PORT");
     struct address at;
@@ -15445,7 +15445,7 @@ static void check_environment(struct report *r)
 
 /* The words that are not flags: the older form ALGO PUBKEY BOOL [DATA...], or a mistake.  False: what is meant can't be
  * told, and there is no more to say. */
-static bool positional_form(struct options *o, struct report *r, bool any_flag)
+static bool positional_form(struct options *o, struct mistakes *r, bool any_flag)
 {
     if (o->arg_count == 0)
         return true;
@@ -15477,12 +15477,12 @@ static bool positional_form(struct options *o, struct report *r, bool any_flag)
         buf_printf(&paths, "%s%s", i > 3 ? "," : "", o->args[i]);
     buf_putc(&paths, 0);
     if (o->arg_count > 3)
-        values_add(o, &o->data_paths, memcpy(keep(o, paths.len), need(paths.p), paths.len));
+        values_add(o, &o->data_paths, memcpy(option_alloc(o, paths.len), or_exit(paths.p), paths.len));
     buf_free(&paths);
     return true;
 }
 
-static int cmd_manifest(struct options *o, struct report *r)
+static int cmd_manifest(struct options *o, struct mistakes *r)
 {
     struct manifest m = { 0 };
     struct err e;
@@ -15665,7 +15665,7 @@ static int verdict_finish(struct server *v, int status)
 }
 
 /* A fault that the manifest is too small for would do nothing. */
-static void check_faults(const struct manifest *m, const struct faults *f, struct report *r)
+static void check_faults(const struct manifest *m, const struct faults *f, struct mistakes *r)
 {
     const struct { enum fault fault; size_t n; const char *what; } rows[] = {
         { FAULT_FLIP, m->len, "bytes" }, { FAULT_MISSING_CHUNK, m->chunks, "chunks" },
@@ -15678,7 +15678,7 @@ static void check_faults(const struct manifest *m, const struct faults *f, struc
 }
 
 /* Everything that the flags ask for, checked.  False: it has been told what is wrong. */
-static bool server_check(struct server *v, struct options *o, struct report *r)
+static bool server_check(struct server *v, struct options *o, struct mistakes *r)
 {
     static const char *const outputs[] = { "text", "json" };
     v->json = check_choice(r, "output", o->output, outputs, PB_COUNT(outputs)) == 1;
@@ -15717,7 +15717,7 @@ static bool server_check(struct server *v, struct options *o, struct report *r)
 }
 
 /* Takes the port, makes the manifest, opens what is written to, and lets agents in.  False: told. */
-static bool server_open(struct server *v, struct report *r, char *where, size_t cap)
+static bool server_open(struct server *v, struct mistakes *r, char *where, size_t cap)
 {
     const struct options *o = v->o;
     struct err e;
@@ -15761,7 +15761,7 @@ static void ready_release(const struct options *o)
         close(fd);
 }
 
-static int cmd_serve(struct options *o, struct report *r)
+static int cmd_serve(struct options *o, struct mistakes *r)
 {
     char where[300];
     struct server v = { .o = o };
@@ -15806,7 +15806,7 @@ static int cmd_serve(struct options *o, struct report *r)
     return status;
 }
 
-static int run(struct options *o, struct report *r)
+static int run(struct options *o, struct mistakes *r)
 {
     switch (o->command) {
     case CMD_CHECKSUM:
@@ -15839,7 +15839,7 @@ int main(int argc, char **argv)
     for (int fd = 0; fd < 3; fd++)    /* no socket may come to stand where stdout was: a folder can't be written */
         if (fcntl(fd, F_GETFD) < 0 && open("/", O_RDONLY) < 0)
             return 1;
-    struct report r = { 0 };
+    struct mistakes r = { 0 };
     signals_handle(on_signal_end);
     o.help = argc > 1 && strcmp(argv[1], "help") == 0;
     int at = o.help ? 2 : 1;

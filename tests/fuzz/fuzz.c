@@ -1009,7 +1009,7 @@ static void client_begin(unsigned how)
         loop.turn = health_turn;
         link_dial(&loop, &st.health.dial, NULL);
     } else {
-        struct report report = { 0 };
+        struct mistakes report = { 0 };
         st.replay = (struct replay){ .loop = &loop, .o = &st.options, .authority = "localhost:7001" };
         files[1].content = BYTES(replay_lines);
         MUST(replay_load(&st.replay, &st.options, &report));
@@ -1517,7 +1517,7 @@ static void check_manifest_stream(const struct manifest *m)
     buf_free(&wire);
 }
 
-static void cli_serve(struct options *o, struct report *r)
+static void cli_serve(struct options *o, struct mistakes *r)
 {
     struct server v = { .o = o };
     bool good = server_check(&v, o, r) && manifest_finish(&v.manifest, r);
@@ -1540,7 +1540,7 @@ static void fuzz_cli(struct input *in)
     char *words[WORDS], *kept[WORDS];
     size_t n = 0, env = 0, lines = 0;
     struct options o = { .command = CMD_SERVE };
-    struct report r = { 0 };
+    struct mistakes r = { 0 };
     int status;
     run_begin();
     while (in->n && lines < WORDS) {
@@ -1588,7 +1588,7 @@ static void fuzz_manifest(struct input *in)
 {
     char *words[] = { (char[]){ "-manifest" }, (char[]){ "in.json" }, (char[]){ "-algo-path" }, (char[]){ "data" } };
     struct options o = { .command = CMD_SERVE };
-    struct report r = { 0 };
+    struct mistakes r = { 0 };
     struct replay replay = { .o = &o };
     run_begin();
     files[1].content = (struct bytes){ in->p, in->n };

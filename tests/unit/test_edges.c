@@ -38,7 +38,7 @@ static void test_durations(void)
 
 static struct options parsed(enum command command)
 {
-    struct report r = { 0 };
+    struct mistakes r = { 0 };
     struct options o = { .command = command, .arena.limit = SIZE_MAX / 2 };
     char *words[1] = { NULL };
     options_parse(&r, &o, words, 0);
