@@ -3369,19 +3369,20 @@ static void idle_fire(struct conn *c)
 
 static int64_t silence_at(const struct conn *c)
 {
-    if (c->phase != CONN_OPEN || c->client || !c->settings_seen)
+    if (c->phase != CONN_OPEN || !c->settings_seen)
         return NEVER;
     return c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
 }
 
-/* A client that says nothing is asked whether it is there; a peer that has died without a word is found out so. */
+/* A peer that says nothing is asked whether it is there; one that has died without a word is found out so. */
 static void silence_fire(struct conn *c)
 {
     if (c->core->backpressure || !conn_wants_input(c)) {   /* it is us who do not listen */
         c->heard_ms = c->core->now_ms;
         c->ping_ms = 0;
     } else if (c->ping_ms) {
-        core_cap(c->core, c->peer, CAP_SILENCE);
+        if (!c->client)
+            core_cap(c->core, c->peer, CAP_SILENCE);
         conn_end(c, NO_ERROR, "no answer to a PING");
     } else {
         c->ping_ms = c->core->now_ms;
@@ -11888,11 +11889,18 @@ static enum agent_state agent_state_of(struct bytes name)
     return state;
 }
 
-/* An agent has connected: one that was here before is asked where it stands. */
+/* An agent has connected: one that was here before is asked where it stands.  A call to it may be lost without a word,
+ * so a PING asks there too. */
 static void delivery_back(const struct host *h)
 {
-    if (h->courier && h->courier->version)
-        courier_ask(h->courier);
+    struct courier *c = h->courier;
+    if (!c || !c->version)
+        return;
+    courier_ask(c);
+    if (c->link && !c->link->connecting) {
+        c->link->conn.heard_ms = c->delivery->loop->core.now_ms - SILENCE_MS;
+        heap_set(c->delivery->loop, c->link, conn_deadline(&c->link->conn));
+    }
 }
 
 /* A message of an agent host has come; peer is the address of its stream, port that of its service, version that of the

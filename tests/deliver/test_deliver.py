@@ -508,6 +508,28 @@ def test_agent_back():
         r.server.ended(0, "running reached")
 
 
+def test_call_lost_without_a_word():
+    """An agent that is back in the middle of an upload, whose connection says nothing: it is asked there with a PING."""
+    with socket.create_server(("127.0.0.1", 0)) as service, \
+            Run("no word", "-agent-address", "127.0.0.1:%d" % service.getsockname()[1], until=None) as r:
+        agent, _ = r.server.both()
+        agent.send(ACCEPTED)
+        s, _ = service.accept()
+        s.settimeout(LIMIT)
+        s.sendall(harness.frame(harness.SETTINGS, 0, 0))
+        r.said("uploading the algorithm")
+        data, again = b"", False
+        while not any(kind == harness.PING for kind, *_ in harness.frames_of(data[24:])[0]):
+            piece = s.recv(65536)
+            need(piece, "the connection ended")
+            data += piece
+            if not again and any(kind == harness.DATA for kind, *_ in harness.frames_of(data[24:])[0]):
+                agent.close()
+                again = r.server.agent()
+        check("no word: a PING comes", True)
+        s.close()
+
+
 def test_taken_meanwhile():
     """An upload whose answer was lost, but which the agent has: it is not sent again."""
     with Agent() as go, Run("taken", go=go, base=basic(write("d.bin", os.urandom(2 * MIB))), until="running") as r:
