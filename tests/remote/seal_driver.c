@@ -50,7 +50,7 @@ static FILE *part(const struct image *im, enum image_part which, const char *fol
 {
     char path[4096];
     snprintf(path, sizeof path, "%s/blobs/sha256/%s", folder, im->digest[which] + 7);
-    return need(fopen(path, "w"));
+    return or_exit(fopen(path, "w"));
 }
 
 static int image(char **arg)

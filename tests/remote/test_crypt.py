@@ -155,8 +155,8 @@ def pipe_of(data):
 
 def test_usage():
     key = key_file()
-    for words, told in [([], "-key FILE"), (["-key", key], "two files, IN and OUT; 0"), (["-key", key, "a"], "; 1 "),
-                        (["-key", key, "a", "b", "c"], "; 3 "), (["-key", key, "-new-key", "k", "a", "b"], "either -key")]:
+    for words, told in [([], "-key FILE"), (["-key", key], "two files, IN and OUT, not 0"), (["-key", key, "a"], ", not 1"),
+                        (["-key", key, "a", "b", "c"], ", not 3"), (["-key", key, "-new-key", "k", "a", "b"], "either -key")]:
         r = crypt(f"usage {words}", "encrypt", *words)
         same(f"usage {words}: status", r.status, 2)
         has(f"usage {words}", r.err, told)
