@@ -612,8 +612,8 @@ static bool file_room(struct buf *b)
     return true;
 }
 
-/* Reads a whole file, FIFO or device of at most max bytes into `out`, which is empty before and is allocated
- * once, so that no second copy of a secret is left in freed memory. */
+/* Reads a whole file, FIFO or device of at most max bytes into `out`, which is empty before.  No second copy of a secret
+ * is left in freed memory. */
 MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, struct err *e)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -677,6 +677,18 @@ static void output_forget(const char *path)
     struct stat st;
     if (path && lstat(path, &st) == 0 && S_ISREG(st.st_mode) && path_is_standard(path) < 0)
         unlink(path);
+}
+
+/* The name of a file until it is whole, to be freed.  NULL without memory. */
+static char *part_path(const char *path)
+{
+    size_t n = strlen(path);
+    char *part = malloc(n + sizeof ".part");
+    if (part) {
+        memcpy(part, path, n);
+        memcpy(part + n, ".part", sizeof ".part");
+    }
+    return part;
 }
 
 /* Makes a file of these bytes. */
@@ -1249,10 +1261,15 @@ static int http1_head_len(struct bytes in)
     return 0;
 }
 
+/* How long the scheme of HTTP is, with its slashes, that a URL begins with; 0: it begins with another, or none. */
+static size_t http_scheme(struct bytes url)
+{
+    return bytes_start(url, "http://") ? 7 : bytes_start(url, "https://") ? 8 : 0;
+}
+
 /* The request line (RFC 9112 3).  Returns the HTTP status of what is wrong, 0 if nothing is. */
 static unsigned http1_request_line(struct http1_head *h, struct bytes line)
 {
-    const struct bytes http = BYTES("http://"), https = BYTES("https://");
     h->method = bytes_take(&line, ' ');
     h->target = bytes_take(&line, ' ');
     bool version = line.n == 8 && bytes_start(line, "HTTP/") && line.p[5] >= '0' && line.p[5] <= '9' &&
@@ -1262,7 +1279,7 @@ static unsigned http1_request_line(struct http1_head *h, struct bytes line)
             return 400;
     if (!version || !http1_token(h->method) || !h->target.n)
         return 400;
-    size_t scheme = bytes_start(h->target, "http://") ? http.n : bytes_start(h->target, "https://") ? https.n : 0;
+    size_t scheme = http_scheme(h->target);
     if (scheme) {                     /* RFC 9112 3.2.2 */
         struct bytes rest = bytes_from(h->target, scheme);
         const uint8_t *path = rest.n ? memchr(rest.p, '/', rest.n) : NULL;
@@ -3726,8 +3743,7 @@ static void grpc_unknown(struct stream *s, struct bytes path)
 static bool grpc_content_type(struct bytes type)
 {
     const struct bytes grpc = BYTES("application/grpc");
-    return type.n >= grpc.n && memcmp(type.p, grpc.p, grpc.n) == 0 &&
-           (type.n == grpc.n || strchr("+;", type.p[grpc.n]));
+    return bytes_start(type, "application/grpc") && (type.n == grpc.n || strchr("+;", type.p[grpc.n]));
 }
 
 /* Keeps the name of a message encoding: it is told when a message is flagged as compressed. */
@@ -6792,17 +6808,13 @@ PB_DEFINE(DataRequest, PB_PLAIN, NULL,
     PB_ROW(DataRequest, 1, BYTES,  0, dataset,  NULL),
     PB_ROW(DataRequest, 2, STRING, 0, filename, NULL));
 struct ResultRequest { char empty; };
-static const struct pb_message ResultRequest_message = {
-    "ResultRequest", NULL, 0, sizeof(struct ResultRequest), PB_PLAIN, NULL
-};
+PB_DEFINE_EMPTY(ResultRequest);
 struct ResultResponse { struct bytes file; };
 PB_DEFINE(ResultResponse, PB_PLAIN, NULL, PB_ROW(ResultResponse, 1, BYTES, 0, file, NULL));
 
 /* ---- attestation_agent: where an agent gets the token that a key broker wants ---- */
 struct GetTeeTypeRequest { char empty; };
-static const struct pb_message GetTeeTypeRequest_message = {
-    "GetTeeTypeRequest", NULL, 0, sizeof(struct GetTeeTypeRequest), PB_PLAIN, NULL
-};
+PB_DEFINE_EMPTY(GetTeeTypeRequest);
 struct GetTeeTypeResponse { struct bytes tee; };
 PB_DEFINE(GetTeeTypeResponse, PB_PLAIN, NULL, PB_ROW(GetTeeTypeResponse, 1, STRING, 0, tee, NULL));
 struct GetTokenRequest { struct bytes TokenType; };
@@ -8276,6 +8288,13 @@ static uint64_t tar_padding(uint64_t n)
     return -n & (TAR_BLOCK - 1);
 }
 
+/* n zeros, TAR_END at most. */
+static void tar_put_zeros(struct zip *z, uint64_t n)
+{
+    static const uint8_t zeros[TAR_END];
+    zip_put(z, zeros, (size_t)n);
+}
+
 static void put_octal(uint8_t *p, int digits, uint64_t v)
 {
     while (digits--)
@@ -8325,7 +8344,6 @@ static struct bytes tar_name(const struct zip *z, const struct tree_entry *entry
 
 static void tar_header(struct zip *z, const struct tree_entry *entry)
 {
-    static const uint8_t zeros[TAR_BLOCK];
     struct bytes name = tar_name(z, entry);
     size_t n = tar_record(NULL, 0, name);
     if (n) {
@@ -8334,7 +8352,7 @@ static void tar_header(struct zip *z, const struct tree_entry *entry)
         if (record)
             tar_record(record, n + 1, name), z->out.len += n;
         z->len += n;
-        zip_put(z, zeros, (size_t)tar_padding(n));
+        tar_put_zeros(z, tar_padding(n));
     }
     tar_put(z, '0', name, entry->st.size);
 }
@@ -8560,10 +8578,9 @@ static bool source_next_file(struct source *s, struct tree_entry *entry, struct 
 /* What stands behind the last file of an archive, in its order. */
 static void source_end(struct zip *z)
 {
-    static const uint8_t zeros[TAR_END];
     size_t n = z->tree.n;
     if (z->tar)
-        zip_put(z, zeros, sizeof zeros), z->step = 2 * n;
+        tar_put_zeros(z, TAR_END), z->step = 2 * n;
     else if (z->step < 2 * n)
         zip_central_header(z, &z->tree.entry[z->step - n]);
     else
@@ -8574,7 +8591,6 @@ static void source_end(struct zip *z)
 /* Goes on in a zip whose bytes are all taken: from a file that has ended to the next one, then to the directory. */
 static bool source_next(struct source *s, struct err *e)
 {
-    static const uint8_t zeros[TAR_BLOCK];
     struct zip *z = s->zip;
     struct tree_entry *entry = z->tree.entry;
     size_t n = z->tree.n;
@@ -8585,7 +8601,7 @@ static bool source_next(struct source *s, struct err *e)
         if (z->tar && entry[z->step].size != entry[z->step].st.size)
             return file_err(e, source_at(s), "has changed while it was read");
         if (z->tar)
-            zip_put(z, zeros, (size_t)tar_padding(entry[z->step].size));
+            tar_put_zeros(z, tar_padding(entry[z->step].size));
         else
             zip_descriptor(z, &entry[z->step]);
         z->step++;
@@ -8921,9 +8937,7 @@ static void digest_text(char to[], const br_sha256_context *h)
 static bool image_text(struct image *im, enum image_part part, struct buf *text)
 {
     br_sha256_context h;
-    struct blob *b = text->failed ? NULL : blob_new(text->len);
-    if (b)
-        memcpy(b->p, text->p, text->len);
+    struct blob *b = text->failed ? NULL : blob_copy((struct bytes){ text->p, text->len });
     br_sha256_init(&h);
     br_sha256_update(&h, text->p, text->len);
     digest_text(im->digest[part], &h);
@@ -9340,11 +9354,7 @@ static bool is_file(const char *path, const struct stat *file)
 static bool output_part(struct output *w, const struct stat *there, struct err *e)
 {
     w->real = there ? realpath(w->path, NULL) : NULL;
-    const char *path = w->real ? w->real : w->path;
-    size_t n = strlen(path);
-    w->part = or_exit(malloc(n + sizeof ".part"));
-    memcpy(w->part, path, n);
-    memcpy(w->part + n, ".part", sizeof ".part");
+    w->part = or_exit(part_path(w->real ? w->real : w->path));
     unlink(w->part);                  /* of a run that was killed */
     w->fd = open(w->part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, there ? 0600 : 0666);
     if (w->fd < 0)
@@ -10117,17 +10127,23 @@ static struct bytes new_input(struct manifest *m, const char *path)
     return (struct bytes){ in->hash, SHA3_256_LEN };
 }
 
+/* Dataset.filename of the i-th dataset that is fetched, as the original server has it; kept. */
+static struct bytes fetched_name(struct options *o, size_t i)
+{
+    char *name = option_alloc(o, 40);
+    text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
+    return bytes_of(name);
+}
+
 static void remote_dataset(struct manifest *m, struct options *o, struct mistakes *r, const struct values *col, size_t i,
                            struct Dataset *d)
 {
     const char *url = nth(&col[COL_URL], i);
-    char *name = option_alloc(o, 40);
-    text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
     if (*url)
         check_url(r, "dataset-source-urls", url);
     else
         tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
-    d->filename = bytes_of(name);
+    d->filename = fetched_name(o, i);
     d->source = new_source(o, m->compat, o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
     d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), &dataset_flags, url);
     if (!nth(&col[COL_HASH], i))
@@ -10346,8 +10362,8 @@ static void hash_check(struct mistakes *r, const char *of, const char *what, str
 static void kbs_check(struct mistakes *r, const char *what, const struct KBSConfig *kbs, const struct KBSConfig *other)
 {
     struct bytes url = kbs ? kbs->url : (struct bytes){ 0 };
-    bool http = (url.n > 7 && memcmp(url.p, "http://", 7) == 0) || (url.n > 8 && memcmp(url.p, "https://", 8) == 0);
-    if (url.n && !http && !(other && bytes_eq(url, other->url)))
+    size_t scheme = http_scheme(url);
+    if (url.n && (!scheme || url.n == scheme) && !(other && bytes_eq(url, other->url)))
         tell(r, WARNING, "the key broker of %s, \"%.*s\", is no URL that an agent can reach: it lacks http:// or "
              "https://", what, (int)min_size(url.n, 200), (const char *)url.p);
 }
@@ -11386,7 +11402,8 @@ struct delivery {
     char token[40], base[320];        /* what GetToken gives; the URLs' beginning */
     unsigned fetches;                 /* that are under way */
     struct user_key *key;
-    char *signature[ROLES];
+    struct bytes public_key;          /* its public half, once it has been asked for, */
+    const char *signature[ROLES];     /* and what it signs */
     struct errand *errands;
     size_t count;
     struct address at;                /* -agent-address, if it is given */
@@ -11611,13 +11628,9 @@ static bool results_open(struct courier *c)
         free(c->path);
         c->runs++;
     }
-    size_t n = c->path ? strlen(c->path) : 0;
-    c->part = c->path ? malloc(n + sizeof ".part") : NULL;
-    if (c->part) {
-        memcpy(c->part, c->path, n);
-        memcpy(c->part + n, ".part", sizeof ".part");
+    c->part = c->path ? part_path(c->path) : NULL;
+    if (c->part)
         c->fd = open(c->part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0644);
-    }
     if (c->fd < 0) {
         courier_fail(c, "-results: %s: %s", c->part ? c->part : c->delivery->o->results, strerror(errno));
         return false;
@@ -12141,32 +12154,30 @@ static void delivery_setup(struct delivery *d, struct options *o, struct mistake
 }
 
 /* The public half of the users' key, kept; empty without one. */
-static struct bytes delivery_public(const struct delivery *d, struct options *o)
+static struct bytes delivery_public(struct delivery *d, struct options *o)
 {
     struct buf b = { 0 };
-    struct bytes key = { 0 };
-    if (d->key) {
+    if (d->key && !d->public_key.n) {
         or_exit(user_key_public(d->key, &b) ? b.p : NULL);
-        key = (struct bytes){ memcpy(option_alloc(o, b.len), b.p, b.len), b.len };
+        d->public_key = (struct bytes){ memcpy(option_alloc(o, b.len), b.p, b.len), b.len };
     }
     buf_free(&b);
-    return key;
+    return d->public_key;
 }
 
 /* base64 of the signature over the role's own word: what the agent knows a user by. */
-static const char *delivery_signature(const struct delivery *d, struct options *o, enum user_role role)
+static const char *delivery_signature(struct delivery *d, struct options *o, enum user_role role)
 {
     struct buf b = { 0 }, text = { 0 };
-    char *kept = "";
-    if (d->key) {
+    if (d->key && !d->signature[role]) {
         or_exit(user_key_sign(d->key, bytes_of(roles[role].user_id), &b) ? b.p : NULL);
         pb_base64(&text, (struct bytes){ b.p, b.len });
         buf_putc(&text, 0);
-        kept = memcpy(option_alloc(o, text.len), or_exit(text.failed ? NULL : text.p), text.len);
+        d->signature[role] = memcpy(option_alloc(o, text.len), or_exit(text.failed ? NULL : text.p), text.len);
     }
     buf_free(&b);
     buf_free(&text);
-    return kept;
+    return d->key ? d->signature[role] : "";
 }
 
 /* A value that gRPC's metadata can carry: printable ASCII, without blanks at its ends. */
@@ -12371,12 +12382,10 @@ static void delivery_add_resources(struct delivery *d, struct options *o, struct
         tell(r, USAGE, "-deliver %s: there is no algorithm to serve; give -algo-path", way_names[d->algorithm]);
     }
     for (size_t i = 0; way_fetches(d->data) && i < n; i++) {
-        char *name = option_alloc(o, 40);
-        text_printf(name, 40, "dataset_%lu.csv", (unsigned long)i);
         delivery_add_resource(d, o, ROLE_DATA, i, &m->inputs[i], d->data);
         if (way_image(d->data))
             check_image(r, "data-paths", BYTES(""), m->inputs[i].path);
-        data[i].filename = bytes_of(name);
+        data[i].filename = fetched_name(o, i);
         if (!nth(&unpack, i))
             data[i].decompress = stat(m->inputs[i].path, &st) == 0 && S_ISDIR(st.st_mode);
     }
@@ -13569,6 +13578,13 @@ static void fetch_closed(struct stream *s)
 
 static const struct grpc_method fetch_method = { .open = fetch_open, .pull = fetch_pull, .closed = fetch_closed };
 
+/* The same of a call that has been answered with n bytes. */
+static void show_call(const struct stream *s, const struct host *host, size_t n, const char *what)
+{
+    show_request(s->conn, host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
+                                                   .status = 200, .bytes = (int64_t)n, .what = bytes_of(what) });
+}
+
 /* attestation_agent.AttestationAgentService: a machine without a TEE, and a token that is none of JSON. */
 static void attestation_answer(struct stream *s, struct bytes wire, const struct pb_message *ask, void *req,
                                const struct pb_message *answer, const void *res)
@@ -13580,9 +13596,7 @@ static void attestation_answer(struct stream *s, struct bytes wire, const struct
     size_t n = b ? b->n : 0;
     grpc_send_blob(s, b);
     fetch_host(&t, s->conn->peer);
-    show_request(s->conn, t.host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
-                                                     .status = 200, .bytes = (int64_t)n,
-                                                     .what = bytes_of(strrchr(s->grpc.method->path, '/') + 1) });
+    show_call(s, t.host, n, strrchr(s->grpc.method->path, '/') + 1);
 }
 
 static void attestation_tee_type(struct stream *s, struct bytes wire)
@@ -13616,9 +13630,7 @@ static void unwrap_seen(struct stream *s, size_t n)
             p->done = p->fetched > 0;
         }
     }
-    show_request(s->conn, t.host, &(struct Request){ .method = BYTES("POST"), .path = bytes_of(s->grpc.method->path),
-                                                     .status = 200, .bytes = (int64_t)n,
-                                                     .what = BYTES("key of the images") });
+    show_call(s, t.host, n, "key of the images");
 }
 
 /* The key of all images, in the form of ocicrypt; a layer's own is its nonce. */
@@ -13949,7 +13961,7 @@ struct download {
     struct unseal unseal;
     struct sha3_256 sha3;
     uint64_t bytes;
-    uint8_t head[2], plain[16384 + AES_KEY];      /* its first bytes; room for a piece of it */
+    uint8_t head[2], plain[FILE_READ];    /* its first bytes; room for a piece of it */
 };
 
 struct agent {
@@ -14131,8 +14143,7 @@ static void download_next(struct agent *a, enum user_role role);
 /* Whether a resource is fetched in earnest: the server has said that it serves it. */
 static bool agent_fetches(const struct agent *a, enum user_role role, const struct Source *source)
 {
-    return a->announced & 1u << role && is_remote(source) &&
-           (bytes_start(source->url, "http://") || bytes_start(source->url, "https://"));
+    return a->announced & 1u << role && is_remote(source) && http_scheme(source->url);
 }
 
 /* Whom it waits for: whoever the server has said that it plays, or, with -agent-port, all that a real agent waits for.
@@ -14572,7 +14583,7 @@ static void http_data(struct stream *s, struct bytes p)
     else if (l->phase == DOWNLOAD_KEY)
         buf_put(&l->key, p.p, p.n);
     for (size_t n; l->phase == DOWNLOAD_BLOB && p.n; p = bytes_from(p, n)) {
-        n = min_size(p.n, 16384);
+        n = min_size(p.n, sizeof l->plain);
         if (l->source->encrypted)
             download_take(l, l->plain, unseal_update(&l->unseal, p.p, n, l->plain));
         else

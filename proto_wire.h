@@ -300,6 +300,9 @@ struct pb_list {
     static const struct pb_field T##_fields[] = { __VA_ARGS__ }; \
     static const struct pb_message T##_message = { #T, T##_fields, PB_COUNT(T##_fields), sizeof(struct T), form, oneof }
 
+#define PB_DEFINE_EMPTY(T) \
+    static const struct pb_message T##_message = { #T, NULL, 0, sizeof(struct T), PB_PLAIN, NULL }
+
 /* Index of the row with this number, m->n if there is none. */
 static size_t pb_row(const struct pb_message *m, uint64_t number)
 {

@@ -330,19 +330,10 @@ def test_help():
     for example in examples:
         args = [files.get(a, a) for a in example.replace("out.zip", os.path.join(temp(), "out.zip")).split()]
         smoke = "-until" in args
-        same(f"help: {example}", run(f"help: {example}", [*args, "-timeout", "1ms"] if smoke else ["manifest", *args]).status, 4 * smoke)
-    commands = "".join(run(f"help {c}", [c, "-h"]).out for c in ("agent", "manifest", "checksum", "health", "encrypt", "decrypt"))
-    widest = max(map(len, (r.out + short + commands).splitlines()))
-    check("help: under 100 columns", widest < 100, widest, 99)
-    hasnot("help: no bracket twice", flat, r"\) \(")
-    examples = re.findall(r"^  (?:HOST= PORT=7001 \S+ \S+ )?cvms (.+)", short.split("Examples:")[1], re.M)
-    same("help: examples", len(examples), 3)
-    manifest = write(os.path.join(temp(), "manifest.json"), run("help: a manifest", ["manifest", *W.base]).out.encode())
-    files = {"algo.py": W.algo, "data.csv": W.data, "pub.pem": W.key, "manifest.json": manifest}
-    for example in examples:
-        args = [files.get(a, a) for a in example.replace("out.zip", os.path.join(temp(), "out.zip")).split()]
         same(f"help: {example}", run(f"help: {example}", [*args, "-timeout", "1ms"], env={"PORT": "0"}, limit=15).status,
-             4 if "-until" in args else 2)
+             4 if smoke else 2)
+        if not smoke:
+            same(f"help: {example}", run(f"help: {example}", ["manifest", *args]).status, 0)
     r = run("version", ["-version"])
     same("-version: status", r.status, 0)
     has("-version", r.out, r"cvms \d+\.\d+")
