@@ -45,21 +45,27 @@ made_already = {}                     # programs that are made, or being made
 compiling = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 running = concurrent.futures.ThreadPoolExecutor(3)
 shown_later = []                      # of the quick tests, which run beside each other
+failures = []                         # said once more at the end, where a reader of a long log looks
+
+
+def fail(text):
+    totals[1] += 1
+    failures.append(text[:500])
+    print(f"FAIL {text}", flush=True)
 
 
 def count(name, output, status):
     """Adds a layer's closing line to the totals; a layer without one, or with another exit status, has failed."""
     found = re.findall(r"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?", output, re.M)
     if not found:
-        print(f"FAIL {name}: no closing line, exit status {status}")
-        totals[1] += 1
+        fail(f"{name}: no closing line, exit status {status}")
         return
     passed, failed, skipped = (int(x or 0) for x in found[-1])
     if status != 0 and failed == 0:
-        print(f"FAIL {name}: exit status {status} although nothing failed")
-        failed = 1
+        fail(f"{name}: exit status {status} although nothing failed")
     for i, n in enumerate((passed, failed, skipped)):
         totals[i] += n
+    failures.extend(f"{name}: {line[5:500]}" for line in output.splitlines() if failed and line.startswith("FAIL "))
     print(f"     {name}: {passed} passed, {failed} failed, {skipped} skipped")
 
 
@@ -67,8 +73,11 @@ def missing(name, why):
     """What can't be run: skipped by name, in CI a failure."""
     if planning:
         return
-    print(f"{'FAIL' if CI else 'skip'} {name}: {why}")
-    totals[1 if CI else 2] += 1
+    if CI:
+        fail(f"{name}: {why}")
+    else:
+        print(f"skip {name}: {why}")
+        totals[2] += 1
 
 
 def layer(name, command, wait=True, **kw):
@@ -112,17 +121,17 @@ def build(cc, out, source, flags, strict=STRICT, after=()):
         return None
     p = p.result()
     if p.returncode:
-        print(f"FAIL build of {out} with {cc}:\n{p.stderr[-3000:]}")
-        totals[1] += 1
+        fail(f"build of {out} with {cc}:\n{p.stderr[:3000]}")
         return None
     totals[0] += 1
     return os.path.join(BIN, out)
 
 
 def expect(name, good, got):
-    totals[0 if good else 1] += 1
-    if not good:
-        print(f"FAIL {name}: got {str(got)[-2000:]}")
+    if good:
+        totals[0] += 1
+    else:
+        fail(f"{name}: got {str(got)[-2000:]}")
 
 
 def unit_tests():
@@ -425,8 +434,7 @@ def main():
     global planning, wanted
     os.makedirs(BIN, exist_ok=True)
     if CI and len(COMPILERS) < 2 and not QUICK:
-        print("FAIL both gcc and clang are wanted in CI")
-        totals[1] += 1
+        fail("both gcc and clang are wanted in CI")
     every = QUICK_LAYERS if QUICK else [n for n in LAYERS if n not in ON_REQUEST and not (COVERAGE and n in NOT_COVERAGE)]
     names = [a for a in sys.argv[1:] if not a.startswith("-")] or every
     unknown = [n for n in names if n.partition("/")[0] not in LAYERS]
@@ -445,6 +453,8 @@ def main():
     passed, failed, skipped = totals
     if not passed + failed + skipped:
         print(f"there is no {' '.join(names)}")
+    for text in failures[:40]:
+        print(f"FAIL {text}")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed or not passed else 0
 

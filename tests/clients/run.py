@@ -457,7 +457,7 @@ DONE = [event("Running/Completed"), event("ConsumingResults/Ready")]
 def verdict(want, says, agent, forwarder, *flags):
     """The two streams of an agent host, one after the other within the grace, and the exit status and summary wanted."""
     def test(t):
-        s = t.serve(*DIRECT, "-until", "ready", "-timeout", "20s", *flags)
+        s = t.serve(*DIRECT, "-until", "ready", "-timeout", "60s", *flags)
         for name, messages in (("agent", agent), ("forwarder", forwarder)):
             with open(t.path(name), "w") as f:
                 f.writelines("%s %s\n" % (name, base64.b64encode(m).decode()) for m in messages)
@@ -714,7 +714,7 @@ TESTS = [
     ("verdict: run_res with an error", verdict(3, "run_res: bad key", [ATTESTATION, field(3, field(2, "bad key"))], [])),
     ("verdict: a failure that only a log line tells", verdict(3, "hash does not match manifest", [ATTESTATION, ACCEPTED],
                                                               RUN + [log("dataset: hash does not match manifest", "ERROR")])),
-    ("verdict: only the log-forwarder", verdict(4, "only its log-forwarder", [], [log("x", "INFO")], "-timeout", "1s")),
+    ("verdict: only the log-forwarder", verdict(4, "only its log-forwarder", [], [log("x", "INFO")], "-timeout", "3s")),
     ("verdict: the agent is lost", verdict(5, "LOST", [ATTESTATION, ACCEPTED], [], "-grace", "100ms")),
     ("metadata", metadata),
     ("log-forwarder that never reads", never_reading),

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -68,7 +69,7 @@ class Run:
     def __init__(self, name, *args, go=None, base=None, until="complete", **kw):
         self.name, self.go = name, go
         where = ["-agent-address", go.address] if go else []
-        until = ["-until", until, "-timeout", "20s"] if until else []
+        until = ["-until", until, "-timeout", "60s"] if until else []
         self.server = Server(name, "-deliver", "upload", *where, *until, *args, base=basic() if base is None else base, **kw)
 
     def __enter__(self):
@@ -615,7 +616,7 @@ def test_results_endless():
             "resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)); os.execv(sys.argv[1], sys.argv[1:])"
     with Agent() as go:
         command = [sys.executable, "-c", limit, W.cvms, *basic(), "-deliver", "upload", "-agent-address", go.address, "-results",
-                   folder + "/out", "-until", "complete", "-timeout", "20s"]
+                   folder + "/out", "-until", "complete", "-timeout", "60s"]
         with Server("endless", command=command) as s:
             go.tell("results -1 100000")
             a, f = s.both()
@@ -882,6 +883,8 @@ def test_stand_in_lost_and_back():
     with Run("killed", base=basic(big), until="ready", program=FAST) as r:
         with stand_in(r.server, "-job-id", "vm", program=FAST) as a:
             r.said("uploading the dataset")
+            while int(re.search(r"rchar: (\d+)", read(f"/proc/{a.p.pid}/io").decode()).group(1)) < 2 * MIB:
+                time.sleep(0.001)     # what it has read so far is no event
             a.stop(9)
             r.said("the upload of big broke off")
         with stand_in(r.server, "-job-id", "vm", program=FAST) as a:
@@ -899,7 +902,7 @@ def test_stand_in_fetches():
                              ("http-plain,http", {}, 3), ("http", secure, 4)):
         name = f"fetches, {way}{', TLS' if env else ''}"
         with Server(name, *basic(W.data, folder, big), "-deliver", way, "-results", temp() + "/r", "-until", "complete",
-                    "-timeout", "20s", base=[], env=env) as s:
+                    "-timeout", "60s", base=[], env=env) as s:
             with stand_in(s, *(["-ca", tls + "/localhost.pem"] if env else [])) as a:
                 err = played(s, a, 0, 0, "complete reached")
                 same(f"{name}: keys", len(re.findall("fetched, \\d+ bytes, and its key", err)), sealed)
@@ -913,7 +916,7 @@ def test_stand_in_fetches():
             ("refuse-token", "http", "failed to retrieve decryption key from KBS: HTTP status 401"),
             ("wrong-hash", "http-plain", "hash mismatch")):
         name = f"fetches, {fault}, {way}"
-        with Server(name, *basic(W.data), "-deliver", way, "-fault", fault, "-until", "ready", "-timeout", "20s", base=[]) as s, \
+        with Server(name, *basic(W.data), "-deliver", way, "-fault", fault, "-until", "ready", "-timeout", "60s", base=[]) as s, \
                 stand_in(s) as a:
             err = played(s, a, 3, 1, "Failed/Failed")
             has(name, err, "ERROR +failed to download and decrypt algorithm: .*" + words)

@@ -28,7 +28,7 @@ import xml.etree.ElementTree as xml
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import harness  # noqa: E402
 from harness import (  # noqa: E402
-    ACCEPTED, LIMIT, RST, Server, Stream, W, check, environment, event, field, fields, first, frame, has, hasnot, log, named, read, run, same,
+    ACCEPTED, LIMIT, RST, Server, Stream, W, check, environment, event, field, fields, first, frame, has, hasnot, log, named, need, read, run, same,
     sanitizers, temp, write)
 
 MIB = 1 << 20                               # bytes of the manifest in a chunk
@@ -114,7 +114,7 @@ def stage_row(stage, job, data, forwarder_first):
     script += [(None, "f", event("ReceivingData/InProgress"))] if data else []
     script += [("running", "f", event(RUNNING[0])), (None, "f", event(RUNNING[1])), ("ready", "f", event(DONE[0])),
                (None, "f", event(DONE[1])), ("complete", "f", event(RUN[-1]))]
-    with Server(name, "-until", stage, "-timeout", "20s", base=W.with_data if data else W.base) as s:
+    with Server(name, "-until", stage, "-timeout", "60s", base=W.with_data if data else W.base) as s:
         if stage == "connected":
             if forwarder_first:
                 f = s.forwarder(job)
@@ -150,13 +150,13 @@ def test_stages_by_poll():
                           ("complete", ["ReceivingManifest", "ReceivingAlgorithm", "ReceivingData", "Complete"])):
         for job in (None, "job-1"):
             name = f"poll, {stage} by {states[-1]}, {job}"
-            with Server(name, "-until", stage, "-timeout", "15s", "-poll", "50ms") as s:
+            with Server(name, "-until", stage, "-timeout", "60s", "-poll", "50ms") as s:
                 a = s.agent(job)
                 a.send(ACCEPTED)
                 n = answers(a, states)
                 check(f"{name}: asked", n >= len(states), n, len(states))
                 s.ended(0, stage)
-    with Server("poll, asks for the id", "-until", "ready", "-timeout", "15s", "-poll", "50ms", "-set", "id=c-7") as s:
+    with Server("poll, asks for the id", "-until", "ready", "-timeout", "60s", "-poll", "50ms", "-set", "id=c-7") as s:
         a = s.agent()
         q = a.asked(4)
         same("poll: the question's id", q and first(q, 1), b"c-7")
@@ -187,18 +187,18 @@ def test_end_of_input():
 
 
 def test_stages_ways():
-    with Server("deaf forwarder", "-until", "complete", "-timeout", "15s") as s:    # as the oldest log-forwarder
+    with Server("deaf forwarder", "-until", "complete", "-timeout", "60s") as s:    # as the oldest log-forwarder
         s.agent().send(ACCEPTED)
         s.forwarder(deaf=True).events(*RUN)
         s.ended(0, "complete")
-    with Server("one write", "-until", "complete", "-timeout", "15s") as s:
+    with Server("one write", "-until", "complete", "-timeout", "60s") as s:
         s.agent().send(ACCEPTED)
         s.forwarder(first=event(START[0])).events(*RUN[1:])
         s.ended(0, "complete")
-    with Server("empty report", "-until", "connected", "-timeout", "15s") as s:
+    with Server("empty report", "-until", "connected", "-timeout", "60s") as s:
         s.open(first=field(6, b""))
         s.ended(0, "connected")
-    with Server("connected by job-id alone", "-until", "connected", "-timeout", "15s") as s:
+    with Server("connected by job-id alone", "-until", "connected", "-timeout", "60s") as s:
         s.open([("job-id", "j")])
         s.ended(0, "connected")
     with Server("no verdict") as s:
@@ -216,7 +216,7 @@ def test_agent_command():
                                 (["-fail", "ReceivingData"], 3, ("Failed",)), (["-fail", "Running"], 3, ("Failed",)),
                                 (["-once"], 5, ("lost",))):
         name = "cvms agent " + " ".join(args)
-        with Server(name, "-until", "complete", "-timeout", "15s", "-grace", "300ms", base=W.with_data) as s:
+        with Server(name, "-until", "complete", "-timeout", "60s", "-grace", "300ms", base=W.with_data) as s:
             run(name, ["agent", *args, s.address])
             s.ended(status, *words)
 
@@ -233,7 +233,7 @@ def test_failures():
     rows += [(f"{level} {text}", "f", log(f"oops: {text}: x", level), text) for text in SILENT for level in ("WARN", "ERROR")]
     for i, (what, by, message, told) in enumerate(rows):
         job = "job-9" if i % 2 else None
-        with Server(f"fails: {what}", "-until", "complete", "-timeout", "15s") as s:
+        with Server(f"fails: {what}", "-until", "complete", "-timeout", "60s") as s:
             a, f = s.both(job, i % 3 == 0)
             f.send(log("the line before", "INFO"))
             f.sync()
@@ -243,21 +243,21 @@ def test_failures():
             err = s.ended(3, re.escape(told), job or r"127\.0\.0\.1")
             has(f"fails: {what}: the line before it", err, "^cvms: +\\| .*the line before")
             has(f"fails: {what}: the line after it", err, "^cvms: +\\| .*the line after")
-    with Server("fails after reaching less", "-until", "complete", "-timeout", "15s") as s:
+    with Server("fails after reaching less", "-until", "complete", "-timeout", "60s") as s:
         a, f = s.both()
         a.send(ACCEPTED)
         f.events(*RUN[:-1], "Failed/Failed")
         s.ended(3, "Failed/Failed")
-    with Server("fails and reaches at once", "-until", "ready", "-timeout", "15s") as s:
+    with Server("fails and reaches at once", "-until", "ready", "-timeout", "60s") as s:
         a, f = s.both()
         f.send(event("Running/Failed"), event("Running/Completed"))
         s.ended(3, "Running/Failed")
-    with Server("fails, then lost", "-until", "ready", "-timeout", "15s", "-grace", "1ms") as s:
+    with Server("fails, then lost", "-until", "ready", "-timeout", "60s", "-grace", "1ms") as s:
         a, f = s.both()
         f.events("Failed/Failed").sync()
         a.close()
         s.ended(3, "Failed/Failed")
-    with Server("fails by poll", "-until", "ready", "-timeout", "15s", "-poll", "50ms") as s:
+    with Server("fails by poll", "-until", "ready", "-timeout", "60s", "-poll", "50ms") as s:
         answers(s.agent(), ["ReceivingAlgorithm", "Failed"])
         s.ended(3, "Failed")
 
@@ -265,7 +265,7 @@ def test_failures():
 def test_summary_is_safe():
     """What a hostile agent sends cannot fool a terminal through the summary, nor break a report."""
     report = os.path.join(temp(), "r.xml")
-    with Server("hostile text", "-until", "ready", "-timeout", "15s", "-report", report) as s:
+    with Server("hostile text", "-until", "ready", "-timeout", "60s", "-report", report) as s:
         a, f = s.both("j\tob<&>\"'")
         f.send(log("\x1b[2J<b>&\"']]>\x07 \u202e \ufffe\uffff \x7f\x9b", "ERROR"))
         f.send(log("level", "\x1b[31m\x01<"))
@@ -285,7 +285,7 @@ def test_summary_is_safe():
 
 def test_last_lines():
     """The log's last lines end without the newlines that they came with."""
-    with Server("last lines", "-until", "ready", "-timeout", "15s", screen=terminal(80), env={"TERM": "xterm"}) as s:
+    with Server("last lines", "-until", "ready", "-timeout", "60s", screen=terminal(80), env={"TERM": "xterm"}) as s:
         a, f = s.both("vm")
         f.send(log("one\n", "WARN"), log("two\nthree\r\n\n", "ERROR"), event("Running/Failed"))
         same("last lines: status", s.wait(), 3)
@@ -298,13 +298,13 @@ def test_last_lines():
 def test_healthy():
     """What is normal in a healthy run never fails it."""
     for level in ("INFO", "DEBUG", "", "warn-ish"):
-        with Server(f"healthy: silent texts at {level}", "-until", "complete", "-timeout", "15s") as s:
+        with Server(f"healthy: silent texts at {level}", "-until", "complete", "-timeout", "60s") as s:
             a, f = s.both()
             a.send(ACCEPTED)
             f.send(*(log(t, level) for t in SILENT))
             f.events(*RUN)
             s.ended(0, "complete")
-    with Server("healthy: noise", "-until", "complete", "-timeout", "15s", "-expect", ",".join(RUN)) as s:
+    with Server("healthy: noise", "-until", "complete", "-timeout", "60s", "-expect", ",".join(RUN)) as s:
         a, f = s.both("j", True)
         a.send(ACCEPTED, field(7, field(1, b"token")), field(4, field(1, "1") + field(2, "failed to stop")), state("Idle"))
         f.send(event("AlgorithmRun/Warning", b'{"error":"Failed"}', "computation-runner"),
@@ -322,29 +322,29 @@ def test_healthy():
 def test_timeouts():
     with Server("no agent", "-until", "ready", "-timeout", "300ms") as s:
         s.ended(4, "no agent connected")
-    with Server("only the log-forwarder", "-until", "connected", "-timeout", "700ms") as s:
+    with Server("only the log-forwarder", "-until", "connected", "-timeout", "2s") as s:
         s.forwarder("j").send(log("hello"))
         s.ended(4, "only its log-forwarder connected: is the agent running.*AGENT_CVM_GRPC_URL")
-    with Server("only a log-forwarder of the old kind", "-until", "connected", "-timeout", "700ms") as s:
+    with Server("only a log-forwarder of the old kind", "-until", "connected", "-timeout", "2s") as s:
         s.forwarder()
         s.ended(4, "only (its|the) log-forwarder")
-    with Server("no log-forwarder", "-until", "running", "-timeout", "700ms", "-poll", "0") as s:
+    with Server("no log-forwarder", "-until", "running", "-timeout", "2s", "-poll", "0") as s:
         a = s.agent()
         a.send(ACCEPTED)
         s.ended(4, "accepted", "no events", "no log-forwarder")
         check("no log-forwarder: -poll 0 asks nothing", not [m for m in a.messages if fields(m)[0][0] == 4], a.messages, "no question")
-    with Server("no log-forwarder, polled", "-until", "running", "-timeout", "0.9s", "-poll", "100ms") as s:
+    with Server("no log-forwarder, polled", "-until", "running", "-timeout", "2s", "-poll", "100ms") as s:
         s.agent().send(ACCEPTED)
         err = s.ended(4, "accepted", "no log-forwarder")
         hasnot("no log-forwarder, polled: not the flag's fault", err, "-poll is off")
     with Server("a long time-out", "-until", "connected", "-timeout", "2h") as s:
         s.agent()
         s.ended(0)
-    with Server("no log-forwarder, and not accepted", "-until", "running", "-timeout", "700ms", "-poll", "0") as s:
+    with Server("no log-forwarder, and not accepted", "-until", "running", "-timeout", "2s", "-poll", "0") as s:
         s.agent("j")
         s.ended(4, "connected")
     for upto, last in ((0, "connected"), (1, "accepted"), (3, "running"), (5, "ready")):
-        with Server(f"times out at {last}", "-until", "complete", "-timeout", "800ms") as s:
+        with Server(f"times out at {last}", "-until", "complete", "-timeout", "2s") as s:
             a, f = s.both("j")
             a.send(*[ACCEPTED][:upto])
             a.sync()
@@ -355,21 +355,21 @@ def test_timeouts():
                                ("running", [ACCEPTED, state("ReceivingAlgorithm")], "no algorithm was uploaded: -deliver upload, or cocos-cli algo"),
                                ("running", [ACCEPTED, state("ReceivingData")], "a dataset was not uploaded: -deliver upload, or cocos-cli data"),
                                ("complete", [ACCEPTED, state("ConsumingResults")], "results were not fetched: -results FILE, or cocos-cli result")):
-        with Server(f"what is missing for {stage}", "-until", stage, "-timeout", "600ms", "-poll", "0") as s:
+        with Server(f"what is missing for {stage}", "-until", stage, "-timeout", "2s", "-poll", "0") as s:
             a, f = s.both("j")
             f.send(log("a line of its log"))
             a.send(*sends)
-            s.ended(4, f"{stage} not reached after 0.600 s: j stood at .*; .*{sign}")
-    with Server("an expected event is missing", "-until", "ready", "-timeout", "800ms", "-expect", "Running/Starting,My/Event,Running/Completed") as s:
+            s.ended(4, f"{stage} not reached after 2.000 s: j stood at .*; .*{sign}")
+    with Server("an expected event is missing", "-until", "ready", "-timeout", "2s", "-expect", "Running/Starting,My/Event,Running/Completed") as s:
         a, f = s.both()
         a.send(ACCEPTED)
         f.events(*RUN)
-        s.ended(4, "not all expected events seen after 0.800 s: 127.0.0.1 stood at .*; event My/Event was not seen")
+        s.ended(4, "not all expected events seen after 2.000 s: 127.0.0.1 stood at .*; event My/Event was not seen")
     with Server("the time counts from the start", "-until", "ready", "-timeout", "1s") as s:
         a, f = s.both()
         began = time.monotonic()
         s.ended(4, "1.000 s")
-        check("time-out: not much later", time.monotonic() - began < 4, time.monotonic() - began, "1 s")
+        check("time-out: not much later", time.monotonic() - began < 10, time.monotonic() - began, "1 s")
 
 
 # ---- Status 5: lost ----
@@ -378,7 +378,7 @@ def test_lost():
     for stage, n in (("connected", 0), ("running", 3)):
         for how in ("close", "end", "reset"):
             name = f"lost at {stage} by {how}"
-            with Server(name, "-until", "ready", "-timeout", "15s", "-grace", "200ms") as s:
+            with Server(name, "-until", "ready", "-timeout", "60s", "-grace", "200ms") as s:
                 a, f = s.both("vm-3")
                 f.events(*RUN[:n]).sync()
                 if how == "close":
@@ -388,11 +388,11 @@ def test_lost():
                 else:
                     a.put(frame(RST, 0, 1, struct.pack(">I", 8)))
                 s.ended(5, "vm-3", stage)
-    with Server("forwarder goes, agent stays", "-until", "ready", "-timeout", "1200ms", "-grace", "100ms") as s:
+    with Server("forwarder goes, agent stays", "-until", "ready", "-timeout", "2s", "-grace", "100ms") as s:
         a, f = s.both("vm")
         f.close()
         s.ended(4, "vm")
-    with Server("lost after what was wanted", "-until", "complete", "-timeout", "15s", "-grace", "100ms", "-agents", "2") as s:
+    with Server("lost after what was wanted", "-until", "complete", "-timeout", "60s", "-grace", "100ms", "-agents", "2") as s:
         a, f = s.both("one")
         f.events(*RUN).sync()
         a.close()
@@ -405,7 +405,7 @@ def test_lost():
 
 def test_back_within_grace():
     for job in (None, "vm"):
-        with Server(f"back in time, {job}", "-until", "complete", "-timeout", "15s", "-grace", "4s") as s:
+        with Server(f"back in time, {job}", "-until", "complete", "-timeout", "60s", "-grace", "4s") as s:
             a, f = s.both(job)
             a.send(ACCEPTED)
             f.events(*RUN[:3]).sync()
@@ -419,7 +419,7 @@ def test_back_within_grace():
             f = s.forwarder(job)
             f.events(*RUN[3:])
             s.ended(0, "complete")
-    with Server("new before old is gone", "-until", "ready", "-timeout", "15s", "-grace", "50ms") as s:
+    with Server("new before old is gone", "-until", "ready", "-timeout", "60s", "-grace", "50ms") as s:
         a, f = s.both("vm")
         b = s.agent("vm")
         a.close()
@@ -430,7 +430,7 @@ def test_back_within_grace():
             time.sleep(0.01)                            # a flood of PINGs would be cut off
         f.events(*RUN)
         s.ended(0, "ready")
-    with Server("a disconnect is no loss", "-until", "ready", "-timeout", "15s", "-grace", "4s", "-control", stdin=subprocess.PIPE) as s:
+    with Server("a disconnect is no loss", "-until", "ready", "-timeout", "60s", "-grace", "4s", "-control", stdin=subprocess.PIPE) as s:
         a, f = s.both("vm")
         s.command("disconnect vm\n")
         same("disconnect: arrives", a.asked(5) is not None, True)
@@ -445,32 +445,32 @@ def test_back_within_grace():
 
 def test_expect():
     order = "ReceivingAlgorithm/InProgress,Running/InProgress,Complete/Completed"
-    with Server("expect, others between", "-expect", order, "-timeout", "15s") as s:
+    with Server("expect, others between", "-expect", order, "-timeout", "60s") as s:
         a, f = s.both()
         f.events(*RUN[:-1]).sync()
         check("expect: waits for the last", f.alive(), s.err.text(), "a server that goes on")
         f.events(RUN[-1])
         s.ended(0)
-    with Server("expect, wrong order", "-expect", "B/2,A/1", "-timeout", "700ms") as s:
+    with Server("expect, wrong order", "-expect", "B/2,A/1", "-timeout", "2s") as s:
         s.both()[1].events("A/1", "B/2", "C/3")
         s.ended(4, "A/1")
-    with Server("expect, the same twice", "-expect", "A/1", "-expect", "A/1", "-timeout", "700ms") as s:
+    with Server("expect, the same twice", "-expect", "A/1", "-expect", "A/1", "-timeout", "2s") as s:
         s.both()[1].events("A/1", "A/2", "B/1")
         s.ended(4, "A/1")
-    with Server("expect and until", "-expect", "A/1", "-until", "running", "-timeout", "15s") as s:
+    with Server("expect and until", "-expect", "A/1", "-until", "running", "-timeout", "60s") as s:
         a, f = s.both()
         f.events("A/1").sync()
         check("expect and until: needs the stage too", f.alive(), s.err.text(), "a server that goes on")
         f.events("Running/Starting")
         s.ended(0)
-    with Server("expect, over a reconnect", "-expect", "A/1,B/2", "-timeout", "15s") as s:
+    with Server("expect, over a reconnect", "-expect", "A/1,B/2", "-timeout", "60s") as s:
         f = s.both("vm")[1]
         f.events("A/1").sync()
         f.close()
         s.err.until("log-forwarder.*stream ended")
         s.forwarder("vm").events("B/2")
         s.ended(0)
-    with Server("expect, a long type", "-expect", "E" * 100 + "/B", "-timeout", "15s") as s:
+    with Server("expect, a long type", "-expect", "E" * 100 + "/B", "-timeout", "60s") as s:
         s.both()[1].events("E" * 100 + "/B")
         s.ended(0)
     for bad in ("Running", "A/1,,", "A/1,B"):
@@ -481,7 +481,7 @@ def test_expect():
 
 def test_reject():
     long = "E" * 100
-    args = ["-until", "complete", "-timeout", "15s", "-reject", "panic: *index", "-reject", "Weird/Worse", "-reject", "*ouu*ch*",
+    args = ["-until", "complete", "-timeout", "60s", "-reject", "panic: *index", "-reject", "Weird/Worse", "-reject", "*ouu*ch*",
             "-reject", "E/Bad", "-reject", "x" + "ab" * 300 + "*c"]
     for what, message, told in (("log", log("goroutine 1: panic: bad index 7", "INFO"), "panic: bad index 7"),
                                 ("event", event("Weird/Worse"), "Weird/Worse"),
@@ -503,7 +503,7 @@ def test_reject():
         f.send(log("xab" * 300000), log("panic: " * 300000))
         f.events(*RUN)
         s.ended(0)
-    with Server("reject, a line among many", "-reject", " panic:", "-until", "complete", "-timeout", "15s") as s:
+    with Server("reject, a line among many", "-reject", " panic:", "-until", "complete", "-timeout", "60s") as s:
         a, f = s.both()
         f.send(log("a panic\npanic: here"), log("before\nnow panic:\nafter"))
         err = s.ended(3, "-reject  panic:: now panic:( |;|$)")
@@ -515,7 +515,7 @@ def test_reject():
 
 
 def test_agents():
-    with Server("two agents", "-until", "ready", "-timeout", "15s", "-agents", "2") as s:
+    with Server("two agents", "-until", "ready", "-timeout", "60s", "-agents", "2") as s:
         a, f = s.both("one")
         b, g = s.both("two", True)
         f.events(*RUN).sync()
@@ -524,21 +524,21 @@ def test_agents():
         err = s.ended(0, "ready")
         has("two agents: the first in the summary", err, "^cvms: +one: .*ready")
         has("two agents: the second in the summary", err, "^cvms: +two: .*ready")
-    with Server("one of two fails", "-until", "ready", "-timeout", "15s", "-agents", "2") as s:
+    with Server("one of two fails", "-until", "ready", "-timeout", "60s", "-agents", "2") as s:
         f, g = s.both("one")[1], s.both("two")[1]
         f.events(*RUN).sync()
         g.events("Running/Failed")
         s.ended(3, "two", "Running/Failed")
-    with Server("one of two comes", "-until", "ready", "-timeout", "900ms", "-agents", "2") as s:
+    with Server("one of two comes", "-until", "ready", "-timeout", "2s", "-agents", "2") as s:
         s.both("one")[1].events(*RUN)
         s.ended(4, "1 of 2")
-    with Server("one of two is lost", "-until", "ready", "-timeout", "15s", "-agents", "2", "-grace", "100ms") as s:
+    with Server("one of two is lost", "-until", "ready", "-timeout", "60s", "-agents", "2", "-grace", "100ms") as s:
         a, f = s.both("one")
         f.events(*RUN).sync()
         a.close()
         s.both("two")[0].close()
         s.ended(5, "two")
-    with Server("same job-id is one agent", "-until", "connected", "-timeout", "900ms", "-agents", "2") as s:
+    with Server("same job-id is one agent", "-until", "connected", "-timeout", "2s", "-agents", "2") as s:
         s.agent("one")
         s.agent("one")
         s.ended(4, "1 of 2")
@@ -567,7 +567,7 @@ def test_reports():
     for ext in ("xml", "json", "XML"):
         for want in (0, 3, 4, 5, 143):
             name, path = f"report .{ext}, status {want}", os.path.join(temp(), "r." + ext)
-            with Server(name, "-until", "ready", "-timeout", "700ms" if want == 4 else "15s", "-grace", "50ms", "-report", path) as s:
+            with Server(name, "-until", "ready", "-timeout", "2s" if want == 4 else "60s", "-grace", "50ms", "-report", path) as s:
                 a, f = s.both("vm <1>")
                 f.send(log("one < two & \"three\" 'é' ]]> \x01\x1b", "ERROR"))
                 if want == 0:
@@ -604,24 +604,24 @@ def test_reports():
         s.ended(4)
     junit("report of no agent", os.path.join(W.dir, "none.xml"), 4)
     path = os.path.join(W.dir, "two.json")
-    with Server("report of two agents", "-until", "ready", "-timeout", "15s", "-agents", "2", "-report", path) as s:
+    with Server("report of two agents", "-until", "ready", "-timeout", "60s", "-agents", "2", "-report", path) as s:
         s.both("one")[1].events(*RUN).sync()
         s.both("two")[1].events(*RUN)
         s.ended(0)
     same("report of two agents", sorted(a["name"] for a in json.loads(read(path))["agents"]), ["one", "two"])
-    with Server("report of -expect", "-expect", "Running/Starting", "-timeout", "15s", "-report", "r") as s:
+    with Server("report of -expect", "-expect", "Running/Starting", "-timeout", "60s", "-report", "r") as s:
         s.both("vm")[1].events("Running/Starting")
         s.ended(0)
     tree = junit("report of -expect", os.path.join(W.dir, "r"), 0)
     check("report of -expect: its case", tree is not None and any("expect" in c.get("name") for c in tree.iter("testcase")),
           read(os.path.join(W.dir, "r")), "a case named expect")
-    with Server("report of a success that can't be written", "-until", "connected", "-timeout", "15s", "-report", "/dev/full") as s:
+    with Server("report of a success that can't be written", "-until", "connected", "-timeout", "60s", "-report", "/dev/full") as s:
         s.agent()
         same("report of a success that can't be written: status", s.wait(), 1)
         has("report of a success that can't be written", s.err.text(), "-report", "/dev/full", "No space")
         has("report of a success that can't be written: the summary", s.err.text(), r"cvms: FAILED: connected .*the report could not be written \(exit status 1\)")
     path = os.path.join(W.dir, "full.json")
-    with Server("record of a success that can't be written", "-until", "connected", "-timeout", "15s", "-record", "/dev/full",
+    with Server("record of a success that can't be written", "-until", "connected", "-timeout", "60s", "-record", "/dev/full",
                 "-report", path) as s:
         s.agent()
         same("record of a success that can't be written: status", s.wait(), 1)
@@ -679,7 +679,7 @@ def test_max_connections():
 
 def test_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
-        with Server(f"{number.name}, verdict wanted", "-until", "ready", "-timeout", "15s") as s:
+        with Server(f"{number.name}, verdict wanted", "-until", "ready", "-timeout", "60s") as s:
             s.both("vm")[1].events(*RUN[:3]).sync()
             s.p.send_signal(number)
             err = s.ended(128 + number, word="INTERRUPTED")
@@ -741,7 +741,7 @@ def test_record():
     chunks = [m for m in map(lambda m: as_json("server", m), a.messages) if "runReqChunks" in m]
     check("record: the manifest once", [r["sent"] for r in rows if "runReqChunks" in r.get("sent", {})] == chunks, len(rows), len(chunks))
     path = os.path.join(temp(), "r.jsonl")
-    with Server("record to the verdict", "-record", path, "-until", "complete", "-timeout", "15s") as s:
+    with Server("record to the verdict", "-record", path, "-until", "complete", "-timeout", "60s") as s:
         a, f = s.both()
         f.events(*RUN)
         s.ended(0)
@@ -821,7 +821,7 @@ def test_control_waits():
         a.thread.start()                                # with windows of 65,535 bytes: the manifest is longer
         a.send(ACCEPTED)
         s.command("state\n" * 70 + "agents\n")
-        s.err.until("agent: 1 messages")
+        need(s.err.until(r"from \S+, \d+ message"), s.err.text())
         check("many questions: the stream goes on", a.alive(), s.err.text(), "a stream that is open")
         wide = struct.pack(">I", 1 << 24)
         a.put(frame(8, 0, 0, wide) + frame(8, 0, 1, wide))
@@ -831,7 +831,7 @@ def test_control_waits():
 
 
 def test_control_ends():
-    with Server("control, gone with a verdict", "-control", "-until", "ready", "-timeout", "15s", stdin=subprocess.PIPE) as s:
+    with Server("control, gone with a verdict", "-control", "-until", "ready", "-timeout", "60s", stdin=subprocess.PIPE) as s:
         s.agent("vm").close()
         s.err.until("stream ended")
         s.command("state vm\n")
@@ -962,7 +962,7 @@ def test_faults_connection():
                     got = b""
                 same(f"fault refuse: connection {i + 1}", got, b"")
         same("fault refuse: the third", s.agent().manifest(), whole)
-    with Server("fault refuse, agent", "-fault", "refuse=1", "-until", "complete", "-timeout", "15s", "-grace", "9s") as s:
+    with Server("fault refuse, agent", "-fault", "refuse=1", "-until", "complete", "-timeout", "60s", "-grace", "9s") as s:
         run("fault refuse", ["agent", "-wait", "5s", s.address])
         s.p.send_signal(signal.SIGTERM) if s.p.poll() is None and not s.err.until("PASSED", seconds=2) else None
         check("fault refuse: no verdict on it", s.wait() in (0, 143), s.err.text(), "0 or 143")
@@ -991,7 +991,7 @@ def test_fault_mistakes():
 # ---- Who gets which manifest ----
 
 def test_skip_forwarder():
-    with Server("skip forwarder", "-skip-forwarder", "-until", "running", "-timeout", "15s") as s:
+    with Server("skip forwarder", "-skip-forwarder", "-until", "running", "-timeout", "60s") as s:
         f = s.forwarder("vm")
         old = s.forwarder()
         same("skip-forwarder: nothing for it", f.alive() and f.messages, [])
@@ -1055,7 +1055,7 @@ def replay(name, path, *args):
 def test_stand_in():
     """The server's verdict may come before `cvms agent` has half-closed: that is no failure of the stand-in's."""
     for stage in ("accepted", "ready", "complete"):
-        with Server(f"stand-in, {stage}", "-until", stage, "-timeout", "15s") as s:
+        with Server(f"stand-in, {stage}", "-until", stage, "-timeout", "60s") as s:
             status, out, err, _ = run(f"stand-in, {stage}", ["agent", s.address])
             same(f"stand-in, {stage}: the agent's status", status, 0)
             s.ended(0, stage)
@@ -1122,7 +1122,7 @@ def test_stand_in_refuses():
 def test_replay():
     for job, forwarder_first in ((None, False), ("vm-1", False), ("vm-1", True)):
         path = os.path.join(temp(), "record.jsonl")
-        with Server("replay, the original", "-until", "complete", "-timeout", "15s", "-poll", "100ms", "-record", path) as s:
+        with Server("replay, the original", "-until", "complete", "-timeout", "60s", "-poll", "100ms", "-record", path) as s:
             a, f = s.both(job, forwarder_first)
             a.send(ACCEPTED)
             a.asked(4)
@@ -1140,7 +1140,7 @@ def test_replay():
             for key in want:
                 check(f"{name}: {key[0]}'s messages", got.get(key) == want[key], len(got.get(key, [])), f"{len(want[key])}, the same")
     path = os.path.join(temp(), "failed.jsonl")
-    with Server("replay of a failure, the original", "-until", "ready", "-timeout", "15s", "-record", path) as s:
+    with Server("replay of a failure, the original", "-until", "ready", "-timeout", "60s", "-record", path) as s:
         a, f = s.both("vm")
         f.events("Running/Failed", "Failed/Failed")
         s.ended(3)
@@ -1149,7 +1149,7 @@ def test_replay():
 
 def test_replay_pace():
     path = os.path.join(temp(), "record.jsonl")
-    with Server("pace, the original", "-until", "complete", "-timeout", "15s", "-record", path) as s:
+    with Server("pace, the original", "-until", "complete", "-timeout", "60s", "-record", path) as s:
         a, f = s.both("vm")
         f.events(*RUN)
         s.ended(0)
@@ -1160,7 +1160,7 @@ def test_replay_pace():
         r["time"] = (start + datetime.timedelta(seconds=late)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     slow = write("slow.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     _, seconds = replay("replay at its own pace", slow)
-    check("replay: its own pace", 1.4 < seconds < 6, seconds, "1.5 s")
+    check("replay: its own pace", 1.4 < seconds < 20, seconds, "1.5 s")
     _, quick = replay("replay -fast", slow, "-fast")
     check("replay -fast: no pauses", quick < 1.4, quick, "less than 1.4 s")
 
@@ -1240,7 +1240,7 @@ RFC3339, CLOCK = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", r"\d\d:\d\d:\d\d\.\d
 
 def a_run(name, time, *args, screen=None, **kw):
     """What the server shows of one run, agent and log-forwarder taking turns, with times and ports masked: stdout, stderr."""
-    with Server(name, *args, "-until", "complete", "-timeout", "20s", base=["-algo-path", "algo.py", "-data-paths", "data.csv",
+    with Server(name, *args, "-until", "complete", "-timeout", "60s", base=["-algo-path", "algo.py", "-data-paths", "data.csv",
                 *W.required], cwd=os.path.dirname(W.algo), screen=screen, **kw) as s:
         a = s.open([("job-id", "demo-cvm")])
         a.send(harness.ATTESTATION)
@@ -1288,7 +1288,7 @@ def test_screens():
     same("screen, json: stdout", out, wanted)
     same("screen, json: stderr", err, "".join(x for x in lines if x not in messages))
     received = [x for x in read(record).decode().splitlines() if '"message":' in x]
-    same("screen, json: -record is the same", [re.sub(RFC3339, "T", re.sub(r"1:\d+", "1:PORT", x)) for x in received], wanted.splitlines())
+    same("screen, json: -record is the same", [re.sub(RFC3339, "T", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", x)) for x in received], wanted.splitlines())
     widest = max(map(len, re.sub("^T", "00:00:00.000", plain, flags=re.M).replace("PORT", "65535").splitlines()))
     check("screen: no line wraps at 120 columns", widest <= 120, widest, "at most 120")
 
@@ -1305,7 +1305,7 @@ def test_names():
             second.close()
             s.err.until("stream ended")
             s.agent("vm")
-            text = s.err.until("vm/2 +agent +connected", times=2) or s.err.text()
+            text = s.err.until(r"vm/2 +agent +(\x1b\[2m)?connected", times=2) or s.err.text()
             whose = [tuple(x) for x in re.findall(r"^\S+ (\S+) +(\S+) +(?:\x1b\[2m)?connected", text, re.M)]
             same(name, whose, [("vm", "agent"), ("vm/2", "agent"), ("127.0.0.1", "stream"), ("127.0.0.1", "stream"), (long, "agent"),
                                (long, "log-forwarder"), ("vm", "log-forwarder"), ("vm/2", "agent")])

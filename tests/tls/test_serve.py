@@ -43,7 +43,7 @@ def readme_commands():
     check("README: openssl commands", made.count("openssl ") >= 5, made)
     p = subprocess.run(["sh", "-e", "-c", made], capture_output=True, text=True)
     check("README: they work", p.returncode == 0, p.stderr)
-    serve, agent = used.replace("FLAGS", shlex.join([*INPUTS, "-until", "complete", "-timeout", "20s", "-ready-file", "ready"])).splitlines()
+    serve, agent = used.replace("FLAGS", shlex.join([*INPUTS, "-until", "complete", "-timeout", "60s", "-ready-file", "ready"])).splitlines()
     p = subprocess.run(["bash", "-e", "-c", f"mkfifo ready; {serve} &\nread -r AGENT_CVM_GRPC_URL <ready; export AGENT_CVM_GRPC_URL\n"
                         f"{agent}\nwait $!"], capture_output=True, text=True, env=harness.environment({"HOST": "localhost"}))
     check("README: mutual TLS", p.returncode == 0 and " as CN=agent" in p.stderr, p.stderr)
@@ -231,7 +231,7 @@ def tls_to_plaintext():
         began = time.monotonic()
         status, _, err = run(CVMS, "health", "-ca", "ca.pem", s.address)
         check("TLS to a plaintext port", status == 1 and "does that port speak TLS?" in err, err)
-        check("TLS to a plaintext port: at once", time.monotonic() - began < 1.5, time.monotonic() - began)
+        check("TLS to a plaintext port: at once", time.monotonic() - began < 8, time.monotonic() - began)
         check("which the server tells", s.err.until("the client sent a TLS ClientHello: set SERVER_CERT"), s.err.text())
 
 
