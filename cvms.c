@@ -1919,7 +1919,7 @@ struct grpc_stream {
     const char *allow;                /* what 405 allows, */
     uint64_t length;                  /* and how long the body of a 200 is, which is pulled, */
     const char *type;                 /* and of what type (NULL: any) */
-    uint32_t plain_body, message_len;
+    uint32_t message_len;
     struct buf message;               /* a message whose bytes came in several pieces */
 };
 
@@ -1930,7 +1930,7 @@ struct stream {
     uint32_t id, queued;
     int32_t send_window, recv_window;
     uint32_t recv_credit;             /* DATA dealt with and not yet given back by WINDOW_UPDATE */
-    bool remote_closed, local_closed, dead, headers_seen;
+    bool remote_closed, local_closed, dead, headers_seen, lingers;   /* lingers: what it has yet to send is let come, but dropped */
     size_t long_message, share;       /* bytes that have to be kept at once, if over a window, and those granted */
     uint64_t share_ticket;            /* place among those that wait for a share; 0: it does not */
     int64_t share_ms;                 /* when a stream with a share was last given credit */
@@ -2278,6 +2278,8 @@ static void stream_local_end(struct stream *s)
 
 static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, enum item_kind kind)
 {
+    else if (s->lingers)
+        s->deadline_ms = s->conn->core->now_ms + LINGER_MS;
     bool over = s->dead || s->local_closed || (s->tail && s->tail->kind != ITEM_DATA);
     struct item *i = over ? NULL : malloc(sizeof *i);
     if (!i) {
@@ -3506,8 +3508,6 @@ struct grpc_method {
     void (*closed)(struct stream *);                          /* last call */
 };
 
-enum { PLAIN_BODY_MAX = 16384 };      /* body of a request that is not gRPC: read so far, then answered */
-
 static void put_field(struct buf *block, const char *name, struct bytes value)
 {
     hpack_encode_field(block, bytes_of(name), value);
@@ -3636,7 +3636,7 @@ static void plain_answer(struct stream *s)
                    a->reason, a->text);
     uint64_t n = a->text ? body.len : s->grpc.length;
     bool empty = s->grpc.no_body || n == 0;
-    s->grpc.finishing = s->grpc.headers_sent = true;
+    s->grpc.finishing = s->grpc.headers_sent = s->lingers = true;
     text_printf(status, sizeof status, "%u", a->status);
     text_printf(length, sizeof length, "%llu", (unsigned long long)n);
     const char *const list[] = {
@@ -3790,9 +3790,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         s->grpc.method = e->plain;
         if (e->plain)
             e->plain->open(s, f);
-        const struct bytes type = v[F_CONTENT_TYPE], connect = BYTES("application/connect+");
-        bool waits = !s->conn->http1 && type.n > connect.n && memcmp(type.p, connect.p, connect.n) == 0;   /* for us */
-        if ((f->too_large || (waits && s->grpc.plain == 415)) && !end)
+        if (!end)                     /* it may wait for us before it ends its side */
             plain_answer(s);
         return;
     }
@@ -3872,12 +3870,6 @@ static size_t grpc_message_part(struct stream *s, struct bytes p)
 /* DATA: length-prefixed messages, cut anywhere. */
 static void grpc_data(struct stream *s, struct bytes p)
 {
-    if (s->grpc.plain && !s->grpc.finishing) {
-        s->grpc.plain_body += (uint32_t)p.n;
-        if (s->grpc.plain_body > PLAIN_BODY_MAX)
-            plain_answer(s);
-        return;
-    }
     while (p.n && !s->dead && !s->grpc.finishing) {
         size_t n;
         if (s->grpc.prefix_len < sizeof s->grpc.prefix) {
@@ -3928,10 +3920,8 @@ static void grpc_closed(struct stream *s)
 static void grpc_abort(struct stream *s, unsigned status, const char *text)
 {
     stream_drop_queue(s);
-    if (s->grpc.plain == 200 || (s->grpc.plain && s->grpc.finishing)) {
-        stream_reset(s, CANCEL);
-    } else if (s->grpc.plain) {
-        plain_answer(s);
+    if (s->grpc.plain) {
+        stream_reset(s, s->local_closed ? NO_ERROR : CANCEL);
     } else {
         s->grpc.finishing = false;         /* a status that waited to be sent gives way to this one */
         grpc_finish(s, status, text);

@@ -638,9 +638,12 @@ def not_grpc(t):
     """Requests that are not gRPC, by HTTP/2 and HTTP/1.1: the status that the protocol names, and a line that says what this port is."""
     s = t.serve(*DIRECT)
     s.capped = True
-    grpc = ["-H", "content-type: application/grpc", "-d", "x"]
+    grpc, body = ["-H", "content-type: application/grpc", "-d", "x"], t.path("body")
+    with open(body, "wb") as f:
+        f.write(bytes(5_000_000))
     for flags, status in ((["--http2-prior-knowledge"], 404), (["--http2-prior-knowledge", "-X", "PUT", *grpc], 405),
                           (["--http2-prior-knowledge", "-d", "x"], 415),
+                          (["--http2-prior-knowledge", "--data-binary", "@" + body], 415), (["--http2-prior-knowledge", "-T", body], 405),
                           (["--http2-prior-knowledge", "-H", "content-type: application/grpcx", "-d", "x"], 415),
                           (["--http2-prior-knowledge", *["-H", "x: " + 1000 * "y"] * 17], 431),
                           (["--http1.1"], 404), (["--http1.0", "-I"], 404), (["--http1.1", "-d", "x"], 415),
