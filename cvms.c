@@ -1961,7 +1961,8 @@ struct conn {
     const struct h2_handler *on;
     enum conn_phase phase;
     bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
-        skip, http1;                  /* http1: one request after the other; goaway_sent: it was the last */
+        skip, http1, below;           /* http1: one request after the other; goaway_sent: it was the last; below: what has
+                                       * left the output has not gone out yet */
     /* input */
     uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
     uint8_t continuations;
@@ -3329,7 +3330,7 @@ static bool conn_finished(const struct conn *c)
 {
     if (c->phase == CONN_DEAD)
         return true;
-    if (conn_pending(c))
+    if (conn_pending(c) || c->below)
         return false;
     if (c->eof)                       /* what no window lets out now never will be: the peer can't open one */
         return true;
@@ -3347,7 +3348,7 @@ static int64_t linger_at(const struct conn *c)
 
 static int64_t stuck_at(const struct conn *c)
 {
-    return c->phase < CONN_CLOSING && conn_pending(c) ? c->progress_ms + STUCK_MS : NEVER;
+    return c->phase < CONN_CLOSING && (conn_pending(c) || c->below) ? c->progress_ms + STUCK_MS : NEVER;
 }
 
 static void stuck_fire(struct conn *c)
@@ -5894,6 +5895,7 @@ static void link_flush(struct link *k)
         shutdown(k->watch.fd, SHUT_WR);
         k->shut = true;
     }
+    k->conn.below = k->tls && blocked;
     if (conn_finished(&k->conn))
         link_close(k, k->conn.why ? k->conn.why : "closed");
     else
