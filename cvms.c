@@ -1912,7 +1912,8 @@ struct endpoint {
 /* gRPC's state of a stream (section 8). */
 struct grpc_stream {
     const struct grpc_method *method;
-    bool headers_sent, finishing, no_body, answered, broken;   /* broken: a client's, which got no status */
+    bool headers_sent, finishing, no_body, answered, broken, ended;   /* broken: a client's, which got no status; ended: it
+                                       * would not wait for one */
     char encoding[16];                /* of messages that are flagged as compressed; empty: none */
     uint8_t prefix[5], prefix_len;
     uint16_t plain;                   /* not gRPC: the HTTP status of the answer, */
@@ -4053,6 +4054,7 @@ static void grpc_client_abort(struct stream *s, unsigned status, const char *tex
     stream_reset(s, CANCEL);
 }
 
+    s->grpc.ended = true;
 /* gRPC's table of HTTP/2 error codes. */
 static void grpc_client_lost(struct stream *s, const char *how, uint32_t code)
 {
@@ -11320,9 +11322,8 @@ static bool way_sealed(enum way way)
 
 enum {
     FETCHES_MAX = 1000,               /* under way at a time: each has a descriptor */
-    FETCH_STILL_MS = 300000,          /* one over HTTP/2 whose window stays shut for so long ends */
+    STILL_MS = 300000,                /* one over HTTP/2 whose window stays shut for so long ends, and a call that stands still */
     PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
-    RESULT_MESSAGE_MAX = 4 << 20,     /* what gRPC's own clients take */
     SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
     SERVICE_CONNECTIONS = 100,        /* at a time, to a stand-in */
     REDIAL_MS = 500,
@@ -11569,6 +11570,12 @@ static bool courier_open(struct courier *c)
     const struct checksum *in = errand->input;
     const char *extra = errand->role == ROLE_ALGORITHM ? c->delivery->o->algo_requirements : NULL;
     struct err e;
+/* A call has moved: the time that it may stand still begins anew. */
+static void courier_moves(struct stream *s)
+{
+    s->deadline_ms = s->conn->core->now_ms + STILL_MS;
+}
+
     if (in->version > c->version || checksum_changed(in->path, &in->id)) {
         courier_fail(c, "%s has changed since its hash was sent to the agent, so it is not uploaded", in->path);
         return false;
@@ -11578,6 +11585,7 @@ static bool courier_open(struct courier *c)
     if (!c->open)
         courier_fail(c, "%s can't be uploaded: %s", errand->filename, e.text);
     return c->open;
+    courier_moves(s);
 }
 
 /* ---- Results ---- */
@@ -11699,6 +11707,7 @@ static void courier_again(struct courier *c)
     courier_ask(c);
     c->state = AGENT_UNKNOWN;
     c->redial_ms = c->delivery->loop->core.now_ms + ((int64_t)REDIAL_MS << c->broken);
+    courier_moves(s);
     c->broken += c->broken < BACKOFF_MAX;
     p->begun = false;
     p->bytes = 0;
@@ -11742,11 +11751,14 @@ static void courier_status(struct stream *s, unsigned status, struct bytes words
     } else if (status == GRPC_OK) {
         if (!results || results_finish(c))
             courier_done(c);
-    } else if (status == GRPC_UNAVAILABLE || s->grpc.broken) {
+    } else if (s->grpc.ended && status != GRPC_DEADLINE_EXCEEDED) {
+        courier_fail(c, "the %s can't be taken: %.*s", roles[errand->role].what, (int)words.n, (const char *)words.p);
+    } else if (status == GRPC_UNAVAILABLE || s->grpc.broken || s->grpc.ended) {
         char broke[600];
-        text_printf(broke, sizeof broke, "the %s of %s broke off after %llu bytes: %.*s", results ? "transfer" : "upload",
-                    courier_parcel(c)->name, (unsigned long long)courier_parcel(c)->bytes, (int)min_size(words.n, 300),
-                    words.n ? (const char *)words.p : "");
+        words = s->grpc.ended ? BYTES("nothing has moved for 300 s") : words;
+        text_printf(broke, sizeof broke, "the %s of %s %s %s broke off after " BYTES_FMT ": %.*s",
+                    results ? "transfer" : "upload", courier_parcel(c)->name, results ? "from" : "to", c->where,
+                    BYTES_OF(courier_parcel(c)->bytes), (int)min_size(words.n, 300), words.n ? (const char *)words.p : "");
         courier_note(c, "%s", broke);
         host_trouble(c->host, broke);
         courier_again(c);
@@ -11825,7 +11837,7 @@ static void courier_dial(struct courier *c)
     struct address at;
     if (!d->addresses && !c->own && address_parse(c->where, &at))
         c->own = resolve_host(at.host, (unsigned)at.port, AI_NUMERICHOST, &why);
-    c->dial = (struct dial){ .endpoint = { .on = &grpc_client, .client = true, .max_message = RESULT_MESSAGE_MAX },
+    c->dial = (struct dial){ .endpoint = { .on = &grpc_client, .client = true, .max_message = (size_t)d->o->max_message },
                              .name = "agent", .addresses = d->addresses ? d->addresses : c->own,
                              .connect_ms = CONNECT_MS, .up = courier_up, .down = courier_down, .closed = courier_down };
     c->over = false;
@@ -11854,6 +11866,7 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
     if (h->courier)
         return h->courier;
     struct courier *c = calloc(1, sizeof *c);
+        courier_moves(s);
     if (!c || !host_parcels(d, h)) {
         free(c);
         core_tell(&d->loop->core, &(struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
@@ -12422,9 +12435,10 @@ static void delivery_address(struct delivery *d, const struct options *o, struct
     const char *why;
     if (!o->agent_address)
         return;
-    if (!address_parse(o->agent_address, &d->at) || d->at.port < 1 || d->at.bare || !*d->at.host)
-        tell(r, USAGE, "-agent-address: \"%s\" is not an address; write it like localhost:7002 or [::1]:7002",
-             o->agent_address);
+    bool good = address_parse(o->agent_address, &d->at) && d->at.port && !d->at.bare && *d->at.host;
+    if (!good || d->at.port < 0)
+        tell(r, USAGE, "-agent-address: \"%s\" %s; write it like localhost:7002 or [::1]:7002", o->agent_address,
+             good ? "lacks the port" : "is not an address");
     else if (!(d->addresses = resolve_host(d->at.host, (unsigned)d->at.port, 0, &why)))
         tell(r, START, "-agent-address: can't resolve \"%s\": %s", d->at.host, why);
     if (o->agents > 1)
@@ -13437,7 +13451,7 @@ static unsigned fetch_authorize(struct fetch *t, struct bytes authorization)
 static void fetch_moves(struct stream *s)
 {
     if (!s->conn->http1)
-        s->deadline_ms = s->conn->core->now_ms + FETCH_STILL_MS;
+        s->deadline_ms = s->conn->core->now_ms + STILL_MS;
 }
 
 static void fetch_open(struct stream *s, const struct fields *f)
@@ -15314,7 +15328,7 @@ static int cmd_agent(struct options *o, struct mistakes *r)
     if (a.loop) {
         a.loop->turn = agent_turn;
         a.loop->serving = (struct endpoint){ .on = &grpc_server, .methods = service_methods, .method_count = ROLES,
-                                             .max_message = RESULT_MESSAGE_MAX };
+                                             .max_message = (size_t)o->max_message };
         a.loop->max_accepted = SERVICE_CONNECTIONS;
         if (o->agent_port)
             agent_bind(&a, (unsigned)port);

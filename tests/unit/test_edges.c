@@ -208,6 +208,50 @@ static void test_verdict_deadline(void)
     CHECK(verdict_deadline(&v), INT64_MAX);
 }
 
+/* An upload that nobody reads, though PINGs are answered, ends, and the agent is asked where it stands. */
+static void test_still_upload(void)
+{
+    static struct loop l;
+    static uint8_t piece[PIECE_LEN];
+    const struct checksum in = { .path = "f" };
+    struct errand errand = { .role = ROLE_DATA, .input = &in, .filename = "f" };
+    struct delivery d = { .loop = &l, .errands = &errand, .count = 1, .piece = piece };
+    struct parcel parcel = { .name = "f" };
+    struct host h = { .name = (char[]){ "vm" }, .parcels = &parcel };
+    struct courier c = { .delivery = &d, .host = &h, .where = "10.0.0.7:7002", .fd = -1 };
+    const struct endpoint e = { .on = &grpc_client, .client = true, .max_message = 1 << 20 };
+    struct conn conn;
+    struct err why;
+    const uint8_t *p;
+    l.core.now_ms = 1000;
+    NEED(source_open(&c.source, "f", &why));
+    c.open = true;
+    conn_init(&conn, &l.core, &e, "agent");
+    conn.settings_seen = true;
+    struct stream *s = grpc_call(&conn, &courier_methods[ROLE_DATA], c.where, NULL);
+    NEED(s);
+    s->user = &c;
+    courier_pull(s);
+    for (int i = 0; i < 2; i++) {
+        conn_sent(&conn, conn_peek(&conn, &p));
+        CHECK(streams_at(&conn), l.core.now_ms + STILL_MS);
+        l.core.now_ms += STILL_MS - 1;
+        streams_fire(&conn);
+        CHECK(c.over, false);
+        if (i == 0)
+            courier_pull(s);          /* it moves */
+    }
+    l.core.now_ms++;
+    streams_fire(&conn);
+    CHECK(c.over && c.ask, true);
+    CHECK_STR(h.trouble, "the upload of f to 10.0.0.7:7002 broke off after 5 bytes: nothing has moved for 300 s");
+    courier_close(&c);
+    conn_free(&conn);
+    buf_free(&l.core.err);
+    buf_free(&l.core.spare);
+    free(h.trouble);
+}
+
 int main(void)
 {
     char folder[200];
@@ -223,6 +267,7 @@ int main(void)
     test_same_size_and_time();
     test_zip_end();
     test_verdict_deadline();
+    test_still_upload();
     NEED(unlink("f") == 0 && unlink("g") == 0 && rmdir(folder) == 0);
     return closing();
 }
