@@ -9349,7 +9349,7 @@ static bool output_part(struct output *w, const struct stat *there, struct err *
 {
     w->real = there ? realpath(w->path, NULL) : NULL;
     w->part = or_exit(part_path(w->real ? w->real : w->path));
-    unlink(w->part);                  /* of a run that was killed */
+    output_forget(w->part);           /* of a run that was killed */
     w->fd = open(w->part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, there ? 0600 : 0666);
     if (w->fd < 0)
         return output_err(w, e);
@@ -9370,7 +9370,7 @@ MUST_USE static bool crypt_output(struct output *w, const struct options *o, boo
         return err_set(e, "%s: is the %s as well; name another file", path, is_file(in, &st) ? "input" : "key");
     if (there && access(path, W_OK) != 0)
         return output_err(w, e);
-    if (!standard && (!there || S_ISREG(st.st_mode)))
+    if (!standard && path_is_standard(path) < 0 && (!there || S_ISREG(st.st_mode)))
         return output_part(w, there ? &st : NULL, e);
     if (!streams)
         return err_set(e, "%s: only a file can be written: until its end nothing shows that a blob is genuine", path);
@@ -10085,6 +10085,27 @@ static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enu
 
 static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
                                  const char *kbs_path)
+/* What is written must not be what is read, nor two outputs one: it would be gone. */
+static void check_apart(struct mistakes *r, struct options *o)
+{
+    static const char *const outputs[] = { "report", "record", "ready-file", "results", "o" };
+    for (size_t i = 0; i < PB_COUNT(outputs); i++) {
+        const struct option *out = option_find(outputs[i], strlen(outputs[i]), o->command);
+        const char *path = out ? *(const char **)((char *)o + out->offset) : NULL;
+        bool standard = path && path_is_standard(path) >= 0;
+        for (const struct option *opt = option_table; present(path) && !standard && opt < option_table + OPTIONS; opt++) {
+            const void *at = (const char *)o + opt->offset;
+            size_t k = opt->name ? ROW_FIND(outputs, bytes_of(opt->name)) : i;
+            if (!o->given[opt - option_table] || (k >= i && k < PB_COUNT(outputs)) || (opt->kind != OPT_PATH && opt->kind != OPT_PATHS))
+                continue;
+            struct values in = opt->kind == OPT_PATHS ? list_split(o, at) : (struct values){ (const char **)(const void *)at, 1 };
+            for (size_t n = 0; n < in.n; n++)
+                if (same_file(path, in.v[n]))
+                    tell(r, USAGE, "-%s: %s is the file of -%s as well, which would be overwritten", out->name, path, opt->name);
+        }
+    }
+}
+
 {
     struct Source *s = option_alloc(o, sizeof *s);
     *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
@@ -11628,9 +11649,13 @@ static bool results_open(struct courier *c)
         free(c->path);
         c->runs++;
     }
-    c->part = c->path ? part_path(c->path) : NULL;
-    if (c->part)
-        c->fd = open(c->part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0644);
+    char *real = c->path ? realpath(c->path, NULL) : NULL;   /* a link stays one */
+    c->part = c->path ? part_path(real ? real : c->path) : NULL;
+    free(real);
+    if (c->part) {
+        output_forget(c->part);       /* of a run that was killed */
+        c->fd = open(c->part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    }
     if (c->fd < 0) {
         courier_fail(c, "-results: %s: %s", c->part ? c->part : c->delivery->o->results, strerror(errno));
         return false;
@@ -11659,6 +11684,8 @@ static void results_message(struct stream *s, struct bytes wire)
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(&ResultResponse_message, &res, wire, &core->arena, &unknown);
     if (err != PB_OK) {
+        free(c->part);
+        c->part = NULL;               /* what is there is not ours */
         courier_fail(c, "a message of %zu bytes among the results is not an agent.ResultResponse: %s", wire.n,
                      pb_error_text(err));
         return;
@@ -11686,7 +11713,9 @@ static bool results_finish(struct courier *c)
                      (unsigned long long)c->expected);
         return false;
     }
-    bool ok = close(c->fd) == 0 && rename(c->part, c->path) == 0;
+    char *real = text_copy((struct bytes){ (uint8_t *)c->part, strlen(c->part) - strlen(".part") }, SIZE_MAX);
+    bool ok = close(c->fd) == 0 && real && rename(c->part, real) == 0;
+    free(real);
     c->fd = -1;
     if (!ok) {
         courier_fail(c, "-results: %s: %s", c->path, strerror(errno));
@@ -12283,8 +12312,8 @@ static void delivery_add_results(struct delivery *d, struct options *o, struct m
         i++;
     delivery_add(d, o, r, ROLE_RESULT, NULL, i < list->n ? key : (struct bytes){ 0 }, bytes_of(o->results));
     struct stat st;
-    if (stat(o->results, &st) == 0 && !S_ISREG(st.st_mode))
-        tell(r, USAGE, "-results: \"%s\" is not a regular file; the results become one", o->results);
+    if (stat(o->results, &st) == 0 && (!S_ISREG(st.st_mode) || path_is_standard(o->results) >= 0))
+        tell(r, USAGE, "-results: \"%s\" is not a regular file of its own; the results become one", o->results);
     char part[PATH_MAX];              /* the file that is written; a longer name is told by its opening */
     text_printf(part, sizeof part, *o->results ? "%s.part" : "%s", o->results);
     check_output(r, "results", part);
