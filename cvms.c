@@ -7446,8 +7446,12 @@ static void option_set(struct mistakes *r, struct options *o, const struct optio
     void *at = (char *)o + opt->offset;
     const char *why;
     int64_t n;
-    if (opt->commands & BOTH && opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && !*value &&
+    if (value && !*value && ROW_FIND(secures, bytes_of(opt->name)) < PB_COUNT(secures))
+        tell(r, USAGE, "-%s is empty, as of a variable that is not set; leave it out if that is meant", opt->name);
+    else if (opt->commands & BOTH && opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && !*value &&
         opt->offset != AT(algo_args))
+    static const char *const secures[] = { "server-cert", "server-key", "client-ca-certs", "client-san", "ca", "cert", "key",
+                                           "server-name" };
         tell(r, WARNING, "-%s is empty, as of a variable that is not set", opt->name);
     switch (opt->kind) {
     case OPT_TEXT:
@@ -9884,6 +9888,7 @@ static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs:
 /* A manifest and what it was made of.  What req points to lasts as long as the options. */
 struct manifest {
     struct manifest *next;            /* those of -manifest-for */
+    NAMES_LOOK = 10000,               /* datasets whose names are held against each other */
     const char *job_id;               /* whom it is for; NULL: everybody else */
     struct ComputationRunReq req;
     struct bytes key;                 /* -public-key-path; empty: not given */
@@ -10053,6 +10058,14 @@ static void check_output(struct mistakes *r, const char *flag, const char *path)
         return;
     if (stat(path, &st) == 0) {
         if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
+/* Whether both lead to one file, or will. */
+static bool same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    bool there = stat(a, &x) == 0;
+    return there ? S_ISREG(x.st_mode) && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino : strcmp(a, b) == 0;
+}
+
             tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
                  strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
         return;
@@ -10072,19 +10085,6 @@ static struct KBSConfig *new_kbs(struct options *o, const char *url)
     return kbs;
 }
 
-/* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
-static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enum compat compat, const char *own,
-                                      const struct remote_flags *f, const char *url)
-{
-    const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
-    if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", f->what, url, f->kbs_url,
-             compat == COMPAT_HEAD ? "" : " or -kbs-url");
-    return new_kbs(o, kbs);
-}
-
-static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
-                                 const char *kbs_path)
 /* What is written must not be what is read, nor two outputs one: it would be gone. */
 static void check_apart(struct mistakes *r, struct options *o)
 {
@@ -10106,6 +10106,19 @@ static void check_apart(struct mistakes *r, struct options *o)
     }
 }
 
+/* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
+static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enum compat compat, const char *own,
+                                      const struct remote_flags *f, const char *url)
+{
+    const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
+    if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", f->what, url, f->kbs_url,
+             compat == COMPAT_HEAD ? "" : " or -kbs-url");
+    return new_kbs(o, kbs);
+}
+
+static struct Source *new_source(struct options *o, enum compat compat, const char *type, const char *url,
+                                 const char *kbs_path)
 {
     struct Source *s = option_alloc(o, sizeof *s);
     *s = (struct Source){ .type = compat == COMPAT_SEED ? BYTES("oci-image") : bytes_of(type), .url = bytes_of(url),
@@ -10410,6 +10423,12 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
     for (const struct manifest *of = m; of; of = of->next)
         if (of->req.id.n > MANIFEST_ID_MAX)
             tell(r, USAGE, "the manifest's id has %zu bytes; every chunk of it repeats the id: use at most %d", of->req.id.n,
+        size_t same = d->filename.n && !d->decompress && i < NAMES_LOOK ? 0 : i;
+        while (same < i && !bytes_eq(d->filename, (d - i + same)->filename))
+            same++;
+        if (same < i)
+            tell(r, WARNING, "datasets %zu and %zu are both called %.*s: an agent keeps the last one only", same, i,
+                 (int)min_size(d->filename.n, 200), (const char *)d->filename.p);
                  MANIFEST_ID_MAX);
     for (size_t i = 0; i < m->input_count; i++) {
         struct stat st;
@@ -15555,6 +15574,7 @@ static int cmd_manifest(struct options *o, struct mistakes *r)
         buf_putc(&out, '\n');
         if (!buf_write(&out, STDOUT_FILENO))
             tell(r, START, "stdout: %s", strerror(errno));
+    check_apart(r, o);
     }
     manifest_free(&m);
     return r->start;
@@ -15754,6 +15774,7 @@ static bool server_check(struct server *v, struct options *o, struct mistakes *r
     if (!server_tls(o, &v->tls, &e))
         tell_lines(r, START, e.text);
     else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
+    check_apart(r, o);
         tell(r, WARNING, "%s does nothing without SERVER_CERT and SERVER_KEY: there is no TLS",
              present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
     if (v->tls)
