@@ -371,6 +371,10 @@ static size_t row_find(const void *table, size_t n, size_t size, struct bytes na
 #define SECONDS "%lld.%03u"
 #define SECONDS_OF(ms) (long long)(ms) / 1000, (unsigned)((ms) % 1000)
 
+/* The same of a number of bytes. */
+#define BYTES_FMT "%llu byte%s"
+#define BYTES_OF(n) (unsigned long long)(n), (n) == 1 ? "" : "s"
+
 /* Lower-case hex, with its end. */
 static void hex_text(char *to, const uint8_t *p, size_t n)
 {
@@ -2274,14 +2278,14 @@ static void stream_local_end(struct stream *s)
     s->local_closed = true;
     if (s->remote_closed)
         stream_done(s);
+    else if (s->lingers)
+        s->deadline_ms = s->conn->core->now_ms + LINGER_MS;
     else if (!s->conn->client)
         stream_reset(s, NO_ERROR);
 }
 
 static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, enum item_kind kind)
 {
-    else if (s->lingers)
-        s->deadline_ms = s->conn->core->now_ms + LINGER_MS;
     bool over = s->dead || s->local_closed || (s->tail && s->tail->kind != ITEM_DATA);
     struct item *i = over ? NULL : malloc(sizeof *i);
     if (!i) {
@@ -4050,11 +4054,11 @@ static void grpc_client_end(struct stream *s)
 
 static void grpc_client_abort(struct stream *s, unsigned status, const char *text)
 {
+    s->grpc.ended = true;
     grpc_client_fail(s, status, "%s", text);
     stream_reset(s, CANCEL);
 }
 
-    s->grpc.ended = true;
 /* gRPC's table of HTTP/2 error codes. */
 static void grpc_client_lost(struct stream *s, const char *how, uint32_t code)
 {
@@ -5891,13 +5895,13 @@ static void link_flush(struct link *k)
         conn_close(&k->conn);
         blocked = k->tls && link_send_tls(k);
     }
+    k->conn.below = k->tls && blocked;
     if (k->tls)
         link_tls_state(k);
     if (k->conn.phase == CONN_CLOSING && !k->shut && !blocked && !conn_pending(&k->conn)) {
         shutdown(k->watch.fd, SHUT_WR);
         k->shut = true;
     }
-    k->conn.below = k->tls && blocked;
     if (conn_finished(&k->conn))
         link_close(k, k->conn.why ? k->conn.why : "closed");
     else
@@ -6550,7 +6554,7 @@ static void sink_end(struct loop *l, const struct sink *s, const char *what)
 {
     size_t n = s->broken ? 0 : sink_pending(s);
     if (n)
-        tell_note("%zu bytes could not be written to %s in time", n, what);
+        tell_note(BYTES_FMT " could not be written to %s in time", BYTES_OF(n), what);
     if ((n || s->broken) && !l->exit_status)
         l->exit_status = 1;
 }
@@ -7444,14 +7448,14 @@ static void values_add(struct options *o, struct values *list, const char *value
 static void option_set(struct mistakes *r, struct options *o, const struct option *opt, const char *value)
 {
     void *at = (char *)o + opt->offset;
+    static const char *const secures[] = { "server-cert", "server-key", "client-ca-certs", "client-san", "ca", "cert", "key",
+                                           "server-name" };
     const char *why;
     int64_t n;
     if (value && !*value && ROW_FIND(secures, bytes_of(opt->name)) < PB_COUNT(secures))
         tell(r, USAGE, "-%s is empty, as of a variable that is not set; leave it out if that is meant", opt->name);
     else if (opt->commands & BOTH && opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && !*value &&
         opt->offset != AT(algo_args))
-    static const char *const secures[] = { "server-cert", "server-key", "client-ca-certs", "client-san", "ca", "cert", "key",
-                                           "server-name" };
         tell(r, WARNING, "-%s is empty, as of a variable that is not set", opt->name);
     switch (opt->kind) {
     case OPT_TEXT:
@@ -7496,6 +7500,10 @@ static size_t option_take(struct mistakes *r, struct options *o, char **words, s
     size_t len = strcspn(name, "=");
     const struct option *opt = option_find(name, len, o->command);
     const char *value = name[len] ? name + len + 1 : NULL, *word = next && *next == '-' ? next + 1 + (next[1] == '-') : "";
+    if (!opt && len == 1 && strchr("vV?", *name)) {   /* what other programs have for these */
+        *(*name == '?' ? &o->help_short : &o->version) = true;
+        return 1;
+    }
     if (!opt) {
         option_unknown(r, name, len, o->command);
         return !value && next && *next != '-' ? 2 : 1;
@@ -8472,7 +8480,7 @@ MUST_USE static bool seal_key_load(const char *path, uint8_t key[AES_KEY], struc
         return err_set(e, "%s: others may read or write it: chmod 600 it, or make a new key if they have", path);
     bool ok = file_load(path, PEM_FILE_MAX, &raw, e);
     if (ok && raw.len != AES_KEY)
-        ok = err_set(e, "%s: has %zu bytes; a key is 32 raw ones%s", path, raw.len,
+        ok = err_set(e, "%s: has " BYTES_FMT "; a key is 32 raw ones%s", path, BYTES_OF(raw.len),
                      raw.len / 2 == AES_KEY ? ", not hex: xxd -r -p turns it into them"
                      : raw.len == 44 || raw.len == 45 ? ", not base64: base64 -d turns it into them" : "");
     if (ok)
@@ -9500,6 +9508,7 @@ static int cmd_crypt(const struct options *o, struct mistakes *r)
     struct sigaction sa = { .sa_handler = on_signal_end };
     sigemptyset(&sa.sa_mask);
     sigaction(SIGHUP, &sa, NULL);
+    sigaction(SIGPIPE, &sa, NULL);
     if (!crypt_run(o, encrypt, key, &e))
         tell(r, START, "%s: %s", name, e.text);
     wipe(key, sizeof key);
@@ -9879,6 +9888,7 @@ enum {
     SHA3_256_LEN = 32,
     MANIFEST_FILE_MAX = 512 << 20,    /* bytes of a manifest, too */
     MANIFEST_ID_MAX = 1024,           /* bytes of its id, which stands in every chunk */
+    NAMES_LOOK = 10000,               /* datasets whose names are held against each other */
 };
 enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
 static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
@@ -9888,7 +9898,6 @@ static const char *const source_schemes[] = { "docker://", "oci:", "s3://", "gs:
 /* A manifest and what it was made of.  What req points to lasts as long as the options. */
 struct manifest {
     struct manifest *next;            /* those of -manifest-for */
-    NAMES_LOOK = 10000,               /* datasets whose names are held against each other */
     const char *job_id;               /* whom it is for; NULL: everybody else */
     struct ComputationRunReq req;
     struct bytes key;                 /* -public-key-path; empty: not given */
@@ -10049,6 +10058,14 @@ static size_t check_choice(struct mistakes *r, const char *flag, const char *val
     return 0;
 }
 
+/* Whether both lead to one file, or will. */
+static bool same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    bool there = stat(a, &x) == 0;
+    return there ? S_ISREG(x.st_mode) && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino : strcmp(a, b) == 0;
+}
+
 /* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
 static void check_output(struct mistakes *r, const char *flag, const char *path)
 {
@@ -10058,14 +10075,6 @@ static void check_output(struct mistakes *r, const char *flag, const char *path)
         return;
     if (stat(path, &st) == 0) {
         if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
-/* Whether both lead to one file, or will. */
-static bool same_file(const char *a, const char *b)
-{
-    struct stat x, y;
-    bool there = stat(a, &x) == 0;
-    return there ? S_ISREG(x.st_mode) && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino : strcmp(a, b) == 0;
-}
-
             tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
                  strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
         return;
@@ -10074,15 +10083,6 @@ static bool same_file(const char *a, const char *b)
     text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
     if (!*path || (slash && !slash[1]) || errno != ENOENT || access(folder, W_OK | X_OK) != 0)
         tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
-}
-
-static struct KBSConfig *new_kbs(struct options *o, const char *url)
-{
-    if (!present(url))
-        return NULL;
-    struct KBSConfig *kbs = option_alloc(o, sizeof *kbs);
-    *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
-    return kbs;
 }
 
 /* What is written must not be what is read, nor two outputs one: it would be gone. */
@@ -10104,6 +10104,15 @@ static void check_apart(struct mistakes *r, struct options *o)
                     tell(r, USAGE, "-%s: %s is the file of -%s as well, which would be overwritten", out->name, path, opt->name);
         }
     }
+}
+
+static struct KBSConfig *new_kbs(struct options *o, const char *url)
+{
+    if (!present(url))
+        return NULL;
+    struct KBSConfig *kbs = option_alloc(o, sizeof *kbs);
+    *kbs = (struct KBSConfig){ .url = bytes_of(url), .enabled = true };
+    return kbs;
 }
 
 /* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
@@ -10378,7 +10387,7 @@ static void hash_check(struct mistakes *r, const char *of, const char *what, str
         tell(r, START, "%s: %s has its hash in hex; bytes are written in base64 there: %.*s", of, what, (int)text.len,
              (const char *)text.p);
     } else if (hash.n != SHA3_256_LEN) {
-        tell(r, WARNING, "%s: %s has a hash of %zu bytes: an agent panics on it", of, what, hash.n);
+        tell(r, WARNING, "%s: %s has a hash of " BYTES_FMT ": an agent panics on it", of, what, BYTES_OF(hash.n));
     } else if (*flag && memcmp(hash.p, zeros, sizeof zeros) == 0) {
         tell(r, WARNING, "%s: %s has 32 zero bytes for a hash, and an agent will refuse what it gets: give -%s", of, what,
              *flag);
@@ -10414,6 +10423,12 @@ static void manifest_check(struct mistakes *r, const struct manifest *m)
         if (i >= m->input_count - m->algo_input)
             hash_check(r, of, what, d->hash, &data);
         kbs_check(r, what, d->kbs, req->kbs);
+        size_t same = d->filename.n && !d->decompress && i < NAMES_LOOK ? 0 : i;
+        while (same < i && !bytes_eq(d->filename, (d - i + same)->filename))
+            same++;
+        if (same < i)
+            tell(r, WARNING, "datasets %zu and %zu are both called %.*s: an agent keeps the last one only", same, i,
+                 (int)min_size(d->filename.n, 200), (const char *)d->filename.p);
     }
 }
 
@@ -10423,12 +10438,6 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
     for (const struct manifest *of = m; of; of = of->next)
         if (of->req.id.n > MANIFEST_ID_MAX)
             tell(r, USAGE, "the manifest's id has %zu bytes; every chunk of it repeats the id: use at most %d", of->req.id.n,
-        size_t same = d->filename.n && !d->decompress && i < NAMES_LOOK ? 0 : i;
-        while (same < i && !bytes_eq(d->filename, (d - i + same)->filename))
-            same++;
-        if (same < i)
-            tell(r, WARNING, "datasets %zu and %zu are both called %.*s: an agent keeps the last one only", same, i,
-                 (int)min_size(d->filename.n, 200), (const char *)d->filename.p);
                  MANIFEST_ID_MAX);
     for (size_t i = 0; i < m->input_count; i++) {
         struct stat st;
@@ -10455,8 +10464,7 @@ static void hash_inputs(struct manifest *m, struct mistakes *r)
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
         if (in->ok && all)
-            tell_note("%s %s, %llu byte%s, %s", algo ? "algorithm" : "dataset", in->path, (unsigned long long)in->size,
-                      in->size == 1 ? "" : "s", hex);
+            tell_note("%s %s, " BYTES_FMT ", %s", algo ? "algorithm" : "dataset", in->path, BYTES_OF(in->size), hex);
         if (in->ok && all && in->size == 0)
             tell(r, WARNING, "-%s: %s is empty: agents refuse an upload without a byte", algo ? "algo-path" : "data-paths",
                  in->path);
@@ -11076,7 +11084,7 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
         buf_printf(out, "; the agent fetched the %s, but never asked for its key", p->what);
     else if (p < end)
         buf_printf(out, "; the %s ", p->what), put_text(out, bytes_of(p->name), NULL),
-            buf_printf(out, " stood at %llu bytes", (unsigned long long)p->bytes);
+            buf_printf(out, " stood at " BYTES_FMT, BYTES_OF(p->bytes));
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
@@ -11177,7 +11185,7 @@ static void put_parcel(struct buf *out, const struct parcel *p)
     put_text(out, bytes_of(p->name), NULL);
     buf_puts(out, results ? "" : p->fetched ? " fetched" : p->begun ? " uploaded" : " was there already");
     if (p->begun)
-        buf_printf(out, ", %llu bytes", (unsigned long long)p->bytes);
+        buf_printf(out, ", " BYTES_FMT, BYTES_OF(p->bytes));
     if (p->sealed)
         buf_puts(out, p->keys ? ", and its key" : ", but not its key");
     if (p->fetched > 1)
@@ -11208,8 +11216,8 @@ static void verdict_summary(const struct verdict *v, struct buf *out, const char
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
             buf_printf(out, " %s " SECONDS "%s", stage_names[i], SECONDS_OF(h->reached_ms[i]),
                        i < (int)h->stage ? "," : " s\ncvms:     ");
-        buf_printf(out, " %llu message%s, %llu bytes\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
-                   (unsigned long long)h->bytes);
+        buf_printf(out, " %llu message%s, " BYTES_FMT "\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+                   BYTES_OF(h->bytes));
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel(out, &h->parcels[i]);
         if (h->failed)
@@ -11550,17 +11558,22 @@ static void courier_done(struct courier *c)
     if (e->role == ROLE_RESULT) {
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, p->hash, SHA3_256_LEN);
-        courier_note(c, "results in %s: %llu bytes, %s", p->name, (unsigned long long)p->bytes, rate);
+        courier_note(c, "results in %s: " BYTES_FMT ", %s", p->name, BYTES_OF(p->bytes), rate);
         courier_note(c, "SHA3-256 %s", hex);
         c->runs++;
         courier_ask(c);
     } else {
-        courier_note(c, "%s %s is uploaded: %llu bytes, %s", roles[e->role].what, p->name,
-                     (unsigned long long)p->bytes, rate);
+        courier_note(c, "%s %s is uploaded: " BYTES_FMT ", %s", roles[e->role].what, p->name, BYTES_OF(p->bytes), rate);
     }
     c->next++;
     if (c->next < c->delivery->count && courier_errand(c)->role == ROLE_DATA && c->state < AGENT_DATA)
         c->state = AGENT_DATA;        /* it says so itself, but later */
+}
+
+/* A call has moved: the time that it may stand still begins anew. */
+static void courier_moves(struct stream *s)
+{
+    s->deadline_ms = s->conn->core->now_ms + STILL_MS;
 }
 
 /* ---- Uploads ---- */
@@ -11572,6 +11585,7 @@ static void courier_pull(struct stream *s)
     struct delivery *d = c->delivery;
     const struct errand *errand = courier_errand(c);
     struct err e;
+    courier_moves(s);
     if (c->whole || c->over)
         return;
     ssize_t n = source_read(&c->source, d->piece, PIECE_LEN, &e);
@@ -11610,12 +11624,6 @@ static bool courier_open(struct courier *c)
     const struct checksum *in = errand->input;
     const char *extra = errand->role == ROLE_ALGORITHM ? c->delivery->o->algo_requirements : NULL;
     struct err e;
-/* A call has moved: the time that it may stand still begins anew. */
-static void courier_moves(struct stream *s)
-{
-    s->deadline_ms = s->conn->core->now_ms + STILL_MS;
-}
-
     if (in->version > c->version || checksum_changed(in->path, &in->id)) {
         courier_fail(c, "%s has changed since its hash was sent to the agent, so it is not uploaded", in->path);
         return false;
@@ -11625,7 +11633,6 @@ static void courier_moves(struct stream *s)
     if (!c->open)
         courier_fail(c, "%s can't be uploaded: %s", errand->filename, e.text);
     return c->open;
-    courier_moves(s);
 }
 
 /* ---- Results ---- */
@@ -11677,6 +11684,8 @@ static bool results_open(struct courier *c)
     }
     if (c->fd < 0) {
         courier_fail(c, "-results: %s: %s", c->part ? c->part : c->delivery->o->results, strerror(errno));
+        free(c->part);
+        c->part = NULL;               /* what is there is not ours */
         return false;
     }
     courier_parcel(c)->name = c->path;
@@ -11698,24 +11707,23 @@ static void results_message(struct stream *s, struct bytes wire)
     struct core *core = s->conn->core;
     struct ResultResponse res = { 0 };
     bool unknown;
+    courier_moves(s);
     if (c->over)
         return;
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(&ResultResponse_message, &res, wire, &core->arena, &unknown);
     if (err != PB_OK) {
-        free(c->part);
-        c->part = NULL;               /* what is there is not ours */
-        courier_fail(c, "a message of %zu bytes among the results is not an agent.ResultResponse: %s", wire.n,
+        courier_fail(c, "a message of " BYTES_FMT " among the results is not an agent.ResultResponse: %s", BYTES_OF(wire.n),
                      pb_error_text(err));
         return;
     }
     if (res.file.n > c->expected - courier_parcel(c)->bytes) {
-        courier_fail(c, "the results go on after the %llu bytes that they should have", (unsigned long long)c->expected);
+        courier_fail(c, "the results go on after the " BYTES_FMT " that they should have", BYTES_OF(c->expected));
         return;
     }
     if (!fd_write(c->fd, res.file.p, res.file.n, -1)) {
-        courier_fail(c, "-results: %s: %s after %llu bytes; what there is of it is removed", c->part, strerror(errno),
-                     (unsigned long long)courier_parcel(c)->bytes);
+        courier_fail(c, "-results: %s: %s after " BYTES_FMT "; what there is of it is removed", c->part, strerror(errno),
+                     BYTES_OF(courier_parcel(c)->bytes));
         courier_close(c);
         return;
     }
@@ -11728,8 +11736,7 @@ static bool results_finish(struct courier *c)
 {
     struct parcel *p = courier_parcel(c);
     if (c->expected != UINT64_MAX && c->expected != p->bytes) {
-        courier_fail(c, "the results end after %llu bytes of %llu", (unsigned long long)p->bytes,
-                     (unsigned long long)c->expected);
+        courier_fail(c, "the results end after " BYTES_FMT " of %llu", BYTES_OF(p->bytes), (unsigned long long)c->expected);
         return false;
     }
     char *real = text_copy((struct bytes){ (uint8_t *)c->part, strlen(c->part) - strlen(".part") }, SIZE_MAX);
@@ -11755,7 +11762,6 @@ static void courier_again(struct courier *c)
     courier_ask(c);
     c->state = AGENT_UNKNOWN;
     c->redial_ms = c->delivery->loop->core.now_ms + ((int64_t)REDIAL_MS << c->broken);
-    courier_moves(s);
     c->broken += c->broken < BACKOFF_MAX;
     p->begun = false;
     p->bytes = 0;
@@ -11860,6 +11866,7 @@ static void courier_up(struct link *k)
         courier_note(c, results ? "fetching the %s%s from %s" : "uploading the %s %s to %s", roles[errand->role].what,
                      results ? "" : errand->filename, c->where);
     if (results) {
+        courier_moves(s);
         grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });
         grpc_half_close(s);
         return;
@@ -11914,7 +11921,6 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
     if (h->courier)
         return h->courier;
     struct courier *c = calloc(1, sizeof *c);
-        courier_moves(s);
     if (!c || !host_parcels(d, h)) {
         free(c);
         core_tell(&d->loop->core, &(struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
@@ -12026,7 +12032,7 @@ static int64_t courier_show(const struct courier *c, int64_t now_ms)
     put_rate(rate, p->bytes, now_ms - c->begin_ms);
     if (total != UINT64_MAX)
         text_printf(of, sizeof of, " of %llu", (unsigned long long)(total / 1000000));
-    text_printf(text, sizeof text, "%.16s: %s %.*s, %llu%s MB, %s ", c->host->name, p->what, (int)min_size(name.n, 16),
+    text_printf(text, sizeof text, "cvms: %.16s: %s %.*s, %llu%s MB, %s ", c->host->name, p->what, (int)min_size(name.n, 16),
                 (const char *)name.p, (unsigned long long)(p->bytes / 1000000), of, rate);
     put_text(&safe, bytes_of(text), NULL);
     text_printf(l->progress, sizeof l->progress, "%.*s", (int)safe.len, safe.len ? (const char *)safe.p : "");
@@ -12643,7 +12649,7 @@ static void put_bytes_field(struct buf *out, struct bytes b)
 {
     bool text = bytes_printable(b);
     if (!text)
-        buf_printf(out, "%zu bytes ", b.n);
+        buf_printf(out, BYTES_FMT " ", BYTES_OF(b.n));
     put_first_bytes(out, b, text ? b.n : TEXT_BYTES);
 }
 
@@ -12778,7 +12784,7 @@ static void put_entry(struct buf *out, uint32_t member, struct bytes text, bool 
     if (member == 3)
         buf_puts(out, text.n ? "error: " : "accepted");
     else if (report && text.n)
-        buf_printf(out, "%zu bytes ", text.n), put_first_bytes(out, text, REPORT_BYTES);
+        buf_printf(out, BYTES_FMT " ", BYTES_OF(text.n)), put_first_bytes(out, text, REPORT_BYTES);
     else if (report)
         buf_puts(out, unknown ? "" : "empty: no TEE");
     if (!report)
@@ -13103,8 +13109,8 @@ static void process_message(struct stream *s, struct bytes wire)
     enum pb_error err = pb_decode(&ClientStreamMessage_message, &msg, wire, &core->arena, &unknown);
     if (err != PB_OK) {
         char text[160];
-        text_printf(text, sizeof text, "message %llu of %zu bytes is not a cvms.ClientStreamMessage: %s",
-                    (unsigned long long)session->messages + 1, wire.n, pb_error_text(err));
+        text_printf(text, sizeof text, "message %llu of " BYTES_FMT " is not a cvms.ClientStreamMessage: %s",
+                    (unsigned long long)session->messages + 1, BYTES_OF(wire.n), pb_error_text(err));
         process_note(s, false, "%s", text);
         grpc_abort(s, GRPC_INTERNAL, text);
         return;
@@ -13139,7 +13145,7 @@ static void process_drained(struct stream *s)
     if (!session || session->announced)
         return;
     session->announced = true;
-    process_note(s, true, "manifest sent: %zu bytes", session->manifest->len);
+    process_note(s, true, "manifest sent: " BYTES_FMT, BYTES_OF(session->manifest->len));
     if (faults && faults->value[FAULT_RST] >= 0)
         stream_reset(s, INTERNAL_ERROR);
     if (faults && faults->value[FAULT_GOAWAY] >= 0)
@@ -13164,8 +13170,8 @@ static void process_closed(struct stream *s)
     struct session *session = s->user;
     if (!session)
         return;
-    process_note(s, true, "stream ended after %llu message%s, %llu bytes", (unsigned long long)session->messages,
-                 session->messages == 1 ? "" : "s", (unsigned long long)session->bytes);
+    process_note(s, true, "stream ended after %llu message%s, " BYTES_FMT, (unsigned long long)session->messages,
+                 session->messages == 1 ? "" : "s", BYTES_OF(session->bytes));
     if (session->host)
         verdict_stream(&server_of(s)->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
     *(session->prev ? &session->prev->next : &server_of(s)->sessions) = session->next;
@@ -13587,8 +13593,7 @@ static void show_request(struct conn *c, const struct host *host, const struct R
         put_text(out, r->method, NULL);
         put_blanks(out, head, WORD_COLUMN);
         put_text(out, r->what.n ? r->what : r->path, NULL);
-        buf_printf(out, ": %d, %lld bytes, " SECONDS " s", (int)r->status, (long long)r->bytes,
-                   SECONDS_OF(r->milliseconds));
+        buf_printf(out, ": %d, " BYTES_FMT ", " SECONDS " s", (int)r->status, BYTES_OF(r->bytes), SECONDS_OF(r->milliseconds));
         buf_puts(out, r->note.n ? ", " : "");
         put_text(out, r->note, NULL);
         buf_putc(out, '\n');
@@ -13779,8 +13784,8 @@ static void control_agents(struct server *v)
     struct core *core = &v->loop->core;
     size_t n = 0;
     for (const struct session *s = v->sessions; s; s = s->next, n++)
-        process_note(s->stream, false, "%s%sfrom %s, %llu messages", s->job_id ? s->job_id : "", s->job_id ? " " : "",
-                     s->stream->conn->peer, (unsigned long long)s->messages);
+        process_note(s->stream, false, "%s%sfrom %s, %llu message%s", s->job_id ? s->job_id : "", s->job_id ? " " : "",
+                     s->stream->conn->peer, (unsigned long long)s->messages, s->messages == 1 ? "" : "s");
     if (n == 0)
         core_note(core, NULL, "no agent is connected");
 }
@@ -14099,7 +14104,7 @@ static void agent_event(struct agent *a, const char *type, const char *status, c
 static void check_hash(struct agent *a, const char *what, size_t i, struct bytes hash)
 {
     if (hash.n != SHA3_256_LEN)
-        agent_fail(a, "%s %zu: its hash has %zu bytes, not %d", what, i, hash.n, SHA3_256_LEN);
+        agent_fail(a, "%s %zu: its hash has " BYTES_FMT ", not %d", what, i, BYTES_OF(hash.n), SHA3_256_LEN);
 }
 
 static void check_key(struct agent *a, const char *what, size_t i, struct bytes key)
@@ -14130,7 +14135,7 @@ static void put_member(struct buf *out, const struct pb_field *f, const void *it
         put_text(out, b, NULL);
     } else {
         if (b.n != SHA3_256_LEN)
-            buf_printf(out, b.n > REPORT_BYTES ? "%zu bytes ..." : "%zu bytes ", b.n);
+            buf_printf(out, BYTES_FMT "%s", BYTES_OF(b.n), b.n > REPORT_BYTES ? " ..." : " ");
         put_as_hex(out, b.n == SHA3_256_LEN || b.n < REPORT_BYTES ? b : bytes_from(b, b.n - REPORT_BYTES));
     }
     buf_putc(out, '\n');
@@ -14159,12 +14164,12 @@ static void agent_check_manifest(struct agent *a)
     enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena,
                                   &unknown);
     if (err != PB_OK) {
-        agent_fail(a, "the manifest of %zu bytes does not parse: %s", len, pb_error_text(err));
+        agent_fail(a, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text(err));
         return;
     }
     const struct Dataset *d = req->datasets.items;
     const struct ResultConsumer *r = req->result_consumers.items;
-    agent_note(a, "manifest received: %zu bytes in %zu chunk%s, %zu dataset%s", len, a->chunks,
+    agent_note(a, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
                a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
     struct buf *out = &a->loop->core.out;
     size_t before = out->len;
@@ -14172,6 +14177,8 @@ static void agent_check_manifest(struct agent *a)
         pb_json(out, &ComputationRunReq_message, req, 2);
     else
         put_members(out, &ComputationRunReq_message, req, 0);
+    if (a->o->once)
+        json_defuse(out, before);
     buf_puts(out, a->o->once ? "\n" : "");
     if (out->failed) {                /* not half of it */
         out->len = before;
@@ -14342,7 +14349,7 @@ static void agent_message(struct stream *s, struct bytes wire)
     if (msg.runReqChunks && !a->whole)
         client_step(s, a->o);
     if (err != PB_OK)
-        agent_fail(a, "a message of %zu bytes does not parse: %s", wire.n, pb_error_text(err));
+        agent_fail(a, "a message of " BYTES_FMT " does not parse: %s", BYTES_OF(wire.n), pb_error_text(err));
     else if (msg.runReqChunks)
         agent_chunk(a, msg.runReqChunks);
     else
@@ -14566,8 +14573,7 @@ static void upload_end(struct stream *s)
         service_refuse(s, GRPC_UNKNOWN, why);
     if (!u || why)
         return;
-    agent_note(a, "the %s is there: %llu bytes with the manifest's hash", roles[role].what,
-               (unsigned long long)u->bytes);
+    agent_note(a, "the %s is there: " BYTES_FMT " with the manifest's hash", roles[role].what, BYTES_OF(u->bytes));
     grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });     /* as empty as AlgoResponse and DataResponse */
     grpc_finish(s, GRPC_OK, "");
     agent_go(a);
@@ -14630,6 +14636,7 @@ static void http_headers(struct stream *s, const struct fields *f, bool end)
 static void http_data(struct stream *s, struct bytes p)
 {
     struct download *l = download_of(s);
+    client_step(s, ((struct agent *)s->conn->core->app)->o);
     if (l->over)
         return;
     if (l->phase == DOWNLOAD_KEY && l->key.len + p.n > AES_KEY)
@@ -14681,6 +14688,7 @@ static void download_up(struct link *k)
         download_end(l, "out of memory");
         return;
     }
+    client_step(s, ((struct agent *)k->loop->core.app)->o);
     if (l->phase == DOWNLOAD_TOKEN) {
         grpc_send(s, &GetTokenRequest_message, &(struct GetTokenRequest){ .TokenType = BYTES("kbs") });
         grpc_half_close(s);
@@ -14733,10 +14741,12 @@ static bool download_url(struct download *l, struct bytes url, const char *befor
                 more.n ? (const char *)more.p : "");
     if (!*l->path)
         text_printf(l->path, sizeof l->path, "/");
+    signals_handle(on_signal_end);    /* a resolver may take long */
     if (!address_parse(l->where, &at))
         download_end(l, "%s is no address", l->where);
     else if (!(l->dial.addresses = resolve_host(at.host, at.port < 0 ? tls ? 443 : 80 : (unsigned)at.port, 0, &why)))
         download_end(l, "can't resolve %s: %s", at.host, why);
+    signals_handle(on_signal);
     return !l->over;
 }
 
@@ -14827,8 +14837,8 @@ static void download_fail(struct agent *a, const char *before)
 static void download_done(struct agent *a)
 {
     const struct download *l = &a->download;
-    agent_note(a, "the %s is fetched: %llu bytes with the manifest's hash", l->data ? "dataset" : "algorithm",
-               (unsigned long long)l->bytes);
+    agent_note(a, "the %s is fetched: " BYTES_FMT " with the manifest's hash", l->data ? "dataset" : "algorithm",
+               BYTES_OF(l->bytes));
     if (l->data)
         a->there[l->index] = true, a->missing--;
     if (!l->data || !a->missing)
@@ -14857,7 +14867,7 @@ static void download_turn(struct agent *a)
         return;
     }
     if (good && l->phase == DOWNLOAD_KEY)
-        text_printf(l->why, sizeof l->why, "the key has %zu bytes, not %d", l->key.len, AES_KEY);
+        text_printf(l->why, sizeof l->why, "the key has " BYTES_FMT ", not %d", BYTES_OF(l->key.len), AES_KEY);
     else if (good)
         before = "", download_check(l);
     if (!a->over && *l->why)
@@ -15239,7 +15249,7 @@ static bool replay_load(struct replay *r, struct options *o, struct mistakes *re
         tell(report, START, "-replay: %s", e.text);
     for (size_t i = 0; i < text.len; i++)
         lines += text.p[i] == '\n';
-    r->lines = option_alloc(o, lines * sizeof *r->lines);
+    r->lines = option_alloc(o, lines < SIZE_MAX / sizeof *r->lines ? lines * sizeof *r->lines : SIZE_MAX);
     r->parts = option_alloc(o, REPLAY_PARTS * sizeof *r->parts);
     r->arena.limit = SIZE_MAX / 2;
     for (struct bytes rest = { text.p, text.len }; ok && rest.n;) {
@@ -15268,8 +15278,8 @@ static void replay_status(struct stream *s, unsigned status, struct bytes text)
     if (status != GRPC_OK || !s->local_closed) {
         replay_fail(r, status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status], text);
     } else if (++r->done == r->part_count) {
-        core_note(&r->loop->core, NULL, "%zu messages replayed on %zu stream%s: the server has taken "
-                  "everything", r->line_count, r->part_count, r->part_count == 1 ? "" : "s");
+        core_note(&r->loop->core, NULL, "%zu message%s replayed on %zu stream%s: the server has taken "
+                  "everything", r->line_count, r->line_count == 1 ? "" : "s", r->part_count, r->part_count == 1 ? "" : "s");
         loop_stop(r->loop, "done");
     }
 }
@@ -15321,7 +15331,10 @@ static void replay_turn(struct loop *l)
         const struct replay_line *line = &r->lines[r->next];
         int64_t due = r->start_ms + (r->o->fast ? 0 : line->at_ms - r->lines[0].at_ms);
         struct stream *s = line->part->stream;
-        if (due > l->core.now_ms || !s || s->queued >= REPLAY_AHEAD) {
+        bool full = s && s->queued >= REPLAY_AHEAD;
+        if (s && (!full || s->deadline_ms == INT64_MAX))   /* it is for the server to take some */
+            s->deadline_ms = full && r->o->timeout_ms ? l->core.now_ms + r->o->timeout_ms : INT64_MAX;
+        if (due > l->core.now_ms || !s || full) {
             l->timer_ms = due > l->core.now_ms ? due : n ? l->core.now_ms : INT64_MAX;
             return;
         }
@@ -15561,6 +15574,7 @@ static int cmd_manifest(struct options *o, struct mistakes *r)
     struct err e;
     struct buf out = { 0 };
     check_output(r, "o", o->out_file);
+    check_apart(r, o);
     manifest_build(&m, o, r);
     if (!manifest_finish(&m, r))
         return r->usage ? 2 : 1;
@@ -15571,10 +15585,10 @@ static int cmd_manifest(struct options *o, struct mistakes *r)
         buf_free(&out);
     } else {
         pb_json(&out, &ComputationRunReq_message, &m.req, 2);
+        json_defuse(&out, 0);
         buf_putc(&out, '\n');
         if (!buf_write(&out, STDOUT_FILENO))
             tell(r, START, "stdout: %s", strerror(errno));
-    check_apart(r, o);
     }
     manifest_free(&m);
     return r->start;
@@ -15760,6 +15774,7 @@ static bool server_check(struct server *v, struct options *o, struct mistakes *r
     check_output(r, "report", o->report);
     check_output(r, "record", o->record);
     check_output(r, "ready-file", o->ready_file);
+    check_apart(r, o);
     faults_parse(r, o, &v->faults);
     verdict_setup(&v->verdict, o, r);
     int64_t room = (int64_t)raise_descriptor_limit();
@@ -15774,7 +15789,6 @@ static bool server_check(struct server *v, struct options *o, struct mistakes *r
     if (!server_tls(o, &v->tls, &e))
         tell_lines(r, START, e.text);
     else if (!v->tls && (present(getenv("CLIENT_CA_CERTS")) || present(getenv("SERVER_CA_CERTS"))))
-    check_apart(r, o);
         tell(r, WARNING, "%s does nothing without SERVER_CERT and SERVER_KEY: there is no TLS",
              present(getenv("CLIENT_CA_CERTS")) ? "CLIENT_CA_CERTS" : "SERVER_CA_CERTS");
     if (v->tls)
@@ -15916,6 +15930,7 @@ int main(int argc, char **argv)
             return 1;
     struct mistakes r = { 0 };
     signals_handle(on_signal_end);
+    signal(SIGXFSZ, SIG_IGN);         /* a file that may grow no more is an error of its write (EFBIG) */
     o.help = argc > 1 && strcmp(argv[1], "help") == 0;
     int at = o.help ? 2 : 1;
     size_t command = argc > at ? ROW_FIND(command_table, bytes_of(argv[at])) : COMMANDS;

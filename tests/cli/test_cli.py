@@ -339,6 +339,9 @@ def test_help():
     has("-version", r.out, r"cvms \d+\.\d+")
     for line in ("compiler: (gcc|clang) \\d", "C library: ", "TLS: (BearSSL|none)", "SHA3: (portable|BMI2|AVX)"):
         has("-version", r.out, "^" + line)
+    for word, flag in (("-v", "-version"), ("-V", "-version"), ("-?", "-h")):
+        r = run(f"help: {word}", [word])
+        same(f"help: {word}", (r.status, r.out, r.err), (0, run(f"help: {flag}", [flag]).out, ""))
     with open("/dev/full", "wb") as full:
         same("help into a full device: status", run("help", ["-help"], stdout=full).status, 1)
 
@@ -595,6 +598,15 @@ def test_mistakes_output():
             [("-report", '""'), ("-record", '""'), ("-ready-file", '""')])
     refused("outputs, folders", [*W.base, "-until", "ready", "-report", d, "-record", d, "-ready-file", d], 1,
             [("-report", "directory"), ("-record", "directory"), ("-ready-file", "directory")])
+    algo, other = write("an.py", b"x"), f"{d}/link"
+    os.symlink(algo, other)
+    for out, path, of in (("-report", algo, "-algo-path"), ("-record", other, "-algo-path"), ("-ready-file", f"{d}/new", "-report"),
+                          ("-report", W.data, "-data-paths")):
+        flags = ["-until", "ready", *([of, path] if of == "-report" else [])]
+        refused(f"outputs: {out} is {of}", [*but(W.with_data, "-algo-path", algo), *flags, out, path], 2,
+                [re.escape(f"{path} is the file of -"), "overwritten"])
+    same("outputs: an input is left alone", read(algo), b"x")
+    os.unlink(other)
     refused("outputs beside another mistake", ["-algo-path", "nope", *W.required, "-until", "ready", "-report", f"{d}/none/r"], 1,
             [("-report", "none/r"), ("-algo-path", "nope")])
     same("outputs: none is made", os.listdir(d), [])
@@ -607,6 +619,9 @@ def test_tls_mistakes_together():
             [tuple(re.escape(word) for word in row) for row in rows])
     refused("TLS: three variables", W.base, 1, [("SERVER_CERT: no1",), ("SERVER_KEY: no2",), ("CLIENT_CA_CERTS: no3",)],
             {"SERVER_CERT": "no1", "SERVER_KEY": "no2", "CLIENT_CA_CERTS": "no3"})
+    for flag in ("-client-san", "-client-ca-certs"):
+        refused(f"TLS: {flag} of an unset variable", [*W.base, flag, ""], 2, [f"{flag} is empty"])
+    same("client: -ca of an unset variable", run("-ca empty", ["health", "-ca", "", "127.0.0.1:1"]).status, 2)
     refused("TLS: no key", [*W.base, "-server-cert", "x"], 1, ["-server-cert", "-server-key", "SERVER_KEY", "both"])
     refused("TLS: no certificate", W.base, 1, ["SERVER_KEY", "-server-cert", "SERVER_CERT", "both"], {"SERVER_KEY": "x"})
     r = run("client: three files", ["agent", "-ca", "no1", "-cert", "no2", "-key", "no3", "-wait", "0", "127.0.0.1:1"])
@@ -827,6 +842,7 @@ def test_warnings():
          ["dataset 1 has 32 zero bytes"]),
         ("-manifest with a hash of zeros", ["-manifest", write("zero.json", json.dumps(dict(whole, algorithm={
             **whole["algorithm"], "hash": b64(bytes(32))})))], ["algorithm has 32 zero bytes"]),
+        ("two datasets of one name", [*W.base, "-data-paths", f"{W.data},{write('data.csv', b'1')}"], ["datasets 0 and 1 are both called data.csv"]),
         ("an unset variable", [*W.base, "-data-paths", ""], ["-data-paths is empty", "variable"]),
         ("-kbs-url without a scheme", [*remote, "-kbs-url", "kbs:8080"], ["key broker of the computation", "kbs:8080", "https://"]),
         ("-algo-kbs-url without a scheme", [*remote, "-algo-kbs-url", "kbs:8080"], ["key broker of the algorithm", "kbs:8080"]),
@@ -1000,6 +1016,8 @@ def test_manifest_json():
         "resultConsumers": [{"userKey": b64(der)}],
         "agentConfig": {"port": "7002", "clientCaFile": "/ca", "attestedTls": True},
         "kbs": {"url": "http://k", "enabled": True}})
+    same("manifest: no command of a CI runner", re.findall(r"description.*", manifest("a command", [*W.base, "-set", "description=##[error]"])[1].out),
+         [r'description": "##\u005berror]",'])
     d = temp("out")
     for name, out, words in (("nowhere", f"{d}/no/m", "No such file"), ("a folder", d, "directory"),
                              ("a full device", "/dev/full", "No space")):

@@ -159,7 +159,8 @@ def test_mistakes():
         ([*base, "-deliver", "cli,upload", "-data-paths", W.data, "-python-runtime", "x"], 2, "-python-runtime: the algorithm is"),
         ([*up, "-public-key-path", W.rsa], 2, "-private-key-path is missing: .*a key pair is made for the run"),
         ([*up, "-attested-tls-bool", "true"], 2, "-attested-tls-bool true: .*attested TLS"),
-        ([*up, "-agent-address", "here"], 2, '-agent-address: "here" is not an address'),
+        ([*up, "-agent-address", "here"], 2, '-agent-address: "here" lacks the port; write it like'),
+        ([*up, "-agent-address", "::1"], 2, '-agent-address: "::1" is not an address'),
         ([*up, "-agent-address", "h:7002", "-agents", "2", "-until", "ready"], 2, "-agent-address is that of one agent"),
         ([*up, "-algo-requirements", folder], 1, f"-algo-requirements: {folder}: is a folder"),
         ([*up, "-algo-requirements", out], 1, f"-algo-requirements: {out}: No such file"),
@@ -399,7 +400,7 @@ def test_progress():
         s.send(harness.ATTESTATION)
         go.keys(s.manifest())
         s.send(ACCEPTED)
-        line = r"127\.0\.0\.1: dataset d\\x1b\.bin, 1 of 3 MB, \d\.\d{3} s, \d\.\d MB/s "
+        line = r"cvms: 127\.0\.0\.1: dataset d\\x1b\.bin, 1 of 3 MB, \d\.\d{3} s, \d\.\d MB/s "
         check("progress: shown, and again", shown.until(rf"\r{line} *\r{line}"), shown.text())
         p.send_signal(15)
         same("progress: status", p.wait(LIMIT), 0)
@@ -482,7 +483,7 @@ def test_broken_upload():
     with Agent() as go, Run("broken", go=go, base=basic(write("d.bin", data)), until="running") as r:
         go.tell(f"mode data drop {2 * MIB}")
         r.connect().accept()
-        r.said("the upload of d.bin broke off after")
+        r.said(r"the upload of d.bin to \S+ broke off after")
         need(r.agent.asked(4) is not None, "the agent is not asked")
         r.agent.send(state("ReceivingData"))
         need(go.saw("data"), "no second upload")
@@ -598,6 +599,43 @@ def test_results_in_bytes():
         same("bytes: results", read(out), counting(5000))
 
 
+def test_results_in_one_message():
+    """-max-message holds for what an agent sends as well; what does not fit is no refusal of the agent's."""
+    out = os.path.join(temp(), "out")
+    for more, status, words in ((["-max-message", "5000010"], 0, "complete"), ([], 3, r"the results can't be taken: .* larger than max \(5000005 vs. 4194304\)")):
+        with Agent() as go, Run("one message", "-results", out, *more, go=go) as r:
+            go.tell("results 5000000 5000000")
+            r.connect().accept()
+            need(go.saw("algo"), "no algorithm")
+            r.results()
+            if not status:
+                r.said("results in")
+                r.forwarder.events("Complete/Completed")
+            r.server.ended(status, words)
+    same("one message: its name is free", os.listdir(os.path.dirname(out)), ["out"])
+
+
+def test_results_behind_a_link():
+    """A link stays one; what is called FILE.part, and is no file, is left alone."""
+    folder = temp()
+    for name, target in (("out", write(folder + "/real")), ("bad.part", "elsewhere")):
+        os.symlink(target, f"{folder}/{name}")
+    for name, status, words in (("out", 0, "complete"), ("bad", 3, "-results: .*bad.part: File exists")):
+        with Agent() as go, Run(f"link {name}", "-results", f"{folder}/{name}", go=go) as r:
+            r.connect().accept()
+            need(go.saw("algo"), "no algorithm")
+            r.results()
+            if not status:
+                r.said("results in")
+                r.forwarder.events("Complete/Completed")
+            r.server.ended(status, words)
+    same("link: what is there", sorted((x, os.path.islink(f"{folder}/{x}")) for x in os.listdir(folder)), [("bad.part", True), ("out", True), ("real", False)])
+    with open(folder + "/log", "wb") as log:
+        r = run("results to stdout, a file", [*basic(), "-deliver", "upload", "-results", "/dev/stdout"], stdout=log)
+    same("results to stdout, a file: status", r.status, 2)
+    has("results to stdout, a file", r.err, "/dev/stdout. is not a regular file of its own")
+
+
 def test_results_of_another_size():
     for more, words in ((-1, "the results end after 999 bytes of 1000"), (1, "the results go on after the 1000 bytes that they should have")):
         folder = temp()
@@ -612,7 +650,7 @@ def test_results_of_another_size():
 
 def test_results_endless():
     folder = temp()
-    limit = "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+    limit = "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); " \
             "resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)); os.execv(sys.argv[1], sys.argv[1:])"
     with Agent() as go:
         command = [sys.executable, "-c", limit, W.cvms, *basic(), "-deliver", "upload", "-agent-address", go.address, "-results",
@@ -886,7 +924,7 @@ def test_stand_in_lost_and_back():
             while int(re.search(r"rchar: (\d+)", read(f"/proc/{a.p.pid}/io").decode()).group(1)) < 2 * MIB:
                 time.sleep(0.001)     # what it has read so far is no event
             a.stop(9)
-            r.said("the upload of big broke off")
+            r.said(r"the upload of big to \S+ broke off")
         with stand_in(r.server, "-job-id", "vm", program=FAST) as a:
             r.server.ended(0, "ready reached")
             same("killed: the second one", len(re.findall("big is uploaded", r.server.err.text())), 1)
@@ -920,6 +958,14 @@ def test_stand_in_fetches():
                 stand_in(s) as a:
             err = played(s, a, 3, 1, "Failed/Failed")
             has(name, err, "ERROR +failed to download and decrypt algorithm: .*" + words)
+    with socket.create_server(("127.0.0.1", 0)) as silent, \
+            Server("fetches, silence", *basic(), "-deliver", "http-plain", "-set", "algorithm.source.url=http://127.0.0.1:%d/x" % silent.getsockname()[1],
+                   "-until", "ready", "-timeout", "20s", base=[]) as s, stand_in(s, "-timeout", "1s") as a:
+        c, _ = silent.accept()
+        c.sendall(harness.frame(harness.SETTINGS, 0, 0))
+        err = played(s, a, 3, 1, "Failed/Failed")
+        has("fetches, silence", err, "failed to download resource: no answer in time")
+        c.close()
     with Server("fetches, no zip", *basic(W.data), "-deliver", "http", "-dataset-decompress", "true", "-until", "ready", "-timeout",
                 "20s", base=[]) as s, stand_in(s) as a:
         has("fetches, no zip", played(s, a, 3, 1, "Failed/Failed"), "decrypt dataset dataset_0.csv: failed to unzip")

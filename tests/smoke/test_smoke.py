@@ -1069,7 +1069,7 @@ def test_stand_in_asked():
         s.err.until(r"stream +connected", times=2)
         s.out.until("vTPMattestationReport")
         s.command("agents\n")
-        check("stand-in asked: agents without a job-id", s.err.until(r"agent +from 127.0.0.1:\d+, 1 messages"), s.err.text(), "one message")
+        check("stand-in asked: agents without a job-id", s.err.until(r"agent +from 127.0.0.1:\d+, 1 message$"), s.err.text(), "one message")
         s.command("state\n")
         check("stand-in asked: its state", s.out.until('"state": ?"ReceivingManifest"'), s.out.text(), "ReceivingManifest")
         s.command("stop\n")
@@ -1187,6 +1187,13 @@ def test_replay_mistakes():
         has("replay, 1001 streams", err, re.escape(path), "1000 streams")
         got, _, err, _ = run("fast alone", ["agent", "-fast", "-wait", "1s", s.address])
         check("-fast without -replay: usage", got == 2, got, 2)
+    with socket.create_server(("127.0.0.1", 0)) as closed:                 # its window never opens
+        kept = []
+        threading.Thread(target=lambda: kept.append(closed.accept()[0]) or kept[0].sendall(harness.frame(4, 0, 0, b"\0\4" + bytes(4))), daemon=True).start()
+        got, _, err, _ = run("replay, no window", ["agent", "-replay", write("r", line * 50), "-fast", "-timeout", "300ms", "127.0.0.1:%d" % closed.getsockname()[1]])
+        same("replay to a server that takes nothing: status", got, 1)
+        has("replay to a server that takes nothing", err, "FAILED: DEADLINE_EXCEEDED")
+        kept[0].close()
     path = write("r", line + line.replace("00:00:00Z", "00:00:30Z"))      # the stream is open when the reset comes
     with Server("replay, rst", "-fault", "rst") as s:
         got, _, err, _ = run("replay, rst", ["agent", "-replay", path, s.address])
