@@ -1365,21 +1365,22 @@ def test_readme_runs():
 
 
 def test_readme_container():
-    """What the image, docker run, the pod and setpriv are told: the flags serve, the probes' commands are well."""
+    """What the image, docker run, Deployment, Job and setpriv are told: the flags serve, the probes' commands are well."""
     text = readme()
     docker = re.search(r"^    docker run (?:.*\\\n)*.* cvms ((?:.*\\\n)*.*)", text, re.M).group(1).replace("\\\n", "")
-    pod = text[text.index("    kind: Pod"):]
-    args = re.search(r"args: \[([^]]*)\]", pod).group(1).replace('"', "").replace("\n", "")
-    flags = [re.split(r",?\s+", x.strip()) for x in (docker, args)]
-    same("README: docker and Kubernetes run the same", *flags)
+    args = [x.replace('"', "") for x in re.findall(r"args: \[([^]]*)\]", text)]
+    flags, deployment, job = (re.split(r",?\s+", x.strip()) for x in (docker, *args))
+    same("README: docker, Deployment and Job run the same", (flags, job[:-4]), (deployment, deployment))
     probes = [re.search(p, text).group(1).replace('"', "").split(", ") for p in (r"HEALTHCHECK CMD \[(.*)\]", r"command: \[(.*?)\]")]
     same("README: the probes", probes, [["/cvms", "health"]] * 2)
     d = temp("in")
     for path, name in ((W.algo, "algo.py"), (W.data, "data.csv"), (W.key, "pub.pem")):
         os.symlink(path, os.path.join(d, name))
-    with Server("README, container", base=[x.replace("/in/", f"{d}/") for x in flags[0]], env={"HOST": ""}) as s:
+    with Server("README, container", base=[x.replace("/in/", f"{d}/") for x in job], env={"HOST": ""}) as s:
         here = {"AGENT_CVM_GRPC_URL": f"localhost:{s.port}"}
         same("README, container: health", run("README, container: health", probes[0][1:], here).status, 0)
+        run("README, container: agent", ["agent"], here)
+        s.ended(0, "ready")
     limits = re.search(r"^    setpriv (.*) \./cvms FLAGS$", text, re.M).group(1).split()
     if os.geteuid() == 0 and shutil.which("setpriv"):
         with Server("README, setpriv", command=["setpriv", *limits, W.cvms, *W.base]) as s:
