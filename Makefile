@@ -25,7 +25,10 @@ HAS_BEAR = test $(TLS) = 0 -o -n "$(BEARSSL)" || printf '\043include <bearssl.h>
     { echo "bearssl.h is not there: install libbearssl-dev (Debian) or bearssl-dev (Alpine), name a build of it with" \
     "make BEARSSL=DIR, or do without TLS: make TLS=0" >&2; exit 1; }
 
-all: $(O)/cvms
+# A target's name has no blanks: GNU make says so at once.
+BLANKS = $(if $(word 2,$(O)),$(error O=$(O): the name of that folder can't have a blank; O=DIR may be relative))
+
+all: $(BLANKS)$(O)/cvms
 
 # Changes when what is built changes, so that make TLS=0 behind make builds anew.
 $(O)/build/flags: FORCE

@@ -9,7 +9,9 @@ rm -rf "$root/cvms"
 mkdir "$root/cvms"
 cp -R cvms.c proto_wire.h sha3.h Makefile README.md tests "$root/cvms"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
-sed -n 's/^    \(apt-get update && .*\)/\1/p; s/^    \(make run\)$/\1/p' README.md | head -2 | while read -r command; do
+commands=$(sed -n 's/^    \(apt-get update && .*\)/\1/p; s/^    \(make run\)$/\1/p' README.md | head -2)
+test "$(echo "$commands" | wc -l)" = 2 || { echo "FAIL: README.md does not begin with its two commands"; exit 1; }
+echo "$commands" | while read -r command; do
     echo "\$ $command"
     # shellcheck disable=SC2016 # for the shell in ROOT
     chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive \
