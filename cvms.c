@@ -7729,16 +7729,9 @@ enum {
 
 #define ZIP_32_MAX UINT32_C(0xffffffff) /* stands in a 32-bit field whose value is in the Zip64 record */
 
-/* What stat tells of one file.  No padding: it is hashed and compared as bytes. */
-struct file_stat {
-    uint64_t dev, ino, size, mtime_ns, ctime_ns;
-};
-
-/* What identifies an unchanged input.  tree: for a folder, the digest of the names and stats of all its entries
- * (then size and times of st are 0, as they say nothing more); for a file, zeros. */
+/* What identifies an unchanged input: SHA3-256 of the names and stats of its files. */
 struct file_id {
-    struct file_stat st;
-    uint8_t tree[32];
+    uint8_t digest[32];
 };
 
 /* "PATH: reason", with the end of a long path and without control characters; returns false. */
@@ -7753,33 +7746,12 @@ static bool file_err(struct err *e, const char *path, const char *why)
     return false;
 }
 
-/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
-static uint64_t file_ns(struct timespec t)
-{
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-static struct file_stat file_stat_of(const struct stat *st)
-{
-    return (struct file_stat){ (uint64_t)st->st_dev, (uint64_t)st->st_ino, (uint64_t)st->st_size,
-                               file_ns(st->st_mtim), file_ns(st->st_ctim) };
-}
-
-static struct file_id file_id_of(const struct stat *st)
-{
-    struct file_id id = { .st = file_stat_of(st) };
-    if (S_ISDIR(st->st_mode))
-        id.st.size = id.st.mtime_ns = id.st.ctime_ns = 0;
-    return id;
-}
-
-/* Opens a regular file or, if `folder`, a folder too, without waiting for a pipe's writer.  Returns the descriptor
- * and fills st, or -1 and the reason. */
-static int file_open(const char *path, bool folder, struct stat *st, struct err *e)
+/* Opens a regular file, without waiting for a pipe's writer.  Returns the descriptor and fills st, or -1 and the reason. */
+static int file_open(const char *path, struct stat *st, struct err *e)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     const char *why = fd < 0 || fstat(fd, st) ? strerror(errno)
-                    : S_ISREG(st->st_mode) || (folder && S_ISDIR(st->st_mode)) ? NULL
+                    : S_ISREG(st->st_mode) ? NULL
                     : S_ISDIR(st->st_mode) ? "is a folder now"
                     : "not a regular file or a folder";
     if (!why)
@@ -7810,105 +7782,77 @@ static ssize_t file_read(int fd, uint8_t *p, size_t n)
 
 /* ---- The files of a folder ---- */
 
-/* One file of a folder.  During the walk its name is at `at` in tree.names; `name` is set when they have settled. */
+/* What stat tells of a file.  No padding: it is hashed as bytes. */
+struct file_stat {
+    uint64_t dev, ino, size, mtime_ns, ctime_ns;
+};
+
+/* One file of a folder, or a file by itself, whose name is empty. */
 struct tree_entry {
     struct file_stat st;
-    size_t at;
-    const char *name; /* relative to the folder */
+    const char *path, *name; /* name: relative to the folder */
     bool folder;
-    uint32_t crc, mode;    /* from here on: what went into the zip */
+    uint32_t crc, mode;      /* from here on: what went into the archive */
     uint64_t size, offset;
 };
 
 /* All zero but root is a tree before its walk.  After it: `n` files in the order of their names' bytes. */
 struct tree {
     const char *root;
-    struct buf names, entries, path;
-    struct tree_entry *entry; /* in entries */
+    struct pb_arena arena;
+    struct pb_list found;
+    struct tree_entry *entry; /* in found */
     size_t n;
 };
 
-static void tree_free(struct tree *t)
+/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
+static uint64_t file_ns(struct timespec t)
 {
-    buf_free(&t->names);
-    buf_free(&t->entries);
-    buf_free(&t->path);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-/* The path of a name in the tree, until the next call; NULL without memory. */
-static const char *tree_path(struct tree *t, const char *name)
+/* Adds what the folder `folder`, open as fd, calls `name`; the root is what "" calls it.  A link counts as the file it
+ * leads to, and only the root may be one to a folder. */
+static bool tree_add(struct tree *t, const char *folder, int fd, const char *name, struct err *e)
 {
-    t->path.len = 0;
-    buf_puts(&t->path, t->root);
-    if (*name && t->path.len && t->path.p[t->path.len - 1] != '/')
-        buf_putc(&t->path, '/');
-    buf_put(&t->path, name, strlen(name) + 1);
-    return t->path.failed ? NULL : (const char *)t->path.p;
-}
-
-/* Appends the entry `name` of the folder whose own name is at `parent`; false without memory. */
-static bool tree_push(struct tree *t, size_t parent, const char *name, const struct stat *st)
-{
-    size_t above = t->names.len ? strlen((const char *)t->names.p + parent) : 0, n = strlen(name) + 1;
-    struct tree_entry entry = { .st = file_stat_of(st), .at = t->names.len, .folder = S_ISDIR(st->st_mode) };
-    uint8_t *to = buf_room(&t->names, above + 1 + n);
-    if (!to)
-        return false;
-    if (above) {
-        memcpy(to, t->names.p + parent, above);
-        to[above++] = '/';
-    }
-    memcpy(to + above, name, n);
-    t->names.len += above + n;
-    buf_put(&t->entries, &entry, sizeof entry);
-    return !t->entries.failed;
-}
-
-/* Adds what the folder at `parent`, open as d, calls `name`.  A link counts as the file it leads to. */
-static bool tree_add(struct tree *t, size_t parent, DIR *d, const char *name, struct err *e)
-{
+    size_t n = strlen(folder), cap = n + strlen(name) + 2;
+    char *path = pb_arena_alloc(&t->arena, cap);
+    struct tree_entry *entry = path ? pb_list_add(&t->arena, &t->found, sizeof *entry) : NULL;
     struct stat st = { .st_mode = 0 };
-    const char *why = NULL;
-    bool link = fstatat(dirfd(d), name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
-    if (!st.st_mode || (link && fstatat(dirfd(d), name, &st, 0)))
-        why = strerror(errno);
-    else if (link && S_ISDIR(st.st_mode))
-        why = "is a link to a folder";
-    else if (!S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode))
-        why = "not a regular file or a folder";
-    size_t at = t->names.len;
-    if (!tree_push(t, parent, name, &st))
+    if (!entry)
         return file_err(e, t->root, "out of memory");
-    if (!why && t->names.len - at - 1 > ZIP_NAME_MAX)
-        why = "name too long for a zip";
-    if (!why)
-        return true;
-    const char *path = tree_path(t, (const char *)t->names.p + at);
-    return file_err(e, path ? path : t->root, why);
+    text_printf(path, cap, "%s%s%s", folder, n && folder[n - 1] != '/' ? "/" : "", name);
+    entry->path = path;
+    entry->name = path + strlen(t->root);
+    entry->name += *entry->name == '/';
+    bool link = fstatat(fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
+    const char *why = !st.st_mode || (link && fstatat(fd, name, &st, 0)) ? strerror(errno)
+                    : link && n && S_ISDIR(st.st_mode) ? "is a link to a folder"
+                    : !S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode) ? "not a regular file or a folder"
+                    : strlen(entry->name) > ZIP_NAME_MAX ? "name too long for a zip"
+                    : NULL;
+    entry->folder = S_ISDIR(st.st_mode);
+    entry->st = (struct file_stat){ (uint64_t)st.st_dev, (uint64_t)st.st_ino, (uint64_t)st.st_size, file_ns(st.st_mtim),
+                                    file_ns(st.st_ctim) };
+    return !why || file_err(e, path, why);
 }
 
-/* Adds all that stands in the folder whose name is at `at`.  Only the root may be reached through a link. */
-static bool tree_list(struct tree *t, size_t at, struct err *e)
+/* Adds all that stands in a folder. */
+static bool tree_list(struct tree *t, struct tree_entry folder, struct err *e)
 {
-    const char *path = tree_path(t, (const char *)t->names.p + at);
-    if (!path)
-        return file_err(e, t->root, "out of memory");
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (at ? O_NOFOLLOW : 0));
+    int fd = open(folder.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (*folder.name ? O_NOFOLLOW : 0));
     DIR *d = fd < 0 ? NULL : fdopendir(fd);
-    if (!d) {
-        file_err(e, path, strerror(errno));
-        if (fd >= 0)
-            close(fd);
-        return false;
-    }
-    bool ok = true;
+    bool ok = d || file_err(e, folder.path, strerror(errno));
     struct dirent *found;
     while (errno = 0, ok && (found = readdir(d)))
         if (strcmp(found->d_name, ".") != 0 && strcmp(found->d_name, "..") != 0)
-            ok = tree_add(t, at, d, found->d_name, e);
+            ok = tree_add(t, folder.path, fd, found->d_name, e);
     if (ok && errno)
-        ok = file_err(e, path, strerror(errno));
-    closedir(d);
+        ok = file_err(e, folder.path, strerror(errno));
+    if (d)
+        closedir(d);
+    else if (fd >= 0)
+        close(fd);
     return ok;
 }
 
@@ -7917,48 +7861,38 @@ static int tree_order(const void *a, const void *b)
     return strcmp(((const struct tree_entry *)a)->name, ((const struct tree_entry *)b)->name);
 }
 
-/* Finds the files under t->root.  The entries are their own list of work, so depth costs neither stack nor
- * descriptors.  The caller frees the tree, also after an error. */
-static bool tree_walk(struct tree *t, struct err *e)
-{
-    struct stat root = { .st_mode = S_IFDIR };
-    if (!tree_push(t, 0, "", &root))
-        return file_err(e, t->root, "out of memory");
-    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
-        struct tree_entry entry;
-        memcpy(&entry, t->entries.p + i * sizeof entry, sizeof entry);
-        if (entry.folder && !tree_list(t, entry.at, e))
-            return false;
-    }
-    t->entry = (void *)t->entries.p;
-    for (size_t i = 0; i < t->entries.len / sizeof *t->entry; i++) {
-        if (t->entry[i].folder)
-            continue;
-        t->entry[t->n] = t->entry[i];
-        t->entry[t->n].name = (const char *)t->names.p + t->entry[i].at;
-        t->n++;
-    }
-    qsort(t->entry, t->n, sizeof *t->entry, tree_order);
-    return true;
-}
-
-static void tree_digest(const struct tree *t, uint8_t digest[32])
+/* Finds the files under t->root, which may be one itself, and what identifies them.  The entries are their own list of
+ * work, so depth costs neither stack nor descriptors.  The caller frees the arena, also after an error. */
+static bool tree_walk(struct tree *t, struct file_id *id, struct err *e)
 {
     struct sha3_256 h;
+    t->arena.limit = SIZE_MAX / 2;
+    if (!tree_add(t, "", AT_FDCWD, t->root, e))
+        return false;
+    for (size_t i = 0; i < t->found.n; i++) {
+        const struct tree_entry *entry = (struct tree_entry *)t->found.items + i;
+        if (entry->folder && !tree_list(t, *entry, e))
+            return false;
+    }
+    t->entry = t->found.items;
+    for (size_t i = 0; i < t->found.n; i++)
+        if (!t->entry[i].folder)
+            t->entry[t->n++] = t->entry[i];
+    qsort(t->entry, t->n, sizeof *t->entry, tree_order);
     sha3_256_init(&h, 0);
     for (size_t i = 0; i < t->n; i++) {
         sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
         sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
     }
-    sha3_256_final(&h, digest);
+    sha3_256_final(&h, id->digest);
+    return true;
 }
 
 /* ---- Time zones (RFC 8536) ---- */
 
 /* The last block of a TZif file: counts and places. */
 struct tzif {
-    size_t time_count, type_count, name_len;
-    int width;                   /* of a time, in bytes */
+    size_t time_count, type_count, width; /* width: of a time, in bytes */
     const uint8_t *times, *indices, *types;
 };
 
@@ -7966,24 +7900,20 @@ struct tzif {
 static bool tzif_parse(struct tzif *z, struct bytes in)
 {
     enum { HEADER = 44, TYPE = 6 };
-    for (z->width = 4;; z->width = 8) {
+    uint64_t count[6], len;
+    for (uint64_t width = 4;; width = 8) {
         if (in.n < HEADER || !bytes_start(in, "TZif") || (in.p[4] && in.p[4] != '2' && in.p[4] != '3'))
             return false;
-        uint64_t count[6], width = (uint64_t)z->width;
         for (size_t i = 0; i < 6; i++)
             count[i] = get_be32(in.p + 20 + 4 * i);
-        bool more = in.p[4] && z->width == 4;
-        uint64_t len = count[3] * (width + 1) + count[4] * TYPE + count[5] + count[2] * (width + 4) + count[1] + count[0];
+        len = count[3] * (width + 1) + count[4] * TYPE + count[5] + count[2] * (width + 4) + count[1] + count[0];
+        bool last = !in.p[4] || width == 8;
         in = bytes_from(in, HEADER);
         if (len > in.n)
             return false;
-        z->time_count = (size_t)count[3];
-        z->type_count = (size_t)count[4];
-        z->name_len = (size_t)count[5];
-        z->times = in.p;
-        z->indices = in.p + count[3] * width;
-        z->types = z->indices + count[3];
-        if (!more)
+        *z = (struct tzif){ (size_t)count[3], (size_t)count[4], (size_t)width, in.p, in.p + count[3] * width,
+                            in.p + count[3] * (width + 1) };
+        if (last)
             break;
         in = bytes_from(in, (size_t)len);
     }
@@ -7991,60 +7921,46 @@ static bool tzif_parse(struct tzif *z, struct bytes in)
     for (size_t i = 0; i < z->time_count; i++)
         ok = ok && z->indices[i] < z->type_count;
     for (size_t i = 0; ok && i < z->type_count; i++)
-        ok = z->types[TYPE * i + 5] < z->name_len;
+        ok = z->types[TYPE * i + 5] < count[5];
     return ok;
-}
-
-static bool tzif_summer(const struct tzif *z, size_t type)
-{
-    return z->types[6 * type + 4] != 0;
 }
 
 /* The local time type before the first transition, chosen as Go does: type 0 if no transition leads to it, else the
  * standard time before the first summer time, else the first standard time. */
 static size_t tzif_first(const struct tzif *z)
 {
+    const uint8_t *summer = z->types + 4;
     if (!z->time_count || !memchr(z->indices, 0, z->time_count))
         return 0;
-    for (size_t i = tzif_summer(z, z->indices[0]) ? z->indices[0] : 0; i > 0; i--)
-        if (!tzif_summer(z, i - 1))
+    for (size_t i = summer[6 * z->indices[0]] ? z->indices[0] : 0; i > 0; i--)
+        if (!summer[6 * (i - 1)])
             return i - 1;
     for (size_t i = 0; i < z->type_count; i++)
-        if (!tzif_summer(z, i))
+        if (!summer[6 * i])
             return i;
     return 0;
 }
 
-/* The offset from UTC at Unix time 0, in seconds.  The footer is not read: it rules the time after the last transition,
- * and says of 1970 what that says. */
-static int32_t tzif_offset(const struct tzif *z)
-{
-    size_t type = tzif_first(z);
-    for (size_t i = 0; i < z->time_count; i++) {
-        const uint8_t *time = z->times + i * (size_t)z->width;
-        bool zero = true;
-        for (int k = 0; k < z->width; k++)
-            zero = zero && time[k] == 0;
-        if (zero || *time & 0x80)     /* big-endian, signed */
-            type = z->indices[i];
-    }
-    return (int32_t)get_be32(z->types + 6 * type);
-}
-
-/* The offset that a file gives; false: there is none, or it is no TZif file. */
+/* The offset from UTC at Unix time 0 that a file gives, in seconds; false: there is none, or it is no TZif file.  The
+ * footer is not read: it rules the time after the last transition, and says of 1970 what that says. */
 static bool zone_load(const char *folder, const char *name, int32_t *offset)
 {
     enum { ZONE_FILE_MAX = 10 << 20 };
-    struct buf path = { 0 }, file = { 0 };
+    static const uint8_t zero[8];
+    char path[PATH_MAX];
+    struct buf file = { 0 };
     struct err ignored;
     struct tzif z;
-    buf_printf(&path, "%s%s", folder, name);
-    buf_putc(&path, 0);
-    bool ok = !path.failed && file_load((char *)path.p, ZONE_FILE_MAX, &file, &ignored) &&
-              tzif_parse(&z, (struct bytes){ file.p, file.len });
+    text_printf(path, sizeof path, "%s%s", folder, name);
+    bool ok = file_load(path, ZONE_FILE_MAX, &file, &ignored) && tzif_parse(&z, (struct bytes){ file.p, file.len });
+    size_t type = ok ? tzif_first(&z) : 0;
+    for (size_t i = 0; ok && i < z.time_count; i++) {
+        const uint8_t *time = z.times + i * z.width;
+        if (*time & 0x80 || memcmp(time, zero, z.width) == 0) /* big-endian, signed */
+            type = z.indices[i];
+    }
     if (ok)
-        *offset = tzif_offset(&z);
-    buf_free(&path);
+        *offset = (int32_t)get_be32(z.types + 6 * type);
     buf_free(&file);
     return ok;
 }
@@ -8057,29 +7973,24 @@ static int32_t zone_offset(void)
                                            "/etc/zoneinfo/" };
     const char *tz = getenv("TZ");
     int32_t offset = 0;
-    bool found = false;
     if (!tz)
         tz = "/etc/localtime";
     tz += *tz == ':';
     if (*tz == '/')
         zone_load("", tz, &offset);
     else if (*tz && strcmp(tz, "UTC") != 0)
-        for (size_t i = 0; i < PB_COUNT(folders) && !found; i++)
-            found = zone_load(folders[i], tz, &offset);
+        for (size_t i = 0; i < PB_COUNT(folders) && !zone_load(folders[i], tz, &offset);)
+            i++;
     return offset;
 }
 
 /* ---- The zip of a folder ---- */
 
-/* A zip on its way out; len is the offset of the next byte that is made.  Steps 0 to n - 1 are the tree's n files, the
- * next n their central headers, step 2 n is the end. */
+/* An archive on its way out. */
 struct zip {
-    struct tree tree;
-    size_t step, at;
-    struct buf out;              /* made, not yet taken from `at` on: all but the files' bytes */
-    uint64_t len, start;         /* start: where the central directory begins */
+    struct buf out;              /* made, not yet taken: all but the files' bytes */
+    uint64_t len, start;         /* bytes before `out`; start: where the central directory begins */
     uint16_t dos_time, dos_date;
-    const char *tar;             /* it is a tar instead; the name that the root has in it, if that is a file */
 };
 
 /* [k][b]: the CRC of byte b and k zeros after it; made by the first that needs it. */
@@ -8117,18 +8028,29 @@ static uint32_t crc32_update(uint32_t crc, const uint8_t *p, size_t n)
     return ~crc;
 }
 
-static void zip_put(struct zip *z, const void *p, size_t n)
-{
-    buf_put(&z->out, p, n);
-    z->len += n;
-}
-
 /* Writes the n low bytes of v, least significant first, and returns the place after them. */
 static uint8_t *put_le(uint8_t *p, int n, uint64_t v)
 {
     for (; n; n--, v >>= 8)
         *p++ = (uint8_t)v;
     return p;
+}
+
+/* A number in a record, in this many bytes, at most 8 of which are not 0; in none behind the last. */
+struct le {
+    int width;
+    uint64_t value;
+};
+
+#define ZIP_PUT(z, ...) zip_put(z, (const struct le[]){ __VA_ARGS__, { 0, 0 } })
+
+static void zip_put(struct zip *z, const struct le *fields)
+{
+    for (; fields->width; fields++) {
+        uint8_t *to = buf_room(&z->out, (size_t)fields->width);
+        if (to)
+            z->out.len += (size_t)(put_le(to, fields->width, fields->value) - to);
+    }
 }
 
 /* General purpose bits (APPNOTE 4.4.4): 3, a data descriptor follows; 11, the name is UTF-8, set as Go does: if it is
@@ -8148,114 +8070,56 @@ static uint16_t zip_flags(const char *name)
     return flags;
 }
 
-/* Method Store and the modification time: the same for every entry, in both headers. */
-static uint8_t *zip_method_and_time(const struct zip *z, uint8_t *p)
-{
-    p = put_le(p, 2, 0);
-    p = put_le(p, 2, z->dos_time);
-    return put_le(p, 2, z->dos_date);
-}
+/* What both headers have: flags, method Store, and the modification time, Unix 0, which the extra field has as well. */
+#define ZIP_COMMON(z, name) { 2, zip_flags(name) }, { 2, 0 }, { 2, (z)->dos_time }, { 2, (z)->dos_date }
+#define ZIP_TIMESTAMP { 2, 0x5455 }, { 2, 5 }, { 1, 1 }, { 4, 0 }
+enum { ZIP_TIMESTAMP_LEN = 9, ZIP_64_LEN = 28 };
 
-/* The extended timestamp extra field: modification time Unix 0. */
-static uint8_t *zip_timestamp(uint8_t *p)
-{
-    p = put_le(p, 2, 0x5455);
-    p = put_le(p, 2, 5);
-    p = put_le(p, 1, 1);
-    return put_le(p, 4, 0);
-}
-
-/* APPNOTE 4.3.7: the local file header, before the sizes are known. */
+/* APPNOTE 4.3.7: the local file header, before CRC-32 and sizes are known. */
 static void zip_local_header(struct zip *z, const char *name)
 {
-    uint8_t header[30], extra[9], *p = header;
-    p = put_le(p, 4, 0x04034b50);
-    p = put_le(p, 2, ZIP_VERSION);
-    p = put_le(p, 2, zip_flags(name));
-    p = zip_method_and_time(z, p);
-    p = put_le(p, 4, 0); /* CRC-32 and both sizes: see the data descriptor */
-    p = put_le(p, 8, 0);
-    p = put_le(p, 2, strlen(name));
-    p = put_le(p, 2, sizeof extra);
-    zip_put(z, header, (size_t)(p - header));
-    zip_put(z, name, strlen(name));
-    zip_put(z, extra, (size_t)(zip_timestamp(extra) - extra));
+    ZIP_PUT(z, { 4, 0x04034b50 }, { 2, ZIP_VERSION }, ZIP_COMMON(z, name), { 12, 0 }, { 2, strlen(name) },
+            { 2, ZIP_TIMESTAMP_LEN });
+    buf_puts(&z->out, name);
+    ZIP_PUT(z, ZIP_TIMESTAMP);
 }
 
 /* APPNOTE 4.3.9: the data descriptor. */
 static void zip_descriptor(struct zip *z, const struct tree_entry *entry)
 {
     int width = entry->size >= ZIP_32_MAX ? 8 : 4;
-    uint8_t descriptor[24], *p = descriptor;
-    p = put_le(p, 4, 0x08074b50);
-    p = put_le(p, 4, entry->crc);
-    p = put_le(p, width, entry->size);
-    p = put_le(p, width, entry->size);
-    zip_put(z, descriptor, (size_t)(p - descriptor));
+    ZIP_PUT(z, { 4, 0x08074b50 }, { 4, entry->crc }, { width, entry->size }, { width, entry->size });
 }
 
 /* APPNOTE 4.3.12: the entry's header in the central directory. */
 static void zip_central_header(struct zip *z, const struct tree_entry *entry)
 {
     bool big = entry->size >= ZIP_32_MAX, zip64 = big || entry->offset >= ZIP_32_MAX;
-    uint8_t header[46], extra[9 + 28], *p = zip_timestamp(extra);
-    if (zip64) { /* APPNOTE 4.5.3; always with all three values */
-        p = put_le(p, 2, 1);
-        p = put_le(p, 2, 24);
-        p = put_le(p, 8, entry->size);
-        p = put_le(p, 8, entry->size);
-        p = put_le(p, 8, entry->offset);
-    }
-    size_t extra_len = (size_t)(p - extra);
-    p = put_le(header, 4, 0x02014b50);
-    p = put_le(p, 2, 3 << 8 | ZIP_VERSION); /* made by: Unix */
-    p = put_le(p, 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION);
-    p = put_le(p, 2, zip_flags(entry->name));
-    p = zip_method_and_time(z, p);
-    p = put_le(p, 4, entry->crc);
-    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
-    p = put_le(p, 4, zip64 ? ZIP_32_MAX : entry->size);
-    p = put_le(p, 2, strlen(entry->name));
-    p = put_le(p, 2, extra_len);
-    p = put_le(p, 6, 0); /* no comment, disk 0, no internal attributes */
-    p = put_le(p, 2, entry->mode & 0200 ? 0 : 1); /* external attributes: MS-DOS read-only, Unix mode */
-    p = put_le(p, 2, 0100000 | entry->mode);
-    p = put_le(p, 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX);
-    zip_put(z, header, (size_t)(p - header));
-    zip_put(z, entry->name, strlen(entry->name));
-    zip_put(z, extra, extra_len);
+    uint64_t size = zip64 ? ZIP_32_MAX : entry->size;
+    ZIP_PUT(z, { 4, 0x02014b50 }, { 2, 3 << 8 | ZIP_VERSION },       /* made by: Unix */
+            { 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION }, ZIP_COMMON(z, entry->name), { 4, entry->crc }, { 4, size },
+            { 4, size }, { 2, strlen(entry->name) }, { 2, zip64 ? ZIP_TIMESTAMP_LEN + ZIP_64_LEN : ZIP_TIMESTAMP_LEN },
+            { 6, 0 },                                                /* no comment, disk 0, no internal attributes */
+            { 2, entry->mode & 0200 ? 0 : 1 }, { 2, 0100000 | entry->mode },    /* external: MS-DOS read-only, Unix mode */
+            { 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX });
+    buf_puts(&z->out, entry->name);
+    ZIP_PUT(z, ZIP_TIMESTAMP);
+    if (zip64)                        /* APPNOTE 4.5.3; always with all three values */
+        ZIP_PUT(z, { 2, 1 }, { 2, 24 }, { 8, entry->size }, { 8, entry->size }, { 8, entry->offset });
 }
 
-/* APPNOTE 4.3.14 to 4.3.16: the end of a central directory of n entries that begins at `start`. */
-static void zip_end(struct zip *z, uint64_t start, uint64_t n)
+/* APPNOTE 4.3.14 to 4.3.16: the end of a central directory of n entries that begins at z->start. */
+static void zip_end(struct zip *z, uint64_t n)
 {
-    uint8_t record[56 + 20 + 22], *p = record;
-    uint64_t end = z->len, size = end - start;
+    uint64_t end = z->len + z->out.len, start = z->start, size = end - start;
     if (n >= 0xffff || size >= ZIP_32_MAX || start >= ZIP_32_MAX) {
-        p = put_le(p, 4, 0x06064b50);
-        p = put_le(p, 8, 56 - 12);
-        p = put_le(p, 2, ZIP_VERSION_ZIP64);
-        p = put_le(p, 2, ZIP_VERSION_ZIP64);
-        p = put_le(p, 8, 0); /* disks */
-        p = put_le(p, 8, n);
-        p = put_le(p, 8, n);
-        p = put_le(p, 8, size);
-        p = put_le(p, 8, start);
-        p = put_le(p, 4, 0x07064b50);
-        p = put_le(p, 4, 0);
-        p = put_le(p, 8, end);
-        p = put_le(p, 4, 1);
+        ZIP_PUT(z, { 4, 0x06064b50 }, { 8, 56 - 12 }, { 2, ZIP_VERSION_ZIP64 }, { 2, ZIP_VERSION_ZIP64 }, { 8, 0 },
+                { 8, n }, { 8, n }, { 8, size }, { 8, start });
+        ZIP_PUT(z, { 4, 0x07064b50 }, { 4, 0 }, { 8, end }, { 4, 1 });
         n = 0xffff;
         size = start = ZIP_32_MAX;
     }
-    p = put_le(p, 4, 0x06054b50);
-    p = put_le(p, 4, 0);
-    p = put_le(p, 2, n);
-    p = put_le(p, 2, n);
-    p = put_le(p, 4, size);
-    p = put_le(p, 4, start);
-    p = put_le(p, 2, 0);
-    zip_put(z, record, (size_t)(p - record));
+    ZIP_PUT(z, { 4, 0x06054b50 }, { 4, 0 }, { 2, n }, { 2, n }, { 4, size }, { 4, start }, { 2, 0 });
 }
 
 /* APPNOTE 4.4.6: Unix time 0 as the local clock showed it, which may be in 1969: the year then wraps as Go's does. */
@@ -8269,36 +8133,21 @@ static void zip_init(struct zip *z)
     crc32_init();
 }
 
-/* The bytes of the whole zip, if every file still has the size that the walk found. */
-static uint64_t zip_size(const struct tree *t)
-{
-    uint64_t files = 0, directory = 0;
-    for (size_t i = 0; i < t->n; i++) {
-        size_t name_and_time = strlen(t->entry[i].name) + 9;
-        bool big = t->entry[i].st.size >= ZIP_32_MAX;
-        directory += 46 + name_and_time + (big || files >= ZIP_32_MAX ? 28 : 0);
-        files += 30 + name_and_time + t->entry[i].st.size + (big ? 24 : 16);
-    }
-    bool zip64 = t->n >= 0xffff || directory >= ZIP_32_MAX || files >= ZIP_32_MAX;
-    return files + directory + 22 + (zip64 ? 56 + 20 : 0);
-}
-
 /* ---- The tar of a file or folder (POSIX.1-2008 pax, "pax Interchange Format"): a layer of an image ---- */
 
 enum { TAR_BLOCK = 512, TAR_NAME = 100, TAR_END = 2 * TAR_BLOCK };
 
 #define TAR_OCTAL_MAX ((UINT64_C(1) << 33) - 1) /* the largest size in 11 octal digits */
 
+/* n zeros. */
+static void tar_zeros(struct zip *z, uint64_t n)
+{
+    ZIP_PUT(z, { (int)n, 0 });
+}
+
 static uint64_t tar_padding(uint64_t n)
 {
     return -n & (TAR_BLOCK - 1);
-}
-
-/* n zeros, TAR_END at most. */
-static void tar_put_zeros(struct zip *z, uint64_t n)
-{
-    static const uint8_t zeros[TAR_END];
-    zip_put(z, zeros, (size_t)n);
 }
 
 static void put_octal(uint8_t *p, int digits, uint64_t v)
@@ -8329,43 +8178,27 @@ static void tar_put(struct zip *z, int type, struct bytes name, uint64_t size)
         sum += h[i];
     put_octal(h + 148, 6, sum);
     h[154] = 0;
-    zip_put(z, h, sizeof h);
+    buf_put(&z->out, h, sizeof h);
 }
 
-/* The record of a pax header that gives a long name; of no length for one that needs none. */
-static size_t tar_record(char *to, size_t cap, struct bytes name)
+/* A file's header, and before it a pax header with its name if that is long; the record of that begins with its length. */
+static void tar_header(struct zip *z, struct bytes name, uint64_t size)
 {
-    size_t rest = name.n + sizeof " path=", n = rest;
-    for (size_t digits = 1, limit = 10; n != rest + digits; digits += n >= limit, limit *= n >= limit ? 10 : 1)
-        n = rest + digits;
-    if (name.n > TAR_NAME && to)
-        text_printf(to, cap, "%zu path=%.*s\n", n, (int)name.n, (const char *)name.p);
-    return name.n > TAR_NAME ? n : 0;
-}
-
-static struct bytes tar_name(const struct zip *z, const struct tree_entry *entry)
-{
-    return bytes_of(*entry->name ? entry->name : z->tar);
-}
-
-static void tar_header(struct zip *z, const struct tree_entry *entry)
-{
-    struct bytes name = tar_name(z, entry);
-    size_t n = tar_record(NULL, 0, name);
-    if (n) {
+    char number[24];
+    size_t rest = name.n + sizeof " path=", n = rest, more;
+    while ((more = rest + text_printf(number, sizeof number, "%zu", n)) != n)
+        n = more;
+    if (name.n > TAR_NAME) {
         tar_put(z, 'x', name, n);
-        char *record = (char *)buf_room(&z->out, n + 1);
-        if (record)
-            tar_record(record, n + 1, name), z->out.len += n;
-        z->len += n;
-        tar_put_zeros(z, tar_padding(n));
+        buf_printf(&z->out, "%zu path=%.*s\n", n, (int)name.n, (const char *)name.p);
+        tar_zeros(z, tar_padding(n));
     }
-    tar_put(z, '0', name, entry->st.size);
+    tar_put(z, '0', name, size);
 }
 
 /* ---- Blobs: a nonce, the ciphertext and its tag (AES-256-GCM, NIST SP 800-38D, no associated data) ---- */
 
-enum { AES_KEY = 32, SEAL_NONCE = 12, SEAL_TAG = 16, SEAL_EXTRA = SEAL_NONCE + SEAL_TAG };
+enum { AES_KEY = 32, SHA_256_LEN = 32, SEAL_NONCE = 12, SEAL_TAG = 16, SEAL_EXTRA = SEAL_NONCE + SEAL_TAG };
 
 #define SEAL_MAX ((UINT64_C(1) << 36) - 32) /* bytes of plaintext under one nonce (SP 800-38D 5.2.1.1) */
 
@@ -8497,12 +8330,19 @@ struct unseal { int unused; };
 
 /* ---- Sources ---- */
 
-/* The bytes of a file, or of the zip of a folder, to be pulled, sealed or not.  size is what was promised at the opening;
- * a file that grows, shrinks or is made up as it is read (/proc) gives another number of bytes. */
+enum source_form { SOURCE_FILE, SOURCE_ZIP, SOURCE_TAR };
+
+/* The bytes of a file, or of an archive, to be pulled, sealed or not.  size is what was promised at the opening; a file
+ * that grows, shrinks or is made up as it is read (/proc) gives another number of bytes.  Steps 0 to n - 1 are the tree's n
+ * files; of a zip the next n are their central headers; the last step of an archive is its end. */
 struct source {
     const char *path;            /* the caller's */
-    int fd;                      /* the file, or the folder's file that is being read; -1: none */
-    struct zip *zip;             /* NULL: not a folder */
+    int fd;                      /* the file that is being read; -1: none */
+    enum source_form form;
+    const char *name;            /* of a file in a tar */
+    struct tree tree;            /* empty: a pipe, whose size is not known */
+    struct zip zip;
+    size_t step, at;             /* at: bytes of zip.out that are taken */
     struct seal *seal;           /* NULL: as it is */
     struct file_id id;
     uint64_t size;
@@ -8513,145 +8353,152 @@ static void source_close(struct source *s)
 {
     if (s->fd >= 0)
         close(s->fd);
-    if (s->zip) {
-        tree_free(&s->zip->tree);
-        buf_free(&s->zip->out);
-    }
-    free(s->zip);
+    pb_arena_free(&s->tree.arena);
+    buf_free(&s->zip.out);
 #if CVMS_TLS
     if (s->seal)
         wipe(s->seal, sizeof *s->seal);
 #endif
     free(s->seal);
-    s->zip = NULL;
     s->seal = NULL;
     s->fd = -1;
 }
 
-/* Opens a file or a folder; false: nothing is open.  path is kept, not copied. */
-MUST_USE static bool source_open(struct source *s, const char *path, struct err *e)
+/* The file of this step; NULL behind the last one. */
+static struct tree_entry *source_entry(const struct source *s)
 {
-    struct stat st;
-    *s = (struct source){ .path = path, .fd = file_open(path, true, &st, e) };
-    if (s->fd < 0)
-        return false;
-    s->id = file_id_of(&st);
-    s->size = (uint64_t)st.st_size;
-    if (!S_ISDIR(st.st_mode))
-        return true;
-    close(s->fd);
-    s->fd = -1;
-    s->zip = calloc(1, sizeof *s->zip);
-    if (!s->zip)
-        return file_err(e, path, "out of memory");
-    zip_init(s->zip);
-    s->zip->tree.root = path;
-    if (!tree_walk(&s->zip->tree, e)) {
-        source_close(s);
-        return false;
+    return s->step < s->tree.n ? &s->tree.entry[s->step] : NULL;
+}
+
+static bool source_ended(const struct source *s)
+{
+    return s->step >= (s->form == SOURCE_ZIP ? 2 * s->tree.n + 1 : s->tree.n + (s->form == SOURCE_TAR));
+}
+
+/* What stands before a file of an archive. */
+static void source_head(struct source *s, struct tree_entry *entry)
+{
+    entry->offset = s->zip.len;
+    entry->size = entry->crc = 0;
+    if (s->form == SOURCE_ZIP)
+        zip_local_header(&s->zip, entry->name);
+    else if (s->form == SOURCE_TAR)
+        tar_header(&s->zip, bytes_of(*entry->name ? entry->name : s->name), entry->st.size);
+}
+
+/* Ends a step: what stands behind a file (entry), or behind all of them. */
+static void source_tail(struct source *s, const struct tree_entry *entry)
+{
+    struct zip *z = &s->zip;
+    size_t n = s->tree.n;
+    if (s->form == SOURCE_TAR)
+        tar_zeros(z, entry ? tar_padding(entry->size) : TAR_END);
+    else if (s->form == SOURCE_ZIP && entry)
+        zip_descriptor(z, entry);
+    else if (s->form == SOURCE_ZIP && s->step < 2 * n)
+        zip_central_header(z, &s->tree.entry[s->step - n]);
+    else if (s->form == SOURCE_ZIP)
+        zip_end(z, n);
+    s->step++;
+    if (s->step == n)
+        z->start = z->len + z->out.len;
+}
+
+/* What is made counts as taken. */
+static void source_taken(struct source *s)
+{
+    s->zip.len += s->zip.out.len;
+    s->zip.out.len = s->at = 0;
+}
+
+/* The bytes of all, if every file still has the size that the walk found: all is made once but the files. */
+static uint64_t source_measure(struct source *s)
+{
+    for (struct tree_entry *entry; !source_ended(s); source_taken(s)) {
+        entry = source_entry(s);
+        if (entry) {
+            source_head(s, entry);
+            s->zip.len += entry->size = entry->st.size;
+        }
+        source_tail(s, entry);
     }
-    tree_digest(&s->zip->tree, s->id.tree);
-    s->size = zip_size(&s->zip->tree);
-    return true;
+    uint64_t len = s->zip.len;
+    s->step = 0;
+    s->zip.len = 0;
+    return len;
 }
 
-/* The path of the file that is being read. */
-static const char *source_at(struct source *s)
-{
-    const char *path = s->zip ? tree_path(&s->zip->tree, s->zip->tree.entry[s->zip->step].name) : s->path;
-    return path ? path : s->path;
-}
-
-/* Opens the next file of a folder and makes its header.  Fills the entry's mode and offset. */
-static bool source_next_file(struct source *s, struct tree_entry *entry, struct err *e)
-{
-    struct stat st;
-    const char *path = tree_path(&s->zip->tree, entry->name);
-    if (!path)
-        return file_err(e, s->path, "out of memory");
-    s->fd = file_open(path, false, &st, e);
-    if (s->fd < 0)
-        return false;
-    entry->offset = s->zip->len;
-    entry->mode = (uint32_t)st.st_mode & 07777;
-    if (s->zip->tar)
-        tar_header(s->zip, entry);
-    else
-        zip_local_header(s->zip, entry->name);
-    return true;
-}
-
-/* What stands behind the last file of an archive, in its order. */
-static void source_end(struct zip *z)
-{
-    size_t n = z->tree.n;
-    if (z->tar)
-        tar_put_zeros(z, TAR_END), z->step = 2 * n;
-    else if (z->step < 2 * n)
-        zip_central_header(z, &z->tree.entry[z->step - n]);
-    else
-        zip_end(z, z->start, n);
-    z->step++;
-}
-
-/* Goes on in a zip whose bytes are all taken: from a file that has ended to the next one, then to the directory. */
+/* Goes on when all that was made is taken: opens the next file, or ends the step. */
 static bool source_next(struct source *s, struct err *e)
 {
-    struct zip *z = s->zip;
-    struct tree_entry *entry = z->tree.entry;
-    size_t n = z->tree.n;
-    z->out.len = z->at = 0;
-    if (s->fd >= 0) {
-        close(s->fd);
-        s->fd = -1;
-        if (z->tar && entry[z->step].size != entry[z->step].st.size)
-            return file_err(e, source_at(s), "has changed while it was read");
-        if (z->tar)
-            tar_put_zeros(z, tar_padding(entry[z->step].size));
-        else
-            zip_descriptor(z, &entry[z->step]);
-        z->step++;
-        z->start = z->len;
-    } else if (z->step < n) {
-        if (!source_next_file(s, &entry[z->step], e))
+    struct tree_entry *entry = source_entry(s);
+    struct stat st;
+    source_taken(s);
+    if (entry && s->fd < 0) {
+        s->fd = file_open(entry->path, &st, e);
+        if (s->fd < 0)
             return false;
+        entry->mode = (uint32_t)st.st_mode & 07777;
+        source_head(s, entry);
     } else {
-        source_end(z);
+        if (s->fd >= 0)
+            close(s->fd);
+        s->fd = -1;
+        if (entry && s->form == SOURCE_TAR && entry->size != entry->st.size)
+            return file_err(e, entry->path, "has changed while it was read");
+        source_tail(s, entry);
     }
-    return !z->out.failed || file_err(e, s->path, "out of memory");
+    return !s->zip.out.failed || file_err(e, s->path, "out of memory");
 }
 
-/* How much of the open file is taken: in a tar no more than stands before it. */
-static size_t source_room(const struct source *s, size_t n)
+/* Opens a file or a folder; false: nothing is open.  The folder is a zip; with a name, by which a file goes in it, either
+ * is a tar.  path and name are kept, not copied. */
+MUST_USE static bool source_open_as(struct source *s, const char *path, const char *name, struct err *e)
 {
-    const struct tree_entry *entry = s->zip && s->zip->tar ? &s->zip->tree.entry[s->zip->step] : NULL;
-    return entry && entry->st.size - entry->size < n ? (size_t)(entry->st.size - entry->size) : n;
+    *s = (struct source){ .path = path, .fd = -1, .name = name, .tree.root = path };
+    bool ok = tree_walk(&s->tree, &s->id, e), file = ok && s->tree.n && !*s->tree.entry->name;
+    s->form = name ? SOURCE_TAR : file ? SOURCE_FILE : SOURCE_ZIP;
+    if (ok && s->form == SOURCE_ZIP)
+        zip_init(&s->zip);
+    s->size = ok ? source_measure(s) : 0;
+    if (file)
+        ok = source_next(s, e);
+    if (!ok)
+        source_close(s);
+    return ok;
+}
+
+MUST_USE static bool source_open(struct source *s, const char *path, struct err *e)
+{
+    return source_open_as(s, path, NULL, e);
 }
 
 /* source_read, before any sealing. */
 MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, struct err *e)
 {
-    struct zip *z = s->zip;
+    struct zip *z = &s->zip;
     for (size_t len = 0;;) {
-        size_t made = z ? min_size(n - len, z->out.len - z->at) : 0;
-        if (made) {
-            memcpy(p + len, z->out.p + z->at, made);
-            z->at += made;
-            len += made;
-        }
-        ssize_t got = len < n && s->fd >= 0 ? file_read(s->fd, p + len, source_room(s, n - len)) : 0;
+        struct tree_entry *entry = source_entry(s);
+        size_t made = min_size(n - len, z->out.len - s->at), want = n - len - made;
+        if (made)
+            memcpy(p + len, z->out.p + s->at, made);
+        s->at += made;
+        len += made;
+        if (s->form == SOURCE_TAR && entry && entry->st.size - entry->size < want) /* no more than stands before it */
+            want = (size_t)(entry->st.size - entry->size);
+        ssize_t got = want && s->fd >= 0 ? file_read(s->fd, p + len, want) : 0;
         if (got < 0) {
-            file_err(e, source_at(s), strerror(errno));
+            file_err(e, entry ? entry->path : s->path, strerror(errno));
             return -1;
         }
-        if (z && got) {
-            struct tree_entry *entry = &z->tree.entry[z->step];
-            entry->crc = crc32_update(entry->crc, p + len, (size_t)got);
+        if (entry && got) {
+            if (s->form == SOURCE_ZIP)
+                entry->crc = crc32_update(entry->crc, p + len, (size_t)got);
             entry->size += (uint64_t)got;
             z->len += (uint64_t)got;
         }
         len += (size_t)got;
-        if (len == n || !z || z->step > 2 * z->tree.n)
+        if (len == n || source_ended(s))
             return (ssize_t)len;
         if (!source_next(s, e))
             return -1;
@@ -8659,44 +8506,6 @@ MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, stru
 }
 
 #if CVMS_TLS
-static uint64_t tar_size(const struct zip *z)
-{
-    uint64_t n = TAR_END;
-    for (size_t i = 0; i < z->tree.n; i++) {
-        const struct tree_entry *entry = &z->tree.entry[i];
-        uint64_t record = tar_record(NULL, 0, tar_name(z, entry));
-        n += (record ? TAR_BLOCK + record + tar_padding(record) : 0) + TAR_BLOCK;
-        n += entry->st.size + tar_padding(entry->st.size);
-    }
-    return n;
-}
-
-/* Opens a file or folder as a tar; a file has this name in it, which is kept, not copied. */
-MUST_USE static bool source_open_tar(struct source *s, const char *path, const char *name, struct err *e)
-{
-    if (!source_open(s, path, e))
-        return false;
-    if (!s->zip) {
-        struct stat st = { .st_mode = S_IFREG };
-        struct zip *z = calloc(1, sizeof *z);
-        bool ok = z && fstat(s->fd, &st) == 0 && tree_push(&z->tree, 0, "", &st);
-        close(s->fd);
-        s->fd = -1;
-        s->zip = z;
-        if (!ok) {
-            source_close(s);
-            return file_err(e, path, "out of memory");
-        }
-        z->tree.root = path;
-        z->tree.entry = (void *)z->tree.entries.p;
-        z->tree.entry[0].name = (const char *)z->tree.names.p;
-        z->tree.n = 1;
-    }
-    s->zip->tar = name;
-    s->size = tar_size(s->zip);
-    return true;
-}
-
 /* From now on the source, of which nothing has been read, is the blob of its bytes, and size the blob's.  The caller wipes
  * the key, and uses a nonce once: a random one is.  False: the source is closed. */
 MUST_USE static bool source_seal(struct source *s, const uint8_t key[AES_KEY], const uint8_t nonce[SEAL_NONCE],
@@ -8851,7 +8660,6 @@ static const char *const image_types[IMAGE_PARTS] = {
     "application/vnd.oci.image.layer.v1.tar",
 };
 
-#if CVMS_TLS
 /* What one input is as an image.  The first members say how it is to be made, the others what it has become. */
 struct image {
     const char *what, *entry;        /* the beginning of its name; a file's name in the layer */
@@ -8860,69 +8668,45 @@ struct image {
     uint8_t nonce[SEAL_NONCE];
     uint32_t crc;                    /* of the tar */
     uint64_t size;                   /* of the layer */
-    uint8_t mac[br_sha256_SIZE];
-    char digest[IMAGE_PARTS][sizeof "sha256:" + 2 * br_sha256_SIZE];
-    struct blob *text[IMAGE_LAYER];  /* manifest and config */
+    uint8_t mac[SHA_256_LEN];
+    char digest[IMAGE_PARTS][sizeof "sha256:" + 2 * SHA_256_LEN];
+    struct blob *text[IMAGE_LAYER];  /* manifest and config; NULL: they are not made yet */
     char name[64];                   /* ends in a part of the layer's digest: no other content ever has it */
-    struct measure {                 /* while the digests are made; else NULL */
-        struct source source;
-        struct digests digests;
-    } *measure;
+    bool reading;                    /* source, for the digests */
+    struct source source;
+#if CVMS_TLS
+    struct digests digests;
+#endif
 };
 
-static void image_init(struct image *im, const char *what, const char *entry, const uint8_t *key)
-{
-    *im = (struct image){ .what = what, .entry = entry, .key = key };
-}
-
-/* Manifest or config. */
-static struct blob *image_text_of(const struct image *im, enum image_part part)
-{
-    return im->text[part];
-}
-
-static const char *image_name(const struct image *im)
-{
-    return im->name;
-}
-
+#if CVMS_TLS
 /* Which part of the image this is, behind its name; IMAGE_PARTS: none. */
 static enum image_part image_part(const struct image *im, struct bytes path)
 {
     static const char *const folders[IMAGE_PARTS] = { "/manifests/", "/blobs/", "/blobs/" };
-    for (int part = 0; part < IMAGE_PARTS; part++) {
+    for (int part = 0; part < IMAGE_PARTS && im->text[IMAGE_MANIFEST]; part++) {
         struct bytes name = bytes_start(path, folders[part]) ? bytes_from(path, strlen(folders[part])) : BYTES("");
         if (bytes_eq(name, bytes_of(im->digest[part])) || (part == IMAGE_MANIFEST && bytes_eq(name, BYTES("latest"))))
             return (enum image_part)part;
     }
-    return IMAGE_PARTS;
+    return im->text[IMAGE_MANIFEST] ? IMAGE_PARTS : IMAGE_LAYER; /* which has changed, whatever it was */
 }
 
+/* Undoes what has been made, or begun. */
 static void image_free(struct image *im)
 {
-    if (im->measure) {
-        source_close(&im->measure->source);
-        wipe(im->measure, sizeof *im->measure);
-    }
-    free(im->measure);
+    if (im->reading)
+        source_close(&im->source);
+    wipe(&im->digests, sizeof im->digests);
     for (size_t i = 0; i < PB_COUNT(im->text); i++)
         blob_unref(im->text[i]);
-    image_init(im, im->what, im->entry, im->key);
-}
-
-/* Another image of the same kind, to be made, image_free'd and freed; NULL: without memory, or of none. */
-static struct image *image_again(const struct image *of)
-{
-    struct image *im = of ? calloc(1, sizeof *im) : NULL;
-    if (im)
-        image_init(im, of->what, of->entry, of->key);
-    return im;
+    *im = (struct image){ .what = im->what, .entry = im->entry, .key = im->key };
 }
 
 /* Opens the layer for one reader, who gets the bytes that the digests are of; false also if the input has changed. */
 MUST_USE static bool image_open(const struct image *im, const char *path, struct source *s, struct err *e)
 {
-    if (!source_open_tar(s, path, im->entry, e))
+    if (!source_open_as(s, path, im->entry, e))
         return false;
     if (memcmp(&s->id, &im->id, sizeof s->id) != 0) {
         source_close(s);
@@ -8976,12 +8760,10 @@ static void image_annotations(const struct image *im, struct buf *out)
 static bool image_describe(struct image *im, const char *tar)
 {
     struct buf b = { 0 };
+    char path[NAME_MAX + 2];
+    size_t n = text_printf(path, sizeof path, "/%s", im->entry);
     buf_puts(&b, "{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{\"Entrypoint\":[");
-    struct buf path = { 0 };
-    buf_printf(&path, "/%s", im->entry);
-    pb_json_string(&b, (struct bytes){ path.p, path.len });
-    b.failed |= path.failed;
-    buf_free(&path);
+    pb_json_string(&b, (struct bytes){ (uint8_t *)path, n });
     buf_printf(&b, "]},\"rootfs\":{\"type\":\"layers\",\"diff_ids\":[\"%s\"]}}", tar);
     if (!image_text(im, IMAGE_CONFIG, &b))
         return false;
@@ -8999,41 +8781,35 @@ static bool image_describe(struct image *im, const char *tar)
 /* Begins to read the layer for its digests. */
 static bool image_begin(struct image *im, const char *path, struct err *e)
 {
-    image_free(im);
-    struct measure *m = im->measure = calloc(1, sizeof *m);
-    if (!m)
-        return file_err(e, path, "out of memory");
-    m->source.fd = -1;
-    br_sha256_init(&m->digests.layer);
-    br_sha256_init(&m->digests.tar);
-    if (!source_open_tar(&m->source, path, im->entry, e))
-        return false;
-    im->id = m->source.id;
-    if (!im->key)
-        return true;
     br_hmac_key_context key;
+    image_free(im);
+    br_sha256_init(&im->digests.layer);
+    br_sha256_init(&im->digests.tar);
+    im->reading = source_open_as(&im->source, path, im->entry, e);
+    im->id = im->source.id;
+    if (!im->reading || !im->key)
+        return im->reading;
     br_hmac_key_init(&key, &br_sha256_vtable, im->key, AES_KEY);
-    br_hmac_init(&m->digests.mac, &key, 0);
+    br_hmac_init(&im->digests.mac, &key, 0);
     wipe(&key, sizeof key);
-    if (!random_fill(im->nonce, sizeof im->nonce))
-        return file_err(e, path, "the operating system gives no random numbers");
-    return source_layer(&m->source, im->key, im->nonce, 0, &m->digests, e);
+    return random_fill(im->nonce, sizeof im->nonce)
+               ? source_layer(&im->source, im->key, im->nonce, 0, &im->digests, e)
+               : file_err(e, path, "the operating system gives no random numbers");
 }
 
 /* The layer has been read. */
 static bool image_end(struct image *im, const char *path, struct err *e)
 {
-    struct measure *m = im->measure;
+    struct digests *d = &im->digests;
     char tar[sizeof im->digest[0]];
-    digest_text(im->digest[IMAGE_LAYER], &m->digests.layer);
-    digest_text(tar, im->key ? &m->digests.tar : &m->digests.layer);
+    digest_text(im->digest[IMAGE_LAYER], &d->layer);
+    digest_text(tar, im->key ? &d->tar : &d->layer);
     if (im->key)
-        br_hmac_out(&m->digests.mac, im->mac);
-    im->crc = m->source.seal ? m->source.seal->crc : 0;
-    source_close(&m->source);
-    wipe(m, sizeof *m);
-    free(m);
-    im->measure = NULL;
+        br_hmac_out(&d->mac, im->mac);
+    im->crc = im->key ? im->source.seal->crc : 0;
+    source_close(&im->source);
+    wipe(d, sizeof *d);
+    im->reading = false;
     return image_describe(im, tar) || file_err(e, path, "out of memory");
 }
 
@@ -9041,25 +8817,21 @@ static bool image_end(struct image *im, const char *path, struct err *e)
 static int image_step(struct image *im, const char *path, struct err *e)
 {
     uint8_t piece[FILE_READ];
-    if (!im->measure && !image_begin(im, path, e))
+    ssize_t n = im->reading || image_begin(im, path, e) ? source_read(&im->source, piece, sizeof piece, e) : -1;
+    if (n < 0 || (n == 0 && !image_end(im, path, e))) {
+        image_free(im);
         return -1;
-    ssize_t n = source_read(&im->measure->source, piece, sizeof piece, e);
-    if (n <= 0)
-        return n < 0 || !image_end(im, path, e) ? -1 : 0;
+    }
+    if (n == 0)
+        return 0;
     im->size += (uint64_t)n;
-    br_sha256_update(&im->measure->digests.layer, piece, (size_t)n);
+    br_sha256_update(&im->digests.layer, piece, (size_t)n);
     if (im->key)
-        br_hmac_update(&im->measure->digests.mac, piece, (size_t)n);
+        br_hmac_update(&im->digests.mac, piece, (size_t)n);
     return 1;
 }
 #else
-struct image { int unused; };
-
 #define image_free(im) ((void)(im))
-#define image_again(im) ((void)(im), (struct image *)NULL)
-#define image_init(im, what, entry, key) ((void)(im), (void)(what), (void)(entry), (void)(key))
-#define image_name(im) ((void)(im), "")
-#define image_text_of(im, part) ((void)(im), (void)(part), (struct blob *)NULL)
 #define image_part(im, path) ((void)(im), (void)(path), IMAGE_PARTS)
 #define image_open(im, path, s, e) ((void)(im), (void)(path), (void)(s), (void)(e), false)
 #define image_step(im, path, e) ((void)(im), (void)(path), (void)(e), 0)
@@ -9249,23 +9021,14 @@ static const char *checksum_why(const struct checksum *c)
     return c->why ? c->why : "out of memory";
 }
 
-/* The identity of what stands at the path now: one stat for a file, one walk for a folder, no content.  Zeros if it
- * can't be looked at. */
+/* The identity of what stands at the path now, for which no content is read.  Zeros if it can't be looked at. */
 static struct file_id path_id(const char *path)
 {
-    struct stat st;
     struct err ignored;
     struct tree t = { .root = path };
-    if (stat(path, &st))
-        return (struct file_id){ .st = { 0 } };
-    struct file_id id = file_id_of(&st);
-    if (!S_ISDIR(st.st_mode))
-        return id;
-    if (tree_walk(&t, &ignored))
-        tree_digest(&t, id.tree);
-    else
-        id = (struct file_id){ .st = { 0 } };
-    tree_free(&t);
+    struct file_id id = { { 0 } };
+    tree_walk(&t, &id, &ignored);
+    pb_arena_free(&t.arena);
     return id;
 }
 
@@ -9425,43 +9188,31 @@ static bool seal_key_new(const char *path, uint8_t key[AES_KEY], struct err *e)
 
 enum { CRYPT_PIECE = 1 << 16 };
 
-/* Writes all of a source.  What is of a known size must have kept it. */
-static bool encrypt_copy(struct source *s, const struct output *w, struct err *e)
-{
-    uint8_t piece[CRYPT_PIECE];
-    uint64_t len = 0;
-    ssize_t n;
-    while ((n = source_read(s, piece, sizeof piece, e)) > 0) {
-        len += (uint64_t)n;
-        if (!fd_write(w->fd, piece, (size_t)n, -1))
-            return output_err(w, e);
-    }
-    if (n == 0 && s->id.st.ino && len != s->size)
-        return file_err(e, s->path, "has changed while it was read");
-    return n == 0;
-}
-
-/* Writes what is in a blob. */
-static bool decrypt_copy(struct source *s, const uint8_t key[AES_KEY], const struct output *w, struct err *e)
+/* Writes all of a sealed source, whose size must be as it was if it was known, or with a key what is in a blob. */
+static bool crypt_copy(struct source *s, const uint8_t *key, const struct output *w, struct err *e)
 {
     uint8_t piece[CRYPT_PIECE], plain[CRYPT_PIECE];
     struct unseal u;
-    ssize_t n;
+    uint64_t len = 0;
     bool ok = true;
-    unseal_init(&u, key);
-    while (ok && (n = source_read(s, piece, sizeof piece, e)) != 0)
-        ok = n > 0 && (fd_write(w->fd, plain, unseal_update(&u, piece, (size_t)n, plain), -1) || output_err(w, e));
-    bool genuine = unseal_final(&u);
-    return ok && (genuine || file_err(e, s->path, "is no blob that this key has sealed, or is damaged: its tag is wrong; "
-                                                  "nothing is written"));
+    if (key)
+        unseal_init(&u, key);
+    for (ssize_t n; ok && (n = source_read(s, piece, sizeof piece, e)) != 0; len += (uint64_t)n) {
+        size_t made = n > 0 && key ? unseal_update(&u, piece, (size_t)n, plain) : (size_t)n;
+        ok = n > 0 && (fd_write(w->fd, key ? plain : piece, made, -1) || output_err(w, e));
+    }
+    if (key && !unseal_final(&u))
+        return ok && file_err(e, s->path, "is no blob that this key has sealed, or is damaged: its tag is wrong; "
+                                          "nothing is written");
+    return ok && (key || !s->tree.root || len == s->size || file_err(e, s->path, "has changed while it was read"));
 }
 
 /* What is to be seen before anything is written. */
 static bool crypt_check(const struct source *s, bool encrypt, struct err *e)
 {
-    if (encrypt || !s->id.st.ino)
+    if (encrypt || !s->tree.root)
         return true;
-    return s->zip ? file_err(e, s->path, "is a folder; name a blob that cvms encrypt has made")
+    return s->form == SOURCE_ZIP ? file_err(e, s->path, "is a folder; name a blob that cvms encrypt has made")
          : s->size < SEAL_EXTRA ? file_err(e, s->path, "is no blob: it has not even room for a nonce and a tag, 28 bytes")
          : s->size <= SEAL_MAX + SEAL_EXTRA || file_err(e, s->path, seal_too_long);
 }
@@ -9480,7 +9231,7 @@ static bool crypt_run(const struct options *o, bool encrypt, uint8_t key[AES_KEY
     if (ok && encrypt)
         ok = (random_fill(nonce, sizeof nonce) || err_set(e, "no random numbers: %s", strerror(errno))) &&
              source_seal(&s, key, nonce, e);
-    ok = ok && crypt_output(&w, o, encrypt, e) && (encrypt ? encrypt_copy(&s, &w, e) : decrypt_copy(&s, key, &w, e));
+    ok = ok && crypt_output(&w, o, encrypt, e) && crypt_copy(&s, encrypt ? NULL : key, &w, e);
     bool made = unfinished[1] != NULL;
     if (ok)
         unfinished[1] = NULL;         /* once OUT has its name, the key is needed */
@@ -10440,12 +10191,11 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
             tell(r, USAGE, "the manifest's id has %zu bytes; every chunk of it repeats the id: use at most %d", of->req.id.n,
                  MANIFEST_ID_MAX);
     for (size_t i = 0; i < m->input_count; i++) {
-        struct stat st;
+        struct source s;
         struct err e;
         const char *path = m->inputs[i].path, *flag = m->algo_input && i + 1 == m->input_count ? "algo-path" : "data-paths";
-        int fd = *path ? file_open(path, true, &st, &e) : -1;
-        if (fd >= 0)
-            close(fd);
+        if (*path && source_open(&s, path, &e))
+            source_close(&s);
         else if (*path)
             tell(r, START, "-%s: %s%s", flag, e.text, *path == ' ' ? " (it begins with a blank)" : "");
     }
@@ -10658,12 +10408,8 @@ static struct manifest *manifest_for(struct manifest *m, struct bytes job)
 static void manifest_settle(struct manifest *m)
 {
     checksums_free(&m->hashing);
-    for (size_t i = 0; m->fresh && i < m->hashing.n; i++) {
+    for (size_t i = 0; m->fresh && i < m->hashing.n; i++)
         free(m->fresh[i].why);
-        if (m->fresh[i].image)
-            image_free(m->fresh[i].image);
-        free(m->fresh[i].image);
-    }
     free(m->fresh);
     m->fresh = NULL;
 }
@@ -10689,21 +10435,13 @@ static bool manifest_look(struct manifest *m, struct core *core)
     if (m->fresh || m->looked_ms == core->now_ms)
         return m->fresh != NULL;
     m->looked_ms = core->now_ms;
-    for (size_t i = 0; i < m->input_count; i++) {
-        if (!checksum_changed(m->inputs[i].path, &m->inputs[i].id))
-            continue;
-        if (!m->fresh)
-            m->fresh = calloc(m->input_count, sizeof *m->fresh);
-        if (!m->fresh)
-            break;
-        m->fresh[n].image = image_again(m->inputs[i].image);
-        m->fresh[n++].path = m->inputs[i].path;
-    }
-    if (n && checksums_start(&m->hashing, m->fresh, n))
-        return true;
-    if (m->fresh || n)
-        core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
-    m->hashing.n = 0;
+    for (size_t i = 0; i < m->input_count; i++)
+        if (checksum_changed(m->inputs[i].path, &m->inputs[i].id) &&
+            (m->fresh || (m->fresh = calloc(m->input_count, sizeof *m->fresh))))
+            m->fresh[n++] = m->inputs[i];
+    if (!m->fresh || checksums_start(&m->hashing, m->fresh, n))
+        return m->fresh != NULL;
+    core_note(core, NULL, "out of memory: agents get the manifest with the old hashes");
     manifest_settle(m);
     return false;
 }
@@ -10712,21 +10450,13 @@ static bool manifest_look(struct manifest *m, struct core *core)
 static bool manifest_take(struct manifest *m, struct checksum *in, struct checksum *fresh, struct core *core)
 {
     char hex[2 * SHA3_256_LEN + 1];
-    struct image *again = fresh->image;
     bool differs = fresh->ok && memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0;
     if (fresh->ok) {
         hex_text(hex, fresh->hash, SHA3_256_LEN);
         core_note(core, NULL, "%s has changed: hashed again, now %s", in->path, hex);
         differs |= in->image != NULL; /* which may have a new name */
         fresh->version = differs ? m->version + 1 : in->version;
-        if (again) {
-            struct image old = *in->image;
-            *in->image = *again;
-            *again = old;
-        }
-        fresh->image = in->image;     /* where it is pointed to */
         *in = *fresh;
-        fresh->image = again;
     } else {
         core_note(core, NULL, "%s has changed and can't be read; the manifest keeps its old hash", in->path);
         in->id = path_id(in->path);
@@ -12095,8 +11825,8 @@ static void resources_renew(void *arg)
         bool ours = !x->source->url.p || x->source->url.p == (uint8_t *)x->url;   /* else -set has another */
         char hex[17];
         if (x->image) {
-            text_printf(x->path, sizeof x->path, "/v2/%s", image_name(x->image));
-            text_printf(x->url, sizeof x->url, "docker://%s/%s:latest", strstr(d->base, "//") + 2, image_name(x->image));
+            text_printf(x->path, sizeof x->path, "/v2/%s", x->image->name);
+            text_printf(x->url, sizeof x->url, "docker://%s/%s:latest", strstr(d->base, "//") + 2, x->image->name);
         } else if (x->path[x->stem] && memcmp(x->hash, x->input->hash, sizeof x->hash) == 0)
             continue;
         memcpy(x->hash, x->input->hash, sizeof x->hash);
@@ -12306,7 +12036,7 @@ static void delivery_add_algorithm(struct delivery *d, struct options *o, struct
     *to++ = "python_runtime", *to++ = o->python_runtime;
     struct stat st;
     struct err e;
-    int fd = o->algo_requirements ? file_open(o->algo_requirements, false, &st, &e) : -1;
+    int fd = o->algo_requirements ? file_open(o->algo_requirements, &st, &e) : -1;
     if (o->algo_requirements && fd < 0)
         tell(r, START, "-algo-requirements: %s", e.text);
     if (fd >= 0)
@@ -12403,7 +12133,7 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     x->stem = text_printf(x->path, sizeof x->path, way_image(way) ? "/v2/%s-" : "/blobs/%s-", part);
     if (way_image(way)) {
         x->image = input->image = option_alloc(o, sizeof *x->image);
-        image_init(x->image, option_text(o, bytes_of(part)), x->name, sealed ? d->seal_key : NULL);
+        *x->image = (struct image){ .what = option_text(o, bytes_of(part)), .entry = x->name, .key = sealed ? d->seal_key : NULL };
     }
     text_printf(x->key_path, sizeof x->key_path, "cvms/key/%s", part);
     x->source->url = (struct bytes){ 0 };
@@ -13467,7 +13197,7 @@ static unsigned fetch_source(struct fetch *t, struct core *core)
     if (t->part == IMAGE_PARTS)       /* /v2/ alone: this is a registry */
         return 200;
     if (x->image && t->part != IMAGE_LAYER) {
-        t->body = blob_ref(image_text_of(x->image, t->part));
+        t->body = blob_ref(x->image->text[t->part]);
         t->source.size = t->body->n;
         return 200;
     }
@@ -14882,22 +14612,17 @@ static void download_turn(struct agent *a)
 static void put_results(struct buf *out)
 {
     static const char text[] = "cvms agent has run nothing: these are a stand-in's results.\n";
-    struct zip *z = calloc(1, sizeof *z);
     struct tree_entry entry = { .name = "results.txt", .mode = 0644, .size = sizeof text - 1 };
-    if (!z) {
-        out->failed = true;
-        return;
-    }
-    zip_init(z);
+    struct zip z = { .len = 0 };
+    zip_init(&z);
     entry.crc = crc32_update(0, (const uint8_t *)text, sizeof text - 1);
-    zip_local_header(z, entry.name);
-    zip_put(z, text, sizeof text - 1);
-    zip_descriptor(z, &entry);
-    z->start = z->len;
-    zip_central_header(z, &entry);
-    zip_end(z, z->start, 1);
-    *out = z->out;
-    free(z);
+    zip_local_header(&z, entry.name);
+    buf_puts(&z.out, text);
+    zip_descriptor(&z, &entry);
+    z.start = z.out.len;
+    zip_central_header(&z, &entry);
+    zip_end(&z, 1);
+    *out = z.out;
 }
 
 static void result_end(struct stream *s)

@@ -77,7 +77,7 @@ static int image(char **arg)
 static int header(char **arg)
 {
     struct source s = { .fd = -1 };
-    bool ok = source_open_tar(&s, arg[0], "name", &e) && source_read(&s, piece, TAR_BLOCK, &e) == TAR_BLOCK;
+    bool ok = source_open_as(&s, arg[0], "name", &e) && source_read(&s, piece, TAR_BLOCK, &e) == TAR_BLOCK;
     source_close(&s);
     return !ok || fwrite(piece, 1, TAR_BLOCK, stdout) != TAR_BLOCK;
 }

@@ -29,7 +29,7 @@ static void set_time(const char *name, long ns)
 static struct file_id id_of(const char *path)
 {
     uint8_t hash[32];
-    struct file_id id = { .st = { 0 } };
+    struct file_id id = { { 0 } };
     struct err e = { "" };
     if (!checksum_path(path, hash, &id, &e))
         CHECK_STR(e.text, "no error");

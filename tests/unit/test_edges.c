@@ -172,18 +172,18 @@ static void test_same_size_and_time(void)
 static void test_zip_end(void)
 {
     for (uint64_t n = 65534; n <= 65536; n++) {
-        struct zip z = { .len = 1000 };
-        struct tree t = { .n = 0 };
-        zip_end(&z, 900, n);
-        CHECK(z.len - 1000, n < 65535 ? 22 : 56 + 20 + 22);
+        struct zip z = { .len = 1000, .start = 900 };
+        struct source s = { .form = SOURCE_ZIP, .tree.n = (size_t)n };
+        zip_end(&z, n);
+        CHECK(z.out.len, n < 65535 ? 22 : 56 + 20 + 22);
         buf_free(&z.out);
-        t.n = (size_t)n;
-        t.entry = calloc(t.n, sizeof *t.entry);
-        NEED(t.entry);
-        for (size_t i = 0; i < t.n; i++)
-            t.entry[i].name = "";
-        CHECK(zip_size(&t), n * (46 + 9 + 30 + 9 + 16) + (n < 65535 ? 22 : 56 + 20 + 22));
-        free(t.entry);
+        s.tree.entry = calloc(s.tree.n, sizeof *s.tree.entry);
+        NEED(s.tree.entry);
+        for (size_t i = 0; i < s.tree.n; i++)
+            s.tree.entry[i].name = "";
+        CHECK(source_measure(&s), n * (46 + 9 + 30 + 9 + 16) + (n < 65535 ? 22 : 56 + 20 + 22));
+        free(s.tree.entry);
+        buf_free(&s.zip.out);
     }
 }
 
