@@ -9281,102 +9281,95 @@ static int cmd_crypt(const struct options *o, struct mistakes *r)
  * Never: looks past the first PEM block of the file.
  */
 
-/* What stands where a public key should, and the command that makes one of it: `before`, the path, `after`; no path
- * when `after` is NULL. */
+#define KEY_FROM_PRIVATE "openssl pkey -in PRIVATE.pem -pubout"
+#define KEY_ANEW "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout"
+
+/* What stands where a public key should, and the command that makes one of it; @ is the file. */
 struct key_mistake {
-    const char *sign; /* the end of the label, or the beginning of a file without any PEM block */
-    const char *what, *before, *after;
+    const char *sign, *what, *make;
 };
 
-static const struct key_mistake label_mistakes[] = { /* the first that fits */
-    { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in ", " -pubout" },
-    { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM",
-      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
-    { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in ", " -pubout" },
-    { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in ", " -pubout" },
-    { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in ", " -pubkey -noout" },
-    { "CERTIFICATE", "a certificate", "openssl x509 -in ", " -pubkey -noout" },
+static const struct key_mistake label_mistakes[] = { /* the end of the label; the first that fits */
+    { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in @ -pubout" },
+    { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM", KEY_ANEW },
+    { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f @" },
+    { "PRIVATE KEY", "a private key, to be kept to yourself", "openssl pkey -in @ -pubout" },
+    { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in @ -pubout" },
+    { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in @ -pubkey -noout" },
+    { "CERTIFICATE", "a certificate", "openssl x509 -in @ -pubkey -noout" },
 };
 
-static const struct key_mistake text_mistakes[] = {
-    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM",
-      "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout", NULL },
-    { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f ", "" },
-    { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII ", "" },
-    { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 ", "" },
+static const struct key_mistake text_mistakes[] = {  /* the beginning of a file without any PEM block */
+    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM", KEY_ANEW },
+    { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f @" },
+    { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f @" },
+    { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII @" },
+    { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 @" },
 };
 
 static const struct key_mistake der_mistakes[] = {
-    { "", "a public key in binary DER", "openssl pkey -pubin -inform DER -in ", "" },
-    { "", "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in ", " -pubout" },
+    { NULL, "a public key in binary DER", "openssl pkey -pubin -inform DER -in @" },
+    { NULL, "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in @ -pubout" },
 };
 
-/* The path as a shell word; cut short rather than overflowing. */
-static void shell_word(char *to, size_t cap, const char *path)
+/* A command in which @ is a path, as a shell word. */
+static void put_command(struct buf *out, const char *command, const char *path)
 {
-    if (*path == '-' && cap > 2) {    /* not to be taken for an option */
-        memcpy(to, "./", 2);
-        to += 2;
-        cap -= 2;
-    }
     static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
-    if (*path && path[strspn(path, plain)] == '\0') {
-        text_printf(to, cap, "%s", path);
+    size_t n = strcspn(command, "@");
+    buf_put(out, command, n);
+    if (!command[n])
         return;
-    }
-    size_t n = 0;
-    to[n++] = '\'';
-    for (; *path && n + 6 < cap; path++)
-        if (*path == '\'') {
-            memcpy(to + n, "'\\''", 4);
-            n += 4;
-        } else {
-            to[n++] = *path;
-        }
-    memcpy(to + n, "'", 2);
+    buf_puts(out, *path == '-' ? "./" : "");      /* not to be taken for an option */
+    bool quoted = !*path || path[strspn(path, plain)];
+    buf_puts(out, quoted ? "'" : "");
+    for (; *path; path++)
+        buf_puts(out, *path == '\'' ? "'\\''" : (char[]){ *path, 0 });
+    buf_printf(out, "%s%s", quoted ? "'" : "", command + n + 1);
 }
 
-static bool mistake_set(struct err *e, const char *path, const struct key_mistake *m)
+/* "PATH: WHAT" and the command; false. */
+static bool key_err(struct err *e, const char *path, const char *what, const char *command)
 {
-    char word[1200] = "";
-    if (m->after)
-        shell_word(word, sizeof word, path);
-    return err_set(e, "%s: is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one with: %s%s%s", path, m->what,
-                   m->before, word, m->after ? m->after : "");
+    struct buf text = buf_fixed(e->text, sizeof e->text - 1);
+    buf_printf(&text, "%s: %s with: ", path, what);
+    put_command(&text, command, path);
+    e->text[text.len] = 0;
+    return false;
+}
+
+static bool mistake_err(struct err *e, const char *path, const struct key_mistake *m)
+{
+    char what[200];
+    text_printf(what, sizeof what, "is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one", m->what);
+    return key_err(e, path, what, m->make);
 }
 
 /* A PEM block of another label than PUBLIC KEY. */
 static bool label_mistake(const char *path, const char *label, struct err *e)
 {
     size_t len = strlen(label);
-    for (size_t i = 0; i < sizeof label_mistakes / sizeof label_mistakes[0]; i++) {
-        const struct key_mistake *m = &label_mistakes[i];
-        size_t n = strlen(m->sign);
-        if (len >= n && strcmp(label + len - n, m->sign) == 0)
-            return mistake_set(e, path, m);
+    for (size_t i = 0; i < PB_COUNT(label_mistakes); i++) {
+        size_t n = strlen(label_mistakes[i].sign);
+        if (len >= n && strcmp(label + len - n, label_mistakes[i].sign) == 0)
+            return mistake_err(e, path, &label_mistakes[i]);
     }
     return err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
-                   "openssl pkey -in PRIVATE.pem -pubout", path, label);
+                   KEY_FROM_PRIVATE, path, label);
 }
 
 /* A file without any PEM block. */
 static bool text_mistake(const char *path, struct bytes text, struct err *e)
 {
     if (text.n == 0)
-        return err_set(e, "%s: is empty; make a public key with: openssl pkey -in PRIVATE.pem -pubout", path);
-    if (der_is_spki(text))
-        return mistake_set(e, path, &der_mistakes[0]);
-    if (der_is_pkcs1_public(text))
-        return mistake_set(e, path, &der_mistakes[1]);
-    for (size_t i = 0; i < sizeof text_mistakes / sizeof text_mistakes[0]; i++) {
-        const struct key_mistake *m = &text_mistakes[i];
-        if (bytes_start(text, m->sign))
-            return mistake_set(e, path, m);
-    }
-    return err_set(e, "%s: has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key with: "
-                   "openssl pkey -in PRIVATE.pem -pubout", path);
+        return key_err(e, path, "is empty; make a public key", KEY_FROM_PRIVATE);
+    if (der_is_spki(text) || der_is_pkcs1_public(text))
+        return mistake_err(e, path, &der_mistakes[!der_is_spki(text)]);
+    for (size_t i = 0; i < PB_COUNT(text_mistakes); i++)
+        if (bytes_start(text, text_mistakes[i].sign))
+            return mistake_err(e, path, &text_mistakes[i]);
+    return key_err(e, path, "has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key",
+                   KEY_FROM_PRIVATE);
 }
 
 /* Judges a public key file's text; its DER is left in `der`. */
@@ -9385,25 +9378,19 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
     char label[PEM_LABEL];
     struct bytes rest = text;
     int got = pem_next(&rest, label, der);
+    struct bytes key = { der->p, der->len };
     if (got == 0)
         return text_mistake(path, text, e);
     if (der->failed)
         return err_set(e, "%s: no memory for the key", path);
-    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain((struct bytes){ der->p, der->len }, "ssh-ed25519"))
+    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain(key, "ssh-ed25519"))
         return label_mistake(path, "OPENSSH ED25519", e);
     if (strcmp(label, PEM_PUBLIC_KEY) != 0)
         return label_mistake(path, label, e);
-    struct bytes key = { der->p, der->len };
     if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
-        return err_set(e, "%s: its PEM block is damaged or cut off; make it again from the private key with: "
-                       "openssl pkey -in PRIVATE.pem -pubout", path);
-    if (!der_is_spki(key)) {
-        char word[1200];
-        shell_word(word, sizeof word, path);
-        return err_set(e, "%s: is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right with: "
-                       "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' %s | openssl rsa -RSAPublicKey_in -pubout", path, word);
-    }
-    return true;
+        return key_err(e, path, "its PEM block is damaged or cut off; make it again from the private key", KEY_FROM_PRIVATE);
+    return der_is_spki(key) || key_err(e, path, "is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right",
+                                       "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' @ | openssl rsa -RSAPublicKey_in -pubout");
 }
 
 /* Reads the DER inside the first PEM block of the file, which must be a SubjectPublicKeyInfo (anything else makes the
@@ -9438,34 +9425,42 @@ static void user_key_free(struct user_key *k)
     free(k);
 }
 
-/* Appends an element (X.690 8.1); `in` may not stand in `out`. */
+/* Makes what stands in `out` from `from` on the contents of an element (X.690 8.1). */
+static void der_wrap(struct buf *out, size_t from, int tag)
+{
+    size_t n = out->len - from, head = n < 128 ? 2 : n < 256 ? 3 : 4;
+    uint8_t *p = buf_room(out, head);
+    if (!p)
+        return;
+    p = memmove(out->p + from + head, out->p + from, n);
+    *--p = (uint8_t)n;
+    if (n >= 256)
+        *--p = (uint8_t)(n >> 8);
+    if (n >= 128)
+        *--p = n >= 256 ? 0x82 : 0x81;
+    *--p = (uint8_t)tag;
+    out->len += head;
+}
+
 static void der_put(struct buf *out, int tag, struct bytes in)
 {
-    buf_putc(out, tag);
-    if (in.n >= 128)
-        buf_putc(out, in.n >= 256 ? 0x82 : 0x81);
-    if (in.n >= 256)
-        buf_putc(out, (int)(in.n >> 8));
-    buf_putc(out, (int)(in.n & 255));
+    size_t from = out->len;
     buf_put(out, in.p, in.n);
+    der_wrap(out, from, tag);
 }
 
 /* RSAPublicKey (RFC 8017 A.1.1), of two numbers without leading zeros. */
 static void der_put_rsa(struct buf *out, const struct bytes number[2])
 {
-    struct buf body = { 0 };
+    size_t all = out->len;
     for (int i = 0; i < 2; i++) {
-        struct buf positive = { 0 };
+        size_t from = out->len;
         if (number[i].n && number[i].p[0] >= 0x80)
-            buf_putc(&positive, 0);
-        buf_put(&positive, number[i].p, number[i].n);
-        der_put(&body, DER_INTEGER, (struct bytes){ positive.p, positive.len });
-        body.failed |= positive.failed;
-        buf_free(&positive);
+            buf_putc(out, 0);         /* it is positive */
+        buf_put(out, number[i].p, number[i].n);
+        der_wrap(out, from, DER_INTEGER);
     }
-    der_put(out, DER_SEQUENCE, (struct bytes){ body.p, body.len });
-    out->failed |= body.failed;
-    buf_free(&body);
+    der_wrap(out, all, DER_SEQUENCE);
 }
 
 /* RSA or EC, PEM as PKCS#1, SEC1 or PKCS#8.  NULL: e has the reason; else for user_key_free, as user_key_make's. */
@@ -9512,45 +9507,33 @@ static struct user_key *user_key_make(struct err *e)
 /* The curves that BearSSL signs with, and their names (RFC 5480 2.1.1.1). */
 static const struct {
     int id;
-    uint8_t oid_len;
-    const char *oid;
+    struct bytes oid;
 } curves[] = {
-    { BR_EC_secp256r1, sizeof OID_P256 - 1, OID_P256 }, { BR_EC_secp384r1, sizeof OID_P384 - 1, OID_P384 },
-    { BR_EC_secp521r1, sizeof OID_P521 - 1, OID_P521 },
+    { BR_EC_secp256r1, { (const uint8_t *)OID_P256, sizeof OID_P256 - 1 } },
+    { BR_EC_secp384r1, { (const uint8_t *)OID_P384, sizeof OID_P384 - 1 } },
+    { BR_EC_secp521r1, { (const uint8_t *)OID_P521, sizeof OID_P521 - 1 } },
 };
 
-static struct bytes curve_oid(size_t i)
-{
-    return (struct bytes){ (const uint8_t *)curves[i].oid, curves[i].oid_len };
-}
-
-/* SubjectPublicKeyInfo (RFC 5280 4.1, RFC 5480 2) of its public half, appended.  False without memory. */
+/* SubjectPublicKeyInfo (RFC 5280 4.1, RFC 5480 2) of its public half; spki is empty before.  False without memory. */
 static bool user_key_public(const struct user_key *k, struct buf *spki)
 {
-    struct buf algorithm = { 0 }, body = { 0 }, key = { 0 };
-    buf_putc(&key, 0);                /* no unused bits */
-    if (k->rsa) {
-        buf_put(&key, k->rsa_public.p, k->rsa_public.len);
-        der_put(&algorithm, DER_OID, BYTES(OID_RSA));
-        der_put(&algorithm, DER_NULL, BYTES(""));
-    } else {
-        uint8_t q[BR_EC_KBUF_PUB_MAX_SIZE];
-        br_ec_public_key pub = { 0 };
-        size_t curve = 0;
+    uint8_t q[BR_EC_KBUF_PUB_MAX_SIZE];
+    br_ec_public_key pub = { .qlen = 0 };
+    size_t curve = 0;
+    if (!k->rsa) {
         br_ec_compute_pub(br_ec_get_default(), &pub, q, k->ec);
-        buf_put(&key, pub.q, min_size(pub.qlen, sizeof q));
         while (curve < PB_COUNT(curves) - 1 && curves[curve].id != k->ec->curve)
             curve++;
-        der_put(&algorithm, DER_OID, BYTES(OID_EC));
-        der_put(&algorithm, DER_OID, curve_oid(curve));
     }
-    der_put(&body, DER_SEQUENCE, (struct bytes){ algorithm.p, algorithm.len });
-    der_put(&body, DER_BIT_STRING, (struct bytes){ key.p, key.len });
-    der_put(spki, DER_SEQUENCE, (struct bytes){ body.p, body.len });
-    spki->failed |= algorithm.failed || body.failed || key.failed || k->rsa_public.failed;
-    buf_free(&algorithm);
-    buf_free(&body);
-    buf_free(&key);
+    der_put(spki, DER_OID, k->rsa ? BYTES(OID_RSA) : BYTES(OID_EC));
+    der_put(spki, k->rsa ? DER_NULL : DER_OID, k->rsa ? BYTES("") : curves[curve].oid);
+    der_wrap(spki, 0, DER_SEQUENCE);
+    size_t key = spki->len;
+    buf_putc(spki, 0);                /* no unused bits */
+    buf_put(spki, k->rsa ? k->rsa_public.p : q, k->rsa ? k->rsa_public.len : pub.qlen);
+    der_wrap(spki, key, DER_BIT_STRING);
+    der_wrap(spki, 0, DER_SEQUENCE);
+    spki->failed |= k->rsa_public.failed;
     return !spki->failed;
 }
 
@@ -9607,7 +9590,7 @@ static int signature_check(struct bytes spki, struct bytes text, struct bytes si
     if (bytes_eq(k.algorithm, BYTES(OID_RSA)) && rsa_public_key(k.key, &rsa))
         return br_rsa_pkcs1_vrfy_get_default()(signature.p, signature.n, BR_HASH_OID_SHA256, sizeof hash, &rsa, out) &&
                memcmp(hash, out, sizeof hash) == 0;
-    while (i < PB_COUNT(curves) && !bytes_eq(k.parameters, curve_oid(i)))
+    while (i < PB_COUNT(curves) && !bytes_eq(k.parameters, curves[i].oid))
         i++;
     if (!bytes_eq(k.algorithm, BYTES(OID_EC)) || i == PB_COUNT(curves))
         return -1;
