@@ -7310,15 +7310,9 @@ struct faults {
 /* Go's strconv.ParseBool.  1, 0, or -1. */
 static int parse_bool(const char *s)
 {
-    static const char *const yes[] = { "1", "t", "T", "TRUE", "true", "True" };
-    static const char *const no[] = { "0", "f", "F", "FALSE", "false", "False" };
-    for (int i = 0; i < 6; i++) {
-        if (strcmp(s, yes[i]) == 0)
-            return 1;
-        if (strcmp(s, no[i]) == 0)
-            return 0;
-    }
-    return -1;
+    static const char *const words[] = { "0", "f", "F", "FALSE", "false", "False", "1", "t", "T", "TRUE", "true", "True" };
+    size_t i = ROW_FIND(words, bytes_of(s));
+    return i == PB_COUNT(words) ? -1 : i >= PB_COUNT(words) / 2;
 }
 
 /* Go's time.ParseDuration without a sign: 90s, 2m30s, 1.5h, 0.  Milliseconds, at least 1 of what is not 0; -1 and *why if
@@ -7354,26 +7348,23 @@ static int64_t parse_duration(const char *s, const char **why)
     return total > 10 * 365.25 * 86400e3 ? -1 : total > 0 && total < 1 ? 1 : (int64_t)total;
 }
 
-/* Letters to change, add, drop or swap to make one word of the other (optimal string alignment), for words under 40. */
-static unsigned edit_distance(const char *a, const char *b)
+/* Letters to change, add, drop or swap to make one word of the other; limit + 1 if they are more. */
+static unsigned edit_distance(const char *a, const char *b, unsigned limit)
 {
-    unsigned rows[3][40];
-    size_t n = strlen(b), m = strlen(a);
-    if (n >= 40 || m >= 40)
-        return 40;
-    for (unsigned i = 0; i <= m; i++)
-        for (unsigned j = 0; j <= n; j++) {
-            unsigned *row = rows[i % 3], *above = rows[(i + 2) % 3], best = i ? i : j;
-            if (i && j) {
-                best = above[j - 1] + (a[i - 1] != b[j - 1]);
-                best = above[j] < best ? above[j] + 1 : best;
-                best = row[j - 1] < best ? row[j - 1] + 1 : best;
-            }
-            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && rows[(i + 1) % 3][j - 2] < best)
-                best = rows[(i + 1) % 3][j - 2] + 1;
-            row[j] = best;
+    static const uint8_t steps[][2] = { { 1, 1 }, { 1, 0 }, { 0, 1 }, { 2, 2 } };
+    while (*a && *a == *b)
+        a++, b++;
+    if (!limit || (!*a && !*b))
+        return *a || *b;
+    unsigned best = limit + 1;
+    for (size_t i = 0; i < PB_COUNT(steps); i++) {
+        bool swap = *a && *b && a[0] == b[1] && a[1] == b[0];
+        if ((*a || !steps[i][0]) && (*b || !steps[i][1]) && (i < 3 || swap)) {
+            unsigned d = 1 + edit_distance(a + steps[i][0], b + steps[i][1], limit - 1);
+            best = d < best ? d : best;
         }
-    return rows[m % 3][n];
+    }
+    return best;
 }
 
 /* The most letters in which two words of this length may differ and still be neighbours. */
@@ -7410,9 +7401,9 @@ static void option_unknown(struct mistakes *r, const char *name, size_t n, unsig
     unsigned best = edit_limit(n) + 1;
     text_printf(word, sizeof word, "%.*s", (int)(n < 39 ? n : 39), name);
     size_t variable = ROW_FIND(variables, bytes_of(word));
-    for (const struct option *o = option_table; o < option_table + OPTIONS; o++) {
+    for (const struct option *o = option_table; best && o < option_table + OPTIONS; o++) {
         bool known = o->commands & command, begins = known && n >= 4 && strncmp(o->name, name, n) == 0;
-        unsigned d = !known ? best : begins ? best - 1 : edit_distance(word, o->name);
+        unsigned d = !known ? best : begins ? best - 1 : edit_distance(word, o->name, best - 1);
         if (d < best)
             best = d, near = o;
     }
@@ -15245,8 +15236,9 @@ static bool positional_form(struct options *o, struct mistakes *r, bool any_flag
         return true;
     if (!any_flag && (o->arg_count < 3 || o->args[1][0] == '-')) {
         size_t near = COMMANDS;
+        unsigned limit = edit_limit(strlen(o->args[0]));
         for (size_t c = 0; c < COMMANDS; c++)
-            if (edit_distance(o->args[0], command_table[c].name) <= edit_limit(strlen(o->args[0])))
+            if (edit_distance(o->args[0], command_table[c].name, limit) <= limit)
                 near = c;
         if (near < COMMANDS && command_table[near].command != CMD_SERVE)
             tell(r, USAGE, "\"%s\" is no command: did you mean %s?", o->args[0], command_table[near].name);
