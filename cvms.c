@@ -7307,6 +7307,11 @@ struct faults {
     int64_t value[FAULTS];
 };
 
+static int64_t fault_value(const struct faults *f, enum fault fault)
+{
+    return f ? f->value[fault] : -1;
+}
+
 /* Go's strconv.ParseBool.  1, 0, or -1. */
 static int parse_bool(const char *s)
 {
@@ -9642,23 +9647,37 @@ struct manifest {
     unsigned recorded;                /* the version that -record has; 0: none */
 };
 
-/* The lists that go by a dataset's position, split. */
+/* The flags of the algorithm, and of the datasets: these are lists that go by a dataset's position. */
 enum column {
-    COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_KEY, COLUMNS
+    COL_PATH, COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_KEY, COLUMNS
 };
-static const struct {
-    const char *flag;
-    size_t option;
-    bool may_be_short;
-} columns[COLUMNS] = {
-    [COL_URL] = { "dataset-source-urls", AT(dataset_source_urls), false },
-    [COL_KBS_PATH] = { "dataset-kbs-paths", AT(dataset_kbs_paths), false },
-    [COL_KBS_URL] = { "dataset-kbs-urls", AT(dataset_kbs_urls), false },
-    [COL_ENCRYPTED] = { "dataset-encrypted", AT(dataset_encrypted), false },
-    [COL_UNPACK] = { "dataset-decompress", AT(dataset_decompress), true },
-    [COL_HASH] = { "dataset-hashes", AT(dataset_hashes), false },
-    [COL_KEY] = { "dataset-public-key-paths", AT(dataset_public_key_paths), false },
+static const struct part {
+    const char *what, *are;
+    size_t option[COLUMNS];           /* 0: none */
+} algorithm_part = {
+    "algorithm", "algorithm is",
+    { AT(algo_path), AT(algo_source_url), AT(algo_kbs_path), AT(algo_kbs_url), AT(algo_encrypted), 0, AT(algo_hash),
+      AT(algo_public_key_path) },
+}, dataset_part = {
+    "dataset", "datasets are",
+    { AT(data_paths), AT(dataset_source_urls), AT(dataset_kbs_paths), AT(dataset_kbs_urls), AT(dataset_encrypted),
+      AT(dataset_decompress), AT(dataset_hashes), AT(dataset_public_key_paths) },
 };
+
+/* What such flags fill in. */
+struct part_fields {
+    struct bytes *hash, *userKey;
+    struct Source **source;
+    struct KBSConfig **kbs;
+};
+
+static const char *part_flag(const struct part *p, enum column c)
+{
+    const struct option *o = option_table;
+    while (!o->name || o->offset != p->option[c])
+        o++;
+    return o->name;
+}
 
 /* The elements of a list flag: given once it is split at its commas, given several times each is one element; "" is no
  * element at all. */
@@ -9687,36 +9706,26 @@ static const char *nth(const struct values *v, size_t i)
     return i < v->n ? v->v[i] : NULL;
 }
 
-static bool is_hash(const char *s)
+/* 64 hex digits.  False: they are not. */
+static bool hash_read(uint8_t hash[SHA3_256_LEN], const char *s)
 {
-    return strlen(s) == 64 && strspn(s, "0123456789abcdefABCDEF") == 64;
+    char two[3] = "";
+    if (strlen(s) != 2 * SHA3_256_LEN || strspn(s, "0123456789abcdefABCDEF") != 2 * SHA3_256_LEN)
+        return false;
+    for (size_t i = 0; i < SHA3_256_LEN; i++)
+        hash[i] = (uint8_t)strtoul(memcpy(two, s + 2 * i, 2), NULL, 16);
+    return true;
 }
 
-static void hash_read(uint8_t hash[SHA3_256_LEN], const char *s)
-{
-    for (size_t i = 0; i < SHA3_256_LEN; i++) {
-        char two[3] = { s[2 * i], s[2 * i + 1], 0 };
-        hash[i] = (uint8_t)strtoul(two, NULL, 16);
-    }
-}
-
-/* 64 hex digits, kept; empty if they are not. */
+/* The hash of something remote, kept, empty after a mistake: absent it is 32 zero bytes, of which hash_check warns. */
 static struct bytes parse_hash(struct options *o, struct mistakes *r, const char *flag, const char *s)
 {
     uint8_t *hash = option_alloc(o, SHA3_256_LEN);
-    if (!is_hash(s)) {
-        tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
-                       "cvms checksum FILE prints one", flag, s, strlen(s));
-        return (struct bytes){ 0 };
-    }
-    hash_read(hash, s);
-    return (struct bytes){ hash, SHA3_256_LEN };
-}
-
-/* The hash of something remote: absent it is 32 zero bytes, of which hash_check warns. */
-static struct bytes remote_hash(struct options *o, struct mistakes *r, const char *flag, const char *s)
-{
-    return present(s) ? parse_hash(o, r, flag, s) : (struct bytes){ option_alloc(o, SHA3_256_LEN), SHA3_256_LEN };
+    if (!present(s) || hash_read(hash, s))
+        return (struct bytes){ hash, SHA3_256_LEN };
+    tell(r, USAGE, "-%s: \"%.80s\" is not a SHA3-256 in hex: %zu characters, 64 hex digits wanted; "
+                   "cvms checksum FILE prints one", flag, s, strlen(s));
+    return (struct bytes){ 0 };
 }
 
 /* A boolean that a mistake makes false. */
@@ -9752,20 +9761,26 @@ static void check_url(struct mistakes *r, const char *flag, const char *url)
                      "http://", flag, url);
 }
 
-/* The flags of what may be remote. */
-static const struct remote_flags {
-    const char *what, *url, *kbs_path, *kbs_url, *encrypted;
-} algo_flags = { "algorithm", "algo-source-url", "algo-kbs-path", "algo-kbs-url", "algo-encrypted" },
-  dataset_flags = { "dataset", "dataset-source-urls", "dataset-kbs-paths", "dataset-kbs-urls", "dataset-encrypted" };
-
-/* Whether something is remote: its URL and its key's path, or its URL alone if it is said not to be encrypted. */
-static bool check_remote(struct mistakes *r, const struct remote_flags *f, bool url, bool path, bool plain)
+/* What the flags say, split.  Whether it is remote: its URL and its key's path are given, or its URL alone if it is said not
+ * to be encrypted. */
+static bool part_read(struct options *o, struct mistakes *r, const struct part *p, struct values col[COLUMNS])
 {
+    for (size_t c = 0; c < COLUMNS; c++) {
+        void *at = (char *)o + p->option[c];
+        col[c] = p == &dataset_part ? list_split(o, at)
+               : (struct values){ at, p->option[c] && present(*(const char **)at) };
+    }
+    bool url = col[COL_URL].n > 0, path = col[COL_KBS_PATH].n > 0, plain = url;
+    for (size_t i = 0; i < col[COL_URL].n; i++)
+        plain = plain && nth(&col[COL_ENCRYPTED], i) && parse_bool(nth(&col[COL_ENCRYPTED], i)) == 0;
     if (url && !path && !plain)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain", f->url,
-             f->kbs_path, f->encrypted);
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain",
+             part_flag(p, COL_URL), part_flag(p, COL_KBS_PATH), part_flag(p, COL_ENCRYPTED));
     if (path && !url)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", f->kbs_path, f->url);
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", part_flag(p, COL_KBS_PATH),
+             part_flag(p, COL_URL));
+    if (url && (path || plain) && col[COL_PATH].n)
+        tell(r, WARNING, "-%s is not used: the %s remote", part_flag(p, COL_PATH), p->are);
     return url && (path || plain);
 }
 
@@ -9842,11 +9857,11 @@ static struct KBSConfig *new_kbs(struct options *o, const char *url)
 
 /* The key broker in a remote resource's own field 6.  NULL: none, with a warning if there is none at all. */
 static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enum compat compat, const char *own,
-                                      const struct remote_flags *f, const char *url)
+                                      const struct part *p, const char *url)
 {
     const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
     if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", f->what, url, f->kbs_url,
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", p->what, url, part_flag(p, COL_KBS_URL),
              compat == COMPAT_HEAD ? "" : " or -kbs-url");
     return new_kbs(o, kbs);
 }
@@ -9897,131 +9912,82 @@ static struct bytes fetched_name(struct options *o, size_t i)
     return bytes_of(name);
 }
 
-static void remote_dataset(struct manifest *m, struct options *o, struct mistakes *r, const struct values *col, size_t i,
-                           struct Dataset *d)
+/* What the flags say of the algorithm, or of the i-th dataset, wherever it comes from. */
+static void set_part(struct manifest *m, struct options *o, struct mistakes *r, const struct part *p,
+                     const struct values *col, size_t i, bool remote, const struct part_fields *to)
 {
-    const char *url = nth(&col[COL_URL], i);
-    if (*url)
-        check_url(r, "dataset-source-urls", url);
-    else
-        tell(r, USAGE, "-dataset-source-urls: element %zu is empty; take the extra comma out", i + 1);
-    d->filename = fetched_name(o, i);
-    d->source = new_source(o, m->compat, o->dataset_source_type, url, nth(&col[COL_KBS_PATH], i));
-    d->kbs = resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), &dataset_flags, url);
-    if (!nth(&col[COL_HASH], i))
-        d->hash = remote_hash(o, r, "dataset-hash", o->dataset_hash);
-}
-
-/* What the flags say of the i-th dataset, wherever it comes from. */
-static void override_dataset(struct manifest *m, struct options *o, struct mistakes *r, const struct values *col,
-                             size_t i, struct Dataset *d)
-{
-    const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i);
-    const char *unpack = nth(&col[COL_UNPACK], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
-    if (present(hash))
-        d->hash = parse_hash(o, r, "dataset-hashes", hash);
+    const char *path = remote ? NULL : nth(&col[COL_PATH], i), *url = remote ? nth(&col[COL_URL], i) : NULL;
+    const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
+    if ((url && !*url) || (path && !*path))
+        tell(r, USAGE, "-%s: element %zu is empty; take the extra comma out", part_flag(p, url ? COL_URL : COL_PATH), i + 1);
+    if (present(url))
+        check_url(r, part_flag(p, COL_URL), url);
+    if (url || path) {
+        *to->source = url ? new_source(o, m->compat, p == &dataset_part ? o->dataset_source_type : o->algo_source_type, url,
+                                       nth(&col[COL_KBS_PATH], i)) : NULL;
+        *to->kbs = url ? resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), p, url) : NULL;
+    }
+    struct bytes given = parse_hash(o, r, part_flag(p, COL_HASH), hash);
+    if (path)
+        *to->hash = new_input(m, path);
+    if (present(hash) ? !path || p == &dataset_part : url && !to->hash->n)
+        *to->hash = given;
     if (m->key.n)
-        d->userKey = m->key;
+        *to->userKey = m->key;
     if (present(key))
-        d->userKey = load_key(o, r, "dataset-public-key-paths", key);
-    if (unpack)
-        d->decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
-    if (present(encrypted) && d->source)
-        d->source->encrypted = parse_flag(r, USAGE, "dataset-encrypted", encrypted);
-}
-
-/* Whether every dataset is said to be plain. */
-static bool all_plain(const struct values *encrypted, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (!nth(encrypted, i) || parse_bool(nth(encrypted, i)) != 0)
-            return false;
-    return n > 0;
+        *to->userKey = load_key(o, r, part_flag(p, COL_KEY), key);
+    bool sealed = present(encrypted) && parse_flag(r, USAGE, part_flag(p, COL_ENCRYPTED), encrypted);
+    if (present(encrypted) && *to->source)
+        (*to->source)->encrypted = sealed;
 }
 
 static void set_datasets(struct manifest *m, struct options *o, struct mistakes *r)
 {
-    struct values col[COLUMNS], paths = list_split(o, &o->data_paths);
-    for (size_t c = 0; c < COLUMNS; c++)
-        col[c] = list_split(o, (const struct values *)(const void *)((const char *)o + columns[c].option));
-    size_t urls = col[COL_URL].n;
-    bool remote = check_remote(r, &dataset_flags, urls > 0, col[COL_KBS_PATH].n > 0, all_plain(&col[COL_ENCRYPTED], urls));
-    size_t n = remote ? urls : paths.n ? paths.n : m->req.datasets.n;
+    struct values col[COLUMNS];
+    bool remote = part_read(o, r, &dataset_part, col), direct = !remote && col[COL_PATH].n;
+    size_t n = remote ? col[COL_URL].n : direct ? col[COL_PATH].n : m->req.datasets.n;
     struct Dataset *d = option_alloc(o, (n + 1) * sizeof *d);
-    m->inputs = option_alloc(o, (paths.n + 2) * sizeof *m->inputs);
-    if (remote && paths.n)
-        tell(r, WARNING, "-data-paths is not used: the datasets are remote");
-    if (remote && urls > 1 && present(o->dataset_hash))
-        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content",
-             urls);
-    for (size_t c = 0; c < COLUMNS; c++)
-        if (col[c].n && (columns[c].may_be_short ? col[c].n > n : col[c].n != n))
-            tell(r, columns[c].may_be_short ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for "
-                 "each", columns[c].flag, col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+    m->inputs = option_alloc(o, (col[COL_PATH].n + 2) * sizeof *m->inputs);
+    if (remote && n > 1 && present(o->dataset_hash))
+        tell(r, WARNING, "one -dataset-hash for %zu remote datasets: an agent accepts only those with that content", n);
+    for (enum column c = COL_URL; c < COLUMNS; c++)
+        if (col[c].n && (c == COL_UNPACK ? col[c].n > n : col[c].n != n))
+            tell(r, c == COL_UNPACK ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for each",
+                 part_flag(&dataset_part, c), col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+    struct bytes hash = parse_hash(o, r, "dataset-hash", o->dataset_hash);
     for (size_t i = 0; i < n; i++) {
-        if (remote) {
-            remote_dataset(m, o, r, col, i, &d[i]);
-        } else if (paths.n) {
-            if (!*paths.v[i])
-                tell(r, USAGE, "-data-paths: element %zu is empty; take the extra comma out", i + 1);
-            d[i].hash = new_input(m, paths.v[i]);
-            d[i].filename = m->compat == COMPAT_ALL ? upload_name(r, paths.v[i]) : (struct bytes){ 0 };
-        } else {
+        const char *unpack = nth(&col[COL_UNPACK], i);
+        if (remote)
+            d[i] = (struct Dataset){ .filename = fetched_name(o, i), .hash = hash };
+        else if (direct && m->compat == COMPAT_ALL)
+            d[i].filename = upload_name(r, col[COL_PATH].v[i]);
+        else if (!direct)
             d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
-        }
-        override_dataset(m, o, r, col, i, &d[i]);
+        set_part(m, o, r, &dataset_part, col, i, remote,
+                 &(struct part_fields){ &d[i].hash, &d[i].userKey, &d[i].source, &d[i].kbs });
+        if (unpack)
+            d[i].decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
     }
-    if (!remote && present(o->dataset_hash))
-        parse_hash(o, r, "dataset-hash", o->dataset_hash);
     m->req.datasets = (struct pb_list){ .items = d, .n = n };
-}
-
-/* Where the algorithm comes from: its source, a file here, or the manifest that was read. */
-static void algorithm_source(struct manifest *m, struct options *o, struct mistakes *r, struct Algorithm *a)
-{
-    bool plain = o->algo_encrypted && parse_bool(o->algo_encrypted) == 0;
-    if (check_remote(r, &algo_flags, present(o->algo_source_url), present(o->algo_kbs_path), plain)) {
-        if (present(o->algo_path))
-            tell(r, WARNING, "-algo-path is not used: the algorithm is remote");
-        check_url(r, "algo-source-url", o->algo_source_url);
-        a->hash = remote_hash(o, r, "algo-hash", o->algo_hash);
-        a->source = new_source(o, m->compat, o->algo_source_type, o->algo_source_url, o->algo_kbs_path);
-        a->kbs = resource_kbs(o, r, m->compat, o->algo_kbs_url, &algo_flags, o->algo_source_url);
-    } else if (present(o->algo_path)) {
-        m->algo_input = true;
-        a->source = NULL;
-        a->kbs = NULL;
-        a->hash = new_input(m, o->algo_path);
-    } else if (!m->req.algorithm && !(o->manifest && r->start) && !present(o->algo_source_url) &&
-               !present(o->algo_kbs_path)) {
-        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
-    }
-    if (!m->algo_input && present(o->algo_hash))
-        a->hash = parse_hash(o, r, "algo-hash", o->algo_hash);
-    else if (present(o->algo_hash))
-        parse_hash(o, r, "algo-hash", o->algo_hash);
-    if (present(o->algo_encrypted)) {
-        bool encrypted = parse_flag(r, USAGE, "algo-encrypted", o->algo_encrypted);
-        if (a->source)
-            a->source->encrypted = encrypted;
-    }
 }
 
 static void set_algorithm(struct manifest *m, struct options *o, struct mistakes *r)
 {
-    struct values args = list_split(o, &o->algo_args);
+    struct values col[COLUMNS], args = list_split(o, &o->algo_args);
     struct Algorithm *a = option_alloc(o, sizeof *a);
     if (m->req.algorithm)
         *a = *m->req.algorithm;
-    algorithm_source(m, o, r, a);
+    bool remote = part_read(o, r, &algorithm_part, col);
+    m->algo_input = !remote && col[COL_PATH].n;
+    if (remote)
+        a->hash = (struct bytes){ 0 };
+    else if (!m->algo_input && !m->req.algorithm && !(o->manifest && r->start) && !col[COL_URL].n && !col[COL_KBS_PATH].n)
+        tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
+    set_part(m, o, r, &algorithm_part, col, 0, remote, &(struct part_fields){ &a->hash, &a->userKey, &a->source, &a->kbs });
     if (present(o->algo_type) && ROW_FIND(algo_types, bytes_of(o->algo_type)) == PB_COUNT(algo_types))
         tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
     if (o->algo_type)
         a->algo_type = bytes_of(o->algo_type);
-    if (m->key.n)
-        a->userKey = m->key;
-    if (present(o->algo_public_key_path))
-        a->userKey = load_key(o, r, "algo-public-key-path", o->algo_public_key_path);
     if (o->algo_args.n) {
         struct bytes *arg = option_alloc(o, (args.n + 1) * sizeof *arg);
         for (size_t i = 0; i < args.n; i++)
@@ -10105,8 +10071,7 @@ static void hash_check(struct mistakes *r, const char *of, const char *what, str
     struct buf text = { 0 };
     pb_base64(&text, hash);
     buf_putc(&text, 0);
-    if (hash.n == 48 && !text.failed && is_hash((const char *)text.p)) {
-        hash_read(meant, (const char *)text.p);
+    if (hash.n == 48 && !text.failed && hash_read(meant, (const char *)text.p)) {
         text.len = 0;
         pb_base64(&text, (struct bytes){ meant, sizeof meant });
         tell(r, START, "%s: %s has its hash in hex; bytes are written in base64 there: %.*s", of, what, (int)text.len,
@@ -10157,6 +10122,11 @@ static void manifest_check(struct mistakes *r, const struct manifest *m)
     }
 }
 
+static const struct part *input_part(const struct manifest *m, size_t i)
+{
+    return m->algo_input && i + 1 == m->input_count ? &algorithm_part : &dataset_part;
+}
+
 /* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
 static void check_inputs(const struct manifest *m, struct mistakes *r)
 {
@@ -10167,11 +10137,12 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
     for (size_t i = 0; i < m->input_count; i++) {
         struct source s;
         struct err e;
-        const char *path = m->inputs[i].path, *flag = m->algo_input && i + 1 == m->input_count ? "algo-path" : "data-paths";
+        const char *path = m->inputs[i].path;
         if (*path && source_open(&s, path, &e))
             source_close(&s);
         else if (*path)
-            tell(r, START, "-%s: %s%s", flag, e.text, *path == ' ' ? " (it begins with a blank)" : "");
+            tell(r, START, "-%s: %s%s", part_flag(input_part(m, i), COL_PATH), e.text,
+                 *path == ' ' ? " (it begins with a blank)" : "");
     }
 }
 
@@ -10181,19 +10152,18 @@ static void hash_inputs(struct manifest *m, struct mistakes *r)
     bool all = true;                  /* else the mistakes alone are told */
     checksum_files(m->inputs, m->input_count);
     for (size_t i = 0; i < m->input_count; i++)
-        all &= m->inputs[i].ok || !*m->inputs[i].path;
+        all &= m->inputs[i].ok;
     for (size_t i = 0; i < m->input_count; i++) {
         struct checksum *in = &m->inputs[i];
-        bool algo = m->algo_input && i + 1 == m->input_count;
+        const char *flag = part_flag(input_part(m, i), COL_PATH);
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
-        if (in->ok && all)
-            tell_note("%s %s, " BYTES_FMT ", %s", algo ? "algorithm" : "dataset", in->path, BYTES_OF(in->size), hex);
-        if (in->ok && all && in->size == 0)
-            tell(r, WARNING, "-%s: %s is empty: agents refuse an upload without a byte", algo ? "algo-path" : "data-paths",
-                 in->path);
-        else if (!in->ok && *in->path)
-            tell(r, START, "-%s: %s", algo ? "algo-path" : "data-paths", checksum_why(in));
+        if (!in->ok)
+            tell(r, START, "-%s: %s", flag, checksum_why(in));
+        else if (all)
+            tell_note("%s %s, " BYTES_FMT ", %s", input_part(m, i)->what, in->path, BYTES_OF(in->size), hex);
+        if (all && in->size == 0)
+            tell(r, WARNING, "-%s: %s is empty: agents refuse an upload without a byte", flag, in->path);
         free(in->why);
         in->why = NULL;
     }
@@ -10221,14 +10191,13 @@ static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct 
     if (manifest.n > MANIFEST_FILE_MAX || req->id.n > MANIFEST_ID_MAX)
         return NULL;                  /* so that no size below wraps, with 32 bits either */
     size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
-    size_t times = faults && faults->value[FAULT_TWICE] >= 0 ? 2 : 1;
+    size_t times = fault_value(faults, FAULT_TWICE) >= 0 ? 2 : 1;
     struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
     struct buf scratch = { 0 };
     bool ok = b != NULL;
-    bool plain = faults && faults->value[FAULT_PLAIN] >= 0;
-    int64_t leave_out = faults ? faults->value[FAULT_MISSING_CHUNK] : -1;
-    size_t end = faults && faults->value[FAULT_FREEZE] >= 0 ? (size_t)faults->value[FAULT_FREEZE]
-               : faults && faults->value[FAULT_NO_LAST] >= 0 ? pieces : pieces + 1;
+    bool plain = fault_value(faults, FAULT_PLAIN) >= 0;
+    int64_t leave_out = fault_value(faults, FAULT_MISSING_CHUNK), freeze = fault_value(faults, FAULT_FREEZE);
+    size_t end = freeze >= 0 ? (size_t)freeze : fault_value(faults, FAULT_NO_LAST) >= 0 ? pieces : pieces + 1;
     if (ok)
         b->n = 0;
     for (; ok && times > 0; times--) {
@@ -10251,35 +10220,28 @@ static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct 
     return NULL;
 }
 
-/* The faults that are in the manifest itself. */
-static void manifest_spoil(struct manifest *m, uint8_t spoilt[SHA3_256_LEN])
-{
-    struct Algorithm *a = m->req.algorithm;
-    if (m->faults->value[FAULT_WRONG_HASH] >= 0 && a->hash.n == SHA3_256_LEN) {
-        for (size_t i = 0; i < SHA3_256_LEN; i++)
-            spoilt[i] = (uint8_t)~a->hash.p[i];
-        a->hash.p = spoilt;
-    }
-    if (m->faults->value[FAULT_SHORT_HASH] >= 0 && a->hash.n)
-        a->hash.n--;
-}
-
-/* Encodes req anew, after inputs have changed.  False without memory: the old bytes stay. */
+/* Encodes req anew, after inputs have changed, with the faults that are in the manifest itself.  False without memory: the
+ * old bytes stay. */
 static bool manifest_encode(struct manifest *m)
 {
     struct buf b = { 0 };
     uint8_t spoilt[SHA3_256_LEN];
-    struct bytes hash = m->req.algorithm ? m->req.algorithm->hash : (struct bytes){ 0 };
+    struct bytes none = { 0 }, *hash = m->req.algorithm ? &m->req.algorithm->hash : &none, real = *hash;
+    uint64_t flip = (uint64_t)fault_value(m->faults, FAULT_FLIP);
     if (m->renew)
         m->renew(m->renew_arg);
-    if (m->faults && m->req.algorithm)
-        manifest_spoil(m, spoilt);
+    if (fault_value(m->faults, FAULT_WRONG_HASH) >= 0 && hash->n == SHA3_256_LEN) {
+        for (size_t i = 0; i < SHA3_256_LEN; i++)
+            spoilt[i] = (uint8_t)~hash->p[i];
+        hash->p = spoilt;
+    }
+    if (fault_value(m->faults, FAULT_SHORT_HASH) >= 0 && hash->n)
+        hash->n--;
     struct bytes wire = pb_encode(&b, &ComputationRunReq_message, &m->req);
-    if (!b.failed && m->faults && m->faults->value[FAULT_FLIP] >= 0 && (uint64_t)m->faults->value[FAULT_FLIP] < wire.n)
-        b.p[(size_t)(wire.p - b.p) + (size_t)m->faults->value[FAULT_FLIP]] ^= 1;
+    if (!b.failed && flip < wire.n)
+        b.p[(size_t)(wire.p - b.p) + (size_t)flip] ^= 1;
     struct blob *stream = b.failed ? NULL : manifest_chunks(&m->req, wire, m->faults);
-    if (m->req.algorithm)
-        m->req.algorithm->hash = hash;
+    *hash = real;
     buf_free(&b);
     if (!stream)
         return false;
