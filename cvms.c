@@ -7429,6 +7429,15 @@ static void *option_alloc(struct options *o, size_t n)
     return or_exit(pb_arena_alloc(&o->arena, n));
 }
 
+/* A copy that lasts as long, with its end. */
+static const char *option_text(struct options *o, struct bytes b)
+{
+    char *s = option_alloc(o, b.n + 1);
+    if (b.n)
+        memcpy(s, b.p, b.n);
+    return s;
+}
+
 static void values_add(struct options *o, struct values *list, const char *value)
 {
     if ((list->n & (list->n - 1)) == 0) {   /* full at each power of two */
@@ -8194,7 +8203,8 @@ static void tar_header(struct zip *z, struct bytes name, uint64_t size)
 
 /* ---- Blobs: a nonce, the ciphertext and its tag (AES-256-GCM, NIST SP 800-38D, no associated data) ---- */
 
-enum { AES_KEY = 32, SHA_256_LEN = 32, SEAL_NONCE = 12, SEAL_TAG = 16, SEAL_EXTRA = SEAL_NONCE + SEAL_TAG };
+enum { AES_KEY = 32, SHA_256_LEN = 32, SEAL_NONCE = 12, SEAL_TAG = 16, SEAL_EXTRA = SEAL_NONCE + SEAL_TAG,
+       LAYER_COUNTER = 2 };
 
 #define SEAL_MAX ((UINT64_C(1) << 36) - 32) /* bytes of plaintext under one nonce (SP 800-38D 5.2.1.1) */
 
@@ -8236,15 +8246,9 @@ MUST_USE static bool gcm_run(struct gcm *g, bool encrypt, uint8_t *p, size_t n)
     return true;
 }
 
-/* SHA-256 of an image's layer as it is sent, and of the tar in it, and the MAC: what has to be known before. */
-struct digests {
-    br_sha256_context layer, tar;
-    br_hmac_context mac;
-};
-
 /* A source that is being sealed, as a blob or as an image's layer. */
 struct seal {
-    struct gcm g;                    /* a layer uses its key, and len */
+    struct gcm g;
     uint8_t edge[SEAL_TAG];          /* bytes around those of the source; edge[at] is the next one */
     size_t at, len;
     bool ended;                      /* behind the edge there is nothing more */
@@ -8252,8 +8256,7 @@ struct seal {
     bool layer;                      /* the rest is a layer's alone */
     uint64_t rest;                   /* bytes of the source behind `left` */
     uint32_t crc, size;              /* of the tar; size modulo 2^32 */
-    uint8_t nonce[SEAL_NONCE], block[16];
-    struct digests *digests;         /* NULL: crc is known */
+    br_sha256_context *tar;          /* gets it too; NULL: nobody asks */
 };
 
 /* A blob that is being opened, piece by piece. */
@@ -8522,23 +8525,6 @@ MUST_USE static bool source_seal(struct source *s, const uint8_t key[AES_KEY], c
     return true;
 }
 
-/* AES-256-CTR of a layer.  Its nonce of 16 bytes ends in 4 zeros, so BearSSL's counter of 32 bits serves up to 64 GiB. */
-static void layer_run(struct seal *l, uint8_t *p, size_t n)
-{
-    const br_block_ctr_class **aes = &l->g.aes.vtable;
-    for (; n && l->g.len & 15; n--)
-        *p++ ^= l->block[l->g.len++ & 15];
-    size_t whole = n & ~(size_t)15;
-    (*aes)->run(aes, l->nonce, (uint32_t)(l->g.len >> 4), p, whole);
-    l->g.len += whole;
-    if (n == whole)
-        return;
-    memset(l->block, 0, sizeof l->block);
-    (*aes)->run(aes, l->nonce, (uint32_t)(l->g.len >> 4), l->block, sizeof l->block);
-    for (p += whole, n -= whole; n; n--)
-        *p++ ^= l->block[l->g.len++ & 15];
-}
-
 /* What stands between the bytes of a layer's tar: the head of the next stored block (RFC 1951 3.2.4), or gzip's trailer
  * (RFC 1952 2.3.1), behind the n bytes that are in the edge already. */
 static void layer_edge(struct seal *l, size_t n)
@@ -8555,13 +8541,13 @@ static void layer_edge(struct seal *l, size_t n)
     }
     l->at = 0;
     l->len = (size_t)(to - l->edge);
-    layer_run(l, l->edge, l->len);
+    br_gcm_run(&l->g.gcm, 1, l->edge, l->len);
 }
 
 /* As source_seal, for a tar: it becomes gzip in stored blocks, encrypted, as ocicrypt's AES_256_CTR_HMAC_SHA256 without its
- * MAC.  digests get what is known of the tar alone, and crc is given if they are NULL. */
+ * MAC.  That is AES-GCM without its tag, whose counter begins at LAYER_COUNTER (SP 800-38D 7.1). */
 MUST_USE static bool source_layer(struct source *s, const uint8_t key[AES_KEY], const uint8_t nonce[SEAL_NONCE],
-                                  uint32_t crc, struct digests *digests, struct err *e)
+                                  br_sha256_context *tar, struct err *e)
 {
     static const uint8_t gzip[] = { 0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff };
     uint64_t size = s->size;
@@ -8572,29 +8558,13 @@ MUST_USE static bool source_layer(struct source *s, const uint8_t key[AES_KEY], 
         source_close(s);
         return file_err(e, s->path, seal_too_long);
     }
-    struct seal *l = s->seal;
     crc32_init();
-    l->layer = true;
-    l->rest = size;
-    l->size = (uint32_t)size;
-    l->crc = crc;
-    l->digests = digests;
-    memcpy(l->nonce, nonce, sizeof l->nonce);
-    memcpy(l->edge, gzip, sizeof gzip);
-    layer_edge(l, sizeof gzip);
-    return true;
-}
-
-/* Encrypts what has come from the source.  False: too much. */
-static bool seal_run(struct seal *l, uint8_t *p, size_t n)
-{
-    if (!l->layer)
-        return gcm_run(&l->g, true, p, n);
-    if (l->digests) {
-        l->crc = crc32_update(l->crc, p, n);
-        br_sha256_update(&l->digests->tar, p, n);
-    }
-    layer_run(l, p, n);
+    s->seal->layer = true;
+    s->seal->rest = size;
+    s->seal->size = (uint32_t)size;
+    s->seal->tar = tar;
+    memcpy(s->seal->edge, gzip, sizeof gzip);
+    layer_edge(s->seal, sizeof gzip);
     return true;
 }
 
@@ -8613,9 +8583,13 @@ static ssize_t seal_read(struct source *s, uint8_t *p, size_t n, struct err *e)
         ssize_t got = source_pull(s, p + len, want, e);
         if (got < 0)
             return -1;
-        bool end = (size_t)got < want;
-        if ((end && l->layer) || !seal_run(l, p + len, (size_t)got)) {
-            file_err(e, s->path, end ? "has changed while it was read" : seal_too_long);
+        bool end = (size_t)got < want, changed = end && l->layer;
+        if (l->layer)
+            l->crc = crc32_update(l->crc, p + len, (size_t)got);
+        if (l->tar)
+            br_sha256_update(l->tar, p + len, (size_t)got);
+        if (changed || !gcm_run(&l->g, true, p + len, (size_t)got)) {
+            file_err(e, s->path, changed ? "has changed while it was read" : seal_too_long);
             return -1;
         }
         len += (size_t)got;
@@ -8662,7 +8636,6 @@ struct image {
     const uint8_t *key;              /* NULL: plain.  It and the names are the caller's */
     struct file_id id;
     uint8_t nonce[SEAL_NONCE];
-    uint32_t crc;                    /* of the tar */
     uint64_t size;                   /* of the layer */
     uint8_t mac[SHA_256_LEN];
     char digest[IMAGE_PARTS][sizeof "sha256:" + 2 * SHA_256_LEN];
@@ -8671,7 +8644,10 @@ struct image {
     bool reading;                    /* source, for the digests */
     struct source source;
 #if CVMS_TLS
-    struct digests digests;
+    struct {                         /* of the layer as it is sent, and of the tar in it */
+        br_sha256_context layer, tar;
+        br_hmac_context mac;
+    } digests;
 #endif
 };
 
@@ -8708,7 +8684,7 @@ MUST_USE static bool image_open(const struct image *im, const char *path, struct
         source_close(s);
         return file_err(e, path, "has changed since its digest was made");
     }
-    return !im->key || source_layer(s, im->key, im->nonce, im->crc, NULL, e);
+    return !im->key || source_layer(s, im->key, im->nonce, NULL, e);
 }
 
 static void digest_text(char to[], const br_sha256_context *h)
@@ -8736,7 +8712,7 @@ static bool image_text(struct image *im, enum image_part part, struct buf *text)
  * unwrapping one needs nothing. */
 static void image_annotations(const struct image *im, struct buf *out)
 {
-    uint8_t nonce[16] = { 0 };
+    uint8_t nonce[16] = { [15] = LAYER_COUNTER };
     struct buf options = { 0 };
     memcpy(nonce, im->nonce, sizeof im->nonce);
     buf_puts(&options, "{\"cipher\":\"AES_256_CTR_HMAC_SHA256\",\"hmac\":\"");
@@ -8789,22 +8765,20 @@ static bool image_begin(struct image *im, const char *path, struct err *e)
     br_hmac_init(&im->digests.mac, &key, 0);
     wipe(&key, sizeof key);
     return random_fill(im->nonce, sizeof im->nonce)
-               ? source_layer(&im->source, im->key, im->nonce, 0, &im->digests, e)
+               ? source_layer(&im->source, im->key, im->nonce, &im->digests.tar, e)
                : file_err(e, path, "the operating system gives no random numbers");
 }
 
 /* The layer has been read. */
 static bool image_end(struct image *im, const char *path, struct err *e)
 {
-    struct digests *d = &im->digests;
     char tar[sizeof im->digest[0]];
-    digest_text(im->digest[IMAGE_LAYER], &d->layer);
-    digest_text(tar, im->key ? &d->tar : &d->layer);
+    digest_text(im->digest[IMAGE_LAYER], &im->digests.layer);
+    digest_text(tar, im->key ? &im->digests.tar : &im->digests.layer);
     if (im->key)
-        br_hmac_out(&d->mac, im->mac);
-    im->crc = im->key ? im->source.seal->crc : 0;
+        br_hmac_out(&im->digests.mac, im->mac);
     source_close(&im->source);
-    wipe(d, sizeof *d);
+    wipe(&im->digests, sizeof im->digests);
     im->reading = false;
     return image_describe(im, tar) || file_err(e, path, "out of memory");
 }
@@ -9684,19 +9658,14 @@ static const char *part_flag(const struct part *p, enum column c)
 static struct values list_split(struct options *o, const struct values *given)
 {
     struct values list = { 0 };
+    const char *s = given->n ? given->v[0] : "";
     if (given->n > 1)
         return *given;
-    const char *s = given->n ? given->v[0] : "";
-    while (*s) {
+    for (bool more = *s; more;) {
         size_t n = strcspn(s, ",");
-        char *word = option_alloc(o, n + 1);
-        memcpy(word, s, n);
-        values_add(o, &list, word);
-        s += n;
-        if (!*s)
-            break;
-        if (!*++s)
-            values_add(o, &list, "");
+        values_add(o, &list, option_text(o, (struct bytes){ (const uint8_t *)s, n }));
+        more = s[n];
+        s += n + more;
     }
     return list;
 }
@@ -9745,7 +9714,7 @@ static struct bytes load_key(struct options *o, struct mistakes *r, const char *
     struct err e;
     struct bytes key = { 0 };
     if (public_key_load(path, &der, &e))
-        key = (struct bytes){ memcpy(option_alloc(o, der.len), or_exit(der.p), der.len), der.len };
+        key = (struct bytes){ (const uint8_t *)option_text(o, (struct bytes){ der.p, der.len }), der.len };
     else
         tell(r, START, "-%s: %s", flag, e.text);
     buf_free(&der);
@@ -10263,7 +10232,7 @@ static void manifest_read(struct manifest *m, struct options *o, struct mistakes
         buf_free(&text);
         return;
     }
-    struct bytes json = { text.len ? memcpy(option_alloc(o, text.len), text.p, text.len) : NULL, text.len };
+    struct bytes json = { (const uint8_t *)option_text(o, (struct bytes){ text.p, text.len }), text.len };
     buf_free(&text);
     if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text))
         tell(r, START, "-%s: %s: %s", flag, path, e.text);
@@ -10279,8 +10248,7 @@ static void manifests_by_job(struct manifest *m, struct options *o, struct mista
             continue;
         }
         struct manifest *of = option_alloc(o, sizeof *of);
-        char *job = option_alloc(o, (size_t)(eq - given) + 1);
-        of->job_id = memcpy(job, given, (size_t)(eq - given));
+        of->job_id = option_text(o, (struct bytes){ (const uint8_t *)given, (size_t)(eq - given) });
         of->faults = m->faults;
         of->next = m->next;
         m->next = of;
@@ -11911,14 +11879,6 @@ static void check_metadata(struct mistakes *r, const char *flag, struct bytes va
     if (!bytes_printable(value) || (value.n && (value.p[0] == ' ' || value.p[value.n - 1] == ' ')))
         tell(r, USAGE, "-%s: \"%.*s\" can't be uploaded: gRPC carries it as metadata, which is printable ASCII without "
              "blanks at its ends", flag, (int)min_size(value.n, 80), (const char *)value.p);
-}
-
-static const char *option_text(struct options *o, struct bytes b)
-{
-    char *s = option_alloc(o, b.n + 1);
-    if (b.n)
-        memcpy(s, b.p, b.n);
-    return s;
 }
 
 /* Adds a call; key is the public half that its resource has in the manifest. */

@@ -3,8 +3,7 @@
  *   unseal KEY PIECE                 what is in the blob on stdin
  *   image KEY|- PIECE PATH FOLDER    PATH as an image, -: a plain one, in an OCI layout; prints its name, and the manifest's
  *                                    digest and size
- *   header PATH                      the first 512 bytes of a plain image's layer
- *   ctr KEY IV                       stdin as a layer is encrypted, from the block on that the IV's last 4 bytes count */
+ *   header PATH                      the first 512 bytes of a plain image's layer */
 #include "../harness.h"
 
 static uint8_t key[AES_KEY], piece[1 << 16], plain[1 << 16];
@@ -82,23 +81,10 @@ static int header(char **arg)
     return !ok || fwrite(piece, 1, TAR_BLOCK, stdout) != TAR_BLOCK;
 }
 
-static int ctr(char **arg)
-{
-    struct seal l = { .layer = true };
-    uint8_t iv[16];
-    from_hex(iv, sizeof iv, arg[1]);
-    gcm_key(&l.g, key);
-    memcpy(l.nonce, iv, sizeof l.nonce);
-    l.g.len = (uint64_t)get_be32(iv + 12) << 4;
-    for (ssize_t n; (n = file_read(STDIN_FILENO, piece, 7)) > 0; fwrite(piece, 1, (size_t)n, stdout))
-        layer_run(&l, piece, (size_t)n);
-    return 0;
-}
-
 int main(int argc, char **argv)
 {
     static const struct { const char *name; int args, (*run)(char **); } commands[] = {
-        { "seal", 4, seal }, { "unseal", 2, unseal }, { "image", 4, image }, { "header", 1, header }, { "ctr", 2, ctr },
+        { "seal", 4, seal }, { "unseal", 2, unseal }, { "image", 4, image }, { "header", 1, header },
     };
     size_t i = argc > 2 ? ROW_FIND(commands, bytes_of(argv[1])) : PB_COUNT(commands);
     if (i == PB_COUNT(commands) || argc != commands[i].args + 2)

@@ -68,16 +68,6 @@ class Image:
             return {m.name: t.extractfile(m).read() for m in t}
 
 
-def test_ctr():
-    """NIST SP 800-38A, F.5.5: CTR-AES256.Encrypt."""
-    plain = ("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51"
-             "30c81c46a35ce411e5fbc1191a0a52eff69f2445df4f9b17ad2b417be66c3710")
-    p = subprocess.run([DRIVER, "ctr", "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
-                        "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"], input=bytes.fromhex(plain), capture_output=True)
-    same("CTR-AES256", p.stdout.hex(), "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
-                                       "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6")
-
-
 def content(n):
     return hashlib.shake_128(str(n).encode()).digest(n)
 
