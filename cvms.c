@@ -7315,7 +7315,8 @@ static int64_t fault_value(const struct faults *f, enum fault fault)
 /* Go's strconv.ParseBool.  1, 0, or -1. */
 static int parse_bool(const char *s)
 {
-    static const char *const words[] = { "0", "f", "F", "FALSE", "false", "False", "1", "t", "T", "TRUE", "true", "True" };
+    static const char *const words[] = { "0", "f", "F", "FALSE", "false", "False",
+                                         "1", "t", "T", "TRUE", "true", "True" };
     size_t i = ROW_FIND(words, bytes_of(s));
     return i == PB_COUNT(words) ? -1 : i >= PB_COUNT(words) / 2;
 }
@@ -7751,7 +7752,8 @@ static bool file_err(struct err *e, const char *path, const char *why)
     return false;
 }
 
-/* Opens a regular file, without waiting for a pipe's writer.  Returns the descriptor and fills st, or -1 and the reason. */
+/* Opens a regular file, without waiting for a pipe's writer.  Returns the descriptor and fills st, or -1: e has the
+ * reason. */
 static int file_open(const char *path, struct stat *st, struct err *e)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
@@ -7789,7 +7791,7 @@ static ssize_t file_read(int fd, uint8_t *p, size_t n)
 
 /* What stat tells of a file.  No padding: it is hashed as bytes. */
 struct file_stat {
-    uint64_t dev, ino, size, mtime_ns, ctime_ns;
+    uint64_t dev, ino, size, mtime, mtime_ns, ctime, ctime_ns;
 };
 
 /* One file of a folder, or a file by itself, whose name is empty. */
@@ -7810,12 +7812,6 @@ struct tree {
     size_t n;
 };
 
-/* Nanoseconds, modulo 2^64: a hostile file system may hold any time. */
-static uint64_t file_ns(struct timespec t)
-{
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
 /* Adds what the folder `folder`, open as fd, calls `name`; the root is what "" calls it.  A link counts as the file it
  * leads to, and only the root may be one to a folder. */
 static bool tree_add(struct tree *t, const char *folder, int fd, const char *name, struct err *e)
@@ -7830,15 +7826,18 @@ static bool tree_add(struct tree *t, const char *folder, int fd, const char *nam
     entry->path = path;
     entry->name = path + strlen(t->root);
     entry->name += *entry->name == '/';
-    bool link = fstatat(fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
-    const char *why = !st.st_mode || (link && fstatat(fd, name, &st, 0)) ? strerror(errno)
+    bool link = n && fstatat(fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
+    if ((link || !n) && fstatat(fd, name, &st, 0))
+        st.st_mode = 0;
+    const char *why = !st.st_mode ? strerror(errno)
                     : link && n && S_ISDIR(st.st_mode) ? "is a link to a folder"
                     : !S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode) ? "not a regular file or a folder"
                     : strlen(entry->name) > ZIP_NAME_MAX ? "name too long for a zip"
                     : NULL;
     entry->folder = S_ISDIR(st.st_mode);
-    entry->st = (struct file_stat){ (uint64_t)st.st_dev, (uint64_t)st.st_ino, (uint64_t)st.st_size, file_ns(st.st_mtim),
-                                    file_ns(st.st_ctim) };
+    entry->st = (struct file_stat){ (uint64_t)st.st_dev, (uint64_t)st.st_ino, (uint64_t)st.st_size,
+                                    (uint64_t)st.st_mtim.tv_sec, (uint64_t)st.st_mtim.tv_nsec,
+                                    (uint64_t)st.st_ctim.tv_sec, (uint64_t)st.st_ctim.tv_nsec };
     return !why || file_err(e, path, why);
 }
 
@@ -7895,77 +7894,70 @@ static bool tree_walk(struct tree *t, struct file_id *id, struct err *e)
 
 /* ---- Time zones (RFC 8536) ---- */
 
-/* The last block of a TZif file: counts and places. */
-struct tzif {
-    size_t time_count, type_count, width; /* width: of a time, in bytes */
-    const uint8_t *times, *indices, *types;
-};
+enum { TZIF_HEADER = 44, TZIF_TYPE = 6 };
 
-/* Finds the block that counts: the first, or from version 2 on the second.  False: not a file that Go reads. */
-static bool tzif_parse(struct tzif *z, struct bytes in)
+/* The local time type before the first of n transitions, which lead to `indices`, chosen as Go does: type 0 if none leads
+ * to it, else the standard time before the first summer time, else the first standard time. */
+static size_t tzif_first(const uint8_t *indices, size_t n, const uint8_t *types, uint64_t type_count)
 {
-    enum { HEADER = 44, TYPE = 6 };
-    uint64_t count[6], len;
-    for (uint64_t width = 4;; width = 8) {
-        if (in.n < HEADER || !bytes_start(in, "TZif") || (in.p[4] && in.p[4] != '2' && in.p[4] != '3'))
-            return false;
-        for (size_t i = 0; i < 6; i++)
-            count[i] = get_be32(in.p + 20 + 4 * i);
-        len = count[3] * (width + 1) + count[4] * TYPE + count[5] + count[2] * (width + 4) + count[1] + count[0];
-        bool last = !in.p[4] || width == 8;
-        in = bytes_from(in, HEADER);
-        if (len > in.n)
-            return false;
-        *z = (struct tzif){ (size_t)count[3], (size_t)count[4], (size_t)width, in.p, in.p + count[3] * width,
-                            in.p + count[3] * (width + 1) };
-        if (last)
-            break;
-        in = bytes_from(in, (size_t)len);
-    }
-    bool ok = z->type_count > 0;
-    for (size_t i = 0; i < z->time_count; i++)
-        ok = ok && z->indices[i] < z->type_count;
-    for (size_t i = 0; ok && i < z->type_count; i++)
-        ok = z->types[TYPE * i + 5] < count[5];
-    return ok;
-}
-
-/* The local time type before the first transition, chosen as Go does: type 0 if no transition leads to it, else the
- * standard time before the first summer time, else the first standard time. */
-static size_t tzif_first(const struct tzif *z)
-{
-    const uint8_t *summer = z->types + 4;
-    if (!z->time_count || !memchr(z->indices, 0, z->time_count))
+    const uint8_t *summer = types + 4;
+    if (!n || !memchr(indices, 0, n))
         return 0;
-    for (size_t i = summer[6 * z->indices[0]] ? z->indices[0] : 0; i > 0; i--)
-        if (!summer[6 * (i - 1)])
+    for (size_t i = summer[TZIF_TYPE * indices[0]] ? indices[0] : 0; i > 0; i--)
+        if (!summer[TZIF_TYPE * (i - 1)])
             return i - 1;
-    for (size_t i = 0; i < z->type_count; i++)
-        if (!summer[6 * i])
+    for (size_t i = 0; i < type_count; i++)
+        if (!summer[TZIF_TYPE * i])
             return i;
     return 0;
 }
 
-/* The offset from UTC at Unix time 0 that a file gives, in seconds; false: there is none, or it is no TZif file.  The
- * footer is not read: it rules the time after the last transition, and says of 1970 what that says. */
+/* The offset from UTC at Unix time 0, in seconds, by the block that counts: the first, or from version 2 on the second.
+ * The footer is not read: it rules the time after the last transition, and says of 1970 what that says.  False: not a
+ * file that Go reads. */
+static bool tzif_offset(struct bytes in, int32_t *offset)
+{
+    static const uint8_t zero[8];
+    uint64_t count[6], len = 0;       /* indicators, UT and standard; leap seconds, times, types, bytes of names */
+    size_t width = 0;                 /* of a time, in bytes */
+    bool more;
+    do {
+        in = bytes_from(in, (size_t)len);
+        width += 4;
+        if (in.n < TZIF_HEADER || !bytes_start(in, "TZif") || (in.p[4] && in.p[4] != '2' && in.p[4] != '3'))
+            return false;
+        for (size_t i = 0; i < 6; i++)
+            count[i] = get_be32(in.p + 20 + 4 * i);
+        len = count[3] * (width + 1) + count[4] * TZIF_TYPE + count[5] + count[2] * (width + 4) + count[1] + count[0];
+        more = in.p[4] && width == 4;
+        in = bytes_from(in, TZIF_HEADER);
+        if (len > in.n)
+            return false;
+    } while (more);
+    const uint8_t *indices = in.p + count[3] * width, *types = indices + count[3];
+    bool ok = count[4] > 0;
+    for (size_t i = 0; i < count[3]; i++)
+        ok = ok && indices[i] < count[4];
+    for (size_t i = 0; ok && i < count[4]; i++)
+        ok = types[TZIF_TYPE * i + 5] < count[5];
+    size_t type = ok ? tzif_first(indices, (size_t)count[3], types, count[4]) : 0;
+    for (size_t i = 0; ok && i < count[3]; i++)
+        if (in.p[i * width] & 0x80 || memcmp(in.p + i * width, zero, width) == 0) /* big-endian, signed */
+            type = indices[i];
+    if (ok)
+        *offset = (int32_t)get_be32(types + TZIF_TYPE * type);
+    return ok;
+}
+
 static bool zone_load(const char *folder, const char *name, int32_t *offset)
 {
     enum { ZONE_FILE_MAX = 10 << 20 };
-    static const uint8_t zero[8];
     char path[PATH_MAX];
     struct buf file = { 0 };
     struct err ignored;
-    struct tzif z;
     text_printf(path, sizeof path, "%s%s", folder, name);
-    bool ok = file_load(path, ZONE_FILE_MAX, &file, &ignored) && tzif_parse(&z, (struct bytes){ file.p, file.len });
-    size_t type = ok ? tzif_first(&z) : 0;
-    for (size_t i = 0; ok && i < z.time_count; i++) {
-        const uint8_t *time = z.times + i * z.width;
-        if (*time & 0x80 || memcmp(time, zero, z.width) == 0) /* big-endian, signed */
-            type = z.indices[i];
-    }
-    if (ok)
-        *offset = (int32_t)get_be32(z.types + 6 * type);
+    bool ok = file_load(path, ZONE_FILE_MAX, &file, &ignored) &&
+              tzif_offset((struct bytes){ file.p, file.len }, offset);
     buf_free(&file);
     return ok;
 }
@@ -8105,7 +8097,7 @@ static void zip_central_header(struct zip *z, const struct tree_entry *entry)
             { 2, big ? ZIP_VERSION_ZIP64 : ZIP_VERSION }, ZIP_COMMON(z, entry->name), { 4, entry->crc }, { 4, size },
             { 4, size }, { 2, strlen(entry->name) }, { 2, zip64 ? ZIP_TIMESTAMP_LEN + ZIP_64_LEN : ZIP_TIMESTAMP_LEN },
             { 6, 0 },                                                /* no comment, disk 0, no internal attributes */
-            { 2, entry->mode & 0200 ? 0 : 1 }, { 2, 0100000 | entry->mode },    /* external: MS-DOS read-only, Unix mode */
+            { 2, entry->mode & 0200 ? 0 : 1 }, { 2, 0100000 | entry->mode }, /* MS-DOS read-only, Unix mode */
             { 4, entry->offset < ZIP_32_MAX ? entry->offset : ZIP_32_MAX });
     buf_puts(&z->out, entry->name);
     ZIP_PUT(z, ZIP_TIMESTAMP);
@@ -8186,7 +8178,7 @@ static void tar_put(struct zip *z, int type, struct bytes name, uint64_t size)
     buf_put(&z->out, h, sizeof h);
 }
 
-/* A file's header, and before it a pax header with its name if that is long; the record of that begins with its length. */
+/* A file's header, and before it a pax header with its name if that is long; its record begins with its own length. */
 static void tar_header(struct zip *z, struct bytes name, uint64_t size)
 {
     char number[24];
@@ -8332,8 +8324,8 @@ struct unseal { int unused; };
 enum source_form { SOURCE_FILE, SOURCE_ZIP, SOURCE_TAR };
 
 /* The bytes of a file, or of an archive, to be pulled, sealed or not.  size is what was promised at the opening; a file
- * that grows, shrinks or is made up as it is read (/proc) gives another number of bytes.  Steps 0 to n - 1 are the tree's n
- * files; of a zip the next n are their central headers; the last step of an archive is its end. */
+ * that grows, shrinks or is made up as it is read (/proc) gives another number of bytes.  Steps 0 to n - 1 are the tree's
+ * n files; of a zip the next n are their central headers; the last step of an archive is its end. */
 struct source {
     const char *path;            /* the caller's */
     int fd;                      /* the file that is being read; -1: none */
@@ -8450,8 +8442,8 @@ static bool source_next(struct source *s, struct err *e)
     return !s->zip.out.failed || file_err(e, s->path, "out of memory");
 }
 
-/* Opens a file or a folder; false: nothing is open.  The folder is a zip; with a name, by which a file goes in it, either
- * is a tar.  path and name are kept, not copied. */
+/* Opens a file or a folder; false: nothing is open.  A folder is a zip; with a name, which a file has in it, either is a
+ * tar.  path and name are kept, not copied. */
 MUST_USE static bool source_open_as(struct source *s, const char *path, const char *name, struct err *e)
 {
     *s = (struct source){ .path = path, .fd = -1, .name = name, .tree.root = path };
@@ -8634,7 +8626,6 @@ static const char *const image_types[IMAGE_PARTS] = {
 struct image {
     const char *what, *entry;        /* the beginning of its name; a file's name in the layer */
     const uint8_t *key;              /* NULL: plain.  It and the names are the caller's */
-    struct file_id id;
     uint8_t nonce[SEAL_NONCE];
     uint64_t size;                   /* of the layer */
     uint8_t mac[SHA_256_LEN];
@@ -8675,16 +8666,12 @@ static void image_free(struct image *im)
     *im = (struct image){ .what = im->what, .entry = im->entry, .key = im->key };
 }
 
-/* Opens the layer for one reader, who gets the bytes that the digests are of; false also if the input has changed. */
+/* Opens the layer for one reader, who gets the bytes that the digests are of if the input is what it was. */
 MUST_USE static bool image_open(const struct image *im, const char *path, struct source *s, struct err *e)
 {
-    if (!source_open_as(s, path, im->entry, e))
-        return false;
-    if (memcmp(&s->id, &im->id, sizeof s->id) != 0) {
-        source_close(s);
+    if (!im->text[IMAGE_MANIFEST])
         return file_err(e, path, "has changed since its digest was made");
-    }
-    return !im->key || source_layer(s, im->key, im->nonce, NULL, e);
+    return source_open_as(s, path, im->entry, e) && (!im->key || source_layer(s, im->key, im->nonce, NULL, e));
 }
 
 static void digest_text(char to[], const br_sha256_context *h)
@@ -8758,7 +8745,6 @@ static bool image_begin(struct image *im, const char *path, struct err *e)
     br_sha256_init(&im->digests.layer);
     br_sha256_init(&im->digests.tar);
     im->reading = source_open_as(&im->source, path, im->entry, e);
-    im->id = im->source.id;
     if (!im->reading || !im->key)
         return im->reading;
     br_hmac_key_init(&key, &br_sha256_vtable, im->key, AES_KEY);
@@ -8839,17 +8825,12 @@ struct checksums {
     uint64_t done;               /* bytes */
 };
 
-static void checksum_fail(struct checksum *c, const struct err *e)
-{
-    c->why = strdup(e->text);
-}
-
 /* Takes up a path.  One that cannot be opened is done. */
 static void lane_start(struct lane *l, struct checksum *c, unsigned features)
 {
     struct err e;
     if (!source_open(&l->source, c->path, &e)) {
-        checksum_fail(c, &e);
+        c->why = strdup(e.text);
         return;
     }
     c->id = l->source.id;
@@ -8875,7 +8856,7 @@ static bool lane_fill(struct lane *l)
             sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
             sha3_256_final(&l->h, l->c->hash);
         } else {
-            checksum_fail(l->c, &e);
+            l->c->why = strdup(e.text);
         }
         source_close(&l->source);
         l->c = NULL;
@@ -8907,7 +8888,7 @@ static bool images_step(struct checksums *j)
         if (more == 0)
             continue;
         c->ok = false;
-        checksum_fail(c, &e);
+        c->why = strdup(e.text);
     }
     return false;
 }
@@ -9358,7 +9339,8 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
     if (strcmp(label, PEM_PUBLIC_KEY) != 0)
         return label_mistake(path, label, e);
     if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
-        return key_err(e, path, "its PEM block is damaged or cut off; make it again from the private key", KEY_FROM_PRIVATE);
+        return key_err(e, path, "its PEM block is damaged or cut off; make it again from the private key",
+                       KEY_FROM_PRIVATE);
     return der_is_spki(key) || key_err(e, path, "is labelled PUBLIC KEY but holds a PKCS#1 RSA key; make it right",
                                        "sed 's/PUBLIC KEY/RSA PUBLIC KEY/' @ | openssl rsa -RSAPublicKey_in -pubout");
 }
@@ -9638,13 +9620,6 @@ static const struct part {
       AT(dataset_decompress), AT(dataset_hashes), AT(dataset_public_key_paths) },
 };
 
-/* What such flags fill in. */
-struct part_fields {
-    struct bytes *hash, *userKey;
-    struct Source **source;
-    struct KBSConfig **kbs;
-};
-
 static const char *part_flag(const struct part *p, enum column c)
 {
     const struct option *o = option_table;
@@ -9730,8 +9705,8 @@ static void check_url(struct mistakes *r, const char *flag, const char *url)
                      "http://", flag, url);
 }
 
-/* What the flags say, split.  Whether it is remote: its URL and its key's path are given, or its URL alone if it is said not
- * to be encrypted. */
+/* What the flags say, split.  Whether it is remote: its URL and its key's path are given, or its URL alone if it is said
+ * not to be encrypted. */
 static bool part_read(struct options *o, struct mistakes *r, const struct part *p, struct values col[COLUMNS])
 {
     for (size_t c = 0; c < COLUMNS; c++) {
@@ -9746,8 +9721,8 @@ static bool part_read(struct options *o, struct mistakes *r, const struct part *
         tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain",
              part_flag(p, COL_URL), part_flag(p, COL_KBS_PATH), part_flag(p, COL_ENCRYPTED));
     if (path && !url)
-        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither", part_flag(p, COL_KBS_PATH),
-             part_flag(p, COL_URL));
+        tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither",
+             part_flag(p, COL_KBS_PATH), part_flag(p, COL_URL));
     if (url && (path || plain) && col[COL_PATH].n)
         tell(r, WARNING, "-%s is not used: the %s remote", part_flag(p, COL_PATH), p->are);
     return url && (path || plain);
@@ -9780,17 +9755,13 @@ static void check_output(struct mistakes *r, const char *flag, const char *path)
 {
     struct stat st;
     char folder[PATH_MAX];
-    if (!path)
-        return;
-    if (stat(path, &st) == 0) {
-        if (S_ISDIR(st.st_mode) || access(path, W_OK) != 0)
-            tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path,
-                 strerror(S_ISDIR(st.st_mode) ? EISDIR : errno));
-        return;
-    }
-    const char *slash = strrchr(path, '/');
+    const char *slash = path ? strrchr(path, '/') : NULL;
     text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
-    if (!*path || (slash && !slash[1]) || errno != ENOENT || access(folder, W_OK | X_OK) != 0)
+    bool there = path && stat(path, &st) == 0;
+    bool ok = there ? !S_ISDIR(st.st_mode) : errno == ENOENT && path && *path && !(slash && !slash[1]);
+    if (there && !ok)
+        errno = EISDIR;
+    if (path && (!ok || access(there ? path : folder, there ? W_OK : W_OK | X_OK) != 0))
         tell(r, START, "-%s: \"%s\" can't be written: %s", flag, path, strerror(errno));
 }
 
@@ -9855,24 +9826,6 @@ static struct bytes base_name(const char *path)
     return (struct bytes){ (const uint8_t *)path + from, n - from };
 }
 
-/* Dataset.filename of a direct dataset; empty, with a warning, if no manifest can hold the name. */
-static struct bytes upload_name(struct mistakes *r, const char *path)
-{
-    struct bytes name = base_name(path);
-    if (pb_utf8_valid(name))
-        return name;
-    tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest agents "
-                     "refuse such a dataset", path);
-    return (struct bytes){ 0 };
-}
-
-static struct bytes new_input(struct manifest *m, const char *path)
-{
-    struct checksum *in = &m->inputs[m->input_count++];
-    *in = (struct checksum){ .path = path };
-    return (struct bytes){ in->hash, SHA3_256_LEN };
-}
-
 /* Dataset.filename of the i-th dataset that is fetched, as the original server has it; kept. */
 static struct bytes fetched_name(struct options *o, size_t i)
 {
@@ -9881,33 +9834,37 @@ static struct bytes fetched_name(struct options *o, size_t i)
     return bytes_of(name);
 }
 
-/* What the flags say of the algorithm, or of the i-th dataset, wherever it comes from. */
+/* What the flags say of the i-th dataset, wherever it comes from, or of what the algorithm has of it. */
 static void set_part(struct manifest *m, struct options *o, struct mistakes *r, const struct part *p,
-                     const struct values *col, size_t i, bool remote, const struct part_fields *to)
+                     const struct values *col, size_t i, bool remote, struct Dataset *to)
 {
     const char *path = remote ? NULL : nth(&col[COL_PATH], i), *url = remote ? nth(&col[COL_URL], i) : NULL;
     const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
     if ((url && !*url) || (path && !*path))
-        tell(r, USAGE, "-%s: element %zu is empty; take the extra comma out", part_flag(p, url ? COL_URL : COL_PATH), i + 1);
+        tell(r, USAGE, "-%s: element %zu is empty; take the extra comma out", part_flag(p, url ? COL_URL : COL_PATH),
+             i + 1);
     if (present(url))
         check_url(r, part_flag(p, COL_URL), url);
     if (url || path) {
-        *to->source = url ? new_source(o, m->compat, p == &dataset_part ? o->dataset_source_type : o->algo_source_type, url,
-                                       nth(&col[COL_KBS_PATH], i)) : NULL;
-        *to->kbs = url ? resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), p, url) : NULL;
+        const char *type = p == &dataset_part ? o->dataset_source_type : o->algo_source_type;
+        to->source = url ? new_source(o, m->compat, type, url, nth(&col[COL_KBS_PATH], i)) : NULL;
+        to->kbs = url ? resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), p, url) : NULL;
     }
     struct bytes given = parse_hash(o, r, part_flag(p, COL_HASH), hash);
-    if (path)
-        *to->hash = new_input(m, path);
-    if (present(hash) ? !path || p == &dataset_part : url && !to->hash->n)
-        *to->hash = given;
+    if (path) {
+        struct checksum *in = &m->inputs[m->input_count++];
+        in->path = path;
+        to->hash = (struct bytes){ in->hash, SHA3_256_LEN };
+    }
+    if (present(hash) ? !path || p == &dataset_part : url && !to->hash.n)
+        to->hash = given;
     if (m->key.n)
-        *to->userKey = m->key;
+        to->userKey = m->key;
     if (present(key))
-        *to->userKey = load_key(o, r, part_flag(p, COL_KEY), key);
+        to->userKey = load_key(o, r, part_flag(p, COL_KEY), key);
     bool sealed = present(encrypted) && parse_flag(r, USAGE, part_flag(p, COL_ENCRYPTED), encrypted);
-    if (present(encrypted) && *to->source)
-        (*to->source)->encrypted = sealed;
+    if (present(encrypted) && to->source)
+        to->source->encrypted = sealed;
 }
 
 static void set_datasets(struct manifest *m, struct options *o, struct mistakes *r)
@@ -9928,12 +9885,14 @@ static void set_datasets(struct manifest *m, struct options *o, struct mistakes 
         const char *unpack = nth(&col[COL_UNPACK], i);
         if (remote)
             d[i] = (struct Dataset){ .filename = fetched_name(o, i), .hash = hash };
-        else if (direct && m->compat == COMPAT_ALL)
-            d[i].filename = upload_name(r, col[COL_PATH].v[i]);
         else if (!direct)
             d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
-        set_part(m, o, r, &dataset_part, col, i, remote,
-                 &(struct part_fields){ &d[i].hash, &d[i].userKey, &d[i].source, &d[i].kbs });
+        else if (m->compat == COMPAT_ALL && pb_utf8_valid(base_name(col[COL_PATH].v[i])))
+            d[i].filename = base_name(col[COL_PATH].v[i]);
+        else if (m->compat == COMPAT_ALL)
+            tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest "
+                             "agents refuse such a dataset", col[COL_PATH].v[i]);
+        set_part(m, o, r, &dataset_part, col, i, remote, &d[i]);
         if (unpack)
             d[i].decompress = parse_flag(r, WARNING, "dataset-decompress", unpack);
     }
@@ -9948,11 +9907,14 @@ static void set_algorithm(struct manifest *m, struct options *o, struct mistakes
         *a = *m->req.algorithm;
     bool remote = part_read(o, r, &algorithm_part, col);
     m->algo_input = !remote && col[COL_PATH].n;
-    if (remote)
-        a->hash = (struct bytes){ 0 };
-    else if (!m->algo_input && !m->req.algorithm && !(o->manifest && r->start) && !col[COL_URL].n && !col[COL_KBS_PATH].n)
+    bool given = col[COL_PATH].n || col[COL_URL].n || col[COL_KBS_PATH].n;
+    if (!given && !m->req.algorithm && !(o->manifest && r->start))
         tell(r, USAGE, "no algorithm: give -algo-path, or -algo-source-url and -algo-kbs-path");
-    set_part(m, o, r, &algorithm_part, col, 0, remote, &(struct part_fields){ &a->hash, &a->userKey, &a->source, &a->kbs });
+    struct Dataset d = { .hash = a->hash, .userKey = a->userKey, .source = a->source, .kbs = a->kbs };
+    if (remote)
+        d.hash = (struct bytes){ 0 };
+    set_part(m, o, r, &algorithm_part, col, 0, remote, &d);
+    a->hash = d.hash, a->userKey = d.userKey, a->source = d.source, a->kbs = d.kbs;
     if (present(o->algo_type) && ROW_FIND(algo_types, bytes_of(o->algo_type)) == PB_COUNT(algo_types))
         tell(r, WARNING, "-algo-type %s: agents run bin, python, wasm and docker only", o->algo_type);
     if (o->algo_type)
@@ -9989,15 +9951,14 @@ static void set_computation_kbs(struct manifest *m, struct options *o, struct mi
         tell(r, WARNING, "-compat head has no key broker of the whole computation: -kbs-url is not used");
     if (m->compat == COMPAT_HEAD)
         return;
-    if (present(o->kbs_url))
-        m->req.kbs = new_kbs(o, o->kbs_url);
     const struct Dataset *d = m->req.datasets.items;
-    if (m->compat == COMPAT_ALL && !m->req.kbs)
-        m->req.kbs = m->req.algorithm->kbs;
-    for (size_t i = 0; m->compat == COMPAT_ALL && !m->req.kbs && i < m->req.datasets.n; i++)
-        m->req.kbs = d[i].kbs;
-    if (m->req.kbs)                   /* its own: -set changes one of them */
-        m->req.kbs = memcpy(option_alloc(o, sizeof *m->req.kbs), m->req.kbs, sizeof *m->req.kbs);
+    struct KBSConfig *kbs = present(o->kbs_url) ? new_kbs(o, o->kbs_url) : m->req.kbs;
+    if (!kbs && m->compat == COMPAT_ALL)
+        kbs = m->req.algorithm->kbs;
+    for (size_t i = 0; !kbs && m->compat == COMPAT_ALL && i < m->req.datasets.n; i++)
+        kbs = d[i].kbs;
+    if (kbs)                          /* its own: -set changes one of them */
+        m->req.kbs = memcpy(option_alloc(o, sizeof *kbs), kbs, sizeof *kbs);
 }
 
 static void set_agent_config(struct manifest *m, struct options *o, struct mistakes *r)
@@ -10159,27 +10120,25 @@ static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct 
 {
     if (manifest.n > MANIFEST_FILE_MAX || req->id.n > MANIFEST_ID_MAX)
         return NULL;                  /* so that no size below wraps, with 32 bits either */
-    size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN;
-    size_t times = fault_value(faults, FAULT_TWICE) >= 0 ? 2 : 1;
-    struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
-    struct buf scratch = { 0 };
-    bool ok = b != NULL;
     bool plain = fault_value(faults, FAULT_PLAIN) >= 0;
     int64_t leave_out = fault_value(faults, FAULT_MISSING_CHUNK), freeze = fault_value(faults, FAULT_FREEZE);
+    size_t pieces = (manifest.n + CHUNK_LEN - 1) / CHUNK_LEN, times = fault_value(faults, FAULT_TWICE) >= 0 ? 2 : 1;
     size_t end = freeze >= 0 ? (size_t)freeze : fault_value(faults, FAULT_NO_LAST) >= 0 ? pieces : pieces + 1;
+    struct blob *b = blob_new(times * (manifest.n + (pieces + 1) * (64 + req->id.n)));
+    struct ComputationRunReq copy = *req;
+    struct buf scratch = { 0 };
+    bool ok = b != NULL;
     if (ok)
         b->n = 0;
     for (; ok && times > 0; times--) {
-        struct ComputationRunReq copy = *req;
         if (plain)
             ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReq = &copy });
         for (size_t i = 0; ok && !plain && i <= pieces && i < end; i++) {
-            struct RunReqChunks chunk = { .id = req->id, .is_last = i == pieces };
-            if (i < pieces)
-                chunk.data = (struct bytes){ manifest.p + i * CHUNK_LEN,
-                                             min_size(CHUNK_LEN, manifest.n - i * CHUNK_LEN) };
-            if ((int64_t)i != leave_out)
-                ok = blob_append(b, &scratch, &(struct ServerStreamMessage){ .runReqChunks = &chunk });
+            size_t from = min_size(i * CHUNK_LEN, manifest.n), n = min_size(CHUNK_LEN, manifest.n - from);
+            struct RunReqChunks chunk = { .id = req->id, .data = { n ? manifest.p + from : NULL, n },
+                                          .is_last = i == pieces };
+            struct ServerStreamMessage message = { .runReqChunks = &chunk };
+            ok = (int64_t)i == leave_out || blob_append(b, &scratch, &message);
         }
     }
     buf_free(&scratch);
@@ -10189,8 +10148,8 @@ static struct blob *manifest_chunks(const struct ComputationRunReq *req, struct 
     return NULL;
 }
 
-/* Encodes req anew, after inputs have changed, with the faults that are in the manifest itself.  False without memory: the
- * old bytes stay. */
+/* Encodes req anew, after inputs have changed, with the faults that are in the manifest itself.  False without memory:
+ * the old bytes stay. */
 static bool manifest_encode(struct manifest *m)
 {
     struct buf b = { 0 };
@@ -12029,7 +11988,8 @@ static void delivery_add_resource(struct delivery *d, struct options *o, enum us
     x->stem = text_printf(x->path, sizeof x->path, way_image(way) ? "/v2/%s-" : "/blobs/%s-", part);
     if (way_image(way)) {
         x->image = input->image = option_alloc(o, sizeof *x->image);
-        *x->image = (struct image){ .what = option_text(o, bytes_of(part)), .entry = x->name, .key = sealed ? d->seal_key : NULL };
+        *x->image = (struct image){ .what = option_text(o, bytes_of(part)), .entry = x->name,
+                                    .key = sealed ? d->seal_key : NULL };
     }
     text_printf(x->key_path, sizeof x->key_path, "cvms/key/%s", part);
     x->source->url = (struct bytes){ 0 };
