@@ -9608,25 +9608,16 @@ enum column {
     COL_PATH, COL_URL, COL_KBS_PATH, COL_KBS_URL, COL_ENCRYPTED, COL_UNPACK, COL_HASH, COL_KEY, COLUMNS
 };
 static const struct part {
-    const char *what, *are;
-    size_t option[COLUMNS];           /* 0: none */
+    const char *what, *are, *flag[COLUMNS];
 } algorithm_part = {
     "algorithm", "algorithm is",
-    { AT(algo_path), AT(algo_source_url), AT(algo_kbs_path), AT(algo_kbs_url), AT(algo_encrypted), 0, AT(algo_hash),
-      AT(algo_public_key_path) },
+    { "algo-path", "algo-source-url", "algo-kbs-path", "algo-kbs-url", "algo-encrypted", NULL, "algo-hash",
+      "algo-public-key-path" },
 }, dataset_part = {
     "dataset", "datasets are",
-    { AT(data_paths), AT(dataset_source_urls), AT(dataset_kbs_paths), AT(dataset_kbs_urls), AT(dataset_encrypted),
-      AT(dataset_decompress), AT(dataset_hashes), AT(dataset_public_key_paths) },
+    { "data-paths", "dataset-source-urls", "dataset-kbs-paths", "dataset-kbs-urls", "dataset-encrypted",
+      "dataset-decompress", "dataset-hashes", "dataset-public-key-paths" },
 };
-
-static const char *part_flag(const struct part *p, enum column c)
-{
-    const struct option *o = option_table;
-    while (!o->name || o->offset != p->option[c])
-        o++;
-    return o->name;
-}
 
 /* The elements of a list flag: given once it is split at its commas, given several times each is one element; "" is no
  * element at all. */
@@ -9643,6 +9634,15 @@ static struct values list_split(struct options *o, const struct values *given)
         s += n + more;
     }
     return list;
+}
+
+/* What was given to a flag, split if it takes a list; of others "" is nothing. */
+static struct values option_values(struct options *o, const char *flag)
+{
+    const struct option *opt = option_find(flag, strlen(flag), o->command);
+    void *at = (char *)o + opt->offset;
+    return opt->kind == OPT_LIST || opt->kind == OPT_PATHS ? list_split(o, at)
+                                                           : (struct values){ at, present(*(const char **)at) };
 }
 
 static const char *nth(const struct values *v, size_t i)
@@ -9709,22 +9709,19 @@ static void check_url(struct mistakes *r, const char *flag, const char *url)
  * not to be encrypted. */
 static bool part_read(struct options *o, struct mistakes *r, const struct part *p, struct values col[COLUMNS])
 {
-    for (size_t c = 0; c < COLUMNS; c++) {
-        void *at = (char *)o + p->option[c];
-        col[c] = p == &dataset_part ? list_split(o, at)
-               : (struct values){ at, p->option[c] && present(*(const char **)at) };
-    }
+    for (enum column c = 0; c < COLUMNS; c++)
+        col[c] = p->flag[c] ? option_values(o, p->flag[c]) : (struct values){ 0 };
     bool url = col[COL_URL].n > 0, path = col[COL_KBS_PATH].n > 0, plain = url;
     for (size_t i = 0; i < col[COL_URL].n; i++)
         plain = plain && nth(&col[COL_ENCRYPTED], i) && parse_bool(nth(&col[COL_ENCRYPTED], i)) == 0;
     if (url && !path && !plain)
         tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or -%s false if it is plain",
-             part_flag(p, COL_URL), part_flag(p, COL_KBS_PATH), part_flag(p, COL_ENCRYPTED));
+             p->flag[COL_URL], p->flag[COL_KBS_PATH], p->flag[COL_ENCRYPTED]);
     if (path && !url)
         tell(r, USAGE, "-%s is given without -%s: give both for a remote source, or neither",
-             part_flag(p, COL_KBS_PATH), part_flag(p, COL_URL));
+             p->flag[COL_KBS_PATH], p->flag[COL_URL]);
     if (url && (path || plain) && col[COL_PATH].n)
-        tell(r, WARNING, "-%s is not used: the %s remote", part_flag(p, COL_PATH), p->are);
+        tell(r, WARNING, "-%s is not used: the %s remote", p->flag[COL_PATH], p->are);
     return url && (path || plain);
 }
 
@@ -9774,14 +9771,13 @@ static void check_apart(struct mistakes *r, struct options *o)
         const char *path = out ? *(const char **)((char *)o + out->offset) : NULL;
         bool standard = path && path_is_standard(path) >= 0;
         for (const struct option *opt = option_table; present(path) && !standard && opt < option_table + OPTIONS; opt++) {
-            const void *at = (const char *)o + opt->offset;
             size_t k = opt->name ? ROW_FIND(outputs, bytes_of(opt->name)) : i;
-            if (!o->given[opt - option_table] || (k >= i && k < PB_COUNT(outputs)) || (opt->kind != OPT_PATH && opt->kind != OPT_PATHS))
-                continue;
-            struct values in = opt->kind == OPT_PATHS ? list_split(o, at) : (struct values){ (const char **)(const void *)at, 1 };
+            bool names = o->given[opt - option_table] && (opt->kind == OPT_PATH || opt->kind == OPT_PATHS);
+            struct values in = names && (k < i || k == PB_COUNT(outputs)) ? option_values(o, opt->name) : (struct values){ 0 };
             for (size_t n = 0; n < in.n; n++)
                 if (same_file(path, in.v[n]))
-                    tell(r, USAGE, "-%s: %s is the file of -%s as well, which would be overwritten", out->name, path, opt->name);
+                    tell(r, USAGE, "-%s: %s is the file of -%s as well, which would be overwritten", out->name, path,
+                         opt->name);
         }
     }
 }
@@ -9801,7 +9797,7 @@ static struct KBSConfig *resource_kbs(struct options *o, struct mistakes *r, enu
 {
     const char *kbs = compat == COMPAT_SEED ? NULL : present(own) ? own : compat == COMPAT_ALL ? o->kbs_url : NULL;
     if (!present(kbs) && (compat == COMPAT_HEAD || !present(o->kbs_url)))
-        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", p->what, url, part_flag(p, COL_KBS_URL),
+        tell(r, WARNING, "the remote %s %s has no key broker: give -%s%s", p->what, url, p->flag[COL_KBS_URL],
              compat == COMPAT_HEAD ? "" : " or -kbs-url");
     return new_kbs(o, kbs);
 }
@@ -9841,16 +9837,16 @@ static void set_part(struct manifest *m, struct options *o, struct mistakes *r, 
     const char *path = remote ? NULL : nth(&col[COL_PATH], i), *url = remote ? nth(&col[COL_URL], i) : NULL;
     const char *hash = nth(&col[COL_HASH], i), *key = nth(&col[COL_KEY], i), *encrypted = nth(&col[COL_ENCRYPTED], i);
     if ((url && !*url) || (path && !*path))
-        tell(r, USAGE, "-%s: element %zu is empty; take the extra comma out", part_flag(p, url ? COL_URL : COL_PATH),
+        tell(r, USAGE, "-%s: element %zu is empty; take the extra comma out", p->flag[url ? COL_URL : COL_PATH],
              i + 1);
     if (present(url))
-        check_url(r, part_flag(p, COL_URL), url);
+        check_url(r, p->flag[COL_URL], url);
     if (url || path) {
         const char *type = p == &dataset_part ? o->dataset_source_type : o->algo_source_type;
         to->source = url ? new_source(o, m->compat, type, url, nth(&col[COL_KBS_PATH], i)) : NULL;
         to->kbs = url ? resource_kbs(o, r, m->compat, nth(&col[COL_KBS_URL], i), p, url) : NULL;
     }
-    struct bytes given = parse_hash(o, r, part_flag(p, COL_HASH), hash);
+    struct bytes given = parse_hash(o, r, p->flag[COL_HASH], hash);
     if (path) {
         struct checksum *in = &m->inputs[m->input_count++];
         in->path = path;
@@ -9861,8 +9857,8 @@ static void set_part(struct manifest *m, struct options *o, struct mistakes *r, 
     if (m->key.n)
         to->userKey = m->key;
     if (present(key))
-        to->userKey = load_key(o, r, part_flag(p, COL_KEY), key);
-    bool sealed = present(encrypted) && parse_flag(r, USAGE, part_flag(p, COL_ENCRYPTED), encrypted);
+        to->userKey = load_key(o, r, p->flag[COL_KEY], key);
+    bool sealed = present(encrypted) && parse_flag(r, USAGE, p->flag[COL_ENCRYPTED], encrypted);
     if (present(encrypted) && to->source)
         to->source->encrypted = sealed;
 }
@@ -9879,7 +9875,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct mistakes 
     for (enum column c = COL_URL; c < COLUMNS; c++)
         if (col[c].n && (c == COL_UNPACK ? col[c].n > n : col[c].n != n))
             tell(r, c == COL_UNPACK ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for each",
-                 part_flag(&dataset_part, c), col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+                 dataset_part.flag[c], col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
     struct bytes hash = parse_hash(o, r, "dataset-hash", o->dataset_hash);
     for (size_t i = 0; i < n; i++) {
         const char *unpack = nth(&col[COL_UNPACK], i);
@@ -10071,7 +10067,7 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
         if (*path && source_open(&s, path, &e))
             source_close(&s);
         else if (*path)
-            tell(r, START, "-%s: %s%s", part_flag(input_part(m, i), COL_PATH), e.text,
+            tell(r, START, "-%s: %s%s", input_part(m, i)->flag[COL_PATH], e.text,
                  *path == ' ' ? " (it begins with a blank)" : "");
     }
 }
@@ -10085,7 +10081,7 @@ static void hash_inputs(struct manifest *m, struct mistakes *r)
         all &= m->inputs[i].ok;
     for (size_t i = 0; i < m->input_count; i++) {
         struct checksum *in = &m->inputs[i];
-        const char *flag = part_flag(input_part(m, i), COL_PATH);
+        const char *flag = input_part(m, i)->flag[COL_PATH];
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
         if (!in->ok)
