@@ -1190,7 +1190,7 @@ def test_replay_mistakes():
     with socket.create_server(("127.0.0.1", 0)) as closed:                 # its window never opens
         kept = []
         threading.Thread(target=lambda: kept.append(closed.accept()[0]) or kept[0].sendall(harness.frame(4, 0, 0, b"\0\4" + bytes(4))), daemon=True).start()
-        got, _, err, _ = run("replay, no window", ["agent", "-replay", write("r", line * 50), "-fast", "-timeout", "300ms", "127.0.0.1:%d" % closed.getsockname()[1]])
+        got, _, err, _ = run("replay, no window", ["agent", "-replay", write("r", line.replace('{}}}', '{"error":"%s"}}}' % ("x" * 9000)) * 50), "-fast", "-timeout", "300ms", "127.0.0.1:%d" % closed.getsockname()[1]])
         same("replay to a server that takes nothing: status", got, 1)
         has("replay to a server that takes nothing", err, "FAILED: DEADLINE_EXCEEDED")
         kept[0].close()
