@@ -12220,7 +12220,7 @@ static void put_first_bytes(struct buf *out, struct bytes b, size_t most)
 {
     struct bytes first = { b.p, min_size(b.n, most) };
     if (bytes_printable(first))
-        buf_put(out, first.p, first.n);
+        put_text(out, first, NULL);
     else
         put_as_hex(out, first);
     buf_puts(out, first.n < b.n ? "..." : "");
