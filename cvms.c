@@ -374,6 +374,8 @@ static size_t row_find(const void *table, size_t n, size_t size, struct bytes na
 /* The same of a number of bytes. */
 #define BYTES_FMT "%llu byte%s"
 #define BYTES_OF(n) (unsigned long long)(n), (n) == 1 ? "" : "s"
+/* At most so many bytes as text, for %.*s. */
+#define TEXT_OF(b, max) (int)min_size((b).n, max), (const char *)(b).p
 
 /* Lower-case hex, with its end. */
 static void hex_text(char *to, const uint8_t *p, size_t n)
@@ -403,6 +405,11 @@ static bool present(const char *s)
 static size_t min_size(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+static int64_t earlier(int64_t a_ms, int64_t b_ms)
+{
+    return a_ms < b_ms ? a_ms : b_ms;
 }
 
 /* Decimal digits only, up to 18 of them; -1 if it is anything else. */
@@ -515,6 +522,17 @@ static char *text_copy(struct bytes b, size_t max)
     if (s)
         s[n] = 0;
     return s;
+}
+
+/* The same, made safe to show. */
+static char *text_safe(struct bytes b)
+{
+    struct buf safe = { 0 };
+    put_text(&safe, b, NULL);
+    buf_putc(&safe, 0);
+    if (safe.failed)
+        buf_free(&safe);
+    return (char *)safe.p;
 }
 
 /* Mistakes of a user, told together before anything starts. */
@@ -3501,7 +3519,7 @@ static const char *const grpc_status_names[GRPC_STATUSES] = {
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 };
 
-/* One row a method; NULL: nothing to do.  A server's row has open, a client's has status and may have open. */
+/* One row a method; NULL: nothing to do. */
 struct grpc_method {
     const char *path;
     unsigned needs;                   /* of endpoint.offers; 0: it is always there */
@@ -3808,10 +3826,10 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
     }
     s->deadline_ms = core->now_ms + timeout;
     s->grpc.method = grpc_find(e, v[F_PATH]);
-    if (s->grpc.method)
-        s->grpc.method->open(s, f);
-    else
+    if (!s->grpc.method)
         grpc_unknown(s, v[F_PATH]);
+    else if (s->grpc.method->open)
+        s->grpc.method->open(s, f);
 }
 
 /* A message that can't be had ends its stream, and at a server leaves a line. */
@@ -10353,19 +10371,16 @@ enum {
     CONTEXT_MS = 500,                 /* from a failure to the end: the other stream may still tell why */
 };
 
-/* What an event or a state says; status NULL: any.  Failures come before this table. */
+/* What an event (status NULL: any) says, and a state, where it says the same.  Failures come before this table. */
 static const struct {
     const char *type, *status;
     enum stage stage;
-} event_stages[] = {
-    { "Running", "Completed", STAGE_READY },
-    { "ConsumingResults", "Ready", STAGE_READY },
-    { "Complete", "Completed", STAGE_COMPLETE },
-    { "Running", NULL, STAGE_RUNNING },
-}, state_stages[] = {
-    { "Running", NULL, STAGE_RUNNING },
-    { "ConsumingResults", NULL, STAGE_READY },
-    { "Complete", NULL, STAGE_COMPLETE },
+    bool state;
+} stands[] = {
+    { "Running", "Completed", STAGE_READY, false },
+    { "ConsumingResults", "Ready", STAGE_READY, true },
+    { "Complete", "Completed", STAGE_COMPLETE, true },
+    { "Running", NULL, STAGE_RUNNING, true },
 };
 
 /* What an agent that stands in a state waits for, and what brings it on. */
@@ -10400,13 +10415,13 @@ struct host {
     char at[56];                      /* the address that its last stream came from */
     enum stage stage;
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
-    unsigned agents, forwarders;      /* streams that are open */
+    unsigned agents;                  /* streams of its agent that are open */
     bool had_agent, had_forwarder;
     const struct wait *wait;          /* what it waits for; NULL: nothing from outside */
     size_t expected;                  /* of -expect, as many have been seen */
     uint64_t messages, bytes;
-    char *context[CONTEXT_LINES];     /* a ring of the last lines */
-    size_t context_at;
+    char *context[CONTEXT_LINES];     /* its last lines */
+    size_t context_count;
     struct courier *courier;          /* section 17: what is done for it; NULL: nothing */
     struct parcel *parcels;
     size_t parcel_count;
@@ -10431,7 +10446,7 @@ static void verdict_free(struct verdict *v)
     while (v->hosts) {
         struct host *h = v->hosts;
         v->hosts = h->next;
-        for (size_t i = 0; i < CONTEXT_LINES; i++)
+        for (size_t i = 0; i < h->context_count; i++)
             free(h->context[i]);
         free(h->name);
         free(h->failure);
@@ -10495,20 +10510,14 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    struct buf safe = { 0 };
-    put_text(&safe, bytes_of(text), NULL);
-    h->failure = text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX);
-    buf_free(&safe);
+    h->failure = text_safe(bytes_of(text));
 }
 
 /* What keeps uploads from a host, for the reason of a time-out; NULL: nothing. */
 static void host_trouble(struct host *h, const char *text)
 {
-    struct buf safe = { 0 };
     free(h->trouble);
-    put_text(&safe, bytes_of(text ? text : ""), NULL);
-    h->trouble = text ? text_copy((struct bytes){ safe.p, safe.len }, SIZE_MAX) : NULL;
-    buf_free(&safe);
+    h->trouble = text ? text_safe(bytes_of(text)) : NULL;
 }
 
 static const char *host_failure(const struct host *h)
@@ -10516,53 +10525,55 @@ static const char *host_failure(const struct host *h)
     return h->failure ? h->failure : "out of memory for the reason";
 }
 
-/* Keeps a line of the host's log, made safe. */
-static void host_context(struct host *h, const char *head, struct bytes text)
+/* Keeps a line of the host's log, made safe; the oldest gives way. */
+static void host_context(struct host *h, struct bytes head, struct bytes text)
 {
     struct buf line = { 0 };
     while (text.n && (text.p[text.n - 1] == '\n' || text.p[text.n - 1] == '\r'))
         text.n--;
-    put_text(&line, bytes_of(head), NULL);
+    put_text(&line, head, NULL);
     buf_putc(&line, ' ');
     put_text(&line, (struct bytes){ text.p, min_size(text.n, CONTEXT_BYTES) }, NULL);
-    char **slot = &h->context[h->context_at++ % CONTEXT_LINES];
-    free(*slot);
-    *slot = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
+    char *copy = text_copy((struct bytes){ line.p, line.len }, CONTEXT_BYTES);
     buf_free(&line);
+    if (copy && h->context_count == CONTEXT_LINES) {
+        free(h->context[0]);
+        memmove(h->context, h->context + 1, (size_t)--h->context_count * sizeof *h->context);
+    }
+    if (copy)
+        h->context[h->context_count++] = copy;
 }
 
 /* -reject: a line in which one of the texts stands is a failure. */
 static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
 {
     while (text.n && v->reject.n && !h->failed) {
-        const uint8_t *newline = memchr(text.p, '\n', text.n);
-        struct bytes line = { text.p, newline ? (size_t)(newline - text.p) : text.n };
+        struct bytes line = bytes_take(&text, '\n');
         for (size_t i = 0; i < v->reject.n; i++)
             if (bytes_match(line, v->reject.v[i]))
-                host_fail(h, "-reject %s: %.*s", v->reject.v[i], (int)min_size(line.n, CONTEXT_BYTES),
-                          (const char *)line.p);
-        text = (struct bytes){ text.p + line.n + (newline != NULL), text.n - line.n - (newline != NULL) };
+                host_fail(h, "-reject %s: %.*s", v->reject.v[i], TEXT_OF(line, CONTEXT_BYTES));
     }
 }
 
 static void verdict_log(const struct verdict *v, struct host *h, const struct AgentLog *log)
 {
-    char level[16];
-    text_printf(level, sizeof level, "%.*s", (int)min_size(log->level.n, 8),
-                log->level.n ? (const char *)log->level.p : "");
-    host_context(h, level, log->message);
-    bool serious = strcmp(level, "WARN") == 0 || strcmp(level, "ERROR") == 0;
+    host_context(h, (struct bytes){ log->level.p, min_size(log->level.n, 8) }, log->message);
+    bool serious = bytes_eq(log->level, BYTES("WARN")) || bytes_eq(log->level, BYTES("ERROR"));
     for (size_t i = 0; serious && i < PB_COUNT(silent_failures); i++)
         if (bytes_contain(log->message, silent_failures[i]))
-            host_fail(h, "log: %.*s", (int)min_size(log->message.n, 200), (const char *)log->message.p);
+            host_fail(h, "log: %.*s", TEXT_OF(log->message, 200));
     verdict_reject(v, h, log->message);
 }
 
-/* The host says that it stands in this state. */
-static void host_state(struct host *h, struct bytes state)
+/* The host says where it stands: by an event, or (status NULL) by its state. */
+static void host_stands(const struct verdict *v, struct host *h, struct bytes type, const struct bytes *status, int64_t now_ms)
 {
-    size_t row = ROW_FIND(waits, state);
+    size_t row = ROW_FIND(waits, type);
     h->wait = row < PB_COUNT(waits) ? &waits[row] : NULL;
+    for (size_t i = 0; !h->failed && i < PB_COUNT(stands); i++)
+        if (bytes_eq(type, bytes_of(stands[i].type)) &&
+            (!stands[i].status || (status ? bytes_eq(*status, bytes_of(stands[i].status)) : stands[i].state)))
+            host_reach(v, h, stands[i].stage, now_ms);
 }
 
 static void verdict_event(const struct verdict *v, struct host *h, const struct AgentEvent *event, int64_t now_ms)
@@ -10571,30 +10582,16 @@ static void verdict_event(const struct verdict *v, struct host *h, const struct 
     buf_put(&name, event->event_type.p, event->event_type.n);
     buf_putc(&name, '/');
     buf_put(&name, event->status.p, event->status.n);
-    struct bytes told = { name.p, name.len };
-    host_context(h, "event", told);
-    host_state(h, event->event_type);
+    struct bytes told = { name.p, name.failed ? 0 : name.len };
+    host_context(h, BYTES("event"), told);
     if (h->expected < v->expect.n && bytes_eq(told, bytes_of(v->expect.v[h->expected])))
         h->expected++;
     if (bytes_eq(event->status, BYTES("Failed")) || name.failed)
-        host_fail(h, "event %.*s", name.failed ? 0 : (int)min_size(told.n, 200), name.failed ? "" : (const char *)told.p);
-    for (size_t i = 0; !h->failed && i < PB_COUNT(event_stages); i++)
-        if (bytes_eq(event->event_type, bytes_of(event_stages[i].type)) &&
-            (!event_stages[i].status || bytes_eq(event->status, bytes_of(event_stages[i].status))))
-            host_reach(v, h, event_stages[i].stage, now_ms);
+        host_fail(h, "event %.*s", TEXT_OF(told, 200));
+    host_stands(v, h, event->event_type, &event->status, now_ms);
     verdict_reject(v, h, told);
     verdict_reject(v, h, event->details);
     buf_free(&name);
-}
-
-static void verdict_state(const struct verdict *v, struct host *h, struct bytes state, int64_t now_ms)
-{
-    host_state(h, state);
-    if (bytes_eq(state, BYTES("Failed")))
-        host_fail(h, "state Failed");
-    for (size_t i = 0; i < PB_COUNT(state_stages); i++)
-        if (bytes_eq(state, bytes_of(state_stages[i].type)))
-            host_reach(v, h, state_stages[i].stage, now_ms);
 }
 
 /* A message of the host has come. */
@@ -10607,10 +10604,12 @@ static void verdict_message(struct verdict *v, struct host *h, const struct Clie
         verdict_log(v, h, msg->agent_log);
     else if (msg->agent_event)
         verdict_event(v, h, msg->agent_event, now_ms);
+    else if (msg->agentStateRes && bytes_eq(msg->agentStateRes->state, BYTES("Failed")))
+        host_fail(h, "state Failed");
     else if (msg->agentStateRes)
-        verdict_state(v, h, msg->agentStateRes->state, now_ms);
+        host_stands(v, h, msg->agentStateRes->state, NULL, now_ms);
     else if (msg->run_res && msg->run_res->error.n)
-        host_fail(h, "run_res: %.*s", (int)min_size(msg->run_res->error.n, 200), (const char *)msg->run_res->error.p);
+        host_fail(h, "run_res: %.*s", TEXT_OF(msg->run_res->error, 200));
     else if (msg->run_res)
         host_reach(v, h, STAGE_ACCEPTED, now_ms);
 }
@@ -10618,15 +10617,13 @@ static void verdict_message(struct verdict *v, struct host *h, const struct Clie
 /* A stream of the host has shown its kind (by = 1), or has ended (by = -1). */
 static void verdict_stream(struct verdict *v, struct host *h, bool agent, int by, int64_t now_ms)
 {
-    if (agent) {
-        h->agents += (unsigned)by;
-        h->had_agent = true;
-        h->lost_ms = h->agents ? INT64_MAX : now_ms;
-        host_reach(v, h, STAGE_CONNECTED, now_ms);
-    } else {
-        h->forwarders += (unsigned)by;
-        h->had_forwarder = true;
-    }
+    h->had_agent |= agent;
+    h->had_forwarder |= !agent;
+    if (!agent)
+        return;
+    h->agents += (unsigned)by;
+    h->lost_ms = h->agents ? INT64_MAX : now_ms;
+    host_reach(v, h, STAGE_CONNECTED, now_ms);
 }
 
 static void verdict_end(struct verdict *v, int status)
@@ -10643,46 +10640,38 @@ static const char *const stage_signs[STAGES] = {
     [STAGE_COMPLETE] = "no event Complete/Completed has come",
 };
 
-/* Whether all that the host says it waits for went over from here. */
-static bool host_served(const struct host *h)
-{
-    bool served = false, missing = false;
-    for (size_t i = 0; h->wait && i < h->parcel_count; i++) {
-        bool awaited = strcmp(h->parcels[i].what, h->wait->what) == 0;
-        served |= awaited && h->parcels[i].done;
-        missing |= awaited && !h->parcels[i].done;
-    }
-    return served && !missing;
-}
-
 /* What a time-out was waiting for, for one host. */
 static void put_missing(struct buf *out, const struct verdict *v, const struct host *h)
 {
+    const struct parcel *cut = NULL, *unasked = NULL;
+    bool served = false, lacking = false;     /* of what the host says it waits for */
+    for (size_t i = h->parcel_count; i-- > 0;) {
+        const struct parcel *p = &h->parcels[i];
+        bool awaited = h->wait && strcmp(p->what, h->wait->what) == 0;
+        cut = p->begun && !p->done ? p : cut;
+        unasked = p->stage == STAGES && !p->begun ? p : unasked;
+        served |= awaited && p->done;
+        lacking |= awaited && !p->done;
+    }
     buf_printf(out, "%s stood at %s", h->name, stage_names[h->stage]);
-    const struct parcel *p = h->parcels, *end = p ? p + h->parcel_count : NULL;
-    const struct parcel *unfetched = p;
-    while (p < end && (!p->begun || p->done))
-        p++;
-    while (unfetched < end && (unfetched->stage != STAGES || unfetched->begun))
-        unfetched++;
     if (!h->had_agent)
         buf_puts(out, "; only its log-forwarder connected: is the agent running? Its AGENT_CVM_GRPC_URL must be this server");
     else if (h->trouble)
         buf_printf(out, "; %s", h->trouble);
-    else if (p < end && p->fetched)
-        buf_printf(out, "; the agent fetched the %s, but never asked for its key", p->what);
-    else if (p < end)
-        buf_printf(out, "; the %s ", p->what), put_text(out, bytes_of(p->name), NULL),
-            buf_printf(out, " stood at " BYTES_FMT, BYTES_OF(p->bytes));
+    else if (cut && cut->fetched)
+        buf_printf(out, "; the agent fetched the %s, but never asked for its key", cut->what);
+    else if (cut)
+        buf_printf(out, "; the %s ", cut->what), put_text(out, bytes_of(cut->name), NULL),
+            buf_printf(out, " stood at " BYTES_FMT, BYTES_OF(cut->bytes));
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
     else if (h->expected < v->expect.n)
         buf_puts(out, "; event "), put_text(out, bytes_of(v->expect.v[h->expected]), NULL),
             buf_puts(out, " was not seen");
-    else if (unfetched < end)
-        buf_printf(out, "; the agent never asked for the %s", unfetched->what);
-    else if (h->stage < v->until && host_served(h))
+    else if (unasked)
+        buf_printf(out, "; the agent never asked for the %s", unasked->what);
+    else if (h->stage < v->until && served && !lacking)
         buf_printf(out, "; the delivery of the %s is complete, but %s", h->wait->what, stage_signs[h->stage + 1]);
     else if (h->stage < v->until)
         buf_printf(out, "; %s", h->wait ? h->wait->cure : stage_signs[h->stage + 1]);
@@ -10708,12 +10697,12 @@ static void verdict_timeout(struct verdict *v, unsigned done)
     verdict_end(v, VERDICT_TIMEOUT);
 }
 
-/* Looks at where everybody stands.  Called after every turn of the loop. */
-static void verdict_tick(struct verdict *v, int64_t now_ms)
+/* Looks at where everybody stands.  Called after every turn of the loop; returns when it has something to do of itself. */
+static int64_t verdict_tick(struct verdict *v, int64_t now_ms)
 {
     unsigned done = 0;
     if (!v->wanted || v->over)
-        return;
+        return INT64_MAX;
     for (const struct host *h = v->hosts; h; h = h->next) {
         done += host_is_done(v, h);
         if (h->failed && v->end_ms == INT64_MAX) {
@@ -10721,38 +10710,29 @@ static void verdict_tick(struct verdict *v, int64_t now_ms)
             buf_printf(&v->why, "the agent %s failed: %s", h->name, host_failure(h));
         }
     }
+    int64_t at = earlier(v->end_ms, earlier(v->timeout_ms, v->next_poll_ms));
     if (v->end_ms != INT64_MAX) {
         if (now_ms >= v->end_ms)
             verdict_end(v, VERDICT_FAILED);
-        return;
+        return at;
     }
     if (done && done >= v->agents) {
         buf_printf(&v->why, "%s%s after " SECONDS " s", v->until ? stage_names[v->until] : "all expected events",
                    v->until ? " reached" : " seen", SECONDS_OF(now_ms - v->start_ms));
         verdict_end(v, VERDICT_REACHED);
-        return;
+        return at;
     }
-    for (const struct host *h = v->hosts; h; h = h->next)
-        if (h->lost_ms != INT64_MAX && now_ms - h->lost_ms >= v->grace_ms && !host_is_done(v, h) && !v->over) {
-            buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within "
-                       SECONDS " s", h->name, stage_names[h->stage], SECONDS_OF(v->grace_ms));
-            verdict_end(v, VERDICT_LOST);
-        }
+    for (const struct host *h = v->hosts; h && !v->over; h = h->next) {
+        int64_t due = h->lost_ms == INT64_MAX || host_is_done(v, h) ? INT64_MAX : h->lost_ms + v->grace_ms;
+        at = earlier(at, due);
+        if (now_ms < due)
+            continue;
+        buf_printf(&v->why, "the agent %s was lost at %s: its stream ended and it did not come back within "
+                   SECONDS " s", h->name, stage_names[h->stage], SECONDS_OF(v->grace_ms));
+        verdict_end(v, VERDICT_LOST);
+    }
     if (!v->over && now_ms >= v->timeout_ms)
         verdict_timeout(v, done);
-}
-
-/* When verdict_tick has something to do of itself. */
-static int64_t verdict_deadline(const struct verdict *v)
-{
-    if (!v->wanted || v->over)
-        return INT64_MAX;
-    int64_t at = v->end_ms < v->timeout_ms ? v->end_ms : v->timeout_ms;
-    if (v->next_poll_ms < at)
-        at = v->next_poll_ms;
-    for (const struct host *h = v->hosts; h; h = h->next)
-        if (h->lost_ms != INT64_MAX && !host_is_done(v, h) && h->lost_ms + v->grace_ms < at)
-            at = h->lost_ms + v->grace_ms;
     return at;
 }
 
@@ -10799,7 +10779,7 @@ static void put_parcel_json(struct buf *out, const struct parcel *p, bool first)
 static void verdict_summary(const struct verdict *v, struct buf *out, const char *color)
 {
     buf_printf(out, "cvms: %s%s%s: %.*s (exit status %d)\n", color, verdict_word(v->status), *color ? COLOR_OFF : "",
-               (int)v->why.len, v->why.len ? (char *)v->why.p : "", v->status);
+               (int)v->why.len, (const char *)v->why.p, v->status);
     for (const struct host *h = v->hosts; h; h = h->next) {
         buf_printf(out, "cvms:   %s:", h->name);
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
@@ -10809,15 +10789,13 @@ static void verdict_summary(const struct verdict *v, struct buf *out, const char
                    BYTES_OF(h->bytes));
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel(out, &h->parcels[i]);
-        if (h->failed)
-            buf_printf(out, "cvms:      failed: %s\n", host_failure(h));
-        if (h->failed && h->context_at)
+        if (!h->failed)
+            continue;
+        buf_printf(out, "cvms:      failed: %s\n", host_failure(h));
+        if (h->context_count)
             buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
-        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
-            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
-            if (line)
-                buf_printf(out, "cvms:     | %s\n", line);
-        }
+        for (size_t i = 0; i < h->context_count; i++)
+            buf_printf(out, "cvms:     | %s\n", h->context[i]);
     }
 }
 
@@ -10877,16 +10855,10 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
         buf_puts(out, h->parcel_count ? ",\"deliveries\":[" : "");
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel_json(out, &h->parcels[i], i == 0);
-        buf_puts(out, h->parcel_count ? "]" : "");
-        buf_puts(out, ",\"lines\":[");
-        bool first = true;
-        for (size_t i = 0; h->failed && i < CONTEXT_LINES; i++) {
-            const char *line = h->context[(h->context_at + i) % CONTEXT_LINES];
-            if (!line)
-                continue;
-            buf_puts(out, first ? "" : ",");
-            first = false;
-            pb_json_string(out, bytes_of(line));
+        buf_puts(out, h->parcel_count ? "],\"lines\":[" : ",\"lines\":[");
+        for (size_t i = 0; h->failed && i < h->context_count; i++) {
+            buf_puts(out, i ? "," : "");
+            pb_json_string(out, bytes_of(h->context[i]));
         }
         buf_puts(out, h->next ? "]}," : "]}");
     }
@@ -12150,7 +12122,6 @@ struct server {
     struct session *sessions;         /* open Process streams */
     struct session *named[NAMED];     /* the same by name and kind, the newest first */
     bool json;                        /* how messages are shown on stdout */
-    bool skip_forwarder;              /* no manifest for a stream that says it is a log-forwarder */
     struct watch input;               /* stdin, when its lines are commands */
     bool input_always;                /* it can't be waited for: a piece is read in each turn */
     struct tls_config *tls;           /* on its way to the loop */
@@ -12179,7 +12150,7 @@ struct session {
     unsigned version;                 /* of the manifest that was sent; 0: none, or not the one that is delivered for */
     int64_t send_ms;                  /* when the manifest is due; INT64_MAX: it has been sent */
     unsigned waits;                   /* how often changed inputs are to be hashed before that */
-    bool ended, announced;            /* the client has sent all; it has been logged that the manifest is out */
+    bool announced;                   /* it has been logged that the manifest is out */
     char *job_id;                     /* safe to print; NULL: none was sent */
 };
 
@@ -12238,11 +12209,8 @@ static void put_bytes_field(struct buf *out, struct bytes b)
 /* Whether a time is more than a second off the line's own. */
 static bool time_is_off(const struct core *core, const struct Timestamp *t)
 {
-    int64_t s = core->wall_ms / 1000, ms = core->wall_ms % 1000;
-    if (t->seconds < s - 2 || t->seconds > s + 2)
-        return true;
-    int64_t off = (t->seconds - s) * 1000 + t->nanos / 1000000 - ms;
-    return off > 1000 || off < -1000;
+    double off_ms = (double)t->seconds * 1000 + t->nanos / 1000000 - (double)core->wall_ms;
+    return off_ms < -1000 || off_ms > 1000;
 }
 
 /* Whether a field says something: what every message of a run repeats does not. */
@@ -12264,13 +12232,9 @@ static bool field_tells(const struct stream *s, const struct pb_field *f, const 
 }
 
 /* name=value of a field that is not in the head. */
-static void put_field_text(struct buf *out, const struct pb_field *f, const void *msg, bool *first)
+static void put_field_text(struct buf *out, const struct pb_field *f, const void *at, bool first)
 {
-    const void *at = (const char *)msg + f->offset;
-    buf_puts(out, *first ? "  (" : " ");
-    *first = false;
-    buf_puts(out, f->name);
-    buf_putc(out, '=');
+    buf_printf(out, "%s%s=", first ? "  (" : " ", f->name);
     if (f->kind == PB_STRING) {
         put_text(out, *(const struct bytes *)at, NULL);
     } else if (f->kind == PB_BYTES) {
@@ -12282,65 +12246,55 @@ static void put_field_text(struct buf *out, const struct pb_field *f, const void
     }
 }
 
-static const struct pb_field *field_by_number(const struct pb_message *m, uint32_t number)
-{
-    for (size_t i = 0; i < m->n; i++)
-        if (m->fields[i].number == number)
-            return &m->fields[i];
-    return NULL;
-}
-
 static struct bytes string_field(const struct pb_message *m, const void *msg, uint32_t number)
 {
-    const struct pb_field *f = field_by_number(m, number);
-    return f ? *(const struct bytes *)(const void *)((const char *)msg + f->offset) : (struct bytes){ 0 };
+    size_t row = pb_row(m, number);
+    return row < m->n ? *(const struct bytes *)(const void *)((const char *)msg + m->fields[row].offset) : (struct bytes){ 0 };
 }
 
 /* Unknown fields on their way out: of one message UNKNOWN_MAX are shown, the others counted. */
 struct unknowns {
     struct buf *out;
+    bool json;
     unsigned long count;
 };
-
-/* Shows what the tables don't know of a message.  Returns how many fields were left out. */
-static unsigned long put_unknowns(struct buf *out, struct bytes wire, pb_unknown_fn *show)
-{
-    struct unknowns u = { out, 0 };
-    pb_unknown(&ClientStreamMessage_message, wire, show, &u);
-    return u.count > UNKNOWN_MAX ? u.count - UNKNOWN_MAX : 0;
-}
 
 static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
 {
     struct unknowns *u = arg;
-    struct buf *out = u->out;
     if (u->count++ >= UNKNOWN_MAX)
         return;
-    buf_printf(out, "  (unknown field %s: ", path);
-    if (wire == PB_LEN || wire == PB_SGROUP)
-        put_bytes_field(out, value);
+    if (u->json)
+        buf_printf(u->out, "%s{\"field\":\"%s\",\"wire_type\":%u,\"value\":\"", u->count == 1 ? "" : ",", path, wire);
     else
-        buf_printf(out, "%llu", (unsigned long long)number);
-    buf_putc(out, ')');
+        buf_printf(u->out, "  (unknown field %s: ", path);
+    if (wire != PB_LEN && wire != PB_SGROUP)
+        buf_printf(u->out, "%llu", (unsigned long long)number);
+    else if (u->json)
+        pb_base64(u->out, value);
+    else
+        put_bytes_field(u->out, value);
+    buf_puts(u->out, u->json ? "\"}" : ")");
 }
 
-static void put_unknowns_text(struct buf *out, struct bytes wire)
+/* Shows what the tables don't know of a message. */
+static void put_unknowns(struct buf *out, struct bytes wire, bool json)
 {
-    unsigned long left_out = put_unknowns(out, wire, put_unknown);
-    if (left_out)
-        buf_printf(out, "  (%lu more unknown fields)", left_out);
+    struct unknowns u = { .out = out, .json = json };
+    buf_puts(out, json ? ",\"unknown\":[" : "");
+    pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &u);
+    buf_puts(out, json ? "]" : "");
+    if (u.count > UNKNOWN_MAX)
+        buf_printf(out, json ? ",\"unknown_left_out\":%lu" : "  (%lu more unknown fields)", u.count - UNKNOWN_MAX);
 }
 
 /* The word in front of an entry, and what it names; coloured by what they say. */
 static void put_head(struct core *core, const struct shown *how, struct bytes head, struct bytes head2)
 {
     struct buf *out = &core->out;
-    const char *color = NULL;
-    struct bytes telling = head2.n ? head2 : head;
-    for (size_t i = 0; core->out_look & LOOK_COLOR && i < PB_COUNT(colors); i++)
-        if (bytes_eq(telling, bytes_of(colors[i].word)))
-            color = colors[i].color;
-    buf_puts(out, color ? color : "");
+    size_t row = core->out_look & LOOK_COLOR ? ROW_FIND(colors, head2.n ? head2 : head) : PB_COUNT(colors);
+    bool color = row < PB_COUNT(colors);
+    buf_puts(out, color ? colors[row].color : "");
     size_t from = out->len;
     put_text(out, *how->word ? bytes_of(how->word) : head.n ? head : BYTES("-"), NULL);
     put_blanks(out, from, WORD_COLUMN);
@@ -12373,30 +12327,36 @@ static void put_entry(struct buf *out, uint32_t member, struct bytes text, bool 
         put_text(out, text, "    | ");  /* a mark that is seen: runners trim blanks before they look for commands */
 }
 
-/* One entry a message: whose, head, text; every other field that says something follows in brackets. */
-static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire, bool unknown)
+/* One entry a message: whose, head, text; every other field that says something follows in brackets.  member NULL: it is
+ * empty, but for fields that the tables don't know. */
+static void show_text(struct stream *s, const struct pb_field *member, const void *msg, struct bytes wire)
 {
     struct core *core = s->conn->core;
     struct buf *out = &core->out;
-    const struct pb_message *m = member->sub;
-    const struct shown *how = &shown[member->number];
+    const struct pb_message *m = member ? member->sub : NULL;
+    const struct shown *how = &shown[member ? member->number : 0];
     const struct whom whom = session_whom(s->user);
     bool first = true, color = core->out_look & LOOK_COLOR;
     put_whom(core, out, core->out_look, &whom);
-    put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
-    put_entry(out, member->number, string_field(m, msg, how->text), unknown);
+    if (m) {
+        put_head(core, how, string_field(m, msg, how->head), string_field(m, msg, how->head2));
+        put_entry(out, member->number, string_field(m, msg, how->text), wire.n);
+    } else {
+        buf_puts(out, "an empty message");
+    }
     size_t plain = out->len;
     buf_puts(out, color ? COLOR_DIM : "");
     size_t dim = out->len;
-    for (size_t i = 0; i < m->n; i++) {
-        uint32_t number = m->fields[i].number;
-        if (number != how->head && number != how->head2 && number != how->text &&
-            field_tells(s, &m->fields[i], (const char *)msg + m->fields[i].offset))
-            put_field_text(out, &m->fields[i], msg, &first);
+    for (size_t i = 0; m && i < m->n; i++) {
+        const struct pb_field *f = &m->fields[i];
+        const void *at = (const char *)msg + f->offset;
+        if (f->number == how->head || f->number == how->head2 || f->number == how->text || !field_tells(s, f, at))
+            continue;
+        put_field_text(out, f, at, first);
+        first = false;
     }
     buf_puts(out, first ? "" : ")");
-    if (unknown)
-        put_unknowns_text(out, wire);
+    put_unknowns(out, wire, false);
     if (out->len == dim)
         out->len = plain;
     else
@@ -12404,31 +12364,11 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     buf_putc(out, '\n');
 }
 
-static void put_unknown_json(void *arg, const char *path, unsigned wire, uint64_t number, struct bytes value)
-{
-    struct unknowns *u = arg;
-    struct buf *out = u->out;
-    if (u->count++ >= UNKNOWN_MAX)
-        return;
-    buf_puts(out, u->count == 1 ? "" : ",");
-    buf_printf(out, "{\"field\":\"%s\",\"wire_type\":%u,\"value\":", path, wire);
-    if (wire == PB_LEN || wire == PB_SGROUP) {
-        buf_putc(out, '"');
-        pb_base64(out, value);
-        buf_puts(out, "\"}");
-    } else {
-        buf_printf(out, "\"%llu\"}", (unsigned long long)number);
-    }
-}
-
 /* Writes the JSON from `start` on anew, without the commands of CI runners. */
 static void json_defuse(struct buf *out, size_t start)
 {
-    struct bytes line = { out->p, out->len };
     struct buf whole = { 0 };
-    if (out->failed)
-        return;
-    line = bytes_from(line, start);
+    struct bytes line = out->failed ? BYTES("") : bytes_from((struct bytes){ out->p, out->len }, start);
     size_t n = text_command(line);
     if (n == line.n)
         return;
@@ -12443,38 +12383,24 @@ static void json_defuse(struct buf *out, size_t start)
     buf_free(&whole);
 }
 
-/* What every line begins with. */
-static void put_json_front(struct buf *out, const struct conn *c, const char *stream, const char *job_id)
+/* One JSON object a line, with msg as canonical JSON; wire: where its unknown fields stand, if it has any. */
+static void put_json_line(struct buf *out, const struct conn *c, const char *stream, const char *job_id,
+                          const struct pb_message *type, const void *msg, struct bytes wire)
 {
+    const char *const names[][2] = { { "job_id", job_id }, { "subject", c->subject } };
+    size_t start = out->len;
     buf_puts(out, "{\"time\":\"");
     buf_put(out, core_stamp(c->core), STAMP_LEN);
     buf_printf(out, "\",\"peer\":\"%s\",\"stream\":\"%s\"", c->peer, stream);
-    if (job_id) {
-        buf_puts(out, ",\"job_id\":");
-        pb_json_string(out, bytes_of(job_id));
-    }
-    if (c->subject) {
-        buf_puts(out, ",\"subject\":");
-        pb_json_string(out, bytes_of(c->subject));
-    }
-}
-
-/* One JSON object a line; `message`, or `sent`, is the canonical JSON of msg.  wire: where unknown fields stand. */
-static void put_json_line(struct buf *out, struct stream *s, const struct pb_message *type, const void *msg,
-                          struct bytes wire)
-{
-    const struct session *session = s->user;
-    size_t start = out->len;
-    put_json_front(out, s->conn, kind_names[session->kind], session->job_id);
-    buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":" : ",\"sent\":");
+    for (size_t i = 0; i < PB_COUNT(names); i++)
+        if (names[i][1]) {
+            buf_printf(out, ",\"%s\":", names[i][0]);
+            pb_json_string(out, bytes_of(names[i][1]));
+        }
+    buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":" : type == &Request_message ? ",\"request\":" : ",\"sent\":");
     pb_json(out, type, msg, 0);
-    if (wire.n) {
-        buf_puts(out, ",\"unknown\":[");
-        unsigned long left_out = put_unknowns(out, wire, put_unknown_json);
-        buf_puts(out, "]");
-        if (left_out)
-            buf_printf(out, ",\"unknown_left_out\":%lu", left_out);
-    }
+    if (wire.n)
+        put_unknowns(out, wire, true);
     buf_puts(out, "}\n");
     json_defuse(out, start);
 }
@@ -12488,21 +12414,16 @@ static const struct pb_field *message_member(const struct ClientStreamMessage *m
     return NULL;
 }
 
-static void show_message(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire, bool unknown)
+/* wire: where unknown fields stand, if there are any. */
+static void show_message(struct stream *s, const struct ClientStreamMessage *msg, struct bytes wire)
 {
-    struct core *core = s->conn->core;
+    const struct session *session = s->user;
     const struct pb_field *member = message_member(msg);
-    if (server_of(s)->json) {
-        put_json_line(&core->out, s, &ClientStreamMessage_message, msg, unknown ? wire : BYTES(""));
-    } else if (member) {
-        show_text(s, member, pb_pointer((const char *)msg + member->offset), wire, unknown);
-    } else {
-        const struct whom whom = session_whom(s->user);
-        put_whom(core, &core->out, core->out_look, &whom);
-        buf_puts(&core->out, "an empty message");
-        put_unknowns_text(&core->out, wire);
-        buf_putc(&core->out, '\n');
-    }
+    if (server_of(s)->json)
+        put_json_line(&s->conn->core->out, s->conn, kind_names[session->kind], session->job_id,
+                      &ClientStreamMessage_message, msg, wire);
+    else
+        show_text(s, member, member ? pb_pointer((const char *)msg + member->offset) : NULL, wire);
 }
 
 /* ---- cvms.Service/Process ---- */
@@ -12521,9 +12442,10 @@ PRINTF_LIKE(3, 4) static void process_note(struct stream *s, bool dim, const cha
 /* A line of -record.  Without memory there is not half of one, and the record ends. */
 static void record_line(struct stream *s, const struct pb_message *type, const void *msg, struct bytes wire)
 {
+    const struct session *session = s->user;
     struct buf *record = &s->conn->core->record;
     size_t before = record->len;
-    put_json_line(record, s, type, msg, wire);
+    put_json_line(record, s->conn, kind_names[session->kind], session->job_id, type, msg, wire);
     if (record->failed)
         record->len = before;
 }
@@ -12534,11 +12456,9 @@ static void record_sent(struct stream *s, const struct blob *b)
     struct core *core = s->conn->core;
     for (size_t at = 0, n; core->recording && at < b->n; at += 5 + n) {
         struct ServerStreamMessage msg = { 0 };
-        bool unknown;
         n = get_be32(b->p + at + 1);
         pb_arena_reset(&core->arena);
-        struct bytes wire = { b->p + at + 5, n };
-        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, (struct bytes){ b->p + at + 5, n }, &core->arena, NULL);
         if (err == PB_OK)
             record_line(s, &ServerStreamMessage_message, &msg, BYTES(""));
         core->record.failed |= err == PB_LIMIT;
@@ -12555,11 +12475,22 @@ static bool session_room(struct session *session, const struct blob *b)
     return room;
 }
 
+/* The members of a ServerStreamMessage that ask for something, each by an id and nothing else. */
+enum {
+    ASK_STATE = offsetof(struct ServerStreamMessage, agentStateReq),
+    ASK_STOP = offsetof(struct ServerStreamMessage, stopComputation),
+    ASK_DISCONNECT = offsetof(struct ServerStreamMessage, disconnectReq),
+};
+
 /* Queues what the server asks of its own accord, outside the connection's turn.  It waits until the agent reads; what
- * would go over the connection's bound is not asked.  Takes over the reference. */
-static void session_ask(struct session *session, struct blob *b)
+ * would go over the connection's bound is not asked. */
+static void session_ask(struct session *session, size_t member)
 {
     struct stream *s = session->stream;
+    struct ServerStreamMessage msg = { 0 };
+    void *req = &(struct AgentStateReq){ .id = session->manifest->req.id };
+    memcpy((char *)&msg + member, &req, sizeof req);
+    struct blob *b = grpc_encode(&ServerStreamMessage_message, &msg);
     if (b && !session_room(session, b)) {
         blob_unref(b);
         return;
@@ -12569,11 +12500,6 @@ static void session_ask(struct session *session, struct blob *b)
     grpc_send_headers(s, NULL);
     stream_queue(s, b, ITEM_DATA);
     s->conn->core->touched = true;
-}
-
-static void session_send(struct session *session, const struct ServerStreamMessage *msg)
-{
-    session_ask(session, grpc_encode(&ServerStreamMessage_message, msg));
 }
 
 static void session_send_manifest(struct session *session)
@@ -12586,7 +12512,7 @@ static void session_send_manifest(struct session *session)
         record_sent(s, session->manifest->stream);
     session->manifest->recorded = session->manifest->version;
     grpc_send_blob(s, blob_ref(session->manifest->stream));
-    if (session->ended)
+    if (s->remote_closed)
         grpc_finish(s, GRPC_OK, "");
 }
 
@@ -12599,6 +12525,15 @@ static void session_offer(struct session *session, int64_t delay_ms)
     session->waits = session->manifest->fresh ? 2 : manifest_look(session->manifest, core) ? 1 : 0;
     if (!session->waits && delay_ms <= 0)
         session_send_manifest(session);
+}
+
+/* Sends the manifest once more. */
+static void session_repeat(struct session *s)
+{
+    if (!session_room(s, NULL))
+        return;
+    session_offer(s, 0);
+    s->stream->conn->core->touched = true;
 }
 
 /* Numbers the streams that share a name and a kind, as long as they are open. */
@@ -12645,37 +12580,33 @@ static void process_open(struct stream *s, const struct fields *f)
     struct server *server = core->app;
     struct bytes job_id = f->value[F_JOB_ID];
     int64_t port = parse_decimal(f->value[F_AGENT_PORT]);
-    struct buf name = { 0 };
-    if (job_id.n) {
-        put_text(&name, (struct bytes){ job_id.p, min_size(job_id.n, 200) }, NULL);
-        buf_putc(&name, 0);
-    }
-    struct session *session = name.failed ? NULL : calloc(1, sizeof *session);
+    char *name = job_id.n ? text_safe((struct bytes){ job_id.p, min_size(job_id.n, 200) }) : NULL;
+    struct session *session = job_id.n && !name ? NULL : calloc(1, sizeof *session);
     if (!session) {
-        buf_free(&name);
+        free(name);
         core_note(core, s->conn->peer, "out of memory: stream %lu is ended", (unsigned long)s->id);
         grpc_finish(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
     *session = (struct session){ .stream = s, .next = server->sessions, .send_ms = INT64_MAX,
-                                 .manifest = manifest_for(&server->manifest, job_id), .job_id = (char *)name.p,
+                                 .manifest = manifest_for(&server->manifest, job_id), .job_id = name,
                                  .port = port > 0 && port <= 65535 ? (unsigned)port : SERVICE_PORT };
     if (server->sessions)
         server->sessions->prev = session;
     server->sessions = session;
     s->user = session;
-    enum stream_kind kind = session->job_id ? KIND_AGENT : KIND_UNKNOWN;
+    enum stream_kind kind = name ? KIND_AGENT : KIND_UNKNOWN;
     if (bytes_eq(f->value[F_CONNECTION_TYPE], BYTES("log-forwarder")))
         kind = KIND_FORWARDER;
     if (kind)
         session_kind(session, kind);
     const char *subject = s->conn->subject;
-    bool cut = core_look(core) & LOOK_BRIEF && session->job_id && strlen(session->job_id) > NAME_BRIEF;
+    bool cut = core_look(core) & LOOK_BRIEF && name && strlen(name) > NAME_BRIEF;
     process_note(s, true, "connected from %s%s%s%s%s", s->conn->peer, subject ? " as " : "", subject ? subject : "",
-                 cut ? ", job-id " : "", cut ? session->job_id : "");
+                 cut ? ", job-id " : "", cut ? name : "");
     if (session->manifest == &server->manifest && *server->delivery.announced)   /* `cvms agent` looks for it, no other */
         grpc_send_headers(s, (const char *[]){ "cvms-delivers", server->delivery.announced, NULL });
-    if (kind == KIND_FORWARDER && server->skip_forwarder)
+    if (kind == KIND_FORWARDER && server->o->skip_forwarder)
         grpc_send_headers(s, NULL);
     else
         session_offer(session, server->manifest.faults ? server->faults.value[FAULT_DELAY] : 0);
@@ -12698,12 +12629,13 @@ static void process_message(struct stream *s, struct bytes wire)
         return;
     }
     const struct pb_field *member = message_member(&msg);
+    struct bytes more = unknown ? wire : BYTES("");
     if (session->kind == KIND_UNKNOWN && member)
         session_kind(session, shown[member->number].kind);
     session->messages++;
     session->bytes += wire.n;
     size_t shown_before = core->out.len;
-    show_message(s, &msg, wire, unknown);
+    show_message(s, &msg, more);
     if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
         core->out.len = shown_before;
         core->out.failed = false;
@@ -12717,7 +12649,7 @@ static void process_message(struct stream *s, struct bytes wire)
         delivery_message(&server_of(s)->delivery, session->host, &msg, s->conn->peer, session->port,
                          session->job_id, session->version);
     if (core->recording)
-        record_line(s, &ClientStreamMessage_message, &msg, unknown ? wire : BYTES(""));
+        record_line(s, &ClientStreamMessage_message, &msg, more);
 }
 
 static void process_drained(struct stream *s)
@@ -12736,8 +12668,7 @@ static void process_drained(struct stream *s)
 
 static void process_end(struct stream *s)
 {
-    struct session *session = s->user;
-    session->ended = true;
+    const struct session *session = s->user;
     if (session->send_ms == INT64_MAX)
         grpc_finish(s, GRPC_OK, "");
 }
@@ -12774,20 +12705,16 @@ static const char *const healthy_services[] = { "", "cvms_test_server" };
 static bool message_decode(struct stream *s, const struct pb_message *type, void *msg, struct bytes wire)
 {
     struct core *core = s->conn->core;
-    bool unknown;
     pb_arena_reset(&core->arena);
-    enum pb_error err = pb_decode(type, msg, wire, &core->arena, &unknown);
+    enum pb_error err = pb_decode(type, msg, wire, &core->arena, NULL);
     if (err != PB_OK)
-        grpc_abort(s, GRPC_INTERNAL, pb_error_text(err));
+        s->conn->on->abort(s, GRPC_INTERNAL, pb_error_text(err));
     return err == PB_OK;
 }
 
 static int32_t health_status(struct bytes service)
 {
-    for (size_t i = 0; i < PB_COUNT(healthy_services); i++)
-        if (bytes_eq(service, bytes_of(healthy_services[i])))
-            return HEALTH_SERVING;
-    return HEALTH_SERVICE_UNKNOWN;
+    return ROW_FIND(healthy_services, service) < PB_COUNT(healthy_services) ? HEALTH_SERVING : HEALTH_SERVICE_UNKNOWN;
 }
 
 /* A unary call takes one message; its answer waits for the client's END_STREAM. */
@@ -12808,30 +12735,17 @@ static void unary_end(struct stream *s)
         grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call without a message");
 }
 
-static void ignore_open(struct stream *s, const struct fields *f)
-{
-    (void)s, (void)f;
-}
-
-static void health_check(struct stream *s, struct bytes wire)
+/* Check and Watch, which knows of unknown services. */
+static void health_message(struct stream *s, struct bytes wire)
 {
     struct HealthCheckRequest req = { 0 };
     if (!unary_first(s) || !message_decode(s, &HealthCheckRequest_message, &req, wire))
         return;
     struct HealthCheckResponse res = { .status = health_status(req.service) };
-    if (res.status == HEALTH_SERVING)
+    if (res.status == HEALTH_SERVING || s->grpc.method->end != unary_end)
         grpc_send(s, &HealthCheckResponse_message, &res);
     else
         grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
-}
-
-static void health_watch(struct stream *s, struct bytes wire)
-{
-    struct HealthCheckRequest req = { 0 };
-    if (!unary_first(s) || !message_decode(s, &HealthCheckRequest_message, &req, wire))
-        return;
-    struct HealthCheckResponse res = { .status = health_status(req.service) };
-    grpc_send(s, &HealthCheckResponse_message, &res);
 }
 
 static void health_watch_end(struct stream *s)
@@ -12842,47 +12756,33 @@ static void health_watch_end(struct stream *s)
 
 /* ---- grpc.reflection ---- */
 
-/* Takes "name" off the front of a dotted symbol; false if it begins with something else. */
-static bool symbol_take(struct bytes *symbol, const char *name)
+/* Whether a symbol is package.name.member, or, without a member, package.name. */
+static bool symbol_is(struct bytes symbol, const char *package, const char *name, const char *member)
 {
-    size_t n = strlen(name);
-    if (symbol->n < n || memcmp(symbol->p, name, n) != 0 || (symbol->n > n && symbol->p[n] != '.'))
-        return false;
-    n += symbol->n > n;
-    *symbol = (struct bytes){ symbol->p + n, symbol->n - n };
-    return true;
-}
-
-static bool message_has(const struct pb_message *m, struct bytes symbol)
-{
-    bool found = symbol.n == 0 || (m->oneof && bytes_eq(symbol, bytes_of(m->oneof)));
-    for (size_t i = 0; i < m->n && !found; i++) {
-        const struct pb_field *f = &m->fields[i];
-        const struct pb_enum *values = f->kind == PB_ENUM ? f->sub : NULL;
-        found = bytes_eq(symbol, bytes_of(f->name)) || (values && bytes_eq(symbol, bytes_of(values->name)));
-    }
-    return found;
+    char full[256];
+    size_t n = text_printf(full, sizeof full, "%s.%s%s%s", package, name, member ? "." : "", member ? member : "");
+    return bytes_eq(symbol, (struct bytes){ (uint8_t *)full, n });
 }
 
 /* Whether the file defines the symbol: a message, service, or what is named inside one. */
 static bool file_has(const struct pb_file *f, struct bytes symbol)
 {
-    if (!symbol_take(&symbol, f->package) || symbol.n == 0)
-        return false;
-    for (size_t i = 0; i < f->n_messages; i++) {
-        struct bytes rest = symbol;
-        if (symbol_take(&rest, f->messages[i]->name) && message_has(f->messages[i], rest))
-            return true;
+    bool found = false;
+    for (size_t i = 0; i < f->n_messages && !found; i++) {
+        const struct pb_message *m = f->messages[i];
+        found = symbol_is(symbol, f->package, m->name, NULL) || (m->oneof && symbol_is(symbol, f->package, m->name, m->oneof));
+        for (size_t j = 0; j < m->n && !found; j++) {
+            const struct pb_enum *values = m->fields[j].kind == PB_ENUM ? m->fields[j].sub : NULL;
+            found = symbol_is(symbol, f->package, m->name, m->fields[j].name) ||
+                    (values && symbol_is(symbol, f->package, m->name, values->name));
+        }
     }
-    for (size_t i = 0; i < f->n_services; i++) {
-        struct bytes rest = symbol;
-        bool found = symbol_take(&rest, f->services[i].name) && rest.n == 0;
-        for (size_t j = 0; j < f->services[i].n && rest.n < symbol.n; j++)
-            found |= bytes_eq(rest, bytes_of(f->services[i].methods[j].name));
-        if (found)
-            return true;
+    for (size_t i = 0; i < f->n_services && !found; i++) {
+        found = symbol_is(symbol, f->package, f->services[i].name, NULL);
+        for (size_t j = 0; j < f->services[i].n && !found; j++)
+            found = symbol_is(symbol, f->package, f->services[i].name, f->services[i].methods[j].name);
     }
-    return false;
+    return found;
 }
 
 /* Whether the server has what the file describes. */
@@ -13164,11 +13064,7 @@ static void show_request(struct conn *c, const struct host *host, const struct R
     struct whom whom = { .name = host ? bytes_of(host->name) : (struct bytes){ (uint8_t *)c->peer, host_len(c->peer) },
                          .kind = "http" };
     if (server->json) {
-        put_json_front(out, c, "http", NULL);
-        buf_puts(out, ",\"request\":");
-        pb_json(out, &Request_message, r, 0);
-        buf_puts(out, "}\n");
-        json_defuse(out, from);
+        put_json_line(out, c, "http", NULL, &Request_message, r, BYTES(""));
     } else {
         put_whom(core, out, core->out_look, &whom);
         size_t head = out->len;
@@ -13226,32 +13122,22 @@ static void show_call(const struct stream *s, const struct host *host, size_t n,
                                                    .status = 200, .bytes = (int64_t)n, .what = bytes_of(what) });
 }
 
-/* attestation_agent.AttestationAgentService: a machine without a TEE, and a token that is none of JSON. */
-static void attestation_answer(struct stream *s, struct bytes wire, const struct pb_message *ask, void *req,
-                               const struct pb_message *answer, const void *res)
+/* attestation_agent.AttestationAgentService: a machine without a TEE, and a token that is none of JSON.  Both answers have
+ * one field. */
+static void attestation_message(struct stream *s, struct bytes wire)
 {
-    if (!unary_first(s) || !message_decode(s, ask, req, wire))
-        return;
+    const char *name = strrchr(s->grpc.method->path, '/') + 1;
+    bool token = strcmp(name, "GetToken") == 0;
     struct fetch t = { .d = &server_of(s)->delivery };
-    struct blob *b = grpc_encode(answer, res);
+    struct GetTokenRequest req = { 0 };
+    struct GetTokenResponse res = { token ? bytes_of(t.d->token) : BYTES("sample") };
+    if (!unary_first(s) || !message_decode(s, token ? &GetTokenRequest_message : &GetTeeTypeRequest_message, &req, wire))
+        return;
+    struct blob *b = grpc_encode(&GetTokenResponse_message, &res);
     size_t n = b ? b->n : 0;
     grpc_send_blob(s, b);
     fetch_host(&t, s->conn->peer);
-    show_call(s, t.host, n, strrchr(s->grpc.method->path, '/') + 1);
-}
-
-static void attestation_tee_type(struct stream *s, struct bytes wire)
-{
-    struct GetTeeTypeRequest req;
-    attestation_answer(s, wire, &GetTeeTypeRequest_message, &req, &GetTeeTypeResponse_message,
-                       &(struct GetTeeTypeResponse){ BYTES("sample") });
-}
-
-static void attestation_token(struct stream *s, struct bytes wire)
-{
-    struct GetTokenRequest req = { 0 };
-    attestation_answer(s, wire, &GetTokenRequest_message, &req, &GetTokenResponse_message,
-                       &(struct GetTokenResponse){ bytes_of(server_of(s)->delivery.token) });
+    show_call(s, t.host, n, name);
 }
 
 /* ---- keyprovider.KeyProviderService ---- */
@@ -13305,50 +13191,23 @@ static void unwrap_key(struct stream *s, struct bytes wire)
 static const struct grpc_method server_methods[] = {
     { .path = "/cvms.Service/Process", .open = process_open, .message = process_message, .end = process_end,
       .drained = process_drained, .closed = process_closed },
-    { .path = "/grpc.health.v1.Health/Check", .open = ignore_open, .message = health_check, .end = unary_end },
-    { .path = "/grpc.health.v1.Health/Watch", .open = ignore_open, .message = health_watch, .end = health_watch_end },
-    { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = reflection_end },
-    { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .open = ignore_open,
-      .message = reflection_message, .end = reflection_end },
+    { .path = "/grpc.health.v1.Health/Check", .message = health_message, .end = unary_end },
+    { .path = "/grpc.health.v1.Health/Watch", .message = health_message, .end = health_watch_end },
+    { .path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", .message = reflection_message,
+      .end = reflection_end },
+    { .path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", .message = reflection_message,
+      .end = reflection_end },
     { .path = "/attestation_agent.AttestationAgentService/GetTeeType", .needs = OFFER_TOKENS,
-      .open = ignore_open, .message = attestation_tee_type, .end = unary_end },
+      .message = attestation_message, .end = unary_end },
     { .path = "/attestation_agent.AttestationAgentService/GetToken", .needs = OFFER_TOKENS,
-      .open = ignore_open, .message = attestation_token, .end = unary_end },
-    { .path = "/keyprovider.KeyProviderService/UnWrapKey", .needs = OFFER_UNWRAP, .open = ignore_open,
-      .message = unwrap_key, .end = unary_end },
+      .message = attestation_message, .end = unary_end },
+    { .path = "/keyprovider.KeyProviderService/UnWrapKey", .needs = OFFER_UNWRAP, .message = unwrap_key, .end = unary_end },
 };
 
 /* ==== 19. Control: commands on stdin ===============================================================================
  * Owns: what a line on stdin may ask of agents and of the server.
  * Never: waits for a line.
  */
-static void ask_state(struct session *s)
-{
-    struct AgentStateReq req = { .id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .agentStateReq = &req });
-}
-
-static void ask_stop(struct session *s)
-{
-    struct StopComputation stop = { .computation_id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .stopComputation = &stop });
-}
-
-static void ask_disconnect(struct session *s)
-{
-    struct DisconnectReq req = { .id = s->manifest->req.id };
-    session_send(s, &(struct ServerStreamMessage){ .disconnectReq = &req });
-}
-
-static void ask_run(struct session *s)
-{
-    if (!session_room(s, NULL))
-        return;
-    session_offer(s, 0);
-    s->stream->conn->core->touched = true;
-}
-
 static void control_help(struct server *v);
 
 static void control_quit(struct server *v)
@@ -13375,16 +13234,16 @@ static void control_agents(struct server *v)
 /* What a line on stdin may be: a question to the agents, each or the one that is named, or something for the server. */
 static const struct {
     const char *name, *help;
-    void (*ask)(struct session *);
-    void (*run)(struct server *);
+    size_t ask;
+    void (*run)(struct server *);     /* NULL: the agents are asked */
 } controls[] = {
-    { "state", "[AGENT]       ask for the state", ask_state, NULL },
-    { "stop", "[AGENT]        stop the computation", ask_stop, NULL },
-    { "disconnect", "[AGENT]  make the agent leave; it comes back by itself", ask_disconnect, NULL },
-    { "run", "[AGENT]         send the manifest again", ask_run, NULL },
-    { "agents", "             list the open streams", NULL, control_agents },
-    { "quit", "               end the server", NULL, control_quit },
-    { "help", "               this list; AGENT is a job-id or an address", NULL, control_help },
+    { "state", "[AGENT]       ask for the state", ASK_STATE, NULL },
+    { "stop", "[AGENT]        stop the computation", ASK_STOP, NULL },
+    { "disconnect", "[AGENT]  make the agent leave; it comes back by itself", ASK_DISCONNECT, NULL },
+    { "run", "[AGENT]         send the manifest again", 0, NULL },
+    { "agents", "             list the open streams", 0, control_agents },
+    { "quit", "               end the server", 0, control_quit },
+    { "help", "               this list; AGENT is a job-id or an address", 0, control_help },
 };
 
 static void control_help(struct server *v)
@@ -13402,15 +13261,18 @@ static bool session_is(const struct session *s, const char *name)
            (strncmp(peer, name, n) == 0 && peer[n] == ':' && !strchr(peer + n + 1, ':'));
 }
 
-/* Asks every agent's stream that is meant. */
-static void control_ask(struct server *v, void (*ask)(struct session *), const char *name)
+/* Asks every agent's stream that is meant; member 0: to take the manifest again. */
+static void control_ask(struct server *v, size_t member, const char *name)
 {
     struct core *core = &v->loop->core;
     size_t n = 0;
     bool gone = false;
     for (struct session *s = v->sessions; s; s = s->next)
-        if (s->kind != KIND_FORWARDER && !s->ended && session_is(s, name)) {
-            ask(s);
+        if (s->kind != KIND_FORWARDER && !s->stream->remote_closed && session_is(s, name)) {
+            if (member)
+                session_ask(s, member);
+            else
+                session_repeat(s);
             n++;
         }
     for (const struct host *h = v->verdict.hosts; h; h = h->next)
@@ -13430,15 +13292,12 @@ static void control_line(struct server *v, char *line)
     agent += strspn(agent, blank);
     for (size_t n = strlen(agent); n && strchr(blank, agent[n - 1]);)
         agent[--n] = 0;
-    for (size_t i = 0; i < PB_COUNT(controls); i++)
-        if (strcmp(name, controls[i].name) == 0) {
-            if (controls[i].ask)
-                control_ask(v, controls[i].ask, agent);
-            else
-                controls[i].run(v);
-            return;
-        }
-    if (*name)
+    size_t row = ROW_FIND(controls, bytes_of(name));
+    if (row < PB_COUNT(controls) && controls[row].run)
+        controls[row].run(v);
+    else if (row < PB_COUNT(controls))
+        control_ask(v, controls[row].ask, agent);
+    else if (*name)
         core_note(&v->loop->core, NULL, "there is no command %.200s; help lists them", name);
 }
 
@@ -13495,40 +13354,82 @@ static void control_start(struct server *v)
  * Never: runs a computation.
  */
 
-/* The server has -timeout for its next step on the stream. */
-static void client_step(struct stream *s, const struct options *o)
+/* What every client command begins with. */
+struct client {
+    struct loop *loop;
+    struct dial dial;                 /* to the server; `where` is also the authority of calls */
+    const struct options *o;
+    bool again;                       /* the same is to be tried once more: the server was not ready */
+};
+
+/* A line about what is wrong, and the end of the command. */
+PRINTF_LIKE(2, 3) static void client_fail(struct client *c, const char *fmt, ...)
 {
-    s->deadline_ms = o->timeout_ms ? s->conn->core->now_ms + o->timeout_ms : INT64_MAX;
+    char text[900];
+    va_list ap;
+    va_start(ap, fmt);
+    text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    core_note(&c->loop->core, NULL, "FAILED: %s", text);
+    c->loop->exit_status = 1;
+    loop_stop(c->loop, "the client ends");
+}
+
+/* The server has -timeout for its next step on the stream. */
+static void client_step(struct stream *s)
+{
+    const struct client *c = s->conn->core->app;
+    s->deadline_ms = c->o->timeout_ms ? s->conn->core->now_ms + c->o->timeout_ms : INT64_MAX;
+}
+
+static struct link *client_dial(struct client *c, void *user)
+{
+    struct link *k = link_dial(c->loop, &c->dial, user);
+    if (!k)
+        client_fail(c, "out of memory");
+    return k;
+}
+
+static void client_down(struct link *k, const char *why)
+{
+    struct client *c = k->loop->core.app;
+    if (!c->loop->stop_why && !c->again)
+        client_fail(c, "can't connect to %s: %s", c->dial.where, why);
+}
+
+/* A stream's user is the place that holds it. */
+static void client_stream_closed(struct stream *s)
+{
+    *(struct stream **)s->user = NULL;
 }
 
 /* Whether a call that has ended with this status, before the server had taken it, is worth another try, and -wait leaves
  * time for it; the first time it is told.  What we don't believe or understand, as a certificate, does not get better. */
-static bool client_again(struct dial *d, const struct stream *s, unsigned status, struct bytes why)
+static bool client_again(struct client *c, const struct stream *s, unsigned status, struct bytes why)
 {
     struct core *core = s->conn->core;
-    int64_t left = d->give_up_ms - core->now_ms;
+    int64_t left = c->dial.give_up_ms - core->now_ms;
     if ((status != GRPC_UNAVAILABLE && status != GRPC_DEADLINE_EXCEEDED) || s->conn->error || left <= 0)
         return false;
-    if (!d->retry_told && left > 1000)
-        core_note(core, NULL, "the %s is not ready yet (%s: %.*s); trying again for %lld s", d->name,
-                  grpc_status_names[status], (int)min_size(why.n, 300), why.n ? (const char *)why.p : "",
-                  (long long)left / 1000);
-    d->retry_told = true;
+    if (!c->dial.retry_told && left > 1000)
+        core_note(core, NULL, "the %s is not ready yet (%s: %.*s); trying again for %lld s", c->dial.name,
+                  grpc_status_names[status], TEXT_OF(why, 300), (long long)left / 1000);
+    c->dial.retry_told = c->again = true;
     return true;
 }
 
-/* Closes all that was dialled and dials anew, at once or in a while.  False: out of memory. */
-static bool client_redial(struct loop *l, struct dial *d, void *user, bool in_a_while)
+/* Closes all that was dialled and dials anew, in a while if it is the same once more. */
+static void client_redial(struct client *c, void *user)
 {
-    for (struct link *k = l->links, *next; k; k = next) {
+    for (struct link *k = c->loop->links, *next; k; k = next) {
         next = k->next;
         if (k->dial)
             link_close(k, "the connection is over");
     }
-    struct link *k = link_dial(l, d, user);
-    if (k && in_a_while)
-        heap_set(l, k, l->core.now_ms + RETRY_MS);
-    return k;
+    struct link *k = client_dial(c, user);
+    if (k && c->again)
+        heap_set(c->loop, k, c->loop->core.now_ms + RETRY_MS);
+    c->again = false;
 }
 
 enum { AGENT, FORWARDER, STREAMS };
@@ -13587,15 +13488,23 @@ static const struct failure {
 /* What a server with a verdict tells its agents when it ends. */
 #define VERDICT_OVER "the smoke test is over"
 
-/* One resource of the manifest on its way here: a token and a key if it is encrypted, then its bytes. */
+/* What the manifest names: the algorithm, each dataset, each of those who may fetch the results. */
+struct need {
+    enum user_role role;
+    struct bytes key, hash, name;     /* key: of whoever brings it; no hash: results; no name: any */
+    const struct Source *source;      /* NULL: it is brought, not fetched */
+    const struct KBSConfig *kbs;      /* NULL: none */
+    bool decompress, fetch, there;    /* fetch: from here, in earnest; what others would fetch counts as there */
+};
+
+/* One of these on its way here: a token and a key if it is encrypted, then its bytes. */
 enum download_phase { DOWNLOAD_NONE, DOWNLOAD_TOKEN, DOWNLOAD_KEY, DOWNLOAD_BLOB };
 struct download {
     enum download_phase phase;
-    bool over, data, decompress;      /* over: the phase has ended, for what stands in why; data: a dataset */
-    size_t index;                     /* of the dataset */
-    const struct Source *source;
-    struct bytes kbs, hash, name;
+    bool over;                        /* the phase has ended, for what stands in why */
+    struct need *need;
     struct dial dial;
+    struct addrinfo *own;             /* addresses that are not the server's */
     struct link *link;
     char where[300], path[1024], why[300];
     struct buf token, key;
@@ -13606,50 +13515,23 @@ struct download {
 };
 
 struct agent {
-    struct loop *loop;
-    struct dial dial;
+    struct client c;
     struct download download;
-    const struct options *o;
-    const char *authority;
     struct stream *stream[STREAMS];
     bool done[STREAMS];
     int64_t run;
     size_t chunks, step;              /* step: row of run_steps that comes next */
-    bool whole, begun, over, failed, next_run, again;   /* again: the same run, the server was not ready */
+    bool whole, begun, over, next_run;
     struct buf manifest, id;
     struct pb_arena arena;            /* of the manifest, once it is whole */
     struct ComputationRunReq req;
+    struct need *needs;
+    size_t need_count;
     const char *state;
     const struct failure *fail;       /* NULL: none */
-    unsigned port, announced, awaited, served, fetched;     /* of its service, 0: none is open; roles, a bit each */
-    size_t missing;                   /* datasets that are not there yet */
-    bool *there, unchecked;           /* each dataset; it has been told that a signature can't be checked */
-    char port_text[8];
+    unsigned port, announced;         /* of its service, 0: none is open; roles that the server plays, a bit each */
+    bool unchecked;                   /* it has been told that a signature can't be checked */
 };
-
-/* One line of the stand-in's own on stderr. */
-PRINTF_LIKE(2, 3) static void agent_note(struct agent *a, const char *fmt, ...)
-{
-    char text[1024];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    core_note(&a->loop->core, NULL, "%s", text);
-}
-
-PRINTF_LIKE(2, 3) static void agent_fail(struct agent *a, const char *fmt, ...)
-{
-    char text[900];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    agent_note(a, "FAILED: %s", text);
-    a->failed = true;
-    a->loop->exit_status = 1;
-    loop_stop(a->loop, "the stand-in agent ends");
-}
 
 static void agent_send(struct agent *a, int which, const struct ClientStreamMessage *msg)
 {
@@ -13657,47 +13539,54 @@ static void agent_send(struct agent *a, int which, const struct ClientStreamMess
         grpc_send(a->stream[which], &ClientStreamMessage_message, msg);
 }
 
-static struct Timestamp agent_time(const struct agent *a)
+/* The words by which it is to refuse what a role calls; NULL: it is not. */
+static const char *agent_refusal(const struct agent *a, enum user_role role)
 {
-    int64_t ms = a->loop->core.wall_ms;
-    return (struct Timestamp){ .seconds = ms / 1000, .nanos = (int32_t)(ms % 1000 * 1000000) };
+    return a->fail && a->fail->role == role ? a->fail->words : NULL;
 }
 
-static void agent_log(struct agent *a, const char *level, const char *text)
+/* The first of a role that is not there yet, or NULL; fetch: of those that are fetched. */
+static struct need *agent_lacks(const struct agent *a, enum user_role role, bool fetch)
 {
-    struct Timestamp t = agent_time(a);
-    struct AgentLog log = { .message = bytes_of(text), .computation_id = { a->id.p, a->id.len },
-                            .level = bytes_of(level), .timestamp = &t };
-    agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_log = &log });
+    for (size_t i = 0; i < a->need_count; i++)
+        if (a->needs[i].role == role && !a->needs[i].there && (a->needs[i].fetch || !fetch))
+            return &a->needs[i];
+    return NULL;
 }
 
-static void agent_event(struct agent *a, const char *type, const char *status, const char *originator)
+/* Whether it waits for somebody in this role: whoever the server has said that it plays, or, with -agent-port, all that a
+ * real agent waits for. */
+static bool agent_awaits(const struct agent *a, enum user_role role)
 {
-    struct Timestamp t = agent_time(a);
-    struct AgentEvent event = { .event_type = bytes_of(type), .status = bytes_of(status), .timestamp = &t,
-                                .computation_id = { a->id.p, a->id.len }, .details = BYTES("{}"),
-                                .originator = bytes_of(originator ? originator : "agent") };
-    agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_event = &event });
-    if (!originator)
-        a->state = type;
+    return a->announced & 1u << role || a->c.o->agent_port || agent_refusal(a, role);
 }
 
-/* 32 bytes, as an agent needs them, or it panics. */
-static void check_hash(struct agent *a, const char *what, size_t i, struct bytes hash)
+/* A line of the log-forwarder's. */
+static void agent_tell(struct agent *a, const struct step *step)
 {
-    if (hash.n != SHA3_256_LEN)
-        agent_fail(a, "%s %zu: its hash has " BYTES_FMT ", not %d", what, i, BYTES_OF(hash.n), SHA3_256_LEN);
+    int64_t ms = a->c.loop->core.wall_ms;
+    struct Timestamp t = { .seconds = ms / 1000, .nanos = (int32_t)(ms % 1000 * 1000000) };
+    struct bytes id = { a->id.p, a->id.len };
+    if (step->level) {
+        agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_log = &(struct AgentLog){
+            .message = bytes_of(step->text), .computation_id = id, .level = bytes_of(step->level), .timestamp = &t } });
+        return;
+    }
+    agent_send(a, FORWARDER, &(struct ClientStreamMessage){ .agent_event = &(struct AgentEvent){
+        .event_type = bytes_of(step->event), .status = bytes_of(step->status), .timestamp = &t, .computation_id = id,
+        .details = BYTES("{}"), .originator = bytes_of(step->originator ? step->originator : "agent") } });
+    if (!step->originator)
+        a->state = step->event;
 }
 
-static void check_key(struct agent *a, const char *what, size_t i, struct bytes key)
+/* The end of a run that has failed, behind a line of the log; state: what fails by itself before, or NULL. */
+static void agent_end(struct agent *a, const char *why, const char *state)
 {
-    if (!der_is_spki(key))
-        agent_fail(a, "%s %zu: its userKey is not a SubjectPublicKeyInfo", what, i);
-}
-
-static bool is_remote(const struct Source *source)
-{
-    return source && source->url.n;
+    agent_tell(a, &(struct step){ .level = "ERROR", .text = why });
+    if (state)
+        agent_tell(a, &(struct step){ .event = state, .status = "Failed" });
+    agent_tell(a, &(struct step){ .event = "Failed", .status = "Failed" });
+    a->step = PB_COUNT(run_steps);
 }
 
 static void put_members(struct buf *out, const struct pb_message *m, const void *msg, int level);
@@ -13734,48 +13623,77 @@ static void put_members(struct buf *out, const struct pb_message *m, const void 
     }
 }
 
+/* Adds the i-th need of a role, which must have what a real agent can't do without: with another hash it panics. */
+static struct need *need_add(struct agent *a, enum user_role role, size_t i, struct bytes key, struct bytes hash,
+                             const struct Source *source, const struct KBSConfig *kbs)
+{
+    static const char *const names[ROLES] = { "algorithm", "dataset", "result consumer" };
+    struct need *n = &a->needs[a->need_count++];
+    bool remote = source && source->url.n;
+    *n = (struct need){ .role = role, .key = key, .hash = hash, .source = remote ? source : NULL,
+                        .kbs = kbs ? kbs : a->req.kbs,
+                        .fetch = remote && a->announced & 1u << role && http_scheme(source->url) };
+    n->there = remote && !n->fetch;
+    if (role != ROLE_RESULT && hash.n != SHA3_256_LEN)
+        client_fail(&a->c, "%s %zu: its hash has " BYTES_FMT ", not %d", names[role], i, BYTES_OF(hash.n), SHA3_256_LEN);
+    if (!der_is_spki(key))
+        client_fail(&a->c, "%s %zu: its userKey is not a SubjectPublicKeyInfo", names[role], i);
+    return n;
+}
+
+static void agent_needs(struct agent *a)
+{
+    const struct ComputationRunReq *req = &a->req;
+    const struct Algorithm *algorithm = req->algorithm;
+    const struct Dataset *d = req->datasets.items;
+    const struct ResultConsumer *r = req->result_consumers.items;
+    a->needs = pb_arena_alloc(&a->arena, (1 + req->datasets.n + req->result_consumers.n) * sizeof *a->needs);
+    if (!a->needs) {
+        client_fail(&a->c, "out of memory for the manifest");
+        return;
+    }
+    for (size_t i = 0; i < req->datasets.n; i++) {
+        struct need *n = need_add(a, ROLE_DATA, i, d[i].userKey, d[i].hash, d[i].source, d[i].kbs);
+        n->name = d[i].filename;
+        n->decompress = d[i].decompress;
+    }
+    for (size_t i = 0; i < req->result_consumers.n; i++)
+        need_add(a, ROLE_RESULT, i, r[i].userKey, BYTES(""), NULL, NULL);
+    if (algorithm)
+        need_add(a, ROLE_ALGORITHM, 0, algorithm->userKey, algorithm->hash, algorithm->source, algorithm->kbs);
+}
+
 /* The joined chunks: shown, and held to what a real agent needs of them. */
 static void agent_check_manifest(struct agent *a)
 {
     size_t len = a->manifest.len;
     const struct ComputationRunReq *req = &a->req;
-    bool unknown;
+    struct buf *out = &a->c.loop->core.out;
     pb_arena_free(&a->arena);
     a->arena = (struct pb_arena){ .limit = (64 << 20) + 8 * (len < SIZE_MAX / 16 ? len : SIZE_MAX / 16) };
     a->req = (struct ComputationRunReq){ .algorithm = NULL };
-    enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena,
-                                  &unknown);
+    a->need_count = 0;
+    enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena, NULL);
     if (err != PB_OK) {
-        agent_fail(a, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text(err));
+        client_fail(&a->c, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text(err));
         return;
     }
-    const struct Dataset *d = req->datasets.items;
-    const struct ResultConsumer *r = req->result_consumers.items;
-    agent_note(a, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
-               a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
-    struct buf *out = &a->loop->core.out;
+    core_note(&a->c.loop->core, NULL, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
+              a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
     size_t before = out->len;
-    if (a->o->once)
-        pb_json(out, &ComputationRunReq_message, req, 2);
+    if (a->c.o->once)
+        pb_json(out, &ComputationRunReq_message, req, 2), json_defuse(out, before), buf_putc(out, '\n');
     else
         put_members(out, &ComputationRunReq_message, req, 0);
-    if (a->o->once)
-        json_defuse(out, before);
-    buf_puts(out, a->o->once ? "\n" : "");
     if (out->failed) {                /* not half of it */
         out->len = before;
-        agent_fail(a, "out of memory to show the manifest");
+        client_fail(&a->c, "out of memory to show the manifest");
     }
     if (!bytes_eq(req->id, (struct bytes){ a->id.p, a->id.len }))
-        agent_fail(a, "the chunks and the manifest name different computations");
+        client_fail(&a->c, "the chunks and the manifest name different computations");
     if (!req->algorithm)
-        agent_fail(a, "the manifest has no algorithm");
-    for (size_t i = 0; i < req->datasets.n; i++)
-        check_hash(a, "dataset", i, d[i].hash), check_key(a, "dataset", i, d[i].userKey);
-    for (size_t i = 0; i < req->result_consumers.n; i++)
-        check_key(a, "result consumer", i, r[i].userKey);
-    if (req->algorithm)
-        check_hash(a, "algorithm", 0, req->algorithm->hash), check_key(a, "algorithm", 0, req->algorithm->userKey);
+        client_fail(&a->c, "the manifest has no algorithm");
+    agent_needs(a);
 }
 
 /* ---- Its run ---- */
@@ -13783,60 +13701,33 @@ static void agent_check_manifest(struct agent *a)
 static void agent_bind(struct agent *a, unsigned port);
 static void download_next(struct agent *a, enum user_role role);
 
-/* Whether a resource is fetched in earnest: the server has said that it serves it. */
-static bool agent_fetches(const struct agent *a, enum user_role role, const struct Source *source)
-{
-    return a->announced & 1u << role && is_remote(source) && http_scheme(source->url);
-}
-
-/* Whom it waits for: whoever the server has said that it plays, or, with -agent-port, all that a real agent waits for.
- * From now on it can be called. */
+/* From now on it can be called, if it waits for anybody to call. */
 static void agent_await(struct agent *a)
 {
-    const struct Dataset *d = a->req.datasets.items;
-    const struct failure *f = a->fail;
-    a->awaited = a->announced | (a->o->agent_port ? (1u << ROLES) - 1 : 0) | (f && f->words ? 1u << f->role : 0);
-    bool remote = a->req.algorithm && is_remote(a->req.algorithm->source);
-    a->fetched = remote && agent_fetches(a, ROLE_ALGORITHM, a->req.algorithm->source) ? 1u << ROLE_ALGORITHM : 0;
-    a->served = remote && !a->fetched ? 1u << ROLE_ALGORITHM : 0;
-    a->there = pb_arena_alloc(&a->arena, a->req.datasets.n * sizeof *a->there + 1);
-    for (size_t i = a->missing = 0; a->there && i < a->req.datasets.n; i++) {
-        bool fetch = agent_fetches(a, ROLE_DATA, d[i].source);
-        a->fetched |= fetch ? 1u << ROLE_DATA : 0;
-        a->missing += !(a->there[i] = is_remote(d[i].source) && !fetch);
-    }
-    a->served |= (a->missing ? 0 : 1u << ROLE_DATA) | (a->req.result_consumers.n ? 0 : 1u << ROLE_RESULT);
-    if (a->awaited & ~a->served & ~a->fetched && !a->port)
+    bool called = false;
+    for (size_t i = 0; i < a->need_count; i++)
+        called |= !a->needs[i].there && !a->needs[i].fetch && agent_awaits(a, a->needs[i].role);
+    if (called && !a->port)
         agent_bind(a, SERVICE_PORT);
-    if (!a->there || (a->port && !a->failed && !listeners_open(a->loop)))
-        agent_fail(a, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", a->port, strerror(errno));
+    if (a->port && !a->c.loop->stop_why && !listeners_open(a->c.loop))
+        client_fail(&a->c, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", a->port, strerror(errno));
 }
 
-/* The end of a run that was told to fail. */
-static void agent_play_failure(struct agent *a)
-{
-    agent_log(a, "ERROR", "stand-in agent: told to fail");
-    if (a->fail->own_failure)
-        agent_event(a, a->fail->event, "Failed", NULL);
-    agent_event(a, "Failed", "Failed", NULL);
-    a->step = PB_COUNT(run_steps);
-}
-
-/* Whether somebody has to call before it goes on. */
+/* Whether it waits, at a gate, for something that is not there yet. */
 static bool agent_waits(const struct agent *a)
 {
     unsigned gate = a->step ? run_steps[a->step - 1].gate : 0;
-    return gate && a->awaited & ~a->served & 1u << (gate - 1);
+    return gate && agent_awaits(a, (enum user_role)(gate - 1)) && agent_lacks(a, (enum user_role)(gate - 1), false);
 }
 
 /* The run, from where it stands to where somebody is waited for. */
 static void agent_play(struct agent *a)
 {
+    static const char told[] = "stand-in agent: told to fail";
     const struct failure *f = a->fail;
     if (!a->begun) {
         bool refused = f && f->event && !*f->event;
-        struct RunResponse res = { .computation_id = { a->id.p, a->id.len },
-                                   .error = bytes_of(refused ? "stand-in agent: told to fail" : "") };
+        struct RunResponse res = { .computation_id = { a->id.p, a->id.len }, .error = bytes_of(refused ? told : "") };
         agent_send(a, AGENT, &(struct ClientStreamMessage){ .run_res = &res });
         a->begun = true;
         if (refused)
@@ -13844,132 +13735,110 @@ static void agent_play(struct agent *a)
     }
     while (a->step < PB_COUNT(run_steps) && !agent_waits(a)) {
         const struct step *step = &run_steps[a->step++];
-        bool skip = step->with_data && !a->req.datasets.n;
-        if (!skip && step->level)
-            agent_log(a, step->level, step->text);
-        else if (!skip)
-            agent_event(a, step->event, step->status, step->originator);
+        if (!step->with_data || a->req.datasets.n)
+            agent_tell(a, step);
         if (f && f->event && step->event && strcmp(f->event, step->event) == 0 && strcmp(f->status, step->status) == 0)
-            agent_play_failure(a);
+            agent_end(a, told, f->own_failure ? f->event : NULL);
     }
-    if (agent_waits(a) && a->fetched)
+    if (agent_waits(a))
         download_next(a, (enum user_role)(run_steps[a->step - 1].gate - 1));
 }
 
 /* Goes on once the manifest is whole and both streams are up, and each time that somebody has called. */
 static void agent_go(struct agent *a)
 {
-    if (!a->whole || a->failed || a->over || (!a->o->once && !a->stream[FORWARDER]))
+    bool once = a->c.o->once;
+    if (!a->whole || a->c.loop->stop_why || a->over || (!once && !a->stream[FORWARDER]))
         return;
-    if (!a->o->once)
+    if (!once)
         agent_play(a);
-    a->loop->core.touched = true;
-    a->over = a->o->once || a->step == PB_COUNT(run_steps);
+    a->c.loop->core.touched = true;
+    a->over = once || a->step == PB_COUNT(run_steps);
     if (a->stream[AGENT])
         a->stream[AGENT]->deadline_ms = INT64_MAX;   /* what it waits for now is uploads */
     for (int i = 0; i < STREAMS && a->over; i++)
         if (a->stream[i]) {
             grpc_half_close(a->stream[i]);
-            client_step(a->stream[i], a->o);
+            client_step(a->stream[i]);
         }
 }
 
 /* A chunk of the manifest, of any length. */
 static void agent_chunk(struct agent *a, const struct RunReqChunks *c)
 {
-    if (a->whole)
+    const char *const *stop = &a->c.loop->stop_why;
+    if (a->whole || *stop)
         return;
     if (a->chunks++ == 0)
         buf_put(&a->id, c->id.p, c->id.n);
-    if (a->id.failed)
-        agent_fail(a, "out of memory for the manifest");
+    buf_put(&a->manifest, c->data.p, c->data.n);
+    if (a->id.failed || a->manifest.failed)
+        client_fail(&a->c, "out of memory for the manifest");
     else if (!bytes_eq(c->id, (struct bytes){ a->id.p, a->id.len }))
-        agent_fail(a, "chunk %zu belongs to another computation", a->chunks);
-    if (a->manifest.len > MANIFEST_FILE_MAX)
-        agent_fail(a, "the manifest has more than %d MiB", MANIFEST_FILE_MAX >> 20);
-    if (!a->failed)
-        buf_put(&a->manifest, c->data.p, c->data.n);
-    if (a->manifest.failed)
-        agent_fail(a, "out of memory for the manifest");
-    if (!c->is_last || a->failed)
+        client_fail(&a->c, "chunk %zu belongs to another computation", a->chunks);
+    else if (a->manifest.len > MANIFEST_FILE_MAX)
+        client_fail(&a->c, "the manifest has more than %d MiB", MANIFEST_FILE_MAX >> 20);
+    if (!c->is_last || *stop)
         return;
-    a->whole = true;
     agent_check_manifest(a);
-    if (!a->failed && !a->o->once)
+    if (!*stop && !a->c.o->once)
         agent_await(a);
+    a->whole = !*stop;
     agent_go(a);
 }
 
-/* What a server may ask of a running agent. */
-static void agent_asked(struct agent *a, const struct ServerStreamMessage *msg)
-{
-    if (msg->agentStateReq) {
-        struct AgentStateRes res = { .id = msg->agentStateReq->id, .state = bytes_of(a->state) };
-        agent_send(a, AGENT, &(struct ClientStreamMessage){ .agentStateRes = &res });
-    } else if (msg->stopComputation) {
-        struct StopComputationResponse res = { .computation_id = msg->stopComputation->computation_id };
-        agent_event(a, "Stopped", "Stopped", NULL);
-        a->loop->core.touched = true; /* the event is on the other connection */
-        agent_send(a, AGENT, &(struct ClientStreamMessage){ .stopComputationRes = &res });
-        a->step = PB_COUNT(run_steps);
-        agent_go(a);
-    } else if (msg->runReq) {
-        agent_fail(a, "the server sent a plain runReq: real agents take chunks only");
-    }
-}
-
+/* Chunks of the manifest, or what a server may ask of a running agent. */
 static void agent_message(struct stream *s, struct bytes wire)
 {
     struct core *core = s->conn->core;
     struct agent *a = core->app;
     struct ServerStreamMessage msg = { 0 };
-    bool unknown;
     if (s->user != &a->stream[AGENT])
         return;                       /* a log-forwarder takes no notice of what it gets */
     pb_arena_reset(&core->arena);
-    enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, &unknown);
+    enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, NULL);
     if (msg.runReqChunks && !a->whole)
-        client_step(s, a->o);
-    if (err != PB_OK)
-        agent_fail(a, "a message of " BYTES_FMT " does not parse: %s", BYTES_OF(wire.n), pb_error_text(err));
-    else if (msg.runReqChunks)
+        client_step(s);
+    if (err != PB_OK) {
+        client_fail(&a->c, "a message of " BYTES_FMT " does not parse: %s", BYTES_OF(wire.n), pb_error_text(err));
+    } else if (msg.runReqChunks) {
         agent_chunk(a, msg.runReqChunks);
-    else
-        agent_asked(a, &msg);
+    } else if (msg.runReq) {
+        client_fail(&a->c, "the server sent a plain runReq: real agents take chunks only");
+    } else if (msg.agentStateReq) {
+        struct AgentStateRes res = { .id = msg.agentStateReq->id, .state = bytes_of(a->state) };
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .agentStateRes = &res });
+    } else if (msg.stopComputation) {
+        struct StopComputationResponse res = { .computation_id = msg.stopComputation->computation_id };
+        agent_tell(a, &(struct step){ .event = "Stopped", .status = "Stopped" });
+        core->touched = true;         /* the event is on the other connection */
+        agent_send(a, AGENT, &(struct ClientStreamMessage){ .stopComputationRes = &res });
+        a->step = PB_COUNT(run_steps);
+        agent_go(a);
+    }
 }
 
 static void agent_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct agent *a = s->conn->core->app;
     int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
-    if (a->failed || a->loop->stop_why || a->again || a->next_run)
-        return;
     bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
     bool early = status == GRPC_OK && !s->local_closed;   /* it has not heard our end */
-    if (!a->chunks && client_again(&a->dial, s, status, text)) {
-        a->again = true;
+    if (a->c.loop->stop_why || a->c.again || a->next_run || (!a->chunks && client_again(&a->c, s, status, text)))
         return;
-    }
     if (!verdict && (status != GRPC_OK || !a->over || early)) {
-        agent_fail(a, "the %s's stream ended%s: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
-                   early ? " before the server had taken everything" : "",
-                   grpc_status_names[status], (int)min_size(text.n, 300), text.n ? (const char *)text.p : "");
+        client_fail(&a->c, "the %s's stream ended%s: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
+                    early ? " before the server had taken everything" : "", grpc_status_names[status], TEXT_OF(text, 300));
         return;
     }
     a->done[which] = true;
-    if (!a->done[AGENT] || !(a->done[FORWARDER] || a->o->once))
+    if (!a->done[AGENT] || !(a->done[FORWARDER] || a->c.o->once))
         return;
-    agent_note(a, "run %lld of %lld is over: the server has %s", (long long)a->run, (long long)a->o->repeat,
-               verdict ? "its verdict" : "taken everything");
-    if (a->run == a->o->repeat || verdict)
-        loop_stop(a->loop, "done");
-    else
-        a->next_run = true;
-}
-
-static void agent_stream_closed(struct stream *s)
-{
-    *(struct stream **)s->user = NULL;
+    core_note(&a->c.loop->core, NULL, "run %lld of %lld is over: the server has %s", (long long)a->run,
+              (long long)a->c.o->repeat, verdict ? "its verdict" : "taken everything");
+    a->next_run = a->run < a->c.o->repeat && !verdict;
+    if (!a->next_run)
+        loop_stop(a->c.loop, "done");
 }
 
 /* The server's answer begins: it may say what it does besides. */
@@ -13982,7 +13851,7 @@ static void agent_headers(struct stream *s, const struct fields *f)
 
 static const struct grpc_method agent_method = {
     .path = "/cvms.Service/Process", .open = agent_headers, .message = agent_message, .status = agent_status,
-    .closed = agent_stream_closed,
+    .closed = client_stream_closed,
 };
 
 /* ---- Its own service: agent.AgentService ---- */
@@ -14004,57 +13873,54 @@ static enum user_role service_role(const struct stream *s)
 /* Takes the port of the service, on loopback where the server is; a client gets in once the manifest is there. */
 static void agent_bind(struct agent *a, unsigned port)
 {
-    const struct sockaddr_in *four = (const struct sockaddr_in *)(const void *)a->dial.addresses->ai_addr;
+    const struct sockaddr_in *four = (const struct sockaddr_in *)(const void *)a->c.dial.addresses->ai_addr;
     const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)(const void *)four;
     bool is_six = four->sin_family == AF_INET6;
     bool local = is_six ? IN6_IS_ADDR_LOOPBACK(&six->sin6_addr) : ntohl(four->sin_addr.s_addr) >> 24 == 127;
     const char *why;
-    a->port = listen_host(a->loop, local ? "localhost" : "", port, &why);
+    a->port = listen_host(a->c.loop, local ? "localhost" : "", port, &why);
     if (!a->port)
-        agent_fail(a, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", port,
-                   why ? why : strerror(errno));
+        client_fail(&a->c, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", port,
+                    why ? why : strerror(errno));
     else
-        agent_note(a, "uploads are taken at %s%u", local ? "localhost:" : "all interfaces, port ", a->port);
-    text_printf(a->port_text, sizeof a->port_text, "%u", a->port);
+        core_note(&a->c.loop->core, NULL, "uploads are taken at %s%u", local ? "localhost:" : "all interfaces, port ", a->port);
 }
 
 /* Refuses a call with a real agent's words. */
 static void service_refuse(struct stream *s, unsigned status, const char *words)
 {
-    static const char *const names[ROLES] = { "Algo", "Data", "Result" };
     struct agent *a = s->conn->core->app;
     enum user_role role = service_role(s);
     char line[200];
-    bool planned = a->fail && a->fail->words && a->fail->role == role;
-    agent_note(a, "refuses the %s%s: %s", roles[role].what, planned ? ", as told" : "", words);
-    a->loop->exit_status |= !planned && strcmp(words, NOT_NOW) != 0 && strcmp(words, NO_RESULTS_YET) != 0;
-    text_printf(line, sizeof line, "Method %s took 0s to complete with error: %s", names[role], words);
+    bool planned = agent_refusal(a, role);
+    core_note(s->conn->core, NULL, "refuses the %s%s: %s", roles[role].what, planned ? ", as told" : "", words);
+    a->c.loop->exit_status |= !planned && strcmp(words, NOT_NOW) != 0 && strcmp(words, NO_RESULTS_YET) != 0;
+    text_printf(line, sizeof line, "Method %s took 0s to complete with error: %s", strrchr(s->grpc.method->path, '/') + 1, words);
     if (status == GRPC_UNKNOWN)
-        agent_log(a, "WARN", line);
-    a->loop->core.touched = true;
+        agent_tell(a, &(struct step){ .level = "WARN", .text = line });
+    s->conn->core->touched = true;
     grpc_finish(s, status, words);
 }
 
 /* Whether the caller holds a private key of this role: its signature is over the role's own word. */
 static bool service_knows(struct agent *a, enum user_role role, struct bytes signature)
 {
-    const struct Dataset *d = a->req.datasets.items;
-    const struct ResultConsumer *c = a->req.result_consumers.items;
-    size_t n = role == ROLE_ALGORITHM ? 1 : role == ROLE_DATA ? a->req.datasets.n : a->req.result_consumers.n;
     struct buf raw = { 0 };
     int known = 0;
     bool good = base64_decode(signature, &raw);
-    struct bytes last = { 0 }, word = bytes_of(roles[role].user_id), sig = { raw.p, raw.len };
-    for (size_t i = 0; good && i < n && known < 1; i++) {
-        struct bytes key = role == ROLE_ALGORITHM ? a->req.algorithm->userKey : role == ROLE_DATA ? d[i].userKey : c[i].userKey;
-        int now = bytes_eq(key, last) ? 0 : signature_check(key, word, sig);
+    struct bytes last = { 0 };
+    for (size_t i = 0; good && i < a->need_count && known < 1; i++) {
+        struct bytes key = a->needs[i].key;
+        if (a->needs[i].role != role || bytes_eq(key, last))
+            continue;
+        int now = signature_check(key, bytes_of(roles[role].user_id), ((struct bytes){ raw.p, raw.len }));
         known = now ? now : known;
         last = key;
     }
     buf_free(&raw);
     if (known < 0 && !a->unchecked)
-        agent_note(a, "signatures are not checked: this cvms %s", CVMS_TLS ? "can't with a key of this kind"
-                                                                           : "was built without TLS (make TLS=0)");
+        core_note(&a->c.loop->core, NULL, "signatures are not checked: this cvms %s",
+                  CVMS_TLS ? "can't with a key of this kind" : "was built without TLS (make TLS=0)");
     a->unchecked |= known < 0;
     return known != 0;
 }
@@ -14071,7 +13937,7 @@ static void service_open(struct stream *s, const struct fields *f)
     else if (planned || !service_knows(a, role, f->value[F_SIGNATURE]))
         service_refuse(s, GRPC_UNAUTHENTICATED, WRONG_SIGNATURE);
     else if (role == ROLE_ALGORITHM && !f->value[F_ALGO_TYPE].p)
-        agent_fail(a, "an algorithm came without the metadata algo_type: a real agent panics of that");
+        client_fail(&a->c, "an algorithm came without the metadata algo_type: a real agent panics of that");
     else if (!(s->user = calloc(1, sizeof(struct upload))))
         service_refuse(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
     else
@@ -14087,75 +13953,62 @@ static void service_closed(struct stream *s)
     s->user = NULL;
 }
 
+/* AlgoRequest and DataRequest have the same two fields: a piece, and the requirements, or a name in each. */
 static void upload_message(struct stream *s, struct bytes wire)
 {
     struct upload *u = s->user;
-    struct AlgoRequest algo = { .algorithm = { NULL, 0 } };
-    struct DataRequest data = { .dataset = { NULL, 0 } };
-    bool is_data = service_role(s) == ROLE_DATA;
-    if (!u || !message_decode(s, is_data ? &DataRequest_message : &AlgoRequest_message, is_data ? (void *)&data : &algo, wire))
+    struct AlgoRequest req = { .algorithm = { NULL, 0 } };
+    if (!u || !message_decode(s, &AlgoRequest_message, &req, wire))
         return;
-    struct bytes part = is_data ? data.dataset : algo.algorithm;
-    sha3_256_update(&u->hash, part.p, part.n);
-    u->bytes += part.n;
-    if (data.filename.n) {
+    sha3_256_update(&u->hash, req.algorithm.p, req.algorithm.n);
+    u->bytes += req.algorithm.n;
+    if (service_role(s) == ROLE_DATA && req.requirements.n) {
         u->name.len = 0;
-        buf_put(&u->name, data.filename.p, data.filename.n);
+        buf_put(&u->name, req.requirements.p, req.requirements.n);
     }
 }
 
-/* The place in the manifest of an uploaded dataset, by its name; where the manifest has none, by its hash.  NULL: *why
- * tells. */
-static bool *dataset_place(struct agent *a, struct bytes name, const uint8_t *hash, const char **why)
+/* The need that an upload fulfils, by its name; where the manifest has none, by its hash.  NULL: *why tells. */
+static struct need *upload_need(struct agent *a, enum user_role role, struct bytes name, const uint8_t *hash, const char **why)
 {
-    const struct Dataset *d = a->req.datasets.items;
     *why = UNDECLARED;
-    for (size_t i = 0; i < a->req.datasets.n; i++) {
-        bool same = memcmp(d[i].hash.p, hash, SHA3_256_LEN) == 0, named = bytes_eq(d[i].filename, name);
-        if (a->there[i] || is_remote(d[i].source) || (!same && !named))
-            continue;
-        if (same && (named || !d[i].filename.n))
-            return &a->there[i];
-        *why = named ? WRONG_HASH : strcmp(*why, WRONG_HASH) ? WRONG_NAME : *why;
+    for (size_t i = 0; i < a->need_count; i++) {
+        struct need *n = &a->needs[i];
+        bool open = n->role == role && !n->there, named = open && bytes_eq(n->name, name);
+        bool same = open && memcmp(n->hash.p, hash, SHA3_256_LEN) == 0;
+        if (same && (named || !n->name.n))
+            return n;
+        if (named || (same && strcmp(*why, WRONG_HASH) != 0))
+            *why = named ? WRONG_HASH : WRONG_NAME;
     }
     return NULL;
 }
 
-/* Takes an upload that is whole.  NULL, or why it is refused. */
-static const char *upload_take(struct agent *a, enum user_role role, struct upload *u)
-{
-    uint8_t hash[SHA3_256_LEN];
-    const char *why = NULL;
-    bool *place = NULL;
-    sha3_256_final(&u->hash, hash);
-    if (u->bytes == 0)
-        return role == ROLE_DATA ? "dataset is required" : "algorithm binary is required";
-    if (agent_state_of(bytes_of(a->state)) != roles[role].from)
-        return NOT_NOW;
-    if (a->fail && a->fail->words && a->fail->role == role)
-        return a->fail->words;
-    if (role == ROLE_ALGORITHM && memcmp(a->req.algorithm->hash.p, hash, sizeof hash) != 0)
-        return WRONG_HASH;
-    if (role == ROLE_DATA && !(place = dataset_place(a, (struct bytes){ u->name.p, u->name.len }, hash, &why)))
-        return why;
-    if (place)
-        *place = true, a->missing--;
-    if (!place || !a->missing)
-        a->served |= 1u << role;
-    return NULL;
-}
-
+/* Takes an upload that is whole, or refuses it. */
 static void upload_end(struct stream *s)
 {
     struct agent *a = s->conn->core->app;
     struct upload *u = s->user;
     enum user_role role = service_role(s);
-    const char *why = u ? upload_take(a, role, u) : NULL;
-    if (why)
-        service_refuse(s, GRPC_UNKNOWN, why);
-    if (!u || why)
+    uint8_t hash[SHA3_256_LEN];
+    const char *why = agent_refusal(a, role);
+    struct need *n = NULL;
+    if (!u)
         return;
-    agent_note(a, "the %s is there: " BYTES_FMT " with the manifest's hash", roles[role].what, BYTES_OF(u->bytes));
+    sha3_256_final(&u->hash, hash);
+    if (u->bytes == 0)
+        why = role == ROLE_DATA ? "dataset is required" : "algorithm binary is required";
+    else if (agent_state_of(bytes_of(a->state)) != roles[role].from)
+        why = NOT_NOW;
+    else if (!why)
+        n = upload_need(a, role, (struct bytes){ u->name.p, u->name.len }, hash, &why);
+    if (!n) {
+        service_refuse(s, GRPC_UNKNOWN, why);
+        return;
+    }
+    n->there = true;
+    core_note(s->conn->core, NULL, "the %s is there: " BYTES_FMT " with the manifest's hash", roles[role].what,
+              BYTES_OF(u->bytes));
     grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });     /* as empty as AlgoResponse and DataResponse */
     grpc_finish(s, GRPC_OK, "");
     agent_go(a);
@@ -14179,6 +14032,19 @@ static struct download *download_of(const struct stream *s)
     return &((struct agent *)s->conn->core->app)->download;
 }
 
+/* A request is over.  A server without the service for tokens is one for agents that do without. */
+static void download_status(struct stream *s, unsigned status, struct bytes text)
+{
+    struct download *l = download_of(s);
+    bool token = l->phase == DOWNLOAD_TOKEN, good = status == GRPC_OK || (token && status == GRPC_UNIMPLEMENTED);
+    if (good && l->phase == DOWNLOAD_KEY && (l->key.len != AES_KEY || l->key.failed))
+        download_end(l, "the key has " BYTES_FMT ", not %d", BYTES_OF(l->key.len), AES_KEY);
+    else if (good)
+        download_end(l, "%s", "");
+    else
+        download_end(l, "%s%s%.*s", token ? grpc_status_names[status] : "", token ? ": " : "", TEXT_OF(text, 300));
+}
+
 static void token_message(struct stream *s, struct bytes wire)
 {
     struct GetTokenResponse res = { .Token = { NULL, 0 } };
@@ -14186,16 +14052,8 @@ static void token_message(struct stream *s, struct bytes wire)
         buf_put(&download_of(s)->token, res.Token.p, res.Token.n);
 }
 
-/* A server without that service is one for agents that do without. */
-static void token_status(struct stream *s, unsigned status, struct bytes text)
-{
-    bool good = status == GRPC_OK || status == GRPC_UNIMPLEMENTED;
-    download_end(download_of(s), good ? "%s" : "failed to retrieve token from attestation service: %s: %.*s",
-                 good ? "" : grpc_status_names[status], (int)text.n, text.n ? (const char *)text.p : "");
-}
-
-static const struct grpc_method token_method = {
-    .path = "/attestation_agent.AttestationAgentService/GetToken", .message = token_message, .status = token_status,
+static const struct grpc_method download_method = {
+    .path = "/attestation_agent.AttestationAgentService/GetToken", .message = token_message, .status = download_status,
 };
 
 /* What has come of the resource, in the clear. */
@@ -14212,22 +14070,20 @@ static void http_headers(struct stream *s, const struct fields *f, bool end)
     struct bytes status = f->value[F_STATUS];
     (void)end;
     if (status.p && !bytes_eq(status, BYTES("200")))
-        download_end(download_of(s), "HTTP status %.*s", (int)status.n, (const char *)status.p);
+        grpc_client_fail(s, GRPC_UNKNOWN, "HTTP status %.*s", TEXT_OF(status, 3));
 }
 
 static void http_data(struct stream *s, struct bytes p)
 {
     struct download *l = download_of(s);
-    client_step(s, ((struct agent *)s->conn->core->app)->o);
-    if (l->over)
-        return;
+    client_step(s);
     if (l->phase == DOWNLOAD_KEY && l->key.len + p.n > AES_KEY)
         download_end(l, "the key has more than %d bytes", AES_KEY);
-    else if (l->phase == DOWNLOAD_KEY)
-        buf_put(&l->key, p.p, p.n);
-    for (size_t n; l->phase == DOWNLOAD_BLOB && p.n; p = bytes_from(p, n)) {
+    for (size_t n; !l->over && p.n; p = bytes_from(p, n)) {
         n = min_size(p.n, sizeof l->plain);
-        if (l->source->encrypted)
+        if (l->phase == DOWNLOAD_KEY)
+            buf_put(&l->key, p.p, n);
+        else if (l->need->source->encrypted)
             download_take(l, l->plain, unseal_update(&l->unseal, p.p, n, l->plain));
         else
             download_take(l, p.p, n);
@@ -14236,57 +14092,40 @@ static void http_data(struct stream *s, struct bytes p)
 
 static void http_end(struct stream *s)
 {
-    download_end(download_of(s), "%s", "");
+    grpc_client_status(s, GRPC_OK, BYTES(""));
 }
 
-static void http_abort(struct stream *s, unsigned status, const char *text)
-{
-    (void)status;
-    download_end(download_of(s), "%s", text);
-}
-
-static void http_lost(struct stream *s, const char *how, uint32_t code)
-{
-    download_end(download_of(s), "%s: %s", how, h2_error_name(code));
-}
-
-static void http_closed(struct stream *s)
-{
-    download_end(download_of(s), "%s", s->conn->why ? s->conn->why : "the stream was closed");
-}
-
+/* A GET, which ends as a call does that gets no status. */
 static const struct h2_handler http_client = {
-    .headers = http_headers, .data = http_data, .end = http_end, .drained = grpc_drained, .abort = http_abort,
-    .lost = http_lost, .closed = http_closed,
+    .headers = http_headers, .data = http_data, .end = http_end, .drained = grpc_drained, .abort = grpc_client_abort,
+    .lost = grpc_client_lost, .closed = grpc_client_closed,
 };
 
 static void download_up(struct link *k)
 {
     struct download *l = k->user;
     struct conn *c = &k->conn;
-    struct stream *s = l->phase == DOWNLOAD_TOKEN ? grpc_call(c, &token_method, l->where, NULL) : stream_new(c, c->next_id);
+    bool call = l->phase == DOWNLOAD_TOKEN, bears = l->phase == DOWNLOAD_KEY && l->token.len;
+    struct stream *s = call ? grpc_call(c, &download_method, l->where, NULL) : stream_new(c, c->next_id);
     struct buf bearer = { 0 };
-    if (!s) {
+    buf_printf(&bearer, "Bearer %.*s", (int)l->token.len, (const char *)l->token.p);
+    buf_putc(&bearer, 0);
+    if (s)
+        client_step(s);
+    if (!s || bearer.failed || l->token.failed) {
         download_end(l, "out of memory");
-        return;
-    }
-    client_step(s, ((struct agent *)k->loop->core.app)->o);
-    if (l->phase == DOWNLOAD_TOKEN) {
+    } else if (call) {
         grpc_send(s, &GetTokenRequest_message, &(struct GetTokenRequest){ .TokenType = BYTES("kbs") });
         grpc_half_close(s);
-        return;
+    } else {
+        c->next_id += 2;
+        s->grpc.method = &download_method;
+        stream_put_fields(s, (const char *[]){ ":method", "GET", ":scheme", c->secure ? "https" : "http", ":path", l->path,
+                                               ":authority", l->where, "user-agent", "cvms/" CVMS_VERSION, "authorization",
+                                               bears ? (const char *)bearer.p : NULL, NULL }, NULL, END_STREAM);
+        stream_local_end(s);
     }
-    c->next_id += 2;
-    buf_printf(&bearer, "Bearer %.*s", (int)l->token.len, l->token.len ? (const char *)l->token.p : "");
-    buf_putc(&bearer, 0);
-    if (bearer.failed || l->token.failed)
-        download_end(l, "out of memory");
-    bool authorized = l->phase == DOWNLOAD_KEY && l->token.len && !l->over;
-    stream_put_fields(s, (const char *[]){ ":method", "GET", ":scheme", c->secure ? "https" : "http", ":path", l->path,
-                                           ":authority", l->where, "user-agent", "cvms/" CVMS_VERSION, "authorization",
-                                           authorized ? (const char *)bearer.p : NULL, NULL }, NULL, END_STREAM);
     buf_free(&bearer);
-    stream_local_end(s);
 }
 
 static void download_down(struct link *k, const char *why)
@@ -14296,40 +14135,39 @@ static void download_down(struct link *k, const char *why)
     download_end(l, "%s", why);
 }
 
+/* Ends what is under way; a key is wiped. */
 static void download_free(struct agent *a)
 {
     struct download *l = &a->download;
-    if (l->dial.addresses != a->dial.addresses)
-        addresses_free(l->dial.addresses);
+    addresses_free(l->own);
     wipe_buf(&l->key);
     buf_free(&l->token);
     wipe(l, sizeof *l);
 }
 
-/* Takes a URL of http or https apart, with more behind its path.  False: told why not. */
-static bool download_url(struct download *l, struct bytes url, const char *before, struct bytes more)
+/* Where the resource, or its key at its broker, is to be had.  False: told why not. */
+static bool download_url(struct download *l)
 {
-    bool tls = bytes_start(url, "https://");
-    struct bytes rest = bytes_from(url, tls ? 8 : min_size(url.n, 7));
-    const uint8_t *slash = rest.n ? memchr(rest.p, '/', rest.n) : NULL;
-    size_t n = slash ? (size_t)(slash - rest.p) : rest.n;
+    const struct need *n = l->need;
+    bool key = l->phase == DOWNLOAD_KEY;
+    struct bytes url = !key ? n->source->url : n->kbs ? n->kbs->url : BYTES("");
+    struct bytes rest = bytes_from(url, http_scheme(url)), host = bytes_take(&rest, '/');
     struct address at;
     const char *why;
-    text_printf(l->where, sizeof l->where, "%.*s", (int)min_size(n, 299), rest.n ? (const char *)rest.p : "");
-    rest = bytes_from(rest, n);
-    if (rest.n && rest.p[rest.n - 1] == '/' && *before)
-        rest.n--;
-    text_printf(l->path, sizeof l->path, "%.*s%s%.*s", (int)rest.n, rest.n ? (const char *)rest.p : "", before, (int)more.n,
-                more.n ? (const char *)more.p : "");
-    if (!*l->path)
-        text_printf(l->path, sizeof l->path, "/");
+    rest.n -= key && rest.n && rest.p[rest.n - 1] == '/';
+    text_printf(l->where, sizeof l->where, "%.*s", TEXT_OF(host, sizeof l->where));
+    text_printf(l->path, sizeof l->path, "/%.*s%s%s%.*s", TEXT_OF(rest, sizeof l->path), rest.n && key ? "/" : "",
+                key ? "kbs/v0/resource/" : "", TEXT_OF(n->source->kbs_resource_path, key ? sizeof l->path : 0));
+    if (http_scheme(url) != 8)
+        l->dial.tls = NULL;
     signals_handle(on_signal_end);    /* a resolver may take long */
     if (!address_parse(l->where, &at))
         download_end(l, "%s is no address", l->where);
-    else if (!(l->dial.addresses = resolve_host(at.host, at.port < 0 ? tls ? 443 : 80 : (unsigned)at.port, 0, &why)))
+    else if (!(l->own = resolve_host(at.host, at.port >= 0 ? (unsigned)at.port : l->dial.tls ? 443 : 80, 0, &why)))
         download_end(l, "can't resolve %s: %s", at.host, why);
     signals_handle(on_signal);
-    return !l->over;
+    l->dial.addresses = l->own;
+    return l->own;
 }
 
 /* Begins a phase: a request on a link of its own.  A name is looked up at once: a stand-in has nothing else to do. */
@@ -14337,50 +14175,33 @@ static void download_phase(struct agent *a, enum download_phase phase)
 {
     struct download *l = &a->download;
     bool token = phase == DOWNLOAD_TOKEN;
-    if (l->dial.addresses != a->dial.addresses)
-        addresses_free(l->dial.addresses);
+    addresses_free(l->own);
+    l->own = NULL;
     l->phase = phase;
     l->over = false;
-    l->why[0] = 0;
     l->dial = (struct dial){ .endpoint = { .on = token ? &grpc_client : &http_client, .client = true,
                                            .max_message = CLIENT_MAX_MESSAGE },
-                             .name = "resource", .connect_ms = CONNECT_MS, .up = download_up, .down = download_down, .closed = download_down };
-    if (token) {
-        l->dial.addresses = a->dial.addresses;
-        text_printf(l->where, sizeof l->where, "%s", a->authority);
-    } else if (phase == DOWNLOAD_KEY ? !download_url(l, l->kbs, "/kbs/v0/resource/", l->source->kbs_resource_path)
-                                     : !download_url(l, l->source->url, "", BYTES(""))) {
+                             .name = "resource", .addresses = a->c.dial.addresses, .connect_ms = CONNECT_MS,
+                             .tls = a->c.dial.tls, .up = download_up, .down = download_down, .closed = download_down };
+    text_printf(l->where, sizeof l->where, "%s", a->c.dial.where);
+    if (!token && !download_url(l))
         return;
-    }
-    l->dial.tls = token || bytes_start(phase == DOWNLOAD_KEY ? l->kbs : l->source->url, "https://") ? a->dial.tls : NULL;
-    l->link = link_dial(a->loop, &l->dial, l);
+    l->link = link_dial(a->c.loop, &l->dial, l);
     if (!l->link)
         download_end(l, "out of memory");
 }
 
-/* The first resource of a role that is not there yet, unless one is on its way. */
+/* Fetches the first resource of a role that is not there yet, unless one is on its way. */
 static void download_next(struct agent *a, enum user_role role)
 {
     struct download *l = &a->download;
-    const struct Dataset *d = a->req.datasets.items;
-    const struct Algorithm *algorithm = a->req.algorithm;
-    size_t i = 0;
-    if (l->phase || role == ROLE_RESULT || !(a->fetched & 1u << role))
+    struct need *n = agent_lacks(a, role, true);
+    if (l->phase || !n)
         return;
-    while (role == ROLE_DATA && i < a->req.datasets.n && (a->there[i] || !is_remote(d[i].source)))
-        i++;
-    if (role == ROLE_DATA && i == a->req.datasets.n)
-        return;
-    const struct KBSConfig *kbs = role == ROLE_DATA ? d[i].kbs : algorithm->kbs;
-    kbs = kbs ? kbs : a->req.kbs;
-    *l = (struct download){ .data = role == ROLE_DATA, .index = i, .kbs = kbs ? kbs->url : BYTES(""),
-                            .source = role == ROLE_DATA ? d[i].source : algorithm->source,
-                            .hash = role == ROLE_DATA ? d[i].hash : algorithm->hash,
-                            .name = role == ROLE_DATA ? d[i].filename : BYTES(""),
-                            .decompress = role == ROLE_DATA && d[i].decompress };
+    l->need = n;
     sha3_256_init(&l->sha3, sha3_features());
-    download_phase(a, l->source->encrypted ? DOWNLOAD_TOKEN : DOWNLOAD_BLOB);
-    if (l->source->encrypted && !CVMS_TLS)
+    download_phase(a, n->source->encrypted ? DOWNLOAD_TOKEN : DOWNLOAD_BLOB);
+    if (n->source->encrypted && !CVMS_TLS)
         download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
 }
 
@@ -14390,48 +14211,41 @@ static void download_check(struct download *l)
     uint8_t hash[SHA3_256_LEN];
     char hex[2][2 * SHA3_256_LEN + 1];
     sha3_256_final(&l->sha3, hash);
+    hex_text(hex[0], l->need->hash.p, SHA3_256_LEN);
+    hex_text(hex[1], hash, SHA3_256_LEN);
     l->over = false;
-    for (int i = 0; i < 2; i++)
-        hex_text(hex[i], i ? hash : l->hash.p, SHA3_256_LEN);
-    if (l->source->encrypted && !unseal_final(&l->unseal))
+    if (l->need->source->encrypted && !unseal_final(&l->unseal))
         download_end(l, "failed to decrypt resource: cipher: message authentication failed");
-    else if (memcmp(hash, l->hash.p, sizeof hash) != 0)
+    else if (strcmp(hex[0], hex[1]) != 0)
         download_end(l, "hash mismatch: expected %s, got %s", hex[0], hex[1]);
-    else if (l->decompress && memcmp(l->head, "PK", 2) != 0)
+    else if (l->need->decompress && memcmp(l->head, "PK", 2) != 0)
         download_end(l, "failed to unzip: zip: not a valid zip file");
-    l->over = true;
 }
 
-/* It has failed: said as a real agent says it, and the run is over. */
-static void download_fail(struct agent *a, const char *before)
+/* It is there; or it has failed, which is said as a real agent says it, and the run is over. */
+static void download_finish(struct agent *a, const char *before)
 {
     const struct download *l = &a->download;
+    struct need *n = l->need;
     char line[700];
-    text_printf(line, sizeof line, "failed to download and decrypt %s%s%.*s: %s%s", l->data ? "dataset" : "algorithm",
-                l->name.n ? " " : "", (int)min_size(l->name.n, 100), l->name.n ? (const char *)l->name.p : "", before, l->why);
-    agent_note(a, "%s", line);
-    agent_log(a, "ERROR", line);
-    agent_event(a, "Failed", "Failed", NULL);
-    a->loop->exit_status = 1;
-    a->step = PB_COUNT(run_steps);
-}
-
-static void download_done(struct agent *a)
-{
-    const struct download *l = &a->download;
-    agent_note(a, "the %s is fetched: " BYTES_FMT " with the manifest's hash", l->data ? "dataset" : "algorithm",
-               BYTES_OF(l->bytes));
-    if (l->data)
-        a->there[l->index] = true, a->missing--;
-    if (!l->data || !a->missing)
-        a->served |= 1u << (l->data ? ROLE_DATA : ROLE_ALGORITHM);
+    if (!*l->why) {
+        core_note(&a->c.loop->core, NULL, "the %s is fetched: " BYTES_FMT " with the manifest's hash", roles[n->role].what,
+                  BYTES_OF(l->bytes));
+        n->there = true;
+        return;
+    }
+    text_printf(line, sizeof line, "failed to download and decrypt %s%s%.*s: %s%s", roles[n->role].what,
+                n->name.n ? " " : "", TEXT_OF(n->name, 100), before, l->why);
+    core_note(&a->c.loop->core, NULL, "%s", line);
+    a->c.loop->exit_status = 1;
+    agent_end(a, line, NULL);
 }
 
 /* A phase is over: the next one begins, or it was the last. */
 static void download_turn(struct agent *a)
 {
-    static const char *const of_phase[] = { "", "", "failed to retrieve decryption key from KBS: ",
-                                            "failed to download resource: " };
+    static const char *const of_phase[] = { "", "failed to retrieve token from attestation service: ",
+                                            "failed to retrieve decryption key from KBS: ", "failed to download resource: " };
     struct download *l = &a->download;
     const char *before = of_phase[l->phase];
     if (!l->phase || !l->over)
@@ -14439,67 +14253,46 @@ static void download_turn(struct agent *a)
     if (l->link)
         link_close(l->link, "the request is over");
     bool good = !*l->why && !a->over; /* a->over: it has been stopped */
-    if (good && l->phase == DOWNLOAD_TOKEN) {
-        download_phase(a, DOWNLOAD_KEY);
+    if (good && l->phase != DOWNLOAD_BLOB) {
+        if (l->phase == DOWNLOAD_KEY)
+            unseal_init(&l->unseal, l->key.p);
+        download_phase(a, (enum download_phase)(l->phase + 1));
         return;
     }
-    if (good && l->phase == DOWNLOAD_KEY && l->key.len == AES_KEY && !l->key.failed) {
-        unseal_init(&l->unseal, l->key.p);
-        download_phase(a, DOWNLOAD_BLOB);
-        return;
-    }
-    if (good && l->phase == DOWNLOAD_KEY)
-        text_printf(l->why, sizeof l->why, "the key has " BYTES_FMT ", not %d", BYTES_OF(l->key.len), AES_KEY);
-    else if (good)
+    if (good)
         before = "", download_check(l);
-    if (!a->over && *l->why)
-        download_fail(a, before);
-    else if (!a->over)
-        download_done(a);
+    if (!a->over)
+        download_finish(a, before);
     download_free(a);
     agent_go(a);
 }
 
-/* A zip of one file, as a real agent's results are. */
-static void put_results(struct buf *out)
-{
-    static const char text[] = "cvms agent has run nothing: these are a stand-in's results.\n";
-    struct tree_entry entry = { .name = "results.txt", .mode = 0644, .size = sizeof text - 1 };
-    struct zip z = { .len = 0 };
-    zip_init(&z);
-    entry.crc = crc32_update(0, (const uint8_t *)text, sizeof text - 1);
-    zip_local_header(&z, entry.name);
-    buf_puts(&z.out, text);
-    zip_descriptor(&z, &entry);
-    z.start = z.out.len;
-    zip_central_header(&z, &entry);
-    zip_end(&z, 1);
-    *out = z.out;
-}
+/* A zip of one file, as a real agent's results are: its header and descriptor, the directory and its end. */
+static const char results_zip[] =
+    "PK\3\4\24\0\10\0\0\0\0\0!\354\0\0\0\0\0\0\0\0\0\0\0\0\13\0\11\0" "results.txtUT\5\0\1\0\0\0\0"
+    "cvms agent has run nothing: these are a stand-in's results.\n"
+    "PK\7\10\36\33\331\332<\0\0\0<\0\0\0"
+    "PK\1\2\24\3\24\0\10\0\0\0\0\0!\354\36\33\331\332<\0\0\0<\0\0\0\13\0\11\0\0\0\0\0\0\0\0\0\244\201\0\0\0\0"
+    "results.txtUT\5\0\1\0\0\0\0" "PK\5\6\0\0\0\0\1\0\1\0B\0\0\0~\0\0\0\0\0";
 
 static void result_end(struct stream *s)
 {
     struct agent *a = s->conn->core->app;
-    struct buf zip = { 0 };
     char size[24];
-    enum agent_state state = agent_state_of(bytes_of(a->state));
-    if (state < roles[ROLE_RESULT].from || (a->fail && a->fail->words && a->fail->role == ROLE_RESULT)) {
-        service_refuse(s, GRPC_UNKNOWN, state < roles[ROLE_RESULT].from ? NO_RESULTS_YET : a->fail->words);
+    bool early = agent_state_of(bytes_of(a->state)) < roles[ROLE_RESULT].from;
+    const char *refusal = early ? NO_RESULTS_YET : agent_refusal(a, ROLE_RESULT);
+    if (refusal) {
+        service_refuse(s, GRPC_UNKNOWN, refusal);
         return;
     }
-    put_results(&zip);
-    if (zip.failed) {
-        service_refuse(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
-    } else {
-        text_printf(size, sizeof size, "%zu", zip.len);
-        grpc_send_headers(s, (const char *[]){ "file-size", size, NULL });
-        grpc_send(s, &ResultResponse_message, &(struct ResultResponse){ .file = { zip.p, zip.len } });
-        grpc_finish(s, GRPC_OK, "");
-        agent_note(a, "the results are fetched: %zu bytes", zip.len);
-        a->served |= 1u << ROLE_RESULT;
-        agent_go(a);
-    }
-    buf_free(&zip);
+    text_printf(size, sizeof size, "%zu", sizeof results_zip - 1);
+    grpc_send_headers(s, (const char *[]){ "file-size", size, NULL });
+    grpc_send(s, &ResultResponse_message, &(struct ResultResponse){ .file = BYTES(results_zip) });
+    grpc_finish(s, GRPC_OK, "");
+    core_note(s->conn->core, NULL, "the results are fetched: " BYTES_FMT, BYTES_OF(sizeof results_zip - 1));
+    for (struct need *n; (n = agent_lacks(a, ROLE_RESULT, false)) != NULL;)
+        n->there = true;
+    agent_go(a);
 }
 
 static const struct grpc_method service_methods[ROLES] = {
@@ -14516,47 +14309,31 @@ static const char *addr_text(const struct options *o)
     return o->arg_count ? o->args[0] : present(url) ? url : "localhost:7001";
 }
 
-static void agent_dial(struct agent *a, int which);
-
 /* A connection is up: opens its Process stream.  The attestation report is the agent's first message. */
 static void agent_up(struct link *k)
 {
     struct agent *a = k->loop->core.app;
-    int which = k->user == &a->stream[AGENT] ? AGENT : FORWARDER;
-    bool job = present(a->o->job_id), own_port = which == AGENT && a->port && a->port != SERVICE_PORT;
-    const char *const metadata[] = {
-        "job-id", job ? a->o->job_id : NULL, "connection-type", job && which == FORWARDER ? "log-forwarder" : NULL,
-        "agent-port", own_port ? a->port_text : NULL, NULL
-    };
-    struct stream *s = grpc_call(&k->conn, &agent_method, a->authority, metadata);
-    if (!s) {
-        agent_fail(a, "out of memory");
+    struct stream **at = k->user;
+    bool agent = at == &a->stream[AGENT], job = present(a->c.o->job_id);
+    char port[8];
+    text_printf(port, sizeof port, "%u", a->port);
+    *at = grpc_call(&k->conn, &agent_method, a->c.dial.where, (const char *[]){
+        "job-id", job ? a->c.o->job_id : NULL, "connection-type", job && !agent ? "log-forwarder" : NULL,
+        "agent-port", agent && a->port && a->port != SERVICE_PORT ? port : NULL, NULL });
+    if (!*at) {
+        client_fail(&a->c, "out of memory");
         return;
     }
-    a->stream[which] = s;
-    s->user = &a->stream[which];
-    if (which == AGENT)
-        client_step(s, a->o);
-    if (which == AGENT && !a->o->once)
-        agent_dial(a, FORWARDER);     /* as an agent host does: two connections */
-    struct AttestationResponse report = { .certSerialNumber = BYTES("") };
-    if (which == AGENT)
-        agent_send(a, AGENT, &(struct ClientStreamMessage){ .vTPMattestationReport = &report });
-    else
+    (*at)->user = at;
+    if (!agent) {
         agent_go(a);
-}
-
-static void agent_down(struct link *k, const char *why)
-{
-    struct agent *a = k->loop->core.app;
-    if (!a->failed && !a->loop->stop_why && !a->again)
-        agent_fail(a, "can't connect to %s: %s", a->authority, why);
-}
-
-static void agent_dial(struct agent *a, int which)
-{
-    if (!link_dial(a->loop, &a->dial, &a->stream[which]))
-        agent_fail(a, "out of memory");
+        return;
+    }
+    client_step(*at);
+    if (!a->c.o->once)
+        client_dial(&a->c, &a->stream[FORWARDER]);     /* as an agent host does: two connections */
+    struct AttestationResponse report = { .certSerialNumber = BYTES("") };
+    agent_send(a, AGENT, &(struct ClientStreamMessage){ .vTPMattestationReport = &report });
 }
 
 /* The next run begins, or the same once more, on new connections. */
@@ -14564,14 +14341,13 @@ static void agent_turn(struct loop *l)
 {
     struct agent *a = l->core.app;
     download_turn(a);
-    if (!a->next_run && !a->again)
+    if (!a->next_run && !a->c.again)
         return;
-    if (!client_redial(l, &a->dial, &a->stream[AGENT], a->again))
-        agent_fail(a, "out of memory");
+    client_redial(&a->c, &a->stream[AGENT]);
     download_free(a);
     a->run += a->next_run;
     a->chunks = a->step = a->announced = 0;
-    a->next_run = a->again = a->whole = a->begun = a->over = a->done[AGENT] = a->done[FORWARDER] = false;
+    a->next_run = a->whole = a->begun = a->over = a->done[AGENT] = a->done[FORWARDER] = false;
     a->state = "ReceivingManifest";
     buf_free(&a->manifest);
     buf_free(&a->id);
@@ -14598,13 +14374,13 @@ static void client_address(const struct options *o, struct mistakes *r, struct a
 static struct addrinfo *client_resolve(const struct options *o, struct mistakes *r, const struct address *at)
 {
     const char *why;
+    struct addrinfo *list;
     int64_t end = clock_ms(CLOCK_MONOTONIC) + o->wait_ms, left = o->wait_ms;
-    struct addrinfo *list = resolve_host(at->host, (unsigned)at->port, 0, &why);
-    if (!list && left > 1000)
-        tell_note("can't resolve \"%s\" yet (%s); trying again for %lld s", at->host, why, (long long)left / 1000);
-    for (; !list && left > 0; left = end - clock_ms(CLOCK_MONOTONIC)) {
+    while (!(list = resolve_host(at->host, (unsigned)at->port, 0, &why)) && left > 0) {
+        if (left == o->wait_ms && left > 1000)
+            tell_note("can't resolve \"%s\" yet (%s); trying again for %lld s", at->host, why, (long long)left / 1000);
         poll(NULL, 0, left < RETRY_MS ? (int)left : RETRY_MS);
-        list = resolve_host(at->host, (unsigned)at->port, 0, &why);
+        left = end - clock_ms(CLOCK_MONOTONIC);
     }
     if (!list)
         tell(r, START, "can't resolve \"%s\": %s", at->host, why);
@@ -14636,43 +14412,46 @@ static bool client_tls(const struct options *o, struct mistakes *r, const char *
     return *config != NULL;
 }
 
-/* A loop for links to the server that the options name, and what they have in common, for client_run; NULL: told why
- * not. */
-static struct loop *client_loop(const struct options *o, struct mistakes *r, void *app, struct dial *d)
+/* Gives a client its loop, for links to the server that the options name.  False: told why not. */
+static bool client_open(struct client *c, struct mistakes *r, void (*turn)(struct loop *))
 {
+    const struct options *o = c->o;
+    struct dial *d = &c->dial;
     struct address at;
     client_address(o, r, &at);
     if (r->usage || !client_tls(o, r, at.host, &d->tls))
-        return NULL;
+        return false;
     d->addresses = client_resolve(o, r, &at);
     if (!d->addresses) {
         tls_config_free(d->tls);
-        return NULL;
+        return false;
     }
-    struct loop *l = loop_new();
-    l->core.app = app;
+    struct loop *l = c->loop = loop_new();
+    l->core.app = c;
     l->core.role = o->command == CMD_HEALTH ? "health" : "agent";
+    l->turn = turn;
     d->endpoint = (struct endpoint){ .on = &grpc_client, .client = true, .max_message =
                                      o->command == CMD_AGENT ? (size_t)o->max_message : CLIENT_MAX_MESSAGE };
     d->name = "server";
     d->where = addr_text(o);
     d->give_up_ms = l->core.now_ms + o->wait_ms;
     d->connect_ms = o->timeout_ms && o->timeout_ms < CONNECT_MS ? o->timeout_ms : CONNECT_MS;
-    return l;
+    return true;
 }
 
 /* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short; also of a
  * client without a loop. */
-static int client_run(struct loop *l, struct dial *d, const struct mistakes *r)
+static int client_run(struct client *c, const struct mistakes *r)
 {
+    struct loop *l = c->loop;
     if (!l)
         return r->usage ? 2 : 1;
     int status = loop_run(l);
     if (l->signal_number && !status)
         status = 128 + l->signal_number;
     loop_free(l);
-    tls_config_free(d->tls);
-    addresses_free(d->addresses);
+    tls_config_free(c->dial.tls);
+    addresses_free(c->dial.addresses);
     return status;
 }
 
@@ -14681,8 +14460,8 @@ enum { REPLAY_FILE_MAX = 1 << 30, REPLAY_PARTS = 1000, REPLAY_AHEAD = MAX_QUEUED
 
 /* One recorded stream, played on a connection of its own. */
 struct replay_part {
+    struct stream *stream;            /* first: see client_stream_closed */
     struct bytes peer, kind, job_id;
-    struct stream *stream;
 };
 
 struct replay_line {
@@ -14692,10 +14471,7 @@ struct replay_line {
 };
 
 struct replay {
-    struct loop *loop;
-    struct dial dial;
-    const struct options *o;
-    const char *authority;
+    struct client c;
     struct replay_part *parts;
     struct replay_line *lines;
     size_t part_count, line_count, next, up, done;
@@ -14703,16 +14479,6 @@ struct replay {
     bool half_closed;
     struct pb_arena arena;            /* one line */
 };
-
-static void replay_fail(struct replay *r, const char *what, struct bytes why)
-{
-    if (r->loop->stop_why)
-        return;
-    core_note(&r->loop->core, NULL, "FAILED: %s %.*s", what, (int)min_size(why.n, 300),
-              why.n ? (const char *)why.p : "");
-    r->loop->exit_status = 1;
-    loop_stop(r->loop, "the replay ends");
-}
 
 static struct bytes keep_bytes(struct options *o, struct bytes b)
 {
@@ -14751,37 +14517,35 @@ static uint32_t path_number(const struct pb_message **m, struct bytes name)
 }
 
 /* Writes a field that the tables don't know, inside of the messages of its path: what stands twice is merged. */
-static bool replay_unknown(struct buf *b, struct pb_arena *a, const struct UnknownField *u, struct err *e)
+static bool replay_unknown(struct buf *b, const struct UnknownField *u, struct err *e)
 {
     const struct pb_message *m = &ClientStreamMessage_message;
-    struct ResultResponse raw = { 0 };
     uint32_t number[PB_MAX_DEPTH + 1] = { 0 };
     uint8_t fixed[8];
     size_t depth = 0, mark = b->len;
     uint64_t v = 0;
-    for (struct bytes path = u->field; path.n && depth < PB_COUNT(number); depth++) {
-        struct bytes behind = bytes_behind(path, BYTES("."));
-        number[depth] = path_number(&m, (struct bytes){ path.p, behind.p ? path.n - behind.n - 1 : path.n });
-        path = behind.p ? behind : BYTES("");
-    }
+    struct buf raw = { 0 };
     struct bytes digits = u->value;
-    bool is_number = u->wire_type == PB_VARINT || u->wire_type == PB_FIXED64 || u->wire_type == PB_FIXED32;
-    if (!depth || !number[depth - 1] || u->wire_type < 0 || u->wire_type > PB_FIXED32 || u->wire_type == PB_EGROUP ||
-        (is_number && (!pb_digits_take(&digits, &v) || digits.n)))
+    int32_t wire = u->wire_type;
+    bool is_number = wire == PB_VARINT || wire == PB_FIXED64 || wire == PB_FIXED32;
+    for (struct bytes path = u->field; path.n && depth < PB_COUNT(number); depth++)
+        number[depth] = path_number(&m, bytes_take(&path, '.'));
+    if (!depth || !number[depth - 1] || !(is_number || wire == PB_LEN || wire == PB_SGROUP) ||
+        !(is_number ? pb_digits_take(&digits, &v) && !digits.n : base64_decode(u->value, &raw))) {
+        buf_free(&raw);
         return err_set(e, "an unknown field can't be read");
-    if (!is_number && !pb_set_path(&ResultResponse_message, &raw, BYTES("file"), u->value, a, e->text, sizeof e->text))
-        return false;
-    for (size_t i = 0; i < sizeof fixed; i++)
-        fixed[i] = (uint8_t)(v >> 8 * i);
-    if (u->wire_type == PB_VARINT)
+    }
+    put_le(fixed, sizeof fixed, v);
+    if (wire == PB_VARINT)
         pb_before_varint(b, v);
     else
-        pb_before_bytes(b, is_number ? (struct bytes){ fixed, u->wire_type == PB_FIXED64 ? 8 : 4 } : raw.file);
-    if (u->wire_type == PB_LEN)
-        pb_before_varint(b, raw.file.n);
-    pb_before_varint(b, (uint64_t)number[--depth] << 3 | (unsigned)u->wire_type);
+        pb_before_bytes(b, is_number ? (struct bytes){ fixed, wire == PB_FIXED64 ? 8 : 4 } : (struct bytes){ raw.p, raw.len });
+    if (wire == PB_LEN)
+        pb_before_varint(b, raw.len);
+    pb_before_varint(b, (uint64_t)number[--depth] << 3 | (unsigned)wire);
     while (depth--)
         pb_close(b, number[depth], mark);
+    buf_free(&raw);
     return true;
 }
 
@@ -14803,7 +14567,7 @@ static bool replay_line(struct replay *r, struct options *o, struct bytes text, 
     struct buf wire = { 0 };
     bool ok = true;
     for (size_t i = line.unknown.n; ok && i-- > 0;)
-        ok = replay_unknown(&wire, &r->arena, &unknown[i], e);
+        ok = replay_unknown(&wire, &unknown[i], e);
     pb_encode_message(&wire, &ClientStreamMessage_message, line.message);
     struct bytes all = pb_written(&wire);
     if (wire.failed)
@@ -14820,7 +14584,7 @@ static bool replay_load(struct replay *r, struct options *o, struct mistakes *re
 {
     struct buf text = { 0 };
     struct err e;
-    size_t lines = 1, number = 0;
+    size_t lines = 1, number = 1;
     bool ok = file_load(o->replay, REPLAY_FILE_MAX, &text, &e);
     if (!ok)
         tell(report, START, "-replay: %s", e.text);
@@ -14829,13 +14593,9 @@ static bool replay_load(struct replay *r, struct options *o, struct mistakes *re
     r->lines = option_alloc(o, lines < SIZE_MAX / sizeof *r->lines ? lines * sizeof *r->lines : SIZE_MAX);
     r->parts = option_alloc(o, REPLAY_PARTS * sizeof *r->parts);
     r->arena.limit = SIZE_MAX / 2;
-    for (struct bytes rest = { text.p, text.len }; ok && rest.n;) {
-        const uint8_t *end = memchr(rest.p, '\n', rest.n);
-        struct bytes line = { rest.p, end ? (size_t)(end - rest.p) : rest.n };
-        rest = bytes_from(rest, line.n + (end != NULL));
-        ok = replay_line(r, o, line, &e);
-        number++;
-        if (!ok && !end && r->line_count) {   /* its server did not come to its end */
+    for (struct bytes rest = { text.p, text.len }; ok && rest.n; number++) {
+        ok = replay_line(r, o, bytes_take(&rest, '\n'), &e);
+        if (!ok && number == lines && r->line_count) {   /* its server did not come to its end */
             tell(report, WARNING, "-replay: %s: the last line is cut, and left out", o->replay);
             ok = true;
         } else if (!ok) {
@@ -14852,65 +14612,55 @@ static bool replay_load(struct replay *r, struct options *o, struct mistakes *re
 static void replay_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct replay *r = s->conn->core->app;
+    if (r->c.loop->stop_why)
+        return;
     if (status != GRPC_OK || !s->local_closed) {
-        replay_fail(r, status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status], text);
+        client_fail(&r->c, "%s %.*s", status == GRPC_OK ? "the server ended a stream too early" : grpc_status_names[status],
+                    TEXT_OF(text, 300));
     } else if (++r->done == r->part_count) {
-        core_note(&r->loop->core, NULL, "%zu message%s replayed on %zu stream%s: the server has taken "
+        core_note(&r->c.loop->core, NULL, "%zu message%s replayed on %zu stream%s: the server has taken "
                   "everything", r->line_count, r->line_count == 1 ? "" : "s", r->part_count, r->part_count == 1 ? "" : "s");
-        loop_stop(r->loop, "done");
+        loop_stop(r->c.loop, "done");
     }
 }
 
-static void replay_closed(struct stream *s)
-{
-    ((struct replay_part *)s->user)->stream = NULL;
-}
-
 static const struct grpc_method replay_method = {
-    .path = "/cvms.Service/Process", .status = replay_status, .closed = replay_closed,
+    .path = "/cvms.Service/Process", .status = replay_status, .closed = client_stream_closed,
 };
 
 static void replay_up(struct link *k)
 {
     struct replay *r = k->loop->core.app;
     struct replay_part *p = k->user;
-    const char *metadata[5] = { 0 };
-    size_t n = 0;
-    char *job = text_copy(p->job_id, 200);
-    if (job && *job)
-        metadata[n++] = "job-id", metadata[n++] = job;
-    if (n && bytes_eq(p->kind, bytes_of(kind_names[KIND_FORWARDER])))
-        metadata[n++] = "connection-type", metadata[n++] = kind_names[KIND_FORWARDER];
-    p->stream = job ? grpc_call(&k->conn, &replay_method, r->authority, metadata) : NULL;
-    free(job);
+    char job[201];
+    text_printf(job, sizeof job, "%.*s", TEXT_OF(p->job_id, 200));
+    bool forwarder = *job && bytes_eq(p->kind, bytes_of(kind_names[KIND_FORWARDER]));
+    p->stream = grpc_call(&k->conn, &replay_method, r->c.dial.where, (const char *[]){
+        "job-id", *job ? job : NULL, "connection-type", forwarder ? kind_names[KIND_FORWARDER] : NULL, NULL });
     if (!p->stream)
-        replay_fail(r, "out of memory", (struct bytes){ 0 });
+        client_fail(&r->c, "out of memory");
     else
         p->stream->user = p;
     if (++r->up == r->part_count)
-        r->start_ms = r->loop->core.now_ms;
-}
-
-static void replay_down(struct link *k, const char *why)
-{
-    replay_fail(k->loop->core.app, "can't connect:", bytes_of(why));
+        r->start_ms = r->c.loop->core.now_ms;
 }
 
 /* Sends what is due; a stream whose queue is full waits until it has drained. */
 static void replay_turn(struct loop *l)
 {
     struct replay *r = l->core.app;
-    bool blocked = false;
     if (r->up < r->part_count)
         return;
     l->timer_ms = INT64_MAX;
-    for (size_t n = 0; r->next < r->line_count && !blocked; r->next++, n++) {
+    for (size_t n = 0; r->next < r->line_count; r->next++, n++) {
         const struct replay_line *line = &r->lines[r->next];
-        int64_t due = r->start_ms + (r->o->fast ? 0 : line->at_ms - r->lines[0].at_ms);
+        int64_t due = r->start_ms + (r->c.o->fast ? 0 : line->at_ms - r->lines[0].at_ms);
         struct stream *s = line->part->stream;
         bool full = s && s->queued >= REPLAY_AHEAD;
-        if (s && (!full || s->deadline_ms == INT64_MAX))   /* it is for the server to take some */
-            s->deadline_ms = full && r->o->timeout_ms ? l->core.now_ms + r->o->timeout_ms : INT64_MAX;
+        if (full && s->deadline_ms == INT64_MAX)
+            client_step(s);           /* it is for the server to take some */
+        else if (s && !full)
+            s->deadline_ms = INT64_MAX;
         if (due > l->core.now_ms || !s || full) {
             l->timer_ms = due > l->core.now_ms ? due : n ? l->core.now_ms : INT64_MAX;
             return;
@@ -14921,29 +14671,23 @@ static void replay_turn(struct loop *l)
     for (size_t i = 0; i < r->part_count && !r->half_closed; i++)
         if (r->parts[i].stream) {
             grpc_half_close(r->parts[i].stream);
-            client_step(r->parts[i].stream, r->o);
+            client_step(r->parts[i].stream);
         }
     r->half_closed = l->core.touched = true;
 }
 
 static int cmd_replay(struct options *o, struct mistakes *report)
 {
-    struct replay r = { .o = o, .authority = addr_text(o) };
-    if (report->usage || !replay_load(&r, o, report))
-        return report->usage ? 2 : 1;
-    r.dial = (struct dial){ .up = replay_up, .down = replay_down };
-    r.loop = client_loop(o, report, &r, &r.dial);
-    if (r.loop)
-        r.loop->turn = replay_turn;
-    for (size_t i = 0; r.loop && i < r.part_count; i++)
-        if (!link_dial(r.loop, &r.dial, &r.parts[i]))
-            replay_fail(&r, "out of memory", (struct bytes){ 0 });
-    return client_run(r.loop, &r.dial, report);
+    struct replay r = { .c = { .o = o, .dial = { .up = replay_up, .down = client_down } } };
+    bool open = !report->usage && replay_load(&r, o, report) && client_open(&r.c, report, replay_turn);
+    for (size_t i = 0; open && i < r.part_count; i++)
+        client_dial(&r.c, &r.parts[i]);
+    return client_run(&r.c, report);
 }
 
 static int cmd_agent(struct options *o, struct mistakes *r)
 {
-    struct agent a = { .o = o, .run = 1, .state = "ReceivingManifest" };
+    struct agent a = { .c = { .o = o, .dial = { .up = agent_up, .down = client_down } }, .run = 1, .state = "ReceivingManifest" };
     size_t row = ROW_FIND(failures, bytes_of(o->fail ? o->fail : ""));
     int64_t port = o->agent_port ? parse_decimal(bytes_of(o->agent_port)) : 0;
     a.fail = row < PB_COUNT(failures) ? &failures[row] : NULL;
@@ -14960,20 +14704,16 @@ static int cmd_agent(struct options *o, struct mistakes *r)
                        "algorithm-hash, algorithm-signature, dataset-hash, dataset-signature or results", o->fail);
     if (o->replay)
         return cmd_replay(o, r);
-    a.authority = addr_text(o);
-    a.dial = (struct dial){ .up = agent_up, .down = agent_down };
-    a.loop = client_loop(o, r, &a, &a.dial);
-    if (a.loop) {
-        a.loop->turn = agent_turn;
-        a.loop->serving = (struct endpoint){ .on = &grpc_server, .methods = service_methods, .method_count = ROLES,
-                                             .max_message = (size_t)o->max_message };
-        a.loop->max_accepted = SERVICE_CONNECTIONS;
+    if (client_open(&a.c, r, agent_turn)) {
+        a.c.loop->serving = (struct endpoint){ .on = &grpc_server, .methods = service_methods, .method_count = ROLES,
+                                               .max_message = (size_t)o->max_message };
+        a.c.loop->max_accepted = SERVICE_CONNECTIONS;
         if (o->agent_port)
             agent_bind(&a, (unsigned)port);
-        if (!a.failed)
-            agent_dial(&a, AGENT);
+        if (!a.c.loop->stop_why)
+            client_dial(&a.c, &a.stream[AGENT]);
     }
-    int status = client_run(a.loop, &a.dial, r);
+    int status = client_run(&a.c, r);
     download_free(&a);
     pb_arena_free(&a.arena);
     buf_free(&a.manifest);
@@ -14983,29 +14723,25 @@ static int cmd_agent(struct options *o, struct mistakes *r)
 
 /* ---- cvms health ---- */
 struct health {
-    struct loop *loop;
-    struct dial dial;
-    const struct options *o;
-    const char *authority;
+    struct client c;
     int32_t answer;                   /* a ServingStatus, which counts once the call has ended with OK; -1: none */
-    bool again;
 };
 
 static void health_end(struct health *h, int status, const char *text)
 {
-    if (h->loop->stop_why)
+    struct loop *l = h->c.loop;
+    if (l->stop_why)
         return;
-    core_note(&h->loop->core, NULL, "%s: %s", h->authority, text);
-    h->loop->exit_status = status;
-    loop_stop(h->loop, "done");
+    core_note(&l->core, NULL, "%s: %s", h->c.dial.where, text);
+    l->exit_status = status;
+    loop_stop(l, "done");
 }
 
 static void health_answer(struct stream *s, struct bytes wire)
 {
     struct health *h = s->conn->core->app;
     struct HealthCheckResponse res = { 0 };
-    bool unknown;
-    if (pb_decode(&HealthCheckResponse_message, &res, wire, &h->loop->core.arena, &unknown) == PB_OK &&
+    if (message_decode(s, &HealthCheckResponse_message, &res, wire) &&
         res.status >= 0 && (size_t)res.status < PB_COUNT(ServingStatus_values))
         h->answer = res.status;
 }
@@ -15014,11 +14750,9 @@ static void health_status_end(struct stream *s, unsigned status, struct bytes te
 {
     struct health *h = s->conn->core->app;
     char line[400];
-    h->again = !h->loop->stop_why && client_again(&h->dial, s, status, text);
-    if (h->again)
+    if (h->c.loop->stop_why || client_again(&h->c, s, status, text))
         return;
-    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], (int)min_size(text.n, 300),
-                text.n ? (const char *)text.p : "");
+    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], TEXT_OF(text, 300));
     if (status != GRPC_OK)
         health_end(h, 1, line);
     else
@@ -15032,14 +14766,14 @@ static const struct grpc_method health_method = {
 static void health_up(struct link *k)
 {
     struct health *h = k->loop->core.app;
-    struct HealthCheckRequest req = { .service = bytes_of(h->o->service) };
-    struct stream *s = grpc_call(&k->conn, &health_method, h->authority, NULL);
+    struct HealthCheckRequest req = { .service = bytes_of(h->c.o->service) };
+    struct stream *s = grpc_call(&k->conn, &health_method, h->c.dial.where, NULL);
     if (!s) {
         health_end(h, 1, "out of memory");
         return;
     }
     h->answer = -1;
-    client_step(s, h->o);
+    client_step(s);
     grpc_send(s, &HealthCheckRequest_message, &req);
     grpc_half_close(s);
 }
@@ -15052,20 +14786,16 @@ static void health_down(struct link *k, const char *why)
 static void health_turn(struct loop *l)
 {
     struct health *h = l->core.app;
-    if (h->again && !client_redial(l, &h->dial, NULL, true))
-        health_end(h, 1, "out of memory");
-    h->again = false;
+    if (h->c.again)
+        client_redial(&h->c, NULL);
 }
 
 static int cmd_health(struct options *o, struct mistakes *r)
 {
-    struct health h = { .o = o, .authority = addr_text(o), .dial = { .up = health_up, .down = health_down } };
-    h.loop = client_loop(o, r, &h, &h.dial);
-    if (h.loop && !link_dial(h.loop, &h.dial, NULL))
-        health_end(&h, 1, "out of memory");
-    if (h.loop)
-        h.loop->turn = health_turn;
-    return client_run(h.loop, &h.dial, r);
+    struct health h = { .c = { .o = o, .dial = { .up = health_up, .down = health_down } } };
+    if (client_open(&h.c, r, health_turn))
+        client_dial(&h.c, NULL);
+    return client_run(&h.c, r);
 }
 
 /* ==== 21. The server command, and main =========================================================================== */
@@ -15110,38 +14840,37 @@ static void check_environment(struct mistakes *r)
  * told, and there is no more to say. */
 static bool positional_form(struct options *o, struct mistakes *r, bool any_flag)
 {
-    if (o->arg_count == 0)
+    const char *word = o->arg_count ? o->args[0] : "";
+    unsigned limit = edit_limit(strlen(word));
+    size_t near = COMMANDS;
+    if (!o->arg_count)
         return true;
-    if (!any_flag && (o->arg_count < 3 || o->args[1][0] == '-')) {
-        size_t near = COMMANDS;
-        unsigned limit = edit_limit(strlen(o->args[0]));
-        for (size_t c = 0; c < COMMANDS; c++)
-            if (edit_distance(o->args[0], command_table[c].name, limit) <= limit)
-                near = c;
+    if (any_flag) {
+        tell(r, USAGE, "\"%s\" is not a flag (flags end at the first word without a dash); see cvms -help", word);
+        return true;
+    }
+    for (size_t c = 0; c < COMMANDS; c++)
+        if (edit_distance(word, command_table[c].name, limit) <= limit)
+            near = c;
+    if (o->arg_count < 3 || o->args[1][0] == '-') {
         if (near < COMMANDS && command_table[near].command != CMD_SERVE)
-            tell(r, USAGE, "\"%s\" is no command: did you mean %s?", o->args[0], command_table[near].name);
-        else if (near < COMMANDS)
-            tell(r, USAGE, "\"%s\" is no command: the server needs no word, only its flags; see cvms -help", o->args[0]);
+            tell(r, USAGE, "\"%s\" is no command: did you mean %s?", word, command_table[near].name);
         else
-            tell(r, USAGE, "\"%s\" is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see cvms -help",
-                 o->args[0]);
+            tell(r, USAGE, near < COMMANDS ? "\"%s\" is no command: the server needs no word, only its flags; see cvms -help"
+                 : "\"%s\" is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see cvms -help",
+                 word);
         return false;
     }
-    if (any_flag) {
-        tell(r, USAGE, "\"%s\" is not a flag (flags end at the first word without a dash); see cvms -help", o->args[0]);
-        return true;
-    }
-    tell(r, WARNING, "the positional form is old: use -algo-path %s -public-key-path %s -attested-tls-bool %s%s",
-         o->args[0], o->args[1], o->args[2], o->arg_count > 3 ? " -data-paths ..." : "");
-    o->algo_path = o->args[0];
+    tell(r, WARNING, "the positional form is old: use -algo-path %s -public-key-path %s -attested-tls-bool %s%s", word,
+         o->args[1], o->args[2], o->arg_count > 3 ? " -data-paths ..." : "");
+    o->algo_path = word;
     o->public_key_path = o->args[1];
     o->attested_tls = o->args[2];
     struct buf paths = { 0 };
     for (size_t i = 3; i < o->arg_count; i++)
         buf_printf(&paths, "%s%s", i > 3 ? "," : "", o->args[i]);
-    buf_putc(&paths, 0);
     if (o->arg_count > 3)
-        values_add(o, &o->data_paths, memcpy(option_alloc(o, paths.len), or_exit(paths.p), paths.len));
+        values_add(o, &o->data_paths, option_text(o, (struct bytes){ or_exit(paths.p), paths.len }));
     buf_free(&paths);
     return true;
 }
@@ -15262,28 +14991,24 @@ static void server_turn(struct loop *l)
     if (hashed || v->faults.value[FAULT_DELAY] > 0)
         next = sessions_send(v, hashed);
     l->progress[0] = 0;
-    if (v->manifest.fresh)
-        next = now;
     if (v->manifest.fresh && l->core.err_look && now - v->manifest.looked_ms >= PROGRESS_MS)
         checksums_text(&v->manifest.hashing, l->progress, sizeof l->progress);
+    if (v->manifest.fresh || v->input_always)
+        next = now;
     bool poll_due = now >= v->verdict.next_poll_ms;
-    int64_t delivery_ms = delivery_tick(&v->delivery, now);
+    next = earlier(next, delivery_tick(&v->delivery, now));
     for (struct session *s = poll_due || v->delivery.asks ? v->sessions : NULL; s; s = s->next)
-        if (s->kind == KIND_AGENT && !s->ended && (delivery_asks(s->host) || (poll_due && !s->stream->head)))
-            ask_state(s);
+        if (s->kind == KIND_AGENT && !s->stream->remote_closed &&
+            (delivery_asks(s->host) || (poll_due && !s->stream->head)))
+            session_ask(s, ASK_STATE);
     v->delivery.asks = false;
     if (poll_due)
         v->verdict.next_poll_ms = now + v->verdict.poll_ms;
-    verdict_tick(&v->verdict, now);
+    l->timer_ms = earlier(next, verdict_tick(&v->verdict, now));
     if (v->verdict.over) {
         l->exit_status = v->verdict.status;
         loop_stop(l, VERDICT_OVER);
     }
-    l->timer_ms = v->input_always ? now : verdict_deadline(&v->verdict);
-    if (next < l->timer_ms)
-        l->timer_ms = next;
-    if (delivery_ms < l->timer_ms)
-        l->timer_ms = delivery_ms;
 }
 
 /* Writes -report.  False: told. */
@@ -15387,8 +15112,17 @@ static bool server_check(struct server *v, struct options *o, struct mistakes *r
 static bool server_open(struct server *v, struct mistakes *r, char *where, size_t cap)
 {
     const struct options *o = v->o;
+    struct loop *l = v->loop = v->delivery.loop = loop_new();
     struct err e;
-    if (!serve_listen(v->loop, r, where, cap))
+    l->tls = v->tls;
+    l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
+                                    .method_count = PB_COUNT(server_methods), .offers = delivery_offers(&v->delivery),
+                                    .plain = &fetch_method, .max_message = (size_t)o->max_message };
+    l->max_accepted = (size_t)o->max_connections;
+    l->core.app = v;
+    l->turn = server_turn;
+    l->refuse = v->faults.value[FAULT_REFUSE];
+    if (!serve_listen(l, r, where, cap))
         return false;
     delivery_base(&v->delivery, where);
     signals_handle(on_signal_end);    /* hashing may take long, and the loop does not run yet */
@@ -15401,10 +15135,10 @@ static bool server_open(struct server *v, struct mistakes *r, char *where, size_
     if (o->record && record < 0 && !r->usage)
         tell(r, START, "-record: %s: %s", o->record, strerror(errno));
     if (record >= 0) {
-        sink_init(&v->loop->record, record, &v->loop->core.record);
-        v->loop->core.recording = true;
+        sink_init(&l->record, record, &l->core.record);
+        l->core.recording = true;
     }
-    if (!r->usage && !r->start && !listeners_open(v->loop))
+    if (!r->usage && !r->start && !listeners_open(l))
         tell(r, START, "HOST, PORT: can't listen at %s: %s", where, strerror(errno));
     char line[302];
     text_printf(line, sizeof line, "%s\n", where);
@@ -15432,30 +15166,9 @@ static int cmd_serve(struct options *o, struct mistakes *r)
 {
     char where[300];
     struct server v = { .o = o };
-    if (!server_check(&v, o, r)) {
-        delivery_free(&v.delivery);
-        ready_release(o);
-        manifest_free(&v.manifest);
-        verdict_free(&v.verdict);
-        if (v.tls)
-            tls_config_free(v.tls);
-        return r->usage ? 2 : 1;
-    }
-    struct loop *l = v.loop = v.delivery.loop = loop_new();
-    l->tls = v.tls;
-    l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
-                                    .method_count = PB_COUNT(server_methods), .offers = delivery_offers(&v.delivery),
-                                    .plain = &fetch_method, .max_message = (size_t)o->max_message };
-    l->max_accepted = (size_t)o->max_connections;
-    v.skip_forwarder = o->skip_forwarder;
-    l->core.app = &v;
-    l->turn = server_turn;
-    l->refuse = v.faults.value[FAULT_REFUSE];
     int status;
-    if (!server_open(&v, r, where, sizeof where)) {
-        ready_release(o);
-        status = r->usage ? 2 : 1;
-    } else {
+    if (server_check(&v, o, r) && server_open(&v, r, where, sizeof where)) {
+        struct loop *l = v.loop;
         core_note(&l->core, NULL, "cvms_test_server service gRPC server listening at %s %s", where,
                   l->tls ? "with TLS" : "without TLS");
         loop_clock(l);
@@ -15465,8 +15178,14 @@ static int cmd_serve(struct options *o, struct mistakes *r)
         status = loop_run(l);
         if (v.verdict.wanted)
             status = verdict_finish(&v, status);
+    } else {
+        ready_release(o);
+        status = r->usage ? 2 : 1;
     }
-    loop_free(l);
+    if (v.loop)
+        loop_free(v.loop);
+    else
+        tls_config_free(v.tls);
     delivery_free(&v.delivery);
     manifest_free(&v.manifest);
     verdict_free(&v.verdict);
@@ -15475,29 +15194,15 @@ static int cmd_serve(struct options *o, struct mistakes *r)
 
 static int run(struct options *o, struct mistakes *r)
 {
-    switch (o->command) {
-    case CMD_CHECKSUM:
-        if (r->usage)
-            return 2;
-        if (o->arg_count)
-            return cmd_checksum(r, o->base64, o->args, o->arg_count);
+    if (o->command == CMD_CHECKSUM && !o->arg_count && !r->usage)
         tell(r, USAGE, "checksum: name at least one file or folder");
-        return 2;
-    case CMD_AGENT:
-        return cmd_agent(o, r);
-    case CMD_HEALTH:
-        return cmd_health(o, r);
-    case CMD_ENCRYPT:
-    case CMD_DECRYPT:
-        return cmd_crypt(o, r);
-    case CMD_MANIFEST:
-        return cmd_manifest(o, r);
-    case CMD_SERVE:
-        return cmd_serve(o, r);
-    case CMD_ALL:
-        break;
-    }
-    return 2;
+    return o->command == CMD_SERVE      ? cmd_serve(o, r)
+           : o->command == CMD_AGENT    ? cmd_agent(o, r)
+           : o->command == CMD_HEALTH   ? cmd_health(o, r)
+           : o->command == CMD_MANIFEST ? cmd_manifest(o, r)
+           : o->command & CRYPT         ? cmd_crypt(o, r)
+           : r->usage                   ? 2
+                                        : cmd_checksum(r, o->base64, o->args, o->arg_count);
 }
 
 int main(int argc, char **argv)

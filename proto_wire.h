@@ -586,15 +586,17 @@ static const uint8_t *pb_decode_message(struct pb_decoder *d, const struct pb_me
     return p;
 }
 
-/* Merges the encoded message into *msg, which the caller zeroed.  *unknown tells whether fields were skipped that the
- * tables do not have, or have with another wire type.  After an error *msg is part of a message, safe to look at. */
+/* Merges the encoded message into *msg, which the caller zeroed.  *unknown (it may be NULL) tells whether fields were
+ * skipped that the tables do not have, or have with another wire type.  After an error *msg is part of a message, safe to
+ * look at. */
 static inline enum pb_error pb_decode(const struct pb_message *m, void *msg, struct bytes in, struct pb_arena *a,
                                       bool *unknown)
 {
     struct pb_decoder d = { .arena = a };
     if (in.n)
         pb_decode_message(&d, m, msg, in.p, in.p + in.n, 0);
-    *unknown = d.unknown;
+    if (unknown)
+        *unknown = d.unknown;
     return d.error;
 }
 

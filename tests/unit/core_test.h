@@ -8,7 +8,8 @@
 enum { NOW = 1000000 };
 static const int64_t wall = 1700000000123; /* 2023-11-14T22:13:20.123Z */
 static struct core core;
-static struct server server;
+static struct options options;
+static struct server server = { .o = &options };
 static struct endpoint serving = { .on = &grpc_server, .methods = server_methods,
                                    .method_count = PB_COUNT(server_methods) };
 

@@ -193,19 +193,19 @@ static void test_verdict_deadline(void)
     struct host h = { .lost_ms = 1000 };
     struct verdict v = { .wanted = true, .until = STAGE_RUNNING, .hosts = &h, .grace_ms = 500, .end_ms = INT64_MAX,
                          .timeout_ms = INT64_MAX, .next_poll_ms = INT64_MAX };
-    CHECK(verdict_deadline(&v), 1500);
+    CHECK(verdict_tick(&v, 0), 1500);
     v.next_poll_ms = 1400;
-    CHECK(verdict_deadline(&v), 1400);
+    CHECK(verdict_tick(&v, 0), 1400);
     v.timeout_ms = 1300;
-    CHECK(verdict_deadline(&v), 1300);
+    CHECK(verdict_tick(&v, 0), 1300);
     v.end_ms = 1200;
-    CHECK(verdict_deadline(&v), 1200);
+    CHECK(verdict_tick(&v, 0), 1200);
     h.lost_ms = INT64_MAX;
     v.end_ms = v.timeout_ms = v.next_poll_ms = INT64_MAX;
-    CHECK(verdict_deadline(&v), INT64_MAX);
+    CHECK(verdict_tick(&v, 0), INT64_MAX);
     v.timeout_ms = 7;
     v.over = true;
-    CHECK(verdict_deadline(&v), INT64_MAX);
+    CHECK(verdict_tick(&v, 0), INT64_MAX);
 }
 
 /* An upload that nobody reads, though PINGs are answered, ends, and the agent is asked where it stands. */
