@@ -10400,6 +10400,7 @@ static const char *const silent_failures[] = {
 /* What is carried between the users and an agent host: a file that is uploaded or fetched, or the results. */
 struct parcel {
     const char *what, *name;          /* "algorithm", "dataset" or "results", and the file */
+    const char *where;                /* the agent's service, once it is called; NULL: it is not */
     enum stage stage;                 /* which is not reached without it; STAGES: it is not known who fetches what */
     bool begun, done, sealed;         /* sealed: done when its key has been fetched, too */
     unsigned fetched, keys;           /* how often an agent has */
@@ -10662,7 +10663,8 @@ static void put_missing(struct buf *out, const struct verdict *v, const struct h
         buf_printf(out, "; the agent fetched the %s, but never asked for its key", cut->what);
     else if (cut)
         buf_printf(out, "; the %s ", cut->what), put_text(out, bytes_of(cut->name), NULL),
-            buf_printf(out, " stood at " BYTES_FMT, BYTES_OF(cut->bytes));
+            buf_printf(out, " stood at " BYTES_FMT "%s%s", BYTES_OF(cut->bytes), !cut->where ? "" :
+                       cut->stage == STAGE_COMPLETE ? " on their way from " : " on its way to ", cut->where ? cut->where : "");
     else if (!h->had_forwarder && h->stage >= STAGE_ACCEPTED)
         buf_printf(out, "; no events, because no log-forwarder connected%s",
                    v->poll_ms == INT64_MAX ? ", and -poll is off" : "");
@@ -11349,7 +11351,7 @@ static void courier_status(struct stream *s, unsigned status, struct bytes words
     struct courier *c = s->user;
     const struct errand *errand = courier_errand(c);
     bool early = false;
-    if (c->over)
+    if (c->over || c->delivery->loop->stop_why)
         return;
     for (size_t i = 0; i < PB_COUNT(not_yet); i++)
         early |= bytes_contain(words, not_yet[i]);
@@ -11422,6 +11424,7 @@ static void courier_up(struct link *k)
         return;
     }
     courier_parcel(c)->begun = true;
+    courier_parcel(c)->where = c->where;
     s->user = c;
     if (!c->dropped)
         courier_note(c, results ? "fetching the %s%s from %s" : "uploading the %s %s to %s", roles[errand->role].what,

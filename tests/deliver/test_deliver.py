@@ -383,7 +383,8 @@ def test_deaf():
     with Agent() as go, Run("deaf", "-timeout", "3s", go=go, base=basic(write("d.bin", os.urandom(MIB)))) as r:
         go.tell("mode data deaf")
         r.connect().accept()
-        r.server.ended(4, "the dataset d.bin stood at 1048576 bytes")
+        err = r.server.ended(4, f"the dataset d.bin stood at 1048576 bytes on its way to {go.address}")
+        hasnot("deaf: its end is no failure of the agent's", err, "smoke test is over|failed:")
 
 
 def test_progress():
