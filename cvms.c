@@ -713,6 +713,13 @@ static char *part_path(const char *path)
     return part;
 }
 
+/* The folder in which a file is, or will be. */
+static void path_folder(char to[PATH_MAX], const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    text_printf(to, PATH_MAX, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+}
+
 /* Makes a file of these bytes. */
 static bool write_file(const char *path, const uint8_t *p, size_t n, struct err *e)
 {
@@ -1286,7 +1293,8 @@ static int http1_head_len(struct bytes in)
 /* How long the scheme of HTTP is, with its slashes, that a URL begins with; 0: it begins with another, or none. */
 static size_t http_scheme(struct bytes url)
 {
-    return bytes_start(url, "http://") ? 7 : bytes_start(url, "https://") ? 8 : 0;
+    return bytes_eq_nocase((struct bytes){ url.p, min_size(url.n, 7) }, "http://") ? 7
+         : bytes_eq_nocase((struct bytes){ url.p, min_size(url.n, 8) }, "https://") ? 8 : 0;
 }
 
 /* The request line (RFC 9112 3).  Returns the HTTP status of what is wrong, 0 if nothing is. */
@@ -1636,6 +1644,7 @@ struct core {
     unsigned long notes_lost;         /* lines that stderr did not take in time */
     struct bucket strangers;          /* lines of connections that come to nothing, which anybody can make, */
     unsigned long left_out;           /* and those that it left out since the last one */
+    bool tls_first;                   /* endpoint.tls_first has been told */
     struct buf spare;                 /* an output buffer for the next connection that needs one */
     bool recording;
     struct buf record;                /* lines on their way to -record's file */
@@ -1927,6 +1936,7 @@ struct endpoint {
     bool client;
     const struct grpc_method *methods;    /* a server's: what may be called */
     const struct grpc_method *plain;      /* who gets the requests that are not gRPC; NULL: nobody */
+    const char *tls_first;                /* told once, of clients that try TLS on a plain port; NULL: that is a mistake */
     size_t method_count, max_message;
     unsigned offers;                  /* what it has of the methods that are not always there */
 };
@@ -1984,7 +1994,7 @@ struct conn {
     const struct h2_handler *on;
     enum conn_phase phase;
     bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
-        skip, http1, below;           /* http1: one request after the other; goaway_sent: it was the last; below: what has
+        skip, http1, no_h2, below;    /* http1: one request after the other; goaway_sent: it was the last; below: what has
                                        * left the output has not gone out yet */
     /* input */
     uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
@@ -2540,7 +2550,7 @@ struct fields {
     struct bytes value[F_KNOWN];      /* p NULL: not there */
     size_t used;
     unsigned refused;                 /* HTTP/1: the status of what is wrong; 0: nothing */
-    bool regular_seen, too_large;
+    bool regular_seen, too_large, two_tokens;
     const char *malformed;            /* RFC 9113 8.1.1; the first reason */
 };
 
@@ -2604,6 +2614,7 @@ static void fields_add(void *arg, struct bytes name, struct bytes value)
         f->malformed = fault;
     if (name.n && name.p[0] != ':')
         f->regular_seen = true;
+    f->two_tokens |= id == F_AUTHORIZATION && f->value[id].p;
     if (id >= F_KNOWN || f->value[id].p || value.n > sizeof f->core->field_bytes - f->used)
         return;
     uint8_t *copy = f->core->field_bytes + f->used;
@@ -3084,6 +3095,7 @@ static void http1_keep(void *arg, struct bytes name, struct bytes value)
 {
     struct fields *f = arg;
     int id = field_lookup(name);
+    f->two_tokens |= id == F_AUTHORIZATION && f->value[id].p;
     if (id >= F_PSEUDO_END && id < F_KNOWN && !f->value[id].p)
         f->value[id] = value;
 }
@@ -3117,7 +3129,7 @@ static void conn_http1_request(struct conn *c, size_t n, unsigned status)
 static bool conn_http1_next(struct conn *c)
 {
     if (!c->http1 || c->phase != CONN_OPEN || c->streams || c->goaway_sent || c->out.failed || !c->in.len ||
-        conn_pending(c) >= OUT_TARGET / 2)
+        conn_pending(c))
         return false;
     int n = http1_head_len((struct bytes){ c->in.p, c->in.len });
     if (n == 2) {                     /* RFC 9112 2.2: an empty line before a request is passed over */
@@ -3150,18 +3162,20 @@ static enum client_kind client_kind(struct bytes p)
 {
     enum { PREFACE_LINE = 14 };
     size_t word = 0;
+    while (bytes_start(p, "\r\n"))    /* RFC 9112 2.2 */
+        p = bytes_from(p, 2);
     while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
         word++;
     bool method = word >= 3 && word < p.n && p.p[word] == ' ';
     struct bytes target = bytes_from(p, method ? word + 1 : p.n);
     if (p.n >= PREFACE_LINE && memcmp(p.p, preface, PREFACE_LINE) == 0)
         return CLIENT_OTHER;
-    if (target.n && (*target.p == '/' || *target.p == '*' || bytes_start(target, "http")))
+    bool url = method && strncasecmp("http", (const char *)target.p, min_size(target.n, 4)) == 0;
+    if (target.n && (*target.p == '/' || *target.p == '*' || (url && target.n >= 4)))
         return CLIENT_HTTP1;
     if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03)
         return CLIENT_TLS;
-    bool may_be = word == p.n || (method && memcmp("http", target.p, min_size(target.n, 4)) == 0) ||
-                  (p.n == 1 && p.p[0] == 0x16);
+    bool may_be = word == p.n || url || (p.n == 1 && (p.p[0] == 0x16 || p.p[0] == '\r'));
     return may_be && p.n < CLIENT_TELLS ? CLIENT_UNKNOWN : CLIENT_OTHER;
 }
 
@@ -3176,8 +3190,11 @@ static size_t conn_unknown_client(struct conn *c, struct bytes p)
         c->http1 = true;
         c->phase = CONN_OPEN;
     } else if (kind == CLIENT_TLS) {
-        core_fault(c->core, c->peer, "this port speaks plaintext HTTP/2; the client sent a TLS ClientHello: set "
-                                     "SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
+        const char *first = c->endpoint->tls_first;
+        if (!first || !c->core->tls_first)
+            core_fault(c->core, c->peer, "this port is plaintext; the client sent a TLS ClientHello: %s", first ? first :
+                       "set SERVER_CERT and SERVER_KEY, or turn TLS off at the client");
+        c->core->tls_first = first != NULL;
         conn_close(c);                /* it would not understand a GOAWAY */
     } else if (kind == CLIENT_OTHER) {
         core_fault(c->core, c->peer, "not an HTTP/2 client: no connection preface");
@@ -3197,7 +3214,10 @@ static size_t conn_preface(struct conn *c, struct bytes p)
         return conn_unknown_client(c, p);
     }
     c->preface_len = (uint8_t)(c->preface_len + n);
-    if (c->preface_len == PREFACE_LEN) {
+    if (c->preface_len == PREFACE_LEN && c->no_h2) {
+        core_fault(c->core, c->peer, "TLS: the client speaks HTTP/2, but did not agree on ALPN h2 (RFC 9113 3.2)");
+        conn_fail(c, INADEQUATE_SECURITY, "HTTP/2 over TLS needs ALPN h2");
+    } else if (c->preface_len == PREFACE_LEN) {
         conn_put_settings(c);
         c->phase = CONN_OPEN;
     }
@@ -3236,10 +3256,12 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
     }
 }
 
-/* Requests of HTTP/1 that wait for the one before hold up those behind them. */
-static bool conn_wants_input(const struct conn *c)
+/* How many bytes are to be read.  Of HTTP/1, or what may be that, a head: what waits behind it is left to the kernel. */
+static size_t conn_wants_input(const struct conn *c)
 {
-    return c->phase <= CONN_CLOSING && conn_pending(c) < OUT_HIGH && !(c->http1 && c->in.len > HTTP1_HEAD_MAX);
+    bool head = c->phase == CONN_PREFACE || (c->http1 && c->phase == CONN_OPEN);
+    bool never = c->phase > CONN_CLOSING || conn_pending(c) >= OUT_HIGH;
+    return never ? 0 : head ? HTTP1_HEAD_MAX - min_size(c->in.len, HTTP1_HEAD_MAX) : SIZE_MAX;
 }
 
 /* Moves what waits to the front of its buffer. */
@@ -3647,12 +3669,21 @@ static void grpc_finish(struct stream *s, unsigned status, const char *text)
     buf_free(&message);
 }
 
+/* The time as HTTP has it (RFC 9110 5.6.7). */
+static void http_date(char to[30], time_t now)
+{
+    struct tm t = { 0 };
+    gmtime_r(&now, &t);
+    text_printf(to, 30, "%.3s, %02d %.3s %d %02d:%02d:%02d GMT", &"SunMonTueWedThuFriSat"[3 * t.tm_wday], t.tm_mday,
+                &"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * t.tm_mon], t.tm_year + 1900, t.tm_hour, t.tm_min, t.tm_sec);
+}
+
 /* Answers a request that is not gRPC in plain HTTP. */
 static void plain_answer(struct stream *s)
 {
     const struct http_answer *a = http_answer(s);
     struct buf body = { 0 };
-    char status[12], length[24];
+    char status[12], length[24], date[30];
     if (s->dead)
         return;
     if (a->text)
@@ -3663,8 +3694,10 @@ static void plain_answer(struct stream *s)
     s->grpc.finishing = s->grpc.headers_sent = s->lingers = true;
     text_printf(status, sizeof status, "%u", a->status);
     text_printf(length, sizeof length, "%llu", (unsigned long long)n);
+    http_date(date, (time_t)(s->conn->core->wall_ms / 1000));
     const char *const list[] = {
-        ":status", status, "content-type", a->text ? "text/plain" : s->grpc.type ? s->grpc.type : "application/octet-stream",
+        ":status", status, "date", date,
+        "content-type", a->text ? "text/plain" : s->grpc.type ? s->grpc.type : "application/octet-stream",
         "content-length", length, "allow", a->status == 405 ? s->grpc.allow : NULL,
         "www-authenticate", a->status == 401 ? "Bearer" : NULL, "cache-control", a->text ? NULL : "no-store", NULL,
     };
@@ -3798,8 +3831,8 @@ static unsigned grpc_http_status(struct stream *s, const struct fields *f)
     if (f->refused || f->too_large)
         return f->refused ? f->refused : 431;
     s->grpc.allow = known ? "POST" : "GET, HEAD, POST";
-    if (!bytes_eq(method, BYTES("POST")))
-        return (s->grpc.no_body || bytes_eq(method, BYTES("GET"))) && !known ? 404 : 405;
+    if (!bytes_eq(method, BYTES("POST")))                       /* 400: RFC 9110 5.3 */
+        return known || !(s->grpc.no_body || bytes_eq(method, BYTES("GET"))) ? 405 : f->two_tokens ? 400 : 404;
     return !grpc_content_type(f->value[F_CONTENT_TYPE]) ? 415 : s->conn->http1 ? 505 : 0;
 }
 
@@ -4122,8 +4155,8 @@ struct tls_options {
     const char *client_san;                 /* server: the name that a client certificate must carry, or NULL */
     const char *server_name;                /* client: a host name or an IP address */
     bool insecure;                          /* client: believe any server */
-    bool allow_no_alpn;                     /* server: a client that offers no ALPN may stay (RFC 9113 3.2 forbids) */
-    bool http1;                             /* server: ALPN http/1.1 and http/1.0 as well */
+    bool allow_no_alpn;                     /* server: a client that offers no ALPN may speak HTTP/2 (RFC 9113 3.2 forbids) */
+    bool http1;                             /* server: ALPN http/1.1 and http/1.0 as well, or none */
 };
 
 /* TLS_CLOSING and TLS_FAILED: close the socket once tls_send_buf has no more. */
@@ -5182,7 +5215,8 @@ static void tls_settle(struct tls *t)
         return;
     }
     t->secret |= out && n == 6 && memcmp(out, "\x14\x03\x03\x00\x01\x01", 6) == 0; /* our ChangeCipherSpec */
-    if (!t->open && (app || hello) && !br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn) {
+    if (!t->open && (app || hello) && !br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn &&
+        !t->config->http1) {
         tls_fail(t, TLS_ERR_ALPN);
         return;
     }
@@ -5258,6 +5292,13 @@ static struct tls *tls_new(struct tls_config *c, struct tls_pool *pool, int64_t 
 static enum tls_state tls_state(const struct tls *t)
 {
     return t->failed ? TLS_FAILED : t->closing ? TLS_CLOSING : t->open ? TLS_OPEN : TLS_HANDSHAKE;
+}
+
+/* Whether HTTP/2 has not been agreed on, and has to be. */
+static bool tls_http1(struct tls *t)
+{
+    const char *alpn = br_ssl_engine_get_selected_protocol(&t->u.eng);
+    return t->config->http1 && (alpn ? strcmp(alpn, "h2") != 0 : !t->config->allow_no_alpn);
 }
 
 /* One line for the log, or "". */
@@ -5388,6 +5429,7 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #define tls_new(c, pool, wall_s) ((void)(c), (void)(pool), (void)(wall_s), (struct tls *)NULL)
 #define tls_free(t) ((void)(t))
 #define tls_state(t) ((void)(t), TLS_FAILED)
+#define tls_http1(t) ((void)(t), false)
 #define tls_why(t) ((void)(t), "")
 #define tls_peer_subject(t) ((void)(t), "")
 #define tls_recv_buf(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
@@ -5799,7 +5841,7 @@ static void link_close(struct link *k, const char *why)
 /* Waits for what the connection needs next.  Without that it could only hang, so it is closed. */
 static void link_interest(struct link *k, bool blocked)
 {
-    bool in = !k->conn.eof && !k->loop->paused && conn_wants_input(&k->conn);
+    bool in = !k->conn.eof && !k->loop->paused && conn_wants_input(&k->conn) > 0;
     heap_set(k->loop, k, conn_deadline(&k->conn));
     if (poller_set(&k->loop->poller, &k->watch, (in ? WATCH_IN : 0u) | (blocked ? WATCH_OUT : 0u)))
         return;
@@ -5940,6 +5982,7 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
             memcpy(to, p, taken);
         tls_recv_ack(k->tls, taken);
         for (const uint8_t *in; (in = tls_app_in(k->tls, &plain)) != NULL && plain;) {
+            k->conn.no_h2 = tls_http1(k->tls);
             conn_recv(&k->conn, in, plain);
             tls_app_in_ack(k->tls, plain);
         }
@@ -5974,8 +6017,9 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
 {
     struct link *k = (struct link *)w;
     bool full = !l->paused && loop_backlog(l) > PAUSE_BYTES;    /* others have filled it in this turn */
-    if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && !full && conn_wants_input(&k->conn)) {
-        ssize_t n = read(k->watch.fd, l->read_buf, sizeof l->read_buf);
+    size_t most = min_size(conn_wants_input(&k->conn), sizeof l->read_buf);
+    if (events & (WATCH_IN | WATCH_ERROR) && !l->paused && !full && most) {
+        ssize_t n = read(k->watch.fd, l->read_buf, most);
         if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
             link_close(k, strerror(errno));
             return;
@@ -7078,7 +7122,7 @@ struct options {
         reject, fault;
     int64_t max_message, max_connections, wait_ms, repeat, timeout_ms, grace_ms, poll_ms, agents;
     bool once, base64, help, help_short, version, control, skip_forwarder, fast, flagged, allow_no_alpn, insecure,
-        fetches;                      /* -deliver: agents fetch from here */
+        fetches, fetches_data;        /* -deliver: agents fetch from here */
     bool *given;                      /* a row of option_table each: whether its flag was there */
     const char **args;
     size_t arg_count;
@@ -7739,8 +7783,8 @@ static void options_version(struct buf *out)
  * Owns: the bytes of a file, or of the zip that Go's archive/zip makes of a folder (PKWARE APPNOTE 4.3; Store, data
  * descriptors, Zip64 where needed), pulled in pieces, encrypted on the way if asked (AES-256-GCM, NIST SP 800-38D); their
  * SHA3-256; the identity that tells whether it still holds.
- * Never: maps a file (it may shrink under us), follows a link to a folder, waits on a pipe or device but where cvms encrypt
- * and decrypt are given one.
+ * Never: maps a file (it may shrink under us), follows a link to a folder, waits on a pipe or device but on stdin and OUT of
+ * cvms encrypt and decrypt.
  */
 
 enum {
@@ -8313,12 +8357,15 @@ MUST_USE static bool unseal_final(struct unseal *u)
     return ok;
 }
 
-/* Reads a key: 32 raw bytes in a file that is its owner's alone. */
+/* Reads a key: 32 raw bytes in a file that is its owner's alone, or from stdin; another pipe may never have a writer. */
 MUST_USE static bool seal_key_load(const char *path, uint8_t key[AES_KEY], struct err *e)
 {
     struct buf raw = { 0 };
-    struct stat st;
-    if (stat(path, &st) == 0 && S_ISREG(st.st_mode) && st.st_mode & 077)
+    struct stat st = { .st_mode = S_IFREG }, in;
+    bool piped = stat(path, &st) == 0 && fstat(STDIN_FILENO, &in) == 0 && st.st_dev == in.st_dev && st.st_ino == in.st_ino;
+    if (!S_ISREG(st.st_mode) && !piped)
+        return err_set(e, "%s: is not a regular file, nor stdin", path);
+    if (S_ISREG(st.st_mode) && st.st_mode & 077)
         return err_set(e, "%s: others may read or write it: chmod 600 it, or make a new key if they have", path);
     bool ok = file_load(path, PEM_FILE_MAX, &raw, e);
     if (ok && raw.len != AES_KEY)
@@ -9070,15 +9117,12 @@ static bool output_err(const struct output *w, struct err *e)
     return err_set(e, "%s: can't be written: %s", w->part ? w->part : w->path, strerror(errno));
 }
 
-/* A source of a file or folder, or of stdin ("-") or a pipe, whose size is not known. */
+/* A source of a file or folder, or of stdin ("-"), whose size is not known. */
 MUST_USE static bool source_open_any(struct source *s, const char *path, struct err *e)
 {
-    struct stat st;
-    bool standard = strcmp(path, "-") == 0;
-    if (!standard && (stat(path, &st) != 0 || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode)))
+    if (strcmp(path, "-") != 0)
         return source_open(s, path, e);
-    *s = (struct source){ .path = standard ? "stdin" : path };
-    s->fd = standard ? fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3) : open(path, O_RDONLY | O_CLOEXEC);
+    *s = (struct source){ .path = "stdin", .fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3) };
     return s->fd >= 0 || file_err(e, s->path, strerror(errno));
 }
 
@@ -9086,6 +9130,22 @@ static bool is_file(const char *path, const struct stat *file)
 {
     struct stat st;
     return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
+}
+
+/* Whether a path leads, or would lead, to a place in this folder, at any depth. */
+static bool is_within(const char *path, const char *folder)
+{
+    struct stat st;
+    char up[PATH_MAX], *real = realpath(path, NULL), *slash;
+    bool there = stat(folder, &st) == 0, within = false;
+    path_folder(up, path);
+    real = real ? real : realpath(up, NULL);
+    while (there && real && !within && (slash = strrchr(real, '/')) != NULL) {
+        within = is_file(real, &st);
+        *slash = 0;
+    }
+    free(real);
+    return within;
 }
 
 /* Opens a file beside the one that is, or will be, at w->path. */
@@ -9114,6 +9174,8 @@ MUST_USE static bool crypt_output(struct output *w, const struct options *o, boo
         return err_set(e, "%s: is the %s as well; name another file", path, is_file(in, &st) ? "input" : "key");
     if (there && access(path, W_OK) != 0)
         return output_err(w, e);
+    if (!standard && is_within(path, in))
+        return err_set(e, "%s: is in the folder that is packed; name a file elsewhere", path);
     if (!standard && path_is_standard(path) < 0 && (!there || S_ISREG(st.st_mode)))
         return output_part(w, there ? &st : NULL, e);
     if (!streams)
@@ -9771,7 +9833,7 @@ static void check_output(struct mistakes *r, const char *flag, const char *path)
     struct stat st;
     char folder[PATH_MAX];
     const char *slash = path ? strrchr(path, '/') : NULL;
-    text_printf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    path_folder(folder, path ? path : "");
     bool there = path && stat(path, &st) == 0;
     bool ok = there ? !S_ISDIR(st.st_mode) : errno == ENOENT && path && *path && !(slash && !slash[1]);
     if (there && !ok)
@@ -9903,7 +9965,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct mistakes 
             d[i] = ((const struct Dataset *)m->req.datasets.items)[i];
         else if (m->compat == COMPAT_ALL && pb_utf8_valid(base_name(col[COL_PATH].v[i])))
             d[i].filename = base_name(col[COL_PATH].v[i]);
-        else if (m->compat == COMPAT_ALL)
+        else if (m->compat == COMPAT_ALL && !o->fetches_data)
             tell(r, WARNING, "-data-paths: %s: the file's name is not UTF-8 and is left out of the manifest; the newest "
                              "agents refuse such a dataset", col[COL_PATH].v[i]);
         set_part(m, o, r, &dataset_part, col, i, remote, &d[i]);
@@ -10094,6 +10156,7 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
 static void hash_inputs(struct manifest *m, struct mistakes *r)
 {
     bool all = true;                  /* else the mistakes alone are told */
+    const struct Dataset *data = m->req.datasets.items;
     checksum_files(m->inputs, m->input_count);
     for (size_t i = 0; i < m->input_count; i++)
         all &= m->inputs[i].ok;
@@ -10107,7 +10170,9 @@ static void hash_inputs(struct manifest *m, struct mistakes *r)
         else if (all)
             tell_note("%s %s, " BYTES_FMT ", %s", input_part(m, i)->what, in->path, BYTES_OF(in->size), hex);
         if (all && in->size == 0)
-            tell(r, WARNING, "-%s: %s is empty: agents refuse an upload without a byte", flag, in->path);
+            tell(r, WARNING, "-%s: %s is empty%s", flag, in->path,
+                 (input_part(m, i) == &dataset_part ? data[i].source : m->req.algorithm->source) ? "" :
+                 ": agents refuse an upload without a byte");
         free(in->why);
         in->why = NULL;
     }
@@ -11740,7 +11805,8 @@ static void delivery_setup(struct delivery *d, struct options *o, struct mistake
     d->o = o;
     d->algorithm = way_parse(r, ways, comma ? (size_t)(comma - ways) : strlen(ways));
     d->data = comma ? way_parse(r, comma + 1, strlen(comma + 1)) : d->algorithm;
-    o->fetches = way_fetches(d->algorithm) || way_fetches(d->data);
+    o->fetches_data = way_fetches(d->data);
+    o->fetches = way_fetches(d->algorithm) || o->fetches_data;
     d->sealed = way_sealed(d->algorithm) || way_sealed(d->data);
     d->signs = d->algorithm == WAY_UPLOAD || d->data == WAY_UPLOAD || o->results;
     d->wanted = d->signs || o->fetches;
@@ -12961,13 +13027,13 @@ static unsigned fetch_source(struct fetch *t, struct core *core)
     t->open = x->image ? image_open(x->image, x->input->path, &t->source, &e)
                        : source_open(&t->source, x->input->path, &e);
     if (t->open ? memcmp(&t->source.id, &x->input->id, sizeof x->input->id) != 0
-                : checksum_changed(x->input->path, &x->input->id)) {
+                : checksum_changed(x->input->path, &x->input->id) || access(x->input->path, F_OK) != 0) {
         core_note(core, NULL, "%s has changed since its hash was sent to agents: it is not served", x->input->path);
         return 410;
     }
     t->open = t->open && (!x->sealed || x->image || source_seal(&t->source, t->d->seal_key, x->nonce, &e));
     if (!t->open)
-        core_note(core, NULL, "%s can't be served: %s", x->input->path, e.text);
+        core_note(core, NULL, "not served: %s", e.text);
     t->counted = t->open;
     t->d->fetches += t->counted;
     return t->open ? 200 : 503;
@@ -13031,7 +13097,7 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
     struct fetch *t = s->user;
     const struct faults *faults = t->d->manifest->faults;
     struct parcel *p = t->key || t->part != IMAGE_LAYER ? NULL : fetch_parcel(t);
-    struct err e = { "it has shrunk" };
+    struct err e;
     ssize_t got = (ssize_t)n;
     fetch_moves(s);
     if (t->key)
@@ -13040,8 +13106,10 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
         memcpy(to, t->body->p + t->bytes, n);
     else
         got = source_read(&t->source, to, n, &e);
+    if (got >= 0 && got < (ssize_t)n)
+        file_err(&e, t->resource->input->path, "has shrunk");
     if (got < (ssize_t)n)
-        core_note(s->conn->core, NULL, "%s breaks off: %s", t->resource->input->path, e.text);
+        core_note(s->conn->core, NULL, "breaks off: %s", e.text);
     uint64_t from = t->bytes, len = got > 0 ? (uint64_t)got : 0;
     uint64_t flip = faults && !t->key ? (uint64_t)faults->value[FAULT_BLOB] : UINT64_MAX;
     uint64_t cut = faults && !t->key ? (uint64_t)faults->value[FAULT_CUT] : UINT64_MAX;
@@ -13500,8 +13568,8 @@ struct need {
     bool decompress, fetch, there;    /* fetch: from here, in earnest; what others would fetch counts as there */
 };
 
-/* One of these on its way here: a token and a key if it is encrypted, then its bytes. */
-enum download_phase { DOWNLOAD_NONE, DOWNLOAD_TOKEN, DOWNLOAD_KEY, DOWNLOAD_BLOB };
+/* One of these on its way here: its bytes, then a token and a key if it is encrypted. */
+enum download_phase { DOWNLOAD_NONE, DOWNLOAD_BLOB, DOWNLOAD_TOKEN, DOWNLOAD_KEY };
 struct download {
     enum download_phase phase;
     bool over;                        /* the phase has ended, for what stands in why */
@@ -13510,8 +13578,7 @@ struct download {
     struct addrinfo *own;             /* addresses that are not the server's */
     struct link *link;
     char where[300], path[1024], why[300];
-    struct buf token, key;
-    struct unseal unseal;
+    struct buf blob, token, key;      /* blob: what is encrypted, until its key is here */
     struct sha3_256 sha3;
     uint64_t bytes;
     uint8_t head[2], plain[FILE_READ];    /* its first bytes; room for a piece of it */
@@ -14040,7 +14107,9 @@ static void download_status(struct stream *s, unsigned status, struct bytes text
 {
     struct download *l = download_of(s);
     bool token = l->phase == DOWNLOAD_TOKEN, good = status == GRPC_OK || (token && status == GRPC_UNIMPLEMENTED);
-    if (good && l->phase == DOWNLOAD_KEY && (l->key.len != AES_KEY || l->key.failed))
+    if (good && (l->blob.failed || l->key.failed))
+        download_end(l, "out of memory");
+    else if (good && l->phase == DOWNLOAD_KEY && l->key.len != AES_KEY)
         download_end(l, "the key has " BYTES_FMT ", not %d", BYTES_OF(l->key.len), AES_KEY);
     else if (good)
         download_end(l, "%s", "");
@@ -14082,15 +14151,11 @@ static void http_data(struct stream *s, struct bytes p)
     client_step(s);
     if (l->phase == DOWNLOAD_KEY && l->key.len + p.n > AES_KEY)
         download_end(l, "the key has more than %d bytes", AES_KEY);
-    for (size_t n; !l->over && p.n; p = bytes_from(p, n)) {
-        n = min_size(p.n, sizeof l->plain);
-        if (l->phase == DOWNLOAD_KEY)
-            buf_put(&l->key, p.p, n);
-        else if (l->need->source->encrypted)
-            download_take(l, l->plain, unseal_update(&l->unseal, p.p, n, l->plain));
-        else
-            download_take(l, p.p, n);
-    }
+    struct buf *to = l->phase == DOWNLOAD_KEY ? &l->key : l->need->source->encrypted ? &l->blob : NULL;
+    if (to && !l->over)
+        buf_put(to, p.p, p.n);
+    else if (!l->over)
+        download_take(l, p.p, p.n);
 }
 
 static void http_end(struct stream *s)
@@ -14145,6 +14210,7 @@ static void download_free(struct agent *a)
     addresses_free(l->own);
     wipe_buf(&l->key);
     buf_free(&l->token);
+    buf_free(&l->blob);
     wipe(l, sizeof *l);
 }
 
@@ -14203,9 +14269,21 @@ static void download_next(struct agent *a, enum user_role role)
         return;
     l->need = n;
     sha3_256_init(&l->sha3, sha3_features());
-    download_phase(a, n->source->encrypted ? DOWNLOAD_TOKEN : DOWNLOAD_BLOB);
+    download_phase(a, DOWNLOAD_BLOB);
     if (n->source->encrypted && !CVMS_TLS)
         download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
+}
+
+/* Takes what is in the blob.  False: it is not genuine. */
+static bool download_open(struct download *l)
+{
+    struct unseal u;
+    unseal_init(&u, l->key.p);
+    for (size_t at = 0, n; at < l->blob.len; at += n) {
+        n = min_size(l->blob.len - at, sizeof l->plain);
+        download_take(l, l->plain, unseal_update(&u, l->blob.p + at, n, l->plain));
+    }
+    return unseal_final(&u);
 }
 
 /* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "". */
@@ -14213,11 +14291,12 @@ static void download_check(struct download *l)
 {
     uint8_t hash[SHA3_256_LEN];
     char hex[2][2 * SHA3_256_LEN + 1];
+    bool genuine = !l->need->source->encrypted || download_open(l);
     sha3_256_final(&l->sha3, hash);
     hex_text(hex[0], l->need->hash.p, SHA3_256_LEN);
     hex_text(hex[1], hash, SHA3_256_LEN);
     l->over = false;
-    if (l->need->source->encrypted && !unseal_final(&l->unseal))
+    if (!genuine)
         download_end(l, "failed to decrypt resource: cipher: message authentication failed");
     else if (strcmp(hex[0], hex[1]) != 0)
         download_end(l, "hash mismatch: expected %s, got %s", hex[0], hex[1]);
@@ -14247,8 +14326,9 @@ static void download_finish(struct agent *a, const char *before)
 /* A phase is over: the next one begins, or it was the last. */
 static void download_turn(struct agent *a)
 {
-    static const char *const of_phase[] = { "", "failed to retrieve token from attestation service: ",
-                                            "failed to retrieve decryption key from KBS: ", "failed to download resource: " };
+    static const char *const of_phase[] = { "", "failed to download resource: ",
+                                            "failed to retrieve token from attestation service: ",
+                                            "failed to retrieve decryption key from KBS: " };
     struct download *l = &a->download;
     const char *before = of_phase[l->phase];
     if (!l->phase || !l->over)
@@ -14256,9 +14336,7 @@ static void download_turn(struct agent *a)
     if (l->link)
         link_close(l->link, "the request is over");
     bool good = !*l->why && !a->over; /* a->over: it has been stopped */
-    if (good && l->phase != DOWNLOAD_BLOB) {
-        if (l->phase == DOWNLOAD_KEY)
-            unseal_init(&l->unseal, l->key.p);
+    if (good && l->need->source->encrypted && l->phase != DOWNLOAD_KEY) {
         download_phase(a, (enum download_phase)(l->phase + 1));
         return;
     }
@@ -15121,6 +15199,9 @@ static bool server_open(struct server *v, struct mistakes *r, char *where, size_
     l->serving = (struct endpoint){ .on = &grpc_server, .methods = server_methods,
                                     .method_count = PB_COUNT(server_methods), .offers = delivery_offers(&v->delivery),
                                     .plain = &fetch_method, .max_message = (size_t)o->max_message };
+    if (way_image(v->delivery.algorithm) || way_image(v->delivery.data))
+        l->serving.tls_first = "skopeo tries that first, and goes on in the clear if it has --src-tls-verify=false; others "
+                               "want SERVER_CERT and SERVER_KEY to be set";
     l->max_accepted = (size_t)o->max_connections;
     l->core.app = v;
     l->turn = server_turn;

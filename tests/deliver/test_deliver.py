@@ -937,8 +937,8 @@ def test_stand_in_fetches():
     write(os.path.join(folder, "a.csv"), b"1,2")
     harness.self_signed("localhost", tls)
     secure = {"SERVER_CERT": tls + "/localhost.pem", "SERVER_KEY": tls + "/localhost.key", "HOST": "localhost"}
-    for way, env, sealed in (("http", {}, 4), ("http-plain", {}, 0), ("http,upload", {}, 1), ("upload,http", {}, 3),
-                             ("http-plain,http", {}, 3), ("http", secure, 4)):
+    ways = (("http", 4), ("http-plain", 0), ("http,upload", 1), ("upload,http", 3), ("http-plain,http", 3), ("upload", 0))
+    for way, env, sealed in [(way, env, n) for way, n in ways for env in ({}, secure)]:
         name = f"fetches, {way}{', TLS' if env else ''}"
         with Server(name, *basic(W.data, folder, big), "-deliver", way, "-results", temp() + "/r", "-until", "complete",
                     "-timeout", "60s", base=[], env=env) as s:
@@ -947,6 +947,12 @@ def test_stand_in_fetches():
                 same(f"{name}: keys", len(re.findall("fetched, \\d+ bytes, and its key", err)), sealed)
                 n = (way.split(",")[0] != "upload") + 3 * (way.split(",")[-1] != "upload")
                 same(f"{name}: fetched", len(re.findall("is fetched: \\d+ bytes with the manifest's hash", a.err.text())), n)
+                if way == "http":
+                    order = [line.split(": 200")[0].split(" http ")[1].split()[1:3] for line in s.out.text().splitlines() if " http " in line]
+                    same(f"{name}: in a real agent's order", order[:3], [["algorithm", "algo.py"], ["GetToken"], ["key", "of"]])
+    with Server("images", *basic(W.data), "-deliver", "oci-plain", "-results", temp() + "/r", "-until", "complete", "-timeout", "20s",
+                base=[]) as s, stand_in(s) as a:
+        played(s, a, 0, 0, "complete reached")
     broken = "cipher: message authentication failed"
     for fault, way, words in (
             ("not-found", "http-plain", "failed to download resource: HTTP status 404"), ("unavailable", "http", "HTTP status 503"),

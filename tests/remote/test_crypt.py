@@ -209,8 +209,8 @@ def test_outputs():
     same("encrypt from stdin: content", opened(r.raw_out), content(3000))
     fifo = os.path.join(temp(), "fifo")
     os.mkfifo(fifo)
-    shell(f"cat {W.algo} >{fifo} & {W.cvms} encrypt -key {key} {fifo} {fifo}.out; wait")
-    same("encrypt from a FIFO", opened(read(fifo + ".out")), read(W.algo))
+    out = os.path.join(temp(), "out")
+    bad("a FIFO for IN", "encrypt", "-key", key, fifo, out, words=["not a regular file or a folder"], out=out)
     shell(f"cat {fifo} >{fifo}.got & {W.cvms} encrypt -key {key} {W.algo} {fifo}; wait")
     same("encrypt to a FIFO", opened(read(fifo + ".got")), read(W.algo))
     out = os.path.join(temp(), "out")
@@ -244,6 +244,14 @@ def test_files():
     os.symlink(real, link)
     good("through a link", "decrypt", "-key", key, blob, link)
     same("through a link", (read(real), os.path.islink(link), stat.S_IMODE(os.stat(real).st_mode)), (b"plain", True, 0o640))
+    tree = temp()
+    write(os.path.join(tree, "in", "a"))
+    os.symlink(os.path.join(tree, "in"), os.path.join(tree, "link"))
+    write(os.path.join(tree, "in", "deep", "b"))
+    for at in ("in/out", "in/a", "link/out", "link/deep/b", "in/deep/../../in/deep/c"):
+        bad(f"OUT in the folder: {at}", "encrypt", "-key", key, os.path.join(tree, "in"), os.path.join(tree, at), words=["is in the folder that is packed"])
+    same("OUT in the folder: nothing is left", sorted(os.listdir(os.path.join(tree, "in"))), ["a", "deep"])
+    good("OUT beside the folder", "encrypt", "-key", key, os.path.join(tree, "in"), os.path.join(tree, "in.enc"))
     for out, words in [(blob, "is the input as well"), (key, "is the key as well"), (folder, "is a folder"),
                        ("/proc/none", "can't be written")]:
         bad(f"OUT {words}", "decrypt", "-key", key, blob, out, words=[words])

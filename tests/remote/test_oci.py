@@ -167,9 +167,21 @@ def test_side_by_side():
         same("side by side: files", r.files(name, key), {"big.csv": read(big)})
 
 
-def test_skopeo():
+def copied(url, *flags, **env):
+    """What skopeo makes of an image: the files in its layer."""
     if not shutil.which("skopeo"):
         raise harness.Skip("no skopeo; run tests/install.sh")
+    to = os.path.join(temp(), "image")
+    p = subprocess.run(["skopeo", "copy", "--insecure-policy", *flags, url, f"oci:{to}:latest"], capture_output=True, text=True,
+                       timeout=3 * LIMIT, env=dict(os.environ, **env))
+    need(same(f"skopeo {url}", (p.returncode, p.stderr), (0, "")), "no image")
+    blob = lambda d: read(os.path.join(to, "blobs", "sha256", d["digest"][7:]))
+    manifest = json.loads(blob(json.loads(read(os.path.join(to, "index.json")))["manifests"][0]))
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob(manifest["layers"][0])))) as t:
+        return {m.name: t.extractfile(m).read() for m in t}
+
+
+def test_skopeo():
     folder = temp()
     for n in ("a.csv", "sub/b.csv"):
         write(os.path.join(folder, n), n)
@@ -177,16 +189,22 @@ def test_skopeo():
         r = Registry(s)
         for resource, at, files in ((r.algorithm, 3, {"algo.py": read(W.algo)}), (r.datasets[0], 4, {"data.csv": read(W.data)}),
                                     (r.datasets[1], 4, {"a.csv": b"a.csv", "sub/b.csv": b"sub/b.csv"})):
-            url, to = r.source(resource, at)[1], os.path.join(temp(), "image")
-            p = subprocess.run(["skopeo", "copy", "--insecure-policy", "--src-tls-verify=false", "--dest-tls-verify=false", url,
-                                f"oci:{to}:latest"], capture_output=True, text=True, timeout=3 * LIMIT)
-            same(f"skopeo {url}", (p.returncode, p.stderr), (0, ""))
-            blob = lambda d: read(os.path.join(to, "blobs", "sha256", d["digest"][7:]))
-            manifest = json.loads(blob(json.loads(read(os.path.join(to, "index.json")))["manifests"][0]))
-            with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob(manifest["layers"][0])))) as t:
-                same(f"skopeo {url}: files", {m.name: t.extractfile(m).read() for m in t}, files)
+            url = r.source(resource, at)[1]
+            same(f"skopeo {url}: files", copied(url, "--src-tls-verify=false", "--dest-tls-verify=false"), files)
+        same("its try of TLS is told once", len(re.findall("ClientHello: skopeo .*--src-tls-verify=false", s.err.text())), 1)
         same("a folder's hash", first(r.datasets[1], 1).hex(), run("checksum", ["checksum", folder]).out.split()[0])
         same("a folder is unpacked", bool(first(r.datasets[1], 5, 0)), True)
+
+
+def test_skopeo_over_tls():
+    where = temp()
+    harness.self_signed("localhost", where)
+    pem, key, certs = os.path.join(where, "localhost.pem"), os.path.join(where, "localhost.key"), temp()
+    shutil.copy(pem, os.path.join(certs, "ca.crt"))
+    with serve("skopeo over TLS", "oci-plain", env={"SERVER_CERT": pem, "SERVER_KEY": key, "HOST": "localhost"}) as s:
+        url = json.loads(s.stand_in("-once", "-ca", pem).out)["algorithm"]["source"]["url"]
+        for flags, env in ((["--src-cert-dir", certs], {}), ([], {"SSL_CERT_FILE": pem})):
+            same(f"{flags} {env}: files", copied(url, *flags, **env), {"algo.py": read(W.algo)})
 
 
 def test_names():

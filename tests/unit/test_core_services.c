@@ -649,7 +649,7 @@ static void test_output_full(void)
     }
     CHECK(sent, OUT_HIGH / 17 + 1);
     side_take(&a, SIZE_MAX);
-    CHECK(conn_wants_input(&a.conn), true);
+    CHECK(conn_wants_input(&a.conn) > 0, true);
     side_close(&a);
 }
 

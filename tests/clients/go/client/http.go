@@ -3,13 +3,17 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"clients/cvms"
@@ -156,4 +160,63 @@ func pingsMode(ctx context.Context) error {
 		return fmt.Errorf("grpc-status %q after the pings", s)
 	}
 	return nil
+}
+
+// get fetches each path after the flags -n times by net/http, -per at a time: over HTTP/1.1, with TLS without ALPN, or
+// with -tag h2 as a client that is left to itself does.  It prints what came, and how often.
+func getMode(ctx context.Context) error {
+	t, scheme := &http.Transport{MaxConnsPerHost: *fPer, MaxIdleConnsPerHost: *fPer}, "http://"
+	if *fTLS {
+		cfg, err := tlsConfig()
+		if err != nil {
+			return err
+		}
+		cfg.NextProtos = nil
+		t.TLSClientConfig, t.ForceAttemptHTTP2, scheme = cfg, *fTag == "h2", "https://"
+	}
+	get := func(path string) (string, error) {
+		r, err := http.NewRequestWithContext(ctx, "GET", scheme+*fAddr+path, nil)
+		if err != nil {
+			return "", err
+		}
+		resp, err := (&http.Client{Transport: t}).Do(r)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		sum := sha256.New()
+		if _, err := io.Copy(sum, resp.Body); err != nil {
+			return "", err
+		}
+		if _, err := http.ParseTime(resp.Header.Get("Date")); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("%s %d %x", resp.Proto, resp.StatusCode, sum.Sum(nil)), nil
+	}
+	var mu sync.Mutex
+	var next atomic.Int64
+	got, errs := map[string]int{}, make(chan error, *fPer)
+	for range *fPer {
+		go func() {
+			for i := next.Add(1); i <= int64(*fN*flag.NArg()); i = next.Add(1) {
+				what, err := get(flag.Arg(int(i) % flag.NArg()))
+				if err != nil {
+					errs <- err
+					return
+				}
+				mu.Lock()
+				got[what]++
+				mu.Unlock()
+			}
+			errs <- nil
+		}()
+	}
+	var err error
+	for range *fPer {
+		err = errors.Join(err, <-errs)
+	}
+	for what, n := range got {
+		fmt.Println(what, n)
+	}
+	return err
 }

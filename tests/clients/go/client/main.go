@@ -77,6 +77,7 @@ var modes = map[string]func(context.Context) error{
 	"health":     healthMode,
 	"reflection": reflectionMode,
 	"http":       httpMode,
+	"get":        getMode,
 	"pings":      pingsMode,
 }
 
