@@ -2,8 +2,8 @@
 """Runs test layers and adds up what each reports.  usage: check.py [--quick] [LAYER | LAYER/FILE]...
 
 By default all of them; --quick: the quick ones, with one compiler, no sanitizers, several at a time.  LAYER/FILE is one
-file of a layer: unit/test_core.  All programs are compiled first, as many at a time as there are processors; then what
-runs, runs alone, for some tests measure.  Each layer ends with a line `N passed, M failed[, K skipped]`; so does this,
+file of a layer: unit/test_core.  All programs are compiled first, as many at a time as there are processors; then the
+layers that measure nothing run beside each other, and what runs after them, runs alone, for some tests measure.  Each layer ends with a line `N passed, M failed[, K skipped]`; so does this,
 and the exit status agrees.  What a layer needs is installed by tests/install.sh; without it a layer says what it skips,
 in CI it fails.
 """
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
@@ -44,7 +45,7 @@ planning = False                      # True: what a layer needs is compiled, an
 made_already = {}                     # programs that are made, or being made
 compiling = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 running = concurrent.futures.ThreadPoolExecutor(3)
-shown_later = []                      # of the quick tests, which run beside each other
+shown_later = []                      # of what runs beside each other
 failures = []                         # said once more at the end, where a reader of a long log looks
 
 
@@ -54,7 +55,14 @@ def fail(text):
     print(f"FAIL {text}", flush=True)
 
 
-def count(name, output, status):
+def timed(command, **kw):
+    began = time.monotonic()
+    p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
+    p.seconds = time.monotonic() - began
+    return p
+
+
+def count(name, output, status, seconds):
     """Adds a layer's closing line to the totals; a layer without one, or with another exit status, has failed."""
     found = re.findall(r"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?", output, re.M)
     if not found:
@@ -66,7 +74,7 @@ def count(name, output, status):
     for i, n in enumerate((passed, failed, skipped)):
         totals[i] += n
     failures.extend(f"{name}: {line[5:500]}" for line in output.splitlines() if failed and line.startswith("FAIL "))
-    print(f"     {name}: {passed} passed, {failed} failed, {skipped} skipped")
+    print(f"     {name}: {passed} passed, {failed} failed, {skipped} skipped, {seconds:.1f} s")
 
 
 def missing(name, why):
@@ -82,9 +90,9 @@ def missing(name, why):
 
 def layer(name, command, wait=True, **kw):
     """Runs a command; shows its lines if it failed, else only what it skipped.  Without wait, the next show() does."""
-    if not wants(name):
+    if planning or not wants(name):
         return
-    p = running.submit(subprocess.run, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kw)
+    p = running.submit(timed, command, **kw)
     shown_later.append((name, p))
     if wait and not QUICK:
         show()
@@ -96,7 +104,7 @@ def show():
         lines = p.stdout.splitlines()
         for line in lines[-60:] if p.returncode else [line for line in lines if line.startswith(("skip", "SKIP"))]:
             print("     | " + line)
-        count(name, p.stdout, p.returncode)
+        count(name, p.stdout, p.returncode, p.seconds)
     shown_later.clear()
 
 
@@ -107,7 +115,7 @@ def wants(name):
 
 def compiled(cc, out, source, flags, strict=STRICT, after=()):
     """Begins to compile a file, in the background; the same program but once."""
-    libraries = [] if "-DCVMS_TLS=0" in flags else ["-lbearssl"]
+    libraries = [] if "-DCVMS_TLS=0" in flags or "-c" in flags else ["-lbearssl"]
     command = [cc, *strict, *flags, "-o", os.path.join(BIN, out), source, *libraries, *after]
     if tuple(command) not in made_already:
         made_already[tuple(command)] = compiling.submit(subprocess.run, command, cwd=TOP, capture_output=True, text=True)
@@ -144,14 +152,14 @@ def unit():
         for name in unit_tests():
             made = wants(name) and build(cc, f"{name}-{cc}", f"tests/unit/{name}.c", SANITIZE + ["-D_GNU_SOURCE", "-DCVMS_TLS=0"])
             if made:
-                layer(f"{name}-{cc}", [made], cwd=os.path.join(HERE, "unit"))
+                layer(f"{name}-{cc}", [made], wait=False, cwd=os.path.join(HERE, "unit"))
 
 
 def program(cc="gcc", name="cvms-san", flags=SANITIZE):
     return build(cc if cc in COMPILERS else COMPILERS[0], name, "cvms.c", flags)
 
 
-def musl(cc, directory, name, *args):
+def musl(cc, directory, name, *args, wait=True):
     """A test script against a build with the other C library, which does elsewhere what glibc forgives."""
     lib, bear = "/usr/lib/x86_64-linux-musl/", os.path.join(BIN, "musl")
     flags, after = ["-O1", "-g", "-static", "-idirafter", "/usr/include", "-L", bear], ["tests/tls/fortify.c"]
@@ -170,14 +178,14 @@ def musl(cc, directory, name, *args):
         after += [lib + "crt1.o", lib + "crti.o", "-Wl,--start-group", lib + "libc.a", gcc, "-Wl,--end-group", lib + "crtn.o"]
     cvms = build("musl-gcc" if cc == "gcc" else cc, f"cvms-musl-{cc}", "cvms.c", flags, after=after)
     if cvms:
-        layer(f"{name} with musl, {cc}", [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+        layer(f"{name} with musl, {cc}", [sys.executable, os.path.join(HERE, directory, name + ".py"), cvms, *args], wait)
 
 
-def script(directory, name, *args, python=sys.executable):
+def script(directory, name, *args, python=sys.executable, wait=True):
     """A test script of tests/DIRECTORY against the program with sanitizers."""
     cvms = wants(name) and program()
     if cvms:
-        layer(name, [python, os.path.join(HERE, directory, name + ".py"), cvms, *args])
+        layer(name, [python, os.path.join(HERE, directory, name + ".py"), cvms, *args], wait)
 
 
 def cli():
@@ -221,17 +229,17 @@ def tls():
     driver = ["-std=c11", "-D_GNU_SOURCE"]
     pem = wants("test_pem") and build(COMPILERS[0], "pem_driver", "tests/tls/pem_driver.c", SANITIZE + ["-DCVMS_TLS=0"], driver)
     if pem:
-        layer("test_pem", [sys.executable, os.path.join(HERE, "tls", "test_pem.py"), pem])
+        layer("test_pem", [sys.executable, os.path.join(HERE, "tls", "test_pem.py"), pem], wait=False)
     echo = wants("test_tls") and build(COMPILERS[0], "tls_driver", "tests/tls/tls_driver.c", SANITIZE, driver)
     fast = wants("test_tls") and build(COMPILERS[0], "tls_driver-fast", "tests/tls/tls_driver.c", ["-O2"], driver)
     outside = wants("test_tls") and build(COMPILERS[0], "tls_driver-outside", "tests/tls/tls_driver.c",
                                           SANITIZE + ["-DCVMS_TLS_POOL=0"], driver)
     if echo and fast and outside:
-        layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast, outside])
+        layer("test_tls", [sys.executable, os.path.join(HERE, "tls", "test_tls.py"), echo, fast, outside], wait=False)
     # Symbols are bound at the start, as in the Makefile's build: binding one later spills registers to the stack.
     wipe = wants("test_serve") and build(COMPILERS[0], "wipe", "tests/tls/wipe.c", ["-O2", "-Wl,-z,now"], driver)
-    script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
-    musl("gcc", "tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "")
+    script("tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "", wait=False)
+    musl("gcc", "tls", "test_serve", os.path.join(BUILD, "tools"), wipe or "", wait=False)
 
 
 def proto():
@@ -241,7 +249,7 @@ def proto():
         missing("proto", "no Python protobuf; run tests/install.sh")
     elif tool:
         layer("test_pb", [PYTHON, os.path.join(HERE, "proto", "test_pb.py"), tool,
-                          os.path.join(HERE, "vectors", "manifests.jsonl"), "20"])
+                          os.path.join(HERE, "vectors", "manifests.jsonl"), "20"], wait=False)
 
 
 def fuzz():
@@ -249,24 +257,24 @@ def fuzz():
     replay = build(COMPILERS[0], "fuzz-replay", "tests/fuzz/fuzz.c",
                    SANITIZE + ["-D_GNU_SOURCE", "-DFUZZ_REPLAY", "-UCVMS_PORTABLE"])  # its stand-ins are for Linux's calls
     if replay:
-        layer("fuzz", [replay, os.path.join(HERE, "fuzz", "corpus")])
+        layer("fuzz", [replay, os.path.join(HERE, "fuzz", "corpus")], wait=False)
 
 
 def inject(*args):
     """Whole runs in which one call fails: in the program's object file, libc's names become those of inject.c."""
     source, cc = os.path.join(HERE, "inject", "inject.c"), COMPILERS[0]
-    object_file = os.path.join(BIN, "cvms-inject.o")
     with open(source, encoding="utf-8") as f:
         names = re.findall(r"^\S.*\binject_(\w+)\(.*;$", f.read(), re.M)
     rename = [f"--redefine-sym={n}=inject_{n}" for name in names for n in (name, name + "64")]
     same = [f"-Wl,--defsym=inject_{name}64=inject_{name}" for name in names]
     flags = SANITIZE + ["-std=c11", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"]
-    for command in ([cc, *flags, "-c", "-o", object_file, "cvms.c"],
-                    ["objcopy", "--redefine-sym=main=cvms_main", *rename, object_file]):
-        p = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
-        expect(f"inject: {command[0]}", p.returncode == 0, p.stderr)
-    cvms = build(cc, "cvms-inject", source, flags + [object_file, *same], STRICT[1:])
-    peer = build(cc, "cvms-peer", "cvms.c", ["-O2", "-g"])
+    object_file, peer = build(cc, "cvms-inject.o", "cvms.c", [*flags, "-c"]), build(cc, "cvms-peer", "cvms.c", ["-O2", "-g"])
+    if not object_file:
+        return
+    renamed = os.path.join(BIN, "cvms-renamed.o")
+    p = subprocess.run(["objcopy", "--redefine-sym=main=cvms_main", *rename, object_file, renamed], capture_output=True, text=True)
+    expect("inject: objcopy", p.returncode == 0, p.stderr)
+    cvms = build(cc, "cvms-inject", source, [*flags, renamed, *same], STRICT[1:])
     if not COVERAGE and shutil.which("valgrind"):
         args += ("--valgrind",)
     elif not COVERAGE:
@@ -335,7 +343,6 @@ def cross(*machines):
             demo = subprocess.run(["sh", os.path.join(HERE, "demo.sh"), made["cvms"]], capture_output=True, text=True,
                                   env={**os.environ, **variables})
             expect(f"make run, {how}, {machine}", demo.returncode == 0, demo.stderr)
-    show()
 
 
 HARDENED = {"PIE": r"Type: +DYN", "RELRO": r"GNU_RELRO", "all bound at the start": r"BIND_NOW|FLAGS_1.* NOW",
@@ -362,6 +369,8 @@ def compilers(every):
         missing("tcc", "not installed; run tests/install.sh")
         return
     tcc = build("tcc", "cvms-tcc", "cvms.c", ["-Wall"], ["-Werror"])
+    if planning:
+        return
     p = tcc and subprocess.run(["sh", os.path.join(HERE, "demo.sh"), tcc], capture_output=True, text=True)
     expect("tcc: make run", p and p.returncode == 0, p and p.stderr)
 
@@ -394,16 +403,18 @@ def trees():
 
 def builds():
     """Every way to build it that the README names, warning-free; and of make analyze what takes seconds."""
-    if not shutil.which("cppcheck"):
-        missing("cppcheck", "not installed; run tests/install.sh")
-    else:
-        made("make", "cppcheck")
     for cc in COMPILERS:
         build(cc, f"cvms-{cc}", "cvms.c", ["-O2"])
         build(cc, f"cvms-{cc}-plain", "cvms.c", ["-O2", "-DCVMS_TLS=0"])
     if shutil.which("musl-gcc"):
         build("musl-gcc", "cvms-musl", "cvms.c", ["-O2", "-static", "-DCVMS_TLS=0"])
     compilers(False)
+    if planning:
+        return
+    if not shutil.which("cppcheck"):
+        missing("cppcheck", "not installed; run tests/install.sh")
+    else:
+        made("make", "cppcheck")
     trees()
     made("make", "-B", "cvms")
     if shutil.which("readelf"):
@@ -413,6 +424,8 @@ def builds():
     made("make", "TLS=0")             # what was built with TLS is not up to date
     told = subprocess.run(["./cvms", "health", "-insecure", "127.0.0.1:1"], cwd=TOP, capture_output=True, text=True)
     expect("make TLS=0 behind make: without TLS", "built without TLS" in told.stderr, told)
+    p = subprocess.run(["make", "O=a b"], cwd=TOP, capture_output=True, text=True)
+    expect("make O=DIR with a blank: one line", p.returncode != 0 and re.fullmatch(".*O=a b: .*blank.*\n", p.stderr), p.stderr)
     p = subprocess.run(["make", "CC=cc -nostdinc"], cwd=TOP, capture_output=True, text=True)
     expect("make without bearssl.h: what to do", p.returncode != 0 and "libbearssl-dev" in p.stderr, p.stderr)
     made("make", "-B", "TLS=0", "static")
@@ -421,12 +434,12 @@ def builds():
     made("make", "-B", "cvms")
 
 
-LAYERS = {"builds": builds, "unit": unit, "proto": proto, "fuzz": fuzz, "cli": cli, "tls": tls, "smoke": smoke, "deliver": deliver,
-          "remote": remote, "inject": inject, "clients": clients, "attack": attack, "inject-all": lambda: inject("--all"),
-          "cross": lambda: cross("i386", "s390x"), "cross-all": lambda: (compilers(True), cross(*MACHINES))}
+LAYERS = {"unit": unit, "proto": proto, "fuzz": fuzz, "tls": tls, "cross": lambda: cross("i386", "s390x"), "builds": builds,
+          "cli": cli, "smoke": smoke, "deliver": deliver, "remote": remote, "inject": inject, "clients": clients, "attack": attack,
+          "inject-all": lambda: inject("--all"), "cross-all": lambda: (compilers(True), cross(*MACHINES))}
 ON_REQUEST = {"inject-all", "cross-all"}  # only by name: minutes
 QUICK_LAYERS = ["unit", "proto", "cli", "smoke"]
-PLANNED = {*LAYERS} - {"builds", "inject", "inject-all"}  # what these do besides building can't be left out
+BESIDE = {"unit", "proto", "fuzz", "tls", "cross", "cross-all", "builds"}  # they measure nothing
 NOT_COVERAGE = {"builds", "attack", "cross"}  # one hardly runs what it made, the others reach nothing that the rest does not
 
 
@@ -444,10 +457,11 @@ def main():
         for name in names:
             layer_name, _, wanted = name.partition("/")
             wanted = re.sub(r"\.(c|py)$", "", wanted)
+            if layer_name not in BESIDE and not QUICK:
+                show()
             if not planning and not QUICK:
                 print(f"==== {name}", flush=True)
-            if not planning or layer_name in PLANNED:
-                LAYERS[layer_name]()
+            LAYERS[layer_name]()
         concurrent.futures.wait(made_already.values())
     show()
     passed, failed, skipped = totals
