@@ -4,7 +4,7 @@
 # usage: install.sh [cross]; with cross also the compilers of the machines that make check-cross adds.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-packages="gcc clang llvm libclang-rt-dev binutils valgrind cppcheck make tcc libbearssl-dev musl-tools python3 python3-venv openssl openssh-client curl skopeo nghttp2-client golang nodejs npm
+packages="gcc clang llvm libclang-rt-dev binutils valgrind cppcheck make tcc libbearssl-dev musl-tools python3 python3-venv openssl openssh-client curl skopeo faketime nghttp2-client golang nodejs npm
     qemu-user gcc-i686-linux-gnu libc6-dev-i386-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross"
 machines="i386 s390x"
 if [ "${1-}" = cross ]; then

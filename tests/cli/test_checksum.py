@@ -297,6 +297,18 @@ def test_size_from_stat(tmp):
     compare_with_go("/proc file in a folder", root)
 
 
+def test_times(tmp):
+    """A file's time is in no hash, and none is too late or too early, on 32 bits too."""
+    root = os.path.join(tmp, "times")
+    build(root, [{"path": "a", "text": "x"}])
+    today = run(root, os.path.join(root, "a")).stdout
+    for seconds in (-1, 2**31 - 1, 2**31, 2208988800, 2**32):
+        os.utime(os.path.join(root, "a"), (seconds, seconds))
+        os.utime(root, (seconds, seconds))
+        same(f"a file of time {seconds}", run(root, os.path.join(root, "a")).stdout, today)
+        compare_with_go(f"a folder of time {seconds}", root)
+
+
 def test_zip64(tmp):
     if not GOZIP or SMALL:
         print("skipped: Zip64 folders" + ("" if GOZIP else ": no go here"))
@@ -324,7 +336,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         build_go(tmp)
         for test in (test_trees, test_files, test_names, test_special, test_deep, test_zones, test_go_names,
-                     test_size_from_stat, test_zip64):
+                     test_size_from_stat, test_times, test_zip64):
             test(tmp)
     return closing()
 
