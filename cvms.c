@@ -10449,7 +10449,7 @@ static const struct {
 };
 
 /* What an agent that stands in a state waits for, and what brings it on. */
-static const struct wait {
+static const struct awaited {      /* macOS has a union wait */
     const char *state, *what, *cure;
 } waits[] = {
     { "ReceivingAlgorithm", "algorithm", "no algorithm was uploaded: -deliver upload, or cocos-cli algo FILE KEY" },
@@ -10483,7 +10483,7 @@ struct host {
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
     unsigned agents;                  /* streams of its agent that are open */
     bool had_agent, had_forwarder;
-    const struct wait *wait;          /* what it waits for; NULL: nothing from outside */
+    const struct awaited *wait;       /* what it waits for; NULL: nothing from outside */
     size_t expected;                  /* of -expect, as many have been seen */
     uint64_t messages, bytes;
     char *context[CONTEXT_LINES];     /* its last lines */
