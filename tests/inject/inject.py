@@ -418,7 +418,7 @@ def prepare():
 
 def plain(text):
     """Lines without what differs from run to run."""
-    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text).replace("  (timestamp=TIME)", "")     # shown where it is late, as on a busy machine
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text).replace("  (timestamp=TIME)", "").replace("(timestamp=TIME ", "(")     # shown where it is late, as on a busy machine
     text = re.sub(r"^SHA3: .*", "SHA3: as the processor has it", text, flags=re.M)   # valgrind's has no AVX-512
     text = re.sub(r"(127\.0\.0\.1|\[::1\]|localhost):\d+", "ADDRESS", text)
     text = re.sub(r"(127\.0\.0\.1|\[::1\]) *", "HOST ", text)
