@@ -12781,11 +12781,6 @@ static bool message_decode(struct stream *s, const struct pb_message *type, void
     return err == PB_OK;
 }
 
-static int32_t health_status(struct bytes service)
-{
-    return ROW_FIND(healthy_services, service) < PB_COUNT(healthy_services) ? HEALTH_SERVING : HEALTH_SERVICE_UNKNOWN;
-}
-
 /* A unary call takes one message; its answer waits for the client's END_STREAM. */
 static bool unary_first(struct stream *s)
 {
@@ -12810,8 +12805,9 @@ static void health_message(struct stream *s, struct bytes wire)
     struct HealthCheckRequest req = { 0 };
     if (!unary_first(s) || !message_decode(s, &HealthCheckRequest_message, &req, wire))
         return;
-    struct HealthCheckResponse res = { .status = health_status(req.service) };
-    if (res.status == HEALTH_SERVING || s->grpc.method->end != unary_end)
+    bool known = ROW_FIND(healthy_services, req.service) < PB_COUNT(healthy_services);
+    struct HealthCheckResponse res = { .status = known ? HEALTH_SERVING : HEALTH_SERVICE_UNKNOWN };
+    if (known || s->grpc.method->end != unary_end)
         grpc_send(s, &HealthCheckResponse_message, &res);
     else
         grpc_finish(s, GRPC_NOT_FOUND, "unknown service");
@@ -13509,7 +13505,6 @@ enum { AGENT, FORWARDER, STREAMS };
 struct step {
     const char *event, *status, *originator;
     const char *level, *text;
-    bool with_data;                   /* only if the manifest has datasets */
     unsigned gate;                    /* 1 + the role that a real agent waits for behind it; 0: none */
 };
 
@@ -13517,7 +13512,7 @@ static const struct step run_steps[] = {
     { .level = "INFO", .text = "stand-in agent: manifest received" },
     { .level = "WARN", .text = "No Confidential Computing platform detected" },
     { .event = "ReceivingAlgorithm", .status = "InProgress", .gate = 1 + ROLE_ALGORITHM },
-    { .event = "ReceivingData", .status = "InProgress", .with_data = true, .gate = 1 + ROLE_DATA },
+    { .event = "ReceivingData", .status = "InProgress", .gate = 1 + ROLE_DATA },
     { .event = "Running", .status = "Starting" },
     { .event = "Running", .status = "InProgress" },
     { .level = "DEBUG",
@@ -13805,7 +13800,7 @@ static void agent_play(struct agent *a)
     }
     while (a->step < PB_COUNT(run_steps) && !agent_waits(a)) {
         const struct step *step = &run_steps[a->step++];
-        if (!step->with_data || a->req.datasets.n)
+        if (step->gate != 1 + ROLE_DATA || a->req.datasets.n)
             agent_tell(a, step);
         if (f && f->event && step->event && strcmp(f->event, step->event) == 0 && strcmp(f->status, step->status) == 0)
             agent_end(a, told, f->own_failure ? f->event : NULL);
@@ -14542,7 +14537,8 @@ enum { REPLAY_FILE_MAX = 1 << 30, REPLAY_PARTS = 1000, REPLAY_AHEAD = MAX_QUEUED
 /* One recorded stream, played on a connection of its own. */
 struct replay_part {
     struct stream *stream;            /* first: see client_stream_closed */
-    struct bytes peer, kind, job_id;
+    struct bytes peer, job_id;
+    bool named, forwarder;            /* named: it is known whether it is the latter */
 };
 
 struct replay_line {
@@ -14569,11 +14565,11 @@ static struct bytes keep_bytes(struct options *o, struct bytes b)
 /* The part that a line belongs to, made if need be; NULL: too many.  Who sends it may show in a later message only. */
 static struct replay_part *replay_part(struct replay *r, struct options *o, const struct Line *line)
 {
-    const struct bytes unknown = bytes_of(kind_names[KIND_UNKNOWN]);
-    bool named = !bytes_eq(line->stream, unknown);
+    bool forwarder = bytes_eq(line->stream, bytes_of(kind_names[KIND_FORWARDER]));
+    bool named = !bytes_eq(line->stream, bytes_of(kind_names[KIND_UNKNOWN]));
     struct replay_part *p = r->parts, *end = r->parts + r->part_count;
     while (p < end && !(bytes_eq(p->peer, line->peer) && bytes_eq(p->job_id, line->job_id) &&
-                        (!named || bytes_eq(p->kind, unknown) || bytes_eq(p->kind, line->stream))))
+                        (!named || !p->named || p->forwarder == forwarder)))
         p++;
     if (p == r->parts + REPLAY_PARTS)
         return NULL;
@@ -14581,8 +14577,8 @@ static struct replay_part *replay_part(struct replay *r, struct options *o, cons
         *p = (struct replay_part){ .peer = keep_bytes(o, line->peer), .job_id = keep_bytes(o, line->job_id) };
         r->part_count++;
     }
-    if (p == end || named)
-        p->kind = keep_bytes(o, line->stream);
+    p->named |= named;
+    p->forwarder |= forwarder;
     return p;
 }
 
@@ -14715,9 +14711,8 @@ static void replay_up(struct link *k)
     struct replay_part *p = k->user;
     char job[201];
     text_printf(job, sizeof job, "%.*s", TEXT_OF(p->job_id, 200));
-    bool forwarder = *job && bytes_eq(p->kind, bytes_of(kind_names[KIND_FORWARDER]));
     p->stream = grpc_call(&k->conn, &replay_method, r->c.dial.where, (const char *[]){
-        "job-id", *job ? job : NULL, "connection-type", forwarder ? kind_names[KIND_FORWARDER] : NULL, NULL });
+        "job-id", *job ? job : NULL, "connection-type", *job && p->forwarder ? kind_names[KIND_FORWARDER] : NULL, NULL });
     if (!p->stream)
         client_fail(&r->c, "out of memory");
     else
@@ -14947,12 +14942,8 @@ static bool positional_form(struct options *o, struct mistakes *r, bool any_flag
     o->algo_path = word;
     o->public_key_path = o->args[1];
     o->attested_tls = o->args[2];
-    struct buf paths = { 0 };
     for (size_t i = 3; i < o->arg_count; i++)
-        buf_printf(&paths, "%s%s", i > 3 ? "," : "", o->args[i]);
-    if (o->arg_count > 3)
-        values_add(o, &o->data_paths, option_text(o, (struct bytes){ or_exit(paths.p), paths.len }));
-    buf_free(&paths);
+        values_add(o, &o->data_paths, o->args[i]);
     return true;
 }
 
@@ -15007,32 +14998,28 @@ static bool server_tls(const struct options *o, struct tls_config **config, stru
     struct tls_config *made = tls_server_config(&t, (int64_t)time(NULL), e);
     if (!made)
         return false;
-    if (*config)
-        tls_config_free(*config);
+    tls_config_free(*config);
     *config = made;
     return true;
-}
-
-static void note_lines(struct core *core, const char *text, const char *after)
-{
-    for (size_t n; *text; text += n + (text[n] != 0)) {
-        n = strcspn(text, "\n");
-        core_note(core, NULL, "SIGHUP: %.*s%s", (int)n, text, after);
-    }
 }
 
 /* SIGHUP: the certificate files are read again; what is wrong with them changes nothing. */
 static void server_reload(struct server *v)
 {
+    struct core *core = &v->loop->core;
     struct err e;
     v->loop->reload = false;
     if (!v->loop->tls) {
-        core_note(&v->loop->core, NULL, "SIGHUP: there is no TLS to load anew");
-    } else if (server_tls(v->o, &v->loop->tls, &e)) {
-        core_note(&v->loop->core, NULL, "SIGHUP: certificates loaded anew; open connections keep theirs");
-        note_lines(&v->loop->core, tls_config_warnings(v->loop->tls), " (a warning)");
-    } else {
-        note_lines(&v->loop->core, e.text, "; the old certificates stay");
+        core_note(core, NULL, "SIGHUP: there is no TLS to load anew");
+        return;
+    }
+    bool loaded = server_tls(v->o, &v->loop->tls, &e);
+    const char *text = loaded ? tls_config_warnings(v->loop->tls) : e.text;
+    if (loaded)
+        core_note(core, NULL, "SIGHUP: certificates loaded anew; open connections keep theirs");
+    for (size_t n; *text; text += n + (text[n] != 0)) {
+        n = strcspn(text, "\n");
+        core_note(core, NULL, "SIGHUP: %.*s%s", (int)n, text, loaded ? " (a warning)" : "; the old certificates stay");
     }
 }
 
@@ -15045,18 +15032,14 @@ static int64_t sessions_send(struct server *v, bool hashed)
     for (struct session *s = v->sessions; s; s = s->next) {
         s->waits -= hashed && s->waits;
         wait |= s->waits > 0;
-        if (s->waits || s->send_ms == INT64_MAX)
-            continue;
-        if (s->send_ms > core->now_ms) {
-            next = s->send_ms < next ? s->send_ms : next;
-            continue;
+        if (!s->waits && s->send_ms <= core->now_ms) {
+            session_send_manifest(s);
+            core->touched = true;
+        } else if (!s->waits) {
+            next = earlier(next, s->send_ms);
         }
-        session_send_manifest(s);
-        core->touched = true;
     }
-    if (hashed && wait && !manifest_look(&v->manifest, core))
-        return sessions_send(v, true);
-    return next;
+    return hashed && wait && !manifest_look(&v->manifest, core) ? sessions_send(v, true) : next;
 }
 
 /* Once a turn of the loop: manifests that are due, questions that are due, the verdict. */
@@ -15212,23 +15195,23 @@ static bool server_open(struct server *v, struct mistakes *r, char *where, size_
     signals_handle(on_signal_end);    /* hashing may take long, and the loop does not run yet */
     bool whole = manifest_finish(&v->manifest, r);
     signals_handle(on_signal);
-    if (!whole)
+    if (whole)
+        check_faults(&v->manifest, &v->faults, r);
+    if (!whole || r->usage)
         return false;
-    check_faults(&v->manifest, &v->faults, r);
-    int record = o->record && !r->usage ? output_open(o->record) : -1;
-    if (o->record && record < 0 && !r->usage)
-        tell(r, START, "-record: %s: %s", o->record, strerror(errno));
-    if (record >= 0) {
-        sink_init(&l->record, record, &l->core.record);
-        l->core.recording = true;
-    }
-    if (!r->usage && !r->start && !listeners_open(l))
-        tell(r, START, "HOST, PORT: can't listen at %s: %s", where, strerror(errno));
     char line[302];
     text_printf(line, sizeof line, "%s\n", where);
-    if (!r->usage && !r->start && o->ready_file && !write_file(o->ready_file, (uint8_t *)line, strlen(line), &e))
+    int record = o->record ? output_open(o->record) : -1;
+    if (record >= 0)
+        sink_init(&l->record, record, &l->core.record);
+    l->core.recording = record >= 0;
+    if (o->record && record < 0)
+        tell(r, START, "-record: %s: %s", o->record, strerror(errno));
+    else if (!listeners_open(l))
+        tell(r, START, "HOST, PORT: can't listen at %s: %s", where, strerror(errno));
+    else if (o->ready_file && !write_file(o->ready_file, (uint8_t *)line, strlen(line), &e))
         tell(r, START, "-ready-file: %s", e.text);
-    return !r->usage && !r->start;
+    return !r->start;
 }
 
 /* The server can't start: who waits at a FIFO for its address must not wait for ever. */
