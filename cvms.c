@@ -1768,11 +1768,11 @@ PRINTF_LIKE(3, 0) static void core_vtell(struct core *core, const struct whom *w
     out->failed = false;
 }
 
-PRINTF_LIKE(3, 4) static void core_tell(struct core *core, const struct whom *w, const char *fmt, ...)
+PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
-    core_vtell(core, w, fmt, ap);
+    core_vtell(core, &w, fmt, ap);
     va_end(ap);
 }
 
@@ -11122,7 +11122,7 @@ PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, .
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    core_tell(&c->delivery->loop->core, &(struct whom){ .name = bytes_of(c->host->name), .kind = "delivery" }, "%s", text);
+    core_tell(&c->delivery->loop->core, (struct whom){ .name = bytes_of(c->host->name), .kind = "delivery" }, "%s", text);
 }
 
 /* Nothing more is done for this agent until its next run.  The verdict, if one is wanted, is its failure. */
@@ -11552,7 +11552,7 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
     struct courier *c = calloc(1, sizeof *c);
     if (!c || !host_parcels(d, h)) {
         free(c);
-        core_tell(&d->loop->core, &(struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
+        core_tell(&d->loop->core, (struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
                   "out of memory: nothing is delivered to this agent");
         return NULL;
     }
@@ -12373,13 +12373,13 @@ static void put_head(struct core *core, const struct shown *how, struct bytes he
     buf_puts(out, color ? COLOR_OFF : "");
 }
 
-/* Whose lines they are: a job-id, or the host without its port. */
-static struct whom session_whom(const struct session *session)
+/* Whose lines they are: a job-id, or the host without its port.  dim: they tell that it comes or goes, as usual. */
+static struct whom session_whom(const struct session *session, bool dim)
 {
     const char *peer = session->stream->conn->peer;
     struct bytes host = { (const uint8_t *)peer, host_len(peer) };
     return (struct whom){ .name = session->job_id ? bytes_of(session->job_id) : host, .number = session->number,
-                          .kind = session->kind ? kind_names[session->kind] : "stream" };
+                          .kind = session->kind ? kind_names[session->kind] : "stream", .dim = dim };
 }
 
 /* The text of a message behind its head. */
@@ -12404,7 +12404,7 @@ static void show_text(struct stream *s, const struct pb_field *member, const voi
     struct buf *out = &core->out;
     const struct pb_message *m = member ? member->sub : NULL;
     const struct shown *how = &shown[member ? member->number : 0];
-    const struct whom whom = session_whom(s->user);
+    const struct whom whom = session_whom(s->user, false);
     bool first = true, color = core->out_look & LOOK_COLOR;
     put_whom(core, out, core->out_look, &whom);
     if (m) {
@@ -12497,17 +12497,6 @@ static void show_message(struct stream *s, const struct ClientStreamMessage *msg
 
 /* ---- cvms.Service/Process ---- */
 
-/* A log line about the stream.  dim: it comes or goes, as usual. */
-PRINTF_LIKE(3, 4) static void process_note(struct stream *s, bool dim, const char *fmt, ...)
-{
-    struct whom whom = session_whom(s->user);
-    va_list ap;
-    whom.dim = dim;
-    va_start(ap, fmt);
-    core_vtell(s->conn->core, &whom, fmt, ap);
-    va_end(ap);
-}
-
 /* A line of -record.  Without memory there is not half of one, and the record ends. */
 static void record_line(struct stream *s, const struct pb_message *type, const void *msg, struct bytes wire)
 {
@@ -12540,7 +12529,7 @@ static bool session_room(struct session *session, const struct blob *b)
     struct stream *s = session->stream;
     bool room = s->conn->queued_bytes + item_own(b) <= MAX_QUEUED_BYTES;
     if (!room)
-        process_note(s, false, "too much waits to be read by this agent: it is not asked");
+        core_tell(s->conn->core, session_whom(session, false), "too much waits to be read by this agent: it is not asked");
     return room;
 }
 
@@ -12608,13 +12597,13 @@ static void session_repeat(struct session *s)
 /* Numbers the streams that share a name and a kind, as long as they are open. */
 static void session_number(struct server *v, struct session *session)
 {
-    struct whom whom = session_whom(session);
+    struct whom whom = session_whom(session, false);
     uint32_t hash = 2166136261u ^ (uint32_t)session->kind;   /* FNV-1a */
     for (size_t i = 0; i < whom.name.n; i++)
         hash = (hash ^ whom.name.p[i]) * 16777619u;
     struct session **at = &v->named[hash % NAMED], *of = *at;
     for (int i = 0; i < NAMED_LOOK && of; i++, of = of->same)
-        if (of->kind == session->kind && bytes_eq(session_whom(of).name, whom.name))
+        if (of->kind == session->kind && bytes_eq(session_whom(of, false).name, whom.name))
             break;
     session->number = of ? of->number + 1 : 1;
     session->same = *at;
@@ -12671,8 +12660,8 @@ static void process_open(struct stream *s, const struct fields *f)
         session_kind(session, kind);
     const char *subject = s->conn->subject;
     bool cut = core_look(core) & LOOK_BRIEF && name && strlen(name) > NAME_BRIEF;
-    process_note(s, true, "connected from %s%s%s%s%s", s->conn->peer, subject ? " as " : "", subject ? subject : "",
-                 cut ? ", job-id " : "", cut ? name : "");
+    core_tell(core, session_whom(session, true), "connected from %s%s%s%s%s", s->conn->peer, subject ? " as " : "",
+              subject ? subject : "", cut ? ", job-id " : "", cut ? name : "");
     if (session->manifest == &server->manifest && *server->delivery.announced)   /* `cvms agent` looks for it, no other */
         grpc_send_headers(s, (const char *[]){ "cvms-delivers", server->delivery.announced, NULL });
     if (kind == KIND_FORWARDER && server->o->skip_forwarder)
@@ -12693,7 +12682,7 @@ static void process_message(struct stream *s, struct bytes wire)
         char text[160];
         text_printf(text, sizeof text, "message %llu of " BYTES_FMT " is not a cvms.ClientStreamMessage: %s",
                     (unsigned long long)session->messages + 1, BYTES_OF(wire.n), pb_error_text(err));
-        process_note(s, false, "%s", text);
+        core_tell(core, session_whom(session, false), "%s", text);
         grpc_abort(s, GRPC_INTERNAL, text);
         return;
     }
@@ -12708,7 +12697,7 @@ static void process_message(struct stream *s, struct bytes wire)
     if (core->out.failed) {           /* not half a line: the agent learns that it was not taken */
         core->out.len = shown_before;
         core->out.failed = false;
-        process_note(s, false, "out of memory: a message was not taken");
+        core_tell(core, session_whom(session, false), "out of memory: a message was not taken");
         grpc_abort(s, GRPC_RESOURCE_EXHAUSTED, "out of memory");
         return;
     }
@@ -12728,7 +12717,7 @@ static void process_drained(struct stream *s)
     if (!session || session->announced)
         return;
     session->announced = true;
-    process_note(s, true, "manifest sent: " BYTES_FMT, BYTES_OF(session->manifest->len));
+    core_tell(s->conn->core, session_whom(session, true), "manifest sent: " BYTES_FMT, BYTES_OF(session->manifest->len));
     if (faults && faults->value[FAULT_RST] >= 0)
         stream_reset(s, INTERNAL_ERROR);
     if (faults && faults->value[FAULT_GOAWAY] >= 0)
@@ -12752,8 +12741,8 @@ static void process_closed(struct stream *s)
     struct session *session = s->user;
     if (!session)
         return;
-    process_note(s, true, "stream ended after %llu message%s, " BYTES_FMT, (unsigned long long)session->messages,
-                 session->messages == 1 ? "" : "s", BYTES_OF(session->bytes));
+    core_tell(s->conn->core, session_whom(session, true), "stream ended after %llu message%s, " BYTES_FMT,
+              (unsigned long long)session->messages, session->messages == 1 ? "" : "s", BYTES_OF(session->bytes));
     if (session->host)
         verdict_stream(&server_of(s)->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
     *(session->prev ? &session->prev->next : &server_of(s)->sessions) = session->next;
@@ -13292,8 +13281,8 @@ static void control_agents(struct server *v)
     struct core *core = &v->loop->core;
     size_t n = 0;
     for (const struct session *s = v->sessions; s; s = s->next, n++)
-        process_note(s->stream, false, "%s%sfrom %s, %llu message%s", s->job_id ? s->job_id : "", s->job_id ? " " : "",
-                     s->stream->conn->peer, (unsigned long long)s->messages, s->messages == 1 ? "" : "s");
+        core_tell(core, session_whom(s, false), "%s%sfrom %s, %llu message%s", s->job_id ? s->job_id : "",
+                  s->job_id ? " " : "", s->stream->conn->peer, (unsigned long long)s->messages, s->messages == 1 ? "" : "s");
     if (n == 0)
         core_note(core, NULL, "no agent is connected");
 }
