@@ -10999,6 +10999,7 @@ static bool way_sealed(enum way way)
 enum {
     FETCHES_MAX = 1000,               /* under way at a time: each has a descriptor */
     STILL_MS = 300000,                /* one over HTTP/2 whose window stays shut for so long ends, and a call that stands still */
+    RESULTS_NAME = 100,               /* bytes of a host's name in that of its results */
     PIECE_LEN = 1 << 20,              /* bytes of a file in one message */
     SERVICE_PORT = 7002,              /* of an agent, whatever the manifest says */
     SERVICE_CONNECTIONS = 100,        /* at a time, to a stand-in */
@@ -11277,7 +11278,8 @@ static char *results_path(const struct courier *c)
     buf_put(&b, path, (size_t)(dot - path));
     if (c->job_id || c->delivery->o->agents > 1 || c->after) {
         buf_putc(&b, '-');
-        for (const char *h = c->host->name; *h; h++)
+        const char *h = c->host->name;
+        for (size_t n = strnlen(h, RESULTS_NAME); n; n--, h++)
             buf_putc(&b, *h == '/' || *h == ':' || (unsigned char)*h < ' ' ? '_' : *h);
     }
     if (c->runs)

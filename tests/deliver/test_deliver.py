@@ -737,19 +737,19 @@ def test_no_forwarder():
 
 # ---- Several agents ----
 
-def test_three_agents():
+def test_four_agents():
     """Each gets its uploads, and its results a file of its own."""
     folder = temp()
-    with Agent() as go, Run("three", "-results", folder + "/out.zip", go=go, until=None) as r:
-        pairs = [r.server.both(job) for job in ("vm7", "vm/8", "vm:8")]
+    with Agent() as go, Run("four", "-results", folder + "/out.zip", go=go, until=None) as r:
+        pairs = [r.server.both(job) for job in ("vm7", "vm/8", "vm:8", "\u202e" * 60)]
         go.keys(pairs[0][0].manifest())
         for a, _ in pairs:
             a.send(ACCEPTED)
-        need(go.saw("algo", 3), "not all")
+        need(go.saw("algo", 4), "not all")
         for _, f in pairs:
             f.events(*DONE)
-        r.said("results in", 3)
-        same("three: names", sorted(os.listdir(folder)), ["out-vm7.zip", "out-vm_8-2.zip", "out-vm_8.zip"])
+        r.said("results in", 4)
+        same("four: names", sorted(os.listdir(folder)), [f"out-{(chr(92) + 'u202e') * 16 + chr(92)}u20.zip", "out-vm7.zip", "out-vm_8-2.zip", "out-vm_8.zip"])
 
 
 def test_two_of_which_one_refuses():
