@@ -59,7 +59,7 @@ check-systems:
 	for system in x86_64-macos aarch64-macos x86_64-freebsd x86_64-netbsd x86_64-openbsd; do \
 	    for portable in 0 1; do \
 	        build/tools/zig/bin/python -m ziglang cc -target $$system $(STRICT) -Werror -UCVMS_TLS -DCVMS_TLS=0 \
-	            -UCVMS_PORTABLE -DCVMS_PORTABLE=$$portable -c -o /dev/null cvms.c || exit 1; \
+	            -UCVMS_PORTABLE -DCVMS_PORTABLE=$$portable -c -o build/cvms-$$system.o cvms.c || exit 1; \
 	    done; \
 	done
 
