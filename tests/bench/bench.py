@@ -434,6 +434,25 @@ def uploading():
     os.unlink(path)
 
 
+def fetching():
+    """A file to 8 readers over HTTP/1.1; the peer is a server of Go's net/http."""
+    path = random_file("256MiB", 256)
+    for way, theirs, name in (("http-plain", "/plain", "as it is"), ("http", "/sealed", "AES-256-GCM")):
+        def measure(program, way=way, theirs=theirs):
+            s = Server(program, ["-serve", path])
+            if program != programs.peer:
+                s.command = [*s.command[:3], "-algo-type", "python", "-data-paths", path, "-deliver", way]
+            with s:
+                if program != programs.peer:
+                    manifest = json.loads(run([program, "agent", "-once", s.address]))
+                    theirs = manifest["datasets"][0]["source"]["url"].split(s.address)[1]
+                return load(s, "get", "-conns", "8", "-file", theirs)
+        ours, peer = alternate(measure, BOTH)
+        row(f"256 MiB to 8 readers, {name}, per server CPU second", ours["bytes_per_server_cpu_s"], peer["bytes_per_server_cpu_s"], "B/s")
+        row(f"resident at most, the same, {name}", ours["rss_kib"], peer["rss_kib"], "KiB", less=1 / 3, most=8192)
+    os.unlink(path)
+
+
 def random_file(name, mib):
     path = os.path.join(work, name)
     with open("/dev/urandom", "rb") as r, open(path, "wb") as f:
@@ -584,7 +603,7 @@ def markdown(head, table):
     return "\n".join(lines) + "\n"
 
 
-ROWS = [size, startup, ingest, connections, big_dataset, big_manifest, uploading, sha3, idle, growth_streams, growth_files]
+ROWS = [size, startup, ingest, connections, big_dataset, big_manifest, uploading, fetching, sha3, idle, growth_streams, growth_files]
 
 
 def report(seconds):

@@ -19,15 +19,15 @@ import (
 )
 
 var (
-	fMode    = flag.String("mode", "latency", "latency | ingest | idle | fetch | upload | send | startup | verify")
+	fMode    = flag.String("mode", "latency", "latency | ingest | idle | fetch | get | upload | send | startup | verify")
 	fAddr    = flag.String("addr", "127.0.0.1:7001", "the server's address")
 	fCA      = flag.String("ca", "", "use TLS 1.2 (ALPN h2), with this CA")
 	fPID     = flag.Int("pid", 0, "the server's pid (its processor time and memory are read from the kernel)")
 	fStdout  = flag.String("stdout", "", "ingest, verify: the server's stdout, a file")
 	fExpect  = flag.String("expect", "", "file with the manifest's bytes: every manifest is compared with it")
-	fFile    = flag.String("file", "", "upload, send: what is sent")
+	fFile    = flag.String("file", "", "upload, send: what is sent; get: the path")
 	fN       = flag.Int("n", 500, "latency: connections; startup: starts; idle: connections made beside the idle ones")
-	fConns   = flag.Int("conns", 1, "ingest, idle, fetch: connections")
+	fConns   = flag.Int("conns", 1, "ingest, idle, fetch, get: connections")
 	fMsgs    = flag.Int("msgs", 10000, "ingest: messages of each connection")
 	fSize    = flag.Int("size", 100, "ingest: bytes of AgentLog.message")
 	fHold    = flag.Duration("hold", 0, "idle: how long nothing happens while the server is watched")
@@ -76,7 +76,7 @@ func setup() (err error) {
 
 func main() {
 	flag.Parse()
-	mode := map[string]func() (out, error){"latency": latency, "ingest": ingest, "idle": idle, "fetch": fetch,
+	mode := map[string]func() (out, error){"latency": latency, "ingest": ingest, "idle": idle, "fetch": fetch, "get": get,
 		"upload": upload, "send": send, "startup": startup, "verify": verifyOnly}[*fMode]
 	if mode == nil {
 		fmt.Fprintf(os.Stderr, "loadgen: unknown mode %q\n", *fMode)

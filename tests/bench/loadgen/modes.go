@@ -6,12 +6,16 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // cycle connects, takes the manifest and closes; microseconds from dial to the whole manifest.
@@ -274,6 +278,33 @@ func fetch() (out, error) {
 		return err
 	})
 	o := meter.stop(out{"conns": *fConns, "bytes": total.Load()})
+	o["bytes_per_server_cpu_s"] = round(float64(total.Load()) / o["server_cpu_s"].(float64))
+	return o, err
+}
+
+// get fetches -file, a path at the server, by HTTP/1.1 on -conns connections at once.
+func get() (out, error) {
+	meter := startMeter()
+	var total atomic.Int64
+	var g errgroup.Group
+	for range *fConns {
+		g.Go(func() error {
+			resp, err := (&http.Client{Transport: &http.Transport{}}).Get("http://" + *fAddr + *fFile)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, resp.Body, make([]byte, 256<<10))
+			if err == nil && (resp.StatusCode != 200 || n != resp.ContentLength) {
+				err = fmt.Errorf("%s, %d bytes of %d", resp.Status, n, resp.ContentLength)
+			}
+			total.Add(n)
+			return err
+		})
+	}
+	err := g.Wait()
+	o := meter.stop(out{"conns": *fConns, "bytes": total.Load()})
+	o["rss_kib"] = float64(status(fmt.Sprintf("/proc/%d/status", *fPID), "VmHWM"))
 	o["bytes_per_server_cpu_s"] = round(float64(total.Load()) / o["server_cpu_s"].(float64))
 	return o, err
 }

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -194,6 +195,9 @@ func run() error {
 		if err := os.WriteFile(*readyFile, []byte(l.Addr().String()+"\n"), 0o644); err != nil {
 			return err
 		}
+	}
+	if *serve != "" {
+		return http.Serve(l, files())
 	}
 	return g.Serve(l)
 }
