@@ -12925,7 +12925,7 @@ struct fetch {
     struct delivery *d;
     struct resource *resource;        /* NULL: none of this name */
     struct host *host;                /* NULL: it is not known whose request it is */
-    bool key, open, counted, get;     /* key: of the resource; open: source is; counted: among those under way */
+    bool key, open;                   /* key: of the resource; open: source is, and so it is among those under way */
     enum image_part part;             /* of an image; else IMAGE_LAYER, which is what counts */
     struct blob *body;                /* of one that is not its layer, or NULL */
     struct source source;
@@ -12942,6 +12942,13 @@ static struct parcel *fetch_parcel(const struct fetch *t)
 {
     bool counts = t->host && t->resource && host_parcels(t->d, t->host);
     return counts ? &t->host->parcels[t->d->count + (size_t)(t->resource - t->d->resources)] : NULL;
+}
+
+/* The agent has it, or its key. */
+static void parcel_fetched(struct parcel *p, bool key)
+{
+    *(key ? &p->keys : &p->fetched) += 1;
+    p->done = p->fetched && (p->keys || !p->sealed);
 }
 
 /* Whose request it is: of the hosts at its address, the first that lacks what it asks for; the only host there is. */
@@ -13013,17 +13020,16 @@ static unsigned fetch_source(struct fetch *t, struct core *core)
         return 503;
     t->open = x->image ? image_open(x->image, x->input->path, &t->source, &e)
                        : source_open(&t->source, x->input->path, &e);
+    t->d->fetches += t->open;
     if (t->open ? memcmp(&t->source.id, &x->input->id, sizeof x->input->id) != 0
                 : checksum_changed(x->input->path, &x->input->id) || access(x->input->path, F_OK) != 0) {
         core_note(core, NULL, "%s has changed since its hash was sent to agents: it is not served", x->input->path);
         return 410;
     }
-    t->open = t->open && (!x->sealed || x->image || source_seal(&t->source, t->d->seal_key, x->nonce, &e));
-    if (!t->open)
-        core_note(core, NULL, "not served: %s", e.text);
-    t->counted = t->open;
-    t->d->fetches += t->counted;
-    return t->open ? 200 : 503;
+    if (t->open && (!x->sealed || x->image || source_seal(&t->source, t->d->seal_key, x->nonce, &e)))
+        return 200;
+    core_note(core, NULL, "not served: %s", e.text);
+    return 503;
 }
 
 /* A token that is sent must be ours; real agents without an attestation agent send none (RFC 6750 2.1). */
@@ -13055,7 +13061,7 @@ static void fetch_open(struct stream *s, const struct fields *f)
         c->out.failed = true;
         return;
     }
-    *t = (struct fetch){ .d = &server_of(s)->delivery, .part = IMAGE_LAYER, .begin_ms = c->core->now_ms, .get = !s->grpc.no_body };
+    *t = (struct fetch){ .d = &server_of(s)->delivery, .part = IMAGE_LAYER, .begin_ms = c->core->now_ms };
     struct buf text = buf_fixed(t->text, sizeof t->text);
     put_text(&text, (struct bytes){ v[F_METHOD].p, min_size(v[F_METHOD].n, 20) }, NULL);
     t->method = (struct bytes){ t->text, text.len };
@@ -13146,15 +13152,13 @@ static void fetch_closed(struct stream *s)
     if (!t)
         return;
     struct parcel *p = fetch_parcel(t);
-    bool whole = s->local_closed, fetched = whole && s->grpc.plain == 200 && t->get;
-    t->d->fetches -= t->counted;
+    bool whole = s->local_closed, fetched = whole && s->grpc.plain == 200 && !s->grpc.no_body;
+    t->d->fetches -= t->open;
     if (t->open)
         source_close(&t->source);
     blob_unref(t->body);
-    if (p && fetched && t->part == IMAGE_LAYER) {
-        *(t->key ? &p->keys : &p->fetched) += 1;
-        p->done = p->fetched && (p->keys || !p->sealed);
-    }
+    if (p && fetched && t->part == IMAGE_LAYER)
+        parcel_fetched(p, t->key);
     const struct checksum *in = fetched && t->open ? t->resource->input : NULL;
     if (in && checksum_changed(in->path, &in->id))
         t->note = "changed while it was sent";
@@ -13210,10 +13214,8 @@ static void unwrap_seen(struct stream *s, size_t n)
         t.host = NULL;
         fetch_host(&t, s->conn->peer);
         struct parcel *p = t.resource->image && t.resource->sealed ? fetch_parcel(&t) : NULL;
-        if (p) {
-            p->keys++;
-            p->done = p->fetched > 0;
-        }
+        if (p)
+            parcel_fetched(p, true);
     }
     show_call(s, t.host, n, "key of the images");
 }
@@ -13564,10 +13566,7 @@ struct download {
     struct addrinfo *own;             /* addresses that are not the server's */
     struct link *link;
     char where[300], path[1024], why[300];
-    struct buf blob, token, key;      /* blob: what is encrypted, until its key is here */
-    struct sha3_256 sha3;
-    uint64_t bytes;
-    uint8_t head[2], plain[FILE_READ];    /* its first bytes; room for a piece of it */
+    struct buf blob, token, key;
 };
 
 struct agent {
@@ -14114,15 +14113,6 @@ static const struct grpc_method download_method = {
     .path = "/attestation_agent.AttestationAgentService/GetToken", .message = token_message, .status = download_status,
 };
 
-/* What has come of the resource, in the clear. */
-static void download_take(struct download *l, const uint8_t *p, size_t n)
-{
-    for (size_t i = 0; i < n && l->bytes + i < sizeof l->head; i++)
-        l->head[l->bytes + i] = p[i];
-    sha3_256_update(&l->sha3, p, n);
-    l->bytes += n;
-}
-
 static void http_headers(struct stream *s, const struct fields *f, bool end)
 {
     struct bytes status = f->value[F_STATUS];
@@ -14134,14 +14124,12 @@ static void http_headers(struct stream *s, const struct fields *f, bool end)
 static void http_data(struct stream *s, struct bytes p)
 {
     struct download *l = download_of(s);
+    struct buf *to = l->phase == DOWNLOAD_KEY ? &l->key : &l->blob;
     client_step(s);
-    if (l->phase == DOWNLOAD_KEY && l->key.len + p.n > AES_KEY)
+    if (to == &l->key && l->key.len + p.n > AES_KEY)
         download_end(l, "the key has more than %d bytes", AES_KEY);
-    struct buf *to = l->phase == DOWNLOAD_KEY ? &l->key : l->need->source->encrypted ? &l->blob : NULL;
-    if (to && !l->over)
+    if (!l->over)
         buf_put(to, p.p, p.n);
-    else if (!l->over)
-        download_take(l, p.p, p.n);
 }
 
 static void http_end(struct stream *s)
@@ -14254,51 +14242,53 @@ static void download_next(struct agent *a, enum user_role role)
     if (l->phase || !n)
         return;
     l->need = n;
-    sha3_256_init(&l->sha3, sha3_features());
     download_phase(a, DOWNLOAD_BLOB);
     if (n->source->encrypted && !CVMS_TLS)
         download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
 }
 
-/* Takes what is in the blob.  False: it is not genuine. */
-static bool download_open(struct download *l)
+/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "".  Returns its bytes in the clear. */
+static uint64_t download_check(struct download *l)
 {
-    struct unseal u;
-    unseal_init(&u, l->key.p);
-    for (size_t at = 0, n; at < l->blob.len; at += n) {
-        n = min_size(l->blob.len - at, sizeof l->plain);
-        download_take(l, l->plain, unseal_update(&u, l->blob.p + at, n, l->plain));
-    }
-    return unseal_final(&u);
-}
-
-/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "". */
-static void download_check(struct download *l)
-{
-    uint8_t hash[SHA3_256_LEN];
+    uint8_t piece[FILE_READ], hash[SHA3_256_LEN];
     char hex[2][2 * SHA3_256_LEN + 1];
-    bool genuine = !l->need->source->encrypted || download_open(l);
-    sha3_256_final(&l->sha3, hash);
+    bool sealed = l->need->source->encrypted, zip = false;
+    struct sha3_256 sha3;
+    struct unseal u = { 0 };
+    uint64_t bytes = 0;
+    sha3_256_init(&sha3, sha3_features());
+    if (sealed)
+        unseal_init(&u, l->key.p);
+    for (size_t at = 0, n; at < l->blob.len; at += n) {
+        const uint8_t *p = sealed ? piece : l->blob.p + at;
+        n = min_size(l->blob.len - at, sizeof piece);
+        size_t len = sealed ? unseal_update(&u, l->blob.p + at, n, piece) : n;
+        sha3_256_update(&sha3, p, len);
+        zip |= at == 0 && len >= 2 && memcmp(p, "PK", 2) == 0;
+        bytes += len;
+    }
+    sha3_256_final(&sha3, hash);
     hex_text(hex[0], l->need->hash.p, SHA3_256_LEN);
     hex_text(hex[1], hash, SHA3_256_LEN);
     l->over = false;
-    if (!genuine)
+    if (sealed && !unseal_final(&u))
         download_end(l, "failed to decrypt resource: cipher: message authentication failed");
     else if (strcmp(hex[0], hex[1]) != 0)
         download_end(l, "hash mismatch: expected %s, got %s", hex[0], hex[1]);
-    else if (l->need->decompress && memcmp(l->head, "PK", 2) != 0)
+    else if (l->need->decompress && !zip)
         download_end(l, "failed to unzip: zip: not a valid zip file");
+    return bytes;
 }
 
 /* It is there; or it has failed, which is said as a real agent says it, and the run is over. */
-static void download_finish(struct agent *a, const char *before)
+static void download_finish(struct agent *a, const char *before, uint64_t bytes)
 {
     const struct download *l = &a->download;
     struct need *n = l->need;
     char line[700];
     if (!*l->why) {
         core_note(&a->c.loop->core, NULL, "the %s is fetched: " BYTES_FMT " with the manifest's hash", roles[n->role].what,
-                  BYTES_OF(l->bytes));
+                  BYTES_OF(bytes));
         n->there = true;
         return;
     }
@@ -14316,7 +14306,6 @@ static void download_turn(struct agent *a)
                                             "failed to retrieve token from attestation service: ",
                                             "failed to retrieve decryption key from KBS: " };
     struct download *l = &a->download;
-    const char *before = of_phase[l->phase];
     if (!l->phase || !l->over)
         return;
     if (l->link)
@@ -14326,10 +14315,9 @@ static void download_turn(struct agent *a)
         download_phase(a, (enum download_phase)(l->phase + 1));
         return;
     }
-    if (good)
-        before = "", download_check(l);
+    uint64_t bytes = good ? download_check(l) : 0;
     if (!a->over)
-        download_finish(a, before);
+        download_finish(a, good ? "" : of_phase[l->phase], bytes);
     download_free(a);
     agent_go(a);
 }
