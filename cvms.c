@@ -12620,18 +12620,18 @@ static void session_kind(struct session *session, enum stream_kind kind)
 {
     struct core *core = session->stream->conn->core;
     struct server *server = core->app;
+    const char *peer = session->stream->conn->peer;
     session->kind = kind;
     session_number(server, session);
-    session->host = verdict_host(&server->verdict, session->job_id, session->stream->conn->peer);
-    if (session->host) {
-        const char *peer = session->stream->conn->peer;
-        text_printf(session->host->at, sizeof session->host->at, "%.*s", (int)host_len(peer), peer);
-        verdict_stream(&server->verdict, session->host, kind == KIND_AGENT, 1, core->now_ms);
+    struct host *h = session->host = verdict_host(&server->verdict, session->job_id, peer);
+    if (h) {
+        text_printf(h->at, sizeof h->at, "%.*s", (int)host_len(peer), peer);
+        verdict_stream(&server->verdict, h, kind == KIND_AGENT, 1, core->now_ms);
     }
-    if (session->host && kind == KIND_AGENT)
-        delivery_back(session->host);
+    if (h && kind == KIND_AGENT)
+        delivery_back(h);
     else if (server->verdict.host_count == MAX_HOSTS)
-        core_cap(core, session->stream->conn->peer, CAP_HOSTS);
+        core_cap(core, peer, CAP_HOSTS);
 }
 
 static void process_open(struct stream *s, const struct fields *f)
@@ -13275,7 +13275,6 @@ static void control_quit(struct server *v)
     if (v->verdict.wanted && !v->verdict.over) {
         buf_puts(&v->verdict.why, "ended by the command quit");
         verdict_end(&v->verdict, VERDICT_TIMEOUT);
-        v->loop->exit_status = VERDICT_TIMEOUT;
     }
     loop_stop(v->loop, "the server was told to quit");
 }
@@ -13400,13 +13399,10 @@ static void control_start(struct server *v)
     v->verdict.control = true;
     v->input = (struct watch){ .fd = STDIN_FILENO, .ready = control_ready };
     signal(SIGTTIN, SIG_IGN);
-    if (poller_set(&v->loop->poller, &v->input, WATCH_IN))
-        return;
-    if (errno != EPERM) {
+    bool watched = poller_set(&v->loop->poller, &v->input, WATCH_IN);
+    v->input_always = !watched && errno == EPERM;
+    if (!watched && !v->input_always)
         core_note(&v->loop->core, NULL, "stdin can't be waited for, so it gives no commands: %s", strerror(errno));
-        return;
-    }
-    v->input_always = true;
 }
 
 /* ==== 20. The client commands: a stand-in agent, and health ========================================================
@@ -14460,10 +14456,7 @@ static bool client_tls(const struct options *o, struct mistakes *r, const char *
     if (o->insecure)
         tell(r, WARNING, "-insecure: any server is believed");
     *config = tls_client_config(&t, (int64_t)time(NULL), &e);
-    if (!*config)
-        tell_lines(r, START, e.text);
-    else
-        tell_lines(r, WARNING, tls_config_warnings(*config));
+    tell_lines(r, *config ? WARNING : START, *config ? tls_config_warnings(*config) : e.text);
     return *config != NULL;
 }
 
