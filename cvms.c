@@ -1092,7 +1092,10 @@ static void hpack_encode_size_update(struct buf *out, uint32_t max)
  * HTTP/1 request's head.
  * Never: knows a stream's state; a frame that passes frame_check is well formed, no more.
  */
+static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";   /* RFC 9113 3.4 */
+
 enum {
+    PREFACE_LEN = sizeof preface - 1,
     FRAME_HEADER_LEN = 9,
     MAX_FRAME_SIZE = 16384,        /* ours to receive, and the most we send: the default of RFC 9113 6.5.2 */
     DEFAULT_WINDOW = 65535,        /* RFC 9113 6.9.2 */
@@ -1927,8 +1930,22 @@ struct item {
 };
 
 struct conn;
-struct grpc_method;
 struct h2_handler;
+struct fields;
+struct stream;
+
+/* One row a method; NULL: nothing to do.  A server's row has open, a client's has status and may have open. */
+struct grpc_method {
+    const char *path;
+    unsigned needs;                   /* of endpoint.offers; 0: it is always there */
+    void (*open)(struct stream *, const struct fields *);     /* the fields are good; before any message */
+    void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
+    void (*end)(struct stream *);                             /* the client has sent all */
+    void (*drained)(struct stream *);                         /* all that was queued is in the output */
+    size_t (*pull)(struct stream *, uint8_t *, size_t);       /* n more bytes of a body; fewer: it breaks off */
+    void (*status)(struct stream *, unsigned status, struct bytes text);  /* at a client: the call has ended */
+    void (*closed)(struct stream *);                          /* last call */
+};
 
 /* What the connections of a listener, or of a dial, have in common; it outlives them. */
 struct endpoint {
@@ -1975,41 +1992,36 @@ struct stream {
 
 enum conn_phase { CONN_PREFACE, CONN_OPEN, CONN_CLOSING, CONN_DEAD };
 
-struct fields;
 struct h2_handler {
     void (*headers)(struct stream *, const struct fields *, bool end);  /* request; at a client response or trailers */
     void (*data)(struct stream *, struct bytes);                        /* DATA, cut anywhere */
     void (*end)(struct stream *);                                       /* the peer sent END_STREAM */
-    void (*drained)(struct stream *);                                   /* all that was queued is in the output */
-    size_t (*pull)(struct stream *, uint8_t *, size_t);                 /* n more bytes of a body; fewer: it breaks off */
     void (*abort)(struct stream *, unsigned grpc_status, const char *text);
     void (*lost)(struct stream *, const char *how, uint32_t code);      /* a client's: it ends with an HTTP/2 error */
     void (*closed)(struct stream *);                                    /* last call: the stream is freed after it */
 };
 
-struct core;
 struct conn {
     struct core *core;
     const struct endpoint *endpoint;
     const struct h2_handler *on;
     enum conn_phase phase;
-    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed, pad_known,
-        skip, http1, no_h2, below;    /* http1: one request after the other; goaway_sent: it was the last; below: what has
+    bool client, secure, settings_seen, goaway_sent, goaway_seen, reap, size_update_due, eof, write_closed,
+        http1, no_h2, below;          /* http1: one request after the other; goaway_sent: it was the last; below: what has
                                        * left the output has not gone out yet */
     /* input */
-    uint8_t header[FRAME_HEADER_LEN], header_len, preface_len, pad_left;
+    uint8_t header[PREFACE_LEN], header_len;   /* the first bytes of a connection, then of a frame */
     uint8_t continuations;
     uint8_t block_flags;              /* END_STREAM of the HEADERS frame whose block is being joined */
     struct frame frame;
-    uint32_t left;                    /* payload bytes of `frame` still to come */
     uint32_t block_id, block_dependency;  /* stream of the open field block, 0: none */
-    struct buf in, block;             /* a control frame, or a head of HTTP/1, in pieces; a field block in pieces */
+    struct buf in, block;             /* a frame's payload, or a head of HTTP/1, in pieces; a field block in pieces */
     struct buf goaway;                /* a client's: what the server's GOAWAY says, with a NUL */
     struct hpack hpack;
     /* output */
     struct buf out;                   /* out.failed: memory was short for something of this connection, which ends it */
     size_t out_sent, queued_bytes;
-    uint32_t peer_initial_window, last_id, next_id, stream_count, queued;
+    uint32_t peer_initial_window, last_id, next_id, stream_count;
     int32_t send_window, recv_window;
     uint32_t recv_credit;
     struct stream *streams, *current, *next_to_send;
@@ -2114,18 +2126,21 @@ static size_t item_own(const struct blob *b)
     return sizeof(struct item) + (b && b->refs == 1 ? sizeof *b + b->n : 0);
 }
 
+static void stream_drop_item(struct stream *s)
+{
+    struct item *i = s->head;
+    s->head = i->next;
+    s->tail = s->head ? s->tail : NULL;
+    s->queued--;
+    s->conn->queued_bytes -= i->own;
+    blob_unref(i->blob);
+    free(i);
+}
+
 static void stream_drop_queue(struct stream *s)
 {
-    while (s->head) {
-        struct item *i = s->head;
-        s->head = i->next;
-        s->conn->queued_bytes -= i->own;
-        blob_unref(i->blob);
-        free(i);
-        s->conn->queued--;
-    }
-    s->tail = NULL;
-    s->queued = 0;
+    while (s->head)
+        stream_drop_item(s);
 }
 
 /* Marks a stream that has ended both ways; conn_reap frees it when no caller holds it any more. */
@@ -2329,7 +2344,6 @@ static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, e
         s->head = i;
     s->tail = i;
     s->queued++;
-    s->conn->queued++;
 }
 
 /* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included).  Behind
@@ -2380,7 +2394,7 @@ static bool stream_put_data(struct stream *s, const struct item *i, size_t n, bo
     if (i->blob && n)
         memcpy(to + head, i->blob->p + (i->blob->n - i->left), n);
     else if (!i->blob)
-        got = c->on->pull(s, to + head, n);
+        got = s->grpc.method->pull(s, to + head, n);
     c->control_credit += ANSWERS_PER_FRAME;
     if (head) {
         frame_put(&c->out, (uint32_t)got, FRAME_DATA, end && got == n ? END_STREAM : 0u, s->id);
@@ -2409,18 +2423,11 @@ static void stream_emit(struct stream *s)
     i->left -= n;
     if (i->left)
         return;
-    s->head = i->next;
-    if (!s->head)
-        s->tail = NULL;
-    s->queued--;
-    c->queued--;
-    c->queued_bytes -= i->own;
-    blob_unref(i->blob);
-    free(i);
+    stream_drop_item(s);
     if (end)
         stream_local_end(s);
-    else if (!s->head || s->head->kind == ITEM_TRAILERS)
-        c->on->drained(s);
+    else if ((!s->head || s->head->kind == ITEM_TRAILERS) && s->grpc.method && s->grpc.method->drained)
+        s->grpc.method->drained(s);
 }
 
 /* The next stream, in turn, that can send now. */
@@ -2521,9 +2528,6 @@ static void stream_end_long(struct stream *s)
  * GOAWAY and deadlines.
  * Never: holds a descriptor or reads a clock; time is core->now_ms.
  */
-static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-enum { PREFACE_LEN = sizeof preface - 1 };
-
 /* The fields that we look at; all others are checked for form and passed over. */
 enum field_id {
     F_METHOD, F_SCHEME, F_AUTHORITY, F_PATH, F_STATUS, F_PSEUDO_END,
@@ -2795,30 +2799,33 @@ static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
     }
 }
 
+/* Takes the padding off a payload, and `fixed` bytes before what it holds (RFC 9113 6.1, 6.2).  False: the connection
+ * has failed. */
+static bool conn_unpad(struct conn *c, struct bytes *p, size_t fixed)
+{
+    bool padded = c->frame.flags & PADDED;
+    size_t head = padded + fixed, pad = padded && p->n ? p->p[0] : 0;
+    if (p->n < head + pad) {
+        conn_fail(c, p->n < head ? FRAME_SIZE_ERROR : PROTOCOL_ERROR, "a frame shorter than its padding or priority");
+        return false;
+    }
+    *p = (struct bytes){ p->p + head, p->n - head - pad };
+    return true;
+}
+
 /* The handlers below get a frame that frame_check has passed, with its whole payload. */
 
 static void on_headers(struct conn *c, struct bytes p)
 {
     uint8_t flags = c->frame.flags;
-    size_t pad = 0;
-    if (flags & PADDED) {
-        if (p.n == 0) {
-            conn_fail(c, FRAME_SIZE_ERROR, "a padded HEADERS frame without a pad length");
-            return;
-        }
-        pad = p.p[0];
-        p.p++, p.n--;
-    }
     size_t fixed = flags & PRIORITY ? 5 : 0;
-    if (p.n < fixed || p.n - fixed < pad) {
-        conn_fail(c, p.n < fixed ? FRAME_SIZE_ERROR : PROTOCOL_ERROR, "HEADERS shorter than its padding or priority");
+    if (!conn_unpad(c, &p, fixed))
         return;
-    }
-    c->block_dependency = fixed ? get_be32(p.p) & 0x7fffffff : 0;
+    c->block_dependency = fixed ? get_be32(p.p - fixed) & 0x7fffffff : 0;
     c->block_id = c->frame.stream_id;
     c->block_flags = flags;
     c->continuations = 0;
-    conn_block_part(c, (struct bytes){ p.p + fixed, p.n - fixed - pad }, flags);
+    conn_block_part(c, p, flags);
 }
 
 static void on_continuation(struct conn *c, struct bytes p)
@@ -2936,22 +2943,32 @@ static void on_window_update(struct conn *c, struct bytes p)
         conn_fail(c, err, "a WINDOW_UPDATE of nothing or of too much");
 }
 
-static void (*const frame_handlers[FRAME_TYPES])(struct conn *, struct bytes) = {
-    [FRAME_HEADERS] = on_headers, [FRAME_PRIORITY] = on_priority, [FRAME_RST_STREAM] = on_rst_stream,
-    [FRAME_SETTINGS] = on_settings, [FRAME_PUSH_PROMISE] = on_push_promise, [FRAME_PING] = on_ping,
-    [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update, [FRAME_CONTINUATION] = on_continuation,
-};
+/* DATA of an open stream: p stood in len bytes of payload. */
+static void stream_data(struct stream *s, struct bytes p, uint32_t len)
+{
+    struct conn *c = s->conn;
+    bool early = p.n && c->client && !s->headers_seen, sized = s->content_length >= 0;
+    enum h2_error err = s->remote_closed ? STREAM_CLOSED : (int64_t)len > s->recv_window ? FLOW_CONTROL_ERROR
+                      : early || (sized && (uint64_t)s->content_length < p.n) ? PROTOCOL_ERROR : NO_ERROR;
+    if (err) {
+        conn_stream_error(c, s->id, err);
+        return;
+    }
+    s->recv_window -= (int32_t)len;
+    s->content_length -= sized ? (int64_t)p.n : 0;
+    if (p.n && c->bucket[CAP_CONTROL_FRAMES].used)
+        c->bucket[CAP_CONTROL_FRAMES].used--;
+    if (p.n)
+        c->on->data(s, p);
+}
 
-/* A DATA frame has begun: its whole length, padding included, counts against the windows (RFC 9113 6.1, 6.9). */
-static void conn_data_begin(struct conn *c)
+/* The whole length, padding included, counts against the windows (RFC 9113 6.1, 6.9). */
+static void on_data(struct conn *c, struct bytes p)
 {
     const struct frame *f = &c->frame;
     struct stream *s = stream_find(c, f->stream_id);
-    c->pad_known = !(f->flags & PADDED);
-    c->pad_left = 0;
-    if (!c->pad_known && f->len == 0) {
-        conn_fail(c, FRAME_SIZE_ERROR, "a padded DATA frame without a pad length");
-    } else if (f->len > (uint32_t)c->recv_window) {
+    bool end = f->flags & END_STREAM;
+    if (f->len > (uint32_t)c->recv_window) {
         conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the connection's window");
     } else if (!s && conn_is_idle(c, f->stream_id)) {
         conn_fail(c, PROTOCOL_ERROR, "DATA on an idle stream");
@@ -2959,63 +2976,24 @@ static void conn_data_begin(struct conn *c)
         conn_fail(c, STREAM_CLOSED, "DATA on a closed stream");
     } else if (!s && f->len > c->discard_window) {
         conn_fail(c, FLOW_CONTROL_ERROR, "DATA beyond the window of a closed stream");
-    } else if (f->len == 0 && !(s && f->flags & END_STREAM) && !conn_spend_control(c)) {
-        return;
-    } else {
+    } else if (conn_unpad(c, &p, 0) && (p.n || (s && end) || conn_spend_control(c))) {
         c->recv_window -= (int32_t)f->len;
         if (!s)
             c->discard_window -= f->len;
-        else if (s->remote_closed)
-            conn_stream_error(c, s->id, STREAM_CLOSED);
-        else if ((int64_t)f->len > s->recv_window)
-            conn_stream_error(c, s->id, FLOW_CONTROL_ERROR);
-        else
-            s->recv_window -= (int32_t)f->len;
+        else if (!s->dead)
+            stream_data(s, p, f->len);
+        conn_consumed(c, s && !s->dead ? s : NULL, f->len);
+        if (end && s && !s->dead && !s->remote_closed)
+            conn_remote_end(s);
     }
 }
 
-/* DATA of an open stream, without padding. */
-static void conn_data_bytes(struct conn *c, struct stream *s, struct bytes p)
-{
-    bool early = c->client && !s->headers_seen;
-    if (early || (s->content_length >= 0 && (uint64_t)s->content_length < p.n)) {
-        conn_stream_error(c, s->id, PROTOCOL_ERROR);
-        return;
-    }
-    if (s->content_length >= 0)
-        s->content_length -= (int64_t)p.n;
-    if (c->bucket[CAP_CONTROL_FRAMES].used)
-        c->bucket[CAP_CONTROL_FRAMES].used--;
-    c->on->data(s, p);
-}
-
-/* The next bytes of a DATA frame's payload, as many as there are. */
-static void conn_data_part(struct conn *c, struct bytes p)
-{
-    struct stream *s = stream_find(c, c->frame.stream_id);
-    size_t taken = p.n;
-    if (s && s->dead)
-        s = NULL;
-    if (!c->pad_known) {
-        c->pad_known = true;
-        c->pad_left = p.p[0];
-        p.p++, p.n--, c->left--;
-        if (c->pad_left > c->left) {
-            conn_fail(c, PROTOCOL_ERROR, "padding longer than its frame");
-            return;
-        }
-        if (c->pad_left == c->left && !(c->frame.flags & END_STREAM) && !conn_spend_control(c))
-            return;
-    }
-    size_t data = min_size(p.n, c->left - c->pad_left);
-    c->left -= (uint32_t)p.n;
-    if (c->left < c->pad_left)
-        c->pad_left = (uint8_t)c->left;
-    if (s && data)
-        conn_data_bytes(c, s, (struct bytes){ p.p, data });
-    if (c->phase == CONN_OPEN)
-        conn_consumed(c, s && !s->dead ? s : NULL, taken);
-}
+static void (*const frame_handlers[FRAME_TYPES])(struct conn *, struct bytes) = {
+    [FRAME_DATA] = on_data, [FRAME_HEADERS] = on_headers, [FRAME_PRIORITY] = on_priority,
+    [FRAME_RST_STREAM] = on_rst_stream, [FRAME_SETTINGS] = on_settings, [FRAME_PUSH_PROMISE] = on_push_promise,
+    [FRAME_PING] = on_ping, [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update,
+    [FRAME_CONTINUATION] = on_continuation,
+};
 
 /* A frame header is complete: what RFC 9113 4.3, 6.10 and the tables say of it before its payload comes. */
 static void conn_frame_begin(struct conn *c)
@@ -3023,7 +3001,6 @@ static void conn_frame_begin(struct conn *c)
     bool stream_scope;
     const struct frame *f = &c->frame;
     c->frame = frame_parse(c->header);
-    c->left = c->frame.len;
     enum h2_error err = frame_check(f, &stream_scope);
     if (c->client && !c->settings_seen && memcmp(c->header, "HTTP/1.", 7) == 0)
         conn_fail(c, PROTOCOL_ERROR, "the server answers in HTTP/1.1; a gRPC server speaks HTTP/2");
@@ -3035,51 +3012,29 @@ static void conn_frame_begin(struct conn *c)
         conn_fail(c, PROTOCOL_ERROR, "a field block that is interrupted, or a CONTINUATION of none");
     else if (err)
         conn_stream_error(c, f->stream_id, err);
-    else if (f->type == FRAME_DATA)
-        conn_data_begin(c);
     else if (f->type >= FRAME_TYPES || frame_rules[f->type].where & COSTS)
         conn_spend_control(c);
-    c->skip = err || f->type >= FRAME_TYPES;
+    if (err)
+        c->frame.type = FRAME_TYPES;  /* as one that is not known: passed over */
 }
 
-/* All of a frame's payload has come. */
-static void conn_frame_end(struct conn *c, struct bytes payload)
-{
-    c->header_len = 0;
-    if (c->frame.type == FRAME_DATA) {
-        struct stream *s = c->frame.flags & END_STREAM ? stream_find(c, c->frame.stream_id) : NULL;
-        if (s && !s->dead && !s->remote_closed)
-            conn_remote_end(s);
-    } else if (!c->skip) {
-        frame_handlers[c->frame.type](c, payload);
-    }
-    if (c->reap)
-        conn_reap(c);
-}
-
-/* Payload bytes: DATA as it comes, other frames whole.  Returns how many were taken. */
+/* Payload bytes; a frame is dealt with when it is whole.  Returns how many were taken. */
 static size_t conn_payload(struct conn *c, struct bytes p)
 {
-    size_t n = min_size(p.n, c->left);
-    p.n = n;
-    if (c->frame.type == FRAME_DATA) {
-        conn_data_part(c, p);
-        if (c->left == 0 && c->phase == CONN_OPEN)
-            conn_frame_end(c, (struct bytes){ 0 });
-        return n;
-    }
-    c->left -= (uint32_t)n;
-    if (c->left == 0 && c->in.len == 0) {
-        conn_frame_end(c, p);
-        return n;
-    }
-    if (!c->skip)
+    size_t n = p.n = min_size(p.n, c->frame.len - c->in.len);
+    if (n < c->frame.len) {           /* else it is whole where it lies */
         buf_put(&c->in, p.p, n);
-    c->out.failed |= c->in.failed;
-    if (c->left == 0) {
-        conn_frame_end(c, (struct bytes){ c->in.p, c->in.len });
-        buf_free(&c->in);
+        p = (struct bytes){ c->in.p, c->in.len };
+        c->out.failed |= c->in.failed;
     }
+    if (p.n < c->frame.len)
+        return n;
+    c->header_len = 0;
+    if (c->frame.type < FRAME_TYPES)
+        frame_handlers[c->frame.type](c, p);
+    buf_free(&c->in);
+    if (c->reap)
+        conn_reap(c);
     return n;
 }
 
@@ -3154,14 +3109,16 @@ static void conn_http1_recv(struct conn *c, struct bytes p)
     c->out.failed |= c->in.failed;
 }
 
-/* What a client is that does not begin with the preface. */
-enum client_kind { CLIENT_UNKNOWN, CLIENT_HTTP1, CLIENT_TLS, CLIENT_OTHER };
-enum { CLIENT_TELLS = 24 };           /* so many bytes tell it */
+/* What a client is, by its first bytes; PREFACE_LEN of them tell it. */
+enum client_kind { CLIENT_UNKNOWN, CLIENT_HTTP2, CLIENT_HTTP1, CLIENT_TLS, CLIENT_OTHER };
 
 static enum client_kind client_kind(struct bytes p)
 {
     enum { PREFACE_LINE = 14 };
     size_t word = 0;
+    bool begins = p.n < PREFACE_LEN;
+    if (memcmp(p.p, preface, p.n) == 0)
+        return begins ? CLIENT_UNKNOWN : CLIENT_HTTP2;
     while (bytes_start(p, "\r\n"))    /* RFC 9112 2.2 */
         p = bytes_from(p, 2);
     while (word < p.n && p.p[word] >= 'A' && p.p[word] <= 'Z')
@@ -3176,19 +3133,32 @@ static enum client_kind client_kind(struct bytes p)
     if (p.n >= 2 && p.p[0] == 0x16 && p.p[1] == 0x03)
         return CLIENT_TLS;
     bool may_be = word == p.n || url || (p.n == 1 && (p.p[0] == 0x16 || p.p[0] == '\r'));
-    return may_be && p.n < CLIENT_TELLS ? CLIENT_UNKNOWN : CLIENT_OTHER;
+    return may_be && begins ? CLIENT_UNKNOWN : CLIENT_OTHER;
 }
 
-/* Takes bytes of a client that has no preface until it is plain what it is; what speaks neither HTTP/2 nor HTTP/1 gets a
- * line in the log.  Returns how many were taken. */
-static size_t conn_unknown_client(struct conn *c, struct bytes p)
+/* Takes what is missing of the `want` bytes that a connection or a frame begins with.  Returns how many were taken. */
+static size_t conn_begin(struct conn *c, struct bytes p, size_t want)
 {
-    size_t n = min_size(p.n, CLIENT_TELLS - min_size(c->in.len, CLIENT_TELLS));
-    buf_put(&c->in, p.p, n);
-    enum client_kind kind = c->in.failed ? CLIENT_OTHER : client_kind((struct bytes){ c->in.p, c->in.len });
-    if (kind == CLIENT_HTTP1) {
+    size_t n = min_size(p.n, want - c->header_len);
+    memcpy(c->header + c->header_len, p.p, n);
+    c->header_len = (uint8_t)(c->header_len + n);
+    return n;
+}
+
+/* More of a client's first bytes have come (RFC 9113 3.4); ours follow them.  What speaks neither HTTP/2 nor HTTP/1 gets
+ * a line in the log. */
+static void conn_preface(struct conn *c)
+{
+    enum client_kind kind = client_kind((struct bytes){ c->header, c->header_len });
+    if (kind == CLIENT_HTTP2 && c->no_h2) {
+        core_fault(c->core, c->peer, "TLS: the client speaks HTTP/2, but did not agree on ALPN h2 (RFC 9113 3.2)");
+        conn_fail(c, INADEQUATE_SECURITY, "HTTP/2 over TLS needs ALPN h2");
+    } else if (kind == CLIENT_HTTP2) {
+        conn_put_settings(c);
+    } else if (kind == CLIENT_HTTP1) {
         c->http1 = true;
-        c->phase = CONN_OPEN;
+        buf_put(&c->in, c->header, c->header_len);
+        c->out.failed |= c->in.failed;
     } else if (kind == CLIENT_TLS) {
         const char *first = c->endpoint->tls_first;
         if (!first || !c->core->tls_first)
@@ -3200,28 +3170,10 @@ static size_t conn_unknown_client(struct conn *c, struct bytes p)
         core_fault(c->core, c->peer, "not an HTTP/2 client: no connection preface");
         conn_fail(c, PROTOCOL_ERROR, "no connection preface");
     }
-    return n;
-}
-
-/* The client's 24 bytes (RFC 9113 3.4); ours follow them.  Returns how many were taken. */
-static size_t conn_preface(struct conn *c, struct bytes p)
-{
-    size_t n = min_size(p.n, PREFACE_LEN - c->preface_len);
-    if (c->in.len)
-        return conn_unknown_client(c, p);
-    if (memcmp(p.p, preface + c->preface_len, n) != 0) {
-        buf_put(&c->in, preface, c->preface_len);
-        return conn_unknown_client(c, p);
-    }
-    c->preface_len = (uint8_t)(c->preface_len + n);
-    if (c->preface_len == PREFACE_LEN && c->no_h2) {
-        core_fault(c->core, c->peer, "TLS: the client speaks HTTP/2, but did not agree on ALPN h2 (RFC 9113 3.2)");
-        conn_fail(c, INADEQUATE_SECURITY, "HTTP/2 over TLS needs ALPN h2");
-    } else if (c->preface_len == PREFACE_LEN) {
-        conn_put_settings(c);
+    if ((kind == CLIENT_HTTP2 || kind == CLIENT_HTTP1) && c->phase == CONN_PREFACE) {
         c->phase = CONN_OPEN;
+        c->header_len = 0;
     }
-    return n;
 }
 
 /* Takes n bytes from the peer, all of them; what follows the end of the connection is dropped.  The caller asks
@@ -3235,19 +3187,17 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
         struct bytes rest = { p, n };
         size_t taken;
         if (c->phase == CONN_PREFACE) {
-            taken = conn_preface(c, rest);
+            taken = conn_begin(c, rest, PREFACE_LEN);
+            conn_preface(c);
         } else if (c->http1) {
             conn_http1_recv(c, rest);
             taken = n;
         } else if (c->header_len < FRAME_HEADER_LEN) {
-            taken = min_size(n, FRAME_HEADER_LEN - (size_t)c->header_len);
-            memcpy(c->header + c->header_len, p, taken);
-            c->header_len = (uint8_t)(c->header_len + taken);
-            if (c->header_len == FRAME_HEADER_LEN) {
+            taken = conn_begin(c, rest, FRAME_HEADER_LEN);
+            if (c->header_len == FRAME_HEADER_LEN)
                 conn_frame_begin(c);
-                if (c->left == 0 && c->phase == CONN_OPEN)
-                    conn_frame_end(c, (struct bytes){ c->header, 0 });
-            }
+            if (c->header_len == FRAME_HEADER_LEN && c->frame.len == 0 && c->phase == CONN_OPEN)
+                conn_payload(c, (struct bytes){ c->header, 0 });
         } else {
             taken = conn_payload(c, rest);
         }
@@ -3277,7 +3227,7 @@ static void conn_compact(struct conn *c)
 /* Puts more DATA behind what waits, in turn from the streams that may send. */
 static void conn_fill(struct conn *c)
 {
-    if (!c->queued || c->phase != CONN_OPEN || conn_pending(c) >= OUT_TARGET / 2)
+    if (!c->queued_bytes || c->phase != CONN_OPEN || conn_pending(c) >= OUT_TARGET / 2)
         return;
     struct buf *out = conn_out(c);
     conn_compact(c);
@@ -3382,32 +3332,34 @@ static bool conn_finished(const struct conn *c)
     return c->phase == CONN_OPEN && (c->goaway_sent || c->goaway_seen) && c->stream_count == 0;
 }
 
-/* The timers of a connection.  `at` tells when one is due (NEVER: it does not run), `fire` makes that later or ends
- * the connection. */
+/* When each timer of a connection is due; NEVER: it does not run. */
 #define NEVER INT64_MAX
+enum conn_timer { TIMER_LINGER, TIMER_STUCK, TIMER_PREFACE, TIMER_IDLE, TIMER_SILENCE, TIMER_STREAMS, CONN_TIMERS };
 
-static int64_t linger_at(const struct conn *c)
+static void conn_timers(const struct conn *c, int64_t at[CONN_TIMERS])
 {
-    return c->phase == CONN_CLOSING ? c->closing_ms + LINGER_MS : NEVER;
+    bool live = c->phase < CONN_CLOSING, open = c->phase == CONN_OPEN;
+    bool head = c->http1 ? c->in.len && !c->streams : !c->settings_seen;   /* the preface, or a request, has begun */
+    int64_t from = c->http1 && c->idle_ms > c->opened_ms ? c->idle_ms : c->opened_ms;
+    at[TIMER_LINGER] = c->phase == CONN_CLOSING ? c->closing_ms + LINGER_MS : NEVER;
+    at[TIMER_STUCK] = live && (conn_pending(c) || c->below) ? c->progress_ms + STUCK_MS : NEVER;
+    at[TIMER_PREFACE] = live && head ? from + PREFACE_MS : NEVER;
+    at[TIMER_IDLE] = live && !c->client && !c->stream_count ? c->idle_ms + IDLE_MS : NEVER;
+    at[TIMER_SILENCE] = !open || !c->settings_seen ? NEVER
+                      : c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
+    at[TIMER_STREAMS] = NEVER;
+    for (const struct stream *s = c->streams; s && open; s = s->next) {
+        int64_t share = c->share_waiting && s->share ? s->share_ms + SHARE_MS : NEVER;
+        at[TIMER_STREAMS] = earlier(at[TIMER_STREAMS], earlier(s->deadline_ms, share));
+    }
 }
 
-static int64_t stuck_at(const struct conn *c)
-{
-    return c->phase < CONN_CLOSING && (conn_pending(c) || c->below) ? c->progress_ms + STUCK_MS : NEVER;
-}
+/* The functions of the timers make them later or end the connection. */
 
 static void stuck_fire(struct conn *c)
 {
     core_cap(c->core, c->peer, CAP_STUCK);
     conn_abandon(c);
-}
-
-/* The preface with its SETTINGS, or a request head of HTTP/1 that has begun. */
-static int64_t preface_at(const struct conn *c)
-{
-    bool waits = c->http1 ? c->in.len && !c->streams : !c->settings_seen;
-    int64_t from = c->http1 && c->idle_ms > c->opened_ms ? c->idle_ms : c->opened_ms;
-    return c->phase < CONN_CLOSING && waits ? from + PREFACE_MS : NEVER;
 }
 
 static void preface_fire(struct conn *c)
@@ -3421,22 +3373,10 @@ static void preface_fire(struct conn *c)
                  c->client ? "no answer in HTTP/2 in time" : "no preface in time");
 }
 
-static int64_t idle_at(const struct conn *c)
-{
-    return c->phase < CONN_CLOSING && !c->client && !c->stream_count ? c->idle_ms + IDLE_MS : NEVER;
-}
-
 static void idle_fire(struct conn *c)
 {
     core_cap(c->core, c->peer, CAP_IDLE);
     conn_end(c, NO_ERROR, "no open stream");
-}
-
-static int64_t silence_at(const struct conn *c)
-{
-    if (c->phase != CONN_OPEN || !c->settings_seen)
-        return NEVER;
-    return c->ping_ms ? c->ping_ms + ANSWER_MS : c->heard_ms + SILENCE_MS;
 }
 
 /* A peer that says nothing is asked whether it is there; one that has died without a word is found out so. */
@@ -3456,37 +3396,16 @@ static void silence_fire(struct conn *c)
     }
 }
 
-static int64_t streams_at(const struct conn *c)
-{
-    int64_t at = NEVER;
-    for (const struct stream *s = c->streams; s && c->phase == CONN_OPEN; s = s->next)
-        at = s->deadline_ms < at ? s->deadline_ms : at;
-    return at;
-}
-
 static void streams_fire(struct conn *c)
 {
-    for (struct stream *s = c->streams; s; s = s->next)
-        if (c->core->now_ms >= s->deadline_ms) {
+    int64_t now = c->core->now_ms;
+    bool ours = c->core->backpressure || !conn_wants_input(c);   /* it is us who hold messages up */
+    for (struct stream *s = c->streams; s; s = s->next) {
+        if (now >= s->deadline_ms) {
             s->deadline_ms = NEVER;
             c->on->abort(s, 4, c->client ? "no answer in time (-timeout)" : "the call's deadline has passed");
         }
-}
-
-static int64_t shares_at(const struct conn *c)
-{
-    int64_t at = NEVER;
-    for (const struct stream *s = c->streams; s && c->share_waiting && c->phase == CONN_OPEN; s = s->next)
-        at = s->share && s->share_ms + SHARE_MS < at ? s->share_ms + SHARE_MS : at;
-    return at;
-}
-
-static void shares_fire(struct conn *c)
-{
-    int64_t now = c->core->now_ms;
-    bool ours = c->core->backpressure || !conn_wants_input(c);   /* it is us who hold it up */
-    for (struct stream *s = c->streams; s && c->share_waiting; s = s->next) {
-        if (!s->share || now < s->share_ms + SHARE_MS)
+        if (!c->share_waiting || !s->share || now < s->share_ms + SHARE_MS)
             continue;
         s->share_ms = now;
         if (ours)
@@ -3496,32 +3415,28 @@ static void shares_fire(struct conn *c)
     }
 }
 
-static const struct {
-    int64_t (*at)(const struct conn *);
-    void (*fire)(struct conn *);
-} conn_timers[] = {
-    { linger_at, conn_abandon }, { stuck_at, stuck_fire }, { preface_at, preface_fire }, { idle_at, idle_fire },
-    { silence_at, silence_fire }, { streams_at, streams_fire },
-    { shares_at, shares_fire },
+static void (*const conn_fire[CONN_TIMERS])(struct conn *) = {
+    conn_abandon, stuck_fire, preface_fire, idle_fire, silence_fire, streams_fire,
 };
-enum { CONN_TIMERS = sizeof conn_timers / sizeof *conn_timers };
 
 /* When conn_tick has something to do. */
 static int64_t conn_deadline(const struct conn *c)
 {
-    int64_t first = NEVER;
-    for (int i = 0; i < CONN_TIMERS; i++) {
-        int64_t at = conn_timers[i].at(c);
-        first = at < first ? at : first;
-    }
+    int64_t at[CONN_TIMERS], first = NEVER;
+    conn_timers(c, at);
+    for (int i = 0; i < CONN_TIMERS; i++)
+        first = earlier(first, at[i]);
     return first;
 }
 
 static void conn_tick(struct conn *c)
 {
-    for (int i = 0; i < CONN_TIMERS; i++)
-        if (c->core->now_ms >= conn_timers[i].at(c))
-            conn_timers[i].fire(c);
+    int64_t at[CONN_TIMERS];
+    for (int i = 0; i < CONN_TIMERS; i++) {
+        conn_timers(c, at);           /* anew: the one before may have ended the connection */
+        if (c->core->now_ms >= at[i])
+            conn_fire[i](c);
+    }
 }
 
 /* ==== 8. gRPC over HTTP/2: request check, messages, trailers =======================================================
@@ -3541,18 +3456,6 @@ static const char *const grpc_status_names[GRPC_STATUSES] = {
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 };
 
-/* One row a method; NULL: nothing to do. */
-struct grpc_method {
-    const char *path;
-    unsigned needs;                   /* of endpoint.offers; 0: it is always there */
-    void (*open)(struct stream *, const struct fields *);     /* the fields are good; before any message */
-    void (*message)(struct stream *, struct bytes);           /* one whole message; it holds during the call */
-    void (*end)(struct stream *);                             /* the client has sent all */
-    void (*drained)(struct stream *);                         /* all that was queued is on its way */
-    size_t (*pull)(struct stream *, uint8_t *, size_t);       /* a 200 that is not gRPC: n more bytes of its body */
-    void (*status)(struct stream *, unsigned status, struct bytes text);  /* at a client: the call has ended */
-    void (*closed)(struct stream *);                          /* last call */
-};
 
 static void put_field(struct buf *block, const char *name, struct bytes value)
 {
@@ -3778,19 +3681,22 @@ static int64_t grpc_timeout(struct bytes v)
     return -1;
 }
 
-/* The service part of "/service/method", for an error text of bounded length. */
+/* The method of this path, or with `service` any of its service; NULL: there is none. */
+static const struct grpc_method *grpc_find(const struct endpoint *e, struct bytes path, bool service)
+{
+    for (const struct grpc_method *m = e->methods; m < e->methods + e->method_count; m++) {
+        size_t n = service ? (size_t)(strrchr(m->path, '/') - m->path) + 1 : strlen(m->path);
+        if (path.n >= n && (service || path.n == n) && memcmp(path.p, m->path, n) == 0 && !(m->needs & ~e->offers))
+            return m;
+    }
+    return NULL;
+}
+
+/* A text of bounded length says what is not known. */
 static void grpc_unknown(struct stream *s, struct bytes path)
 {
-    const struct endpoint *e = s->conn->endpoint;
     struct buf text = { 0 };
-    const char *what = "service";
-    for (size_t i = 0; i < e->method_count; i++) {
-        const char *known = e->methods[i].path;
-        size_t n = (size_t)(strrchr(known, '/') - known) + 1;
-        if (path.n >= n && memcmp(path.p, known, n) == 0 && !(e->methods[i].needs & ~e->offers))
-            what = "method";
-    }
-    buf_printf(&text, "unknown %s ", what);
+    buf_printf(&text, "unknown %s ", grpc_find(s->conn->endpoint, path, true) ? "method" : "service");
     put_text(&text, (struct bytes){ path.p, min_size(path.n, 200) }, NULL);
     buf_putc(&text, 0);
     grpc_finish(s, GRPC_UNIMPLEMENTED, text.failed ? "unknown method" : (char *)text.p);
@@ -3814,19 +3720,11 @@ static void grpc_encoding(struct stream *s, struct bytes v)
                 token && v.n ? (const char *)v.p : "unknown");
 }
 
-static const struct grpc_method *grpc_find(const struct endpoint *e, struct bytes path)
-{
-    for (size_t i = 0; i < e->method_count; i++)
-        if (bytes_eq(path, bytes_of(e->methods[i].path)) && !(e->methods[i].needs & ~e->offers))
-            return &e->methods[i];
-    return NULL;
-}
-
 /* The HTTP status of a request that is not gRPC, 0 if it is. */
 static unsigned grpc_http_status(struct stream *s, const struct fields *f)
 {
     const struct bytes method = f->value[F_METHOD];
-    bool known = grpc_find(s->conn->endpoint, f->value[F_PATH]);
+    bool known = grpc_find(s->conn->endpoint, f->value[F_PATH], false);
     s->grpc.no_body = bytes_eq(method, BYTES("HEAD"));
     if (f->refused || f->too_large)
         return f->refused ? f->refused : 431;
@@ -3858,7 +3756,7 @@ static void grpc_request(struct stream *s, const struct fields *f, bool end)
         return;
     }
     s->deadline_ms = core->now_ms + timeout;
-    s->grpc.method = grpc_find(e, v[F_PATH]);
+    s->grpc.method = grpc_find(e, v[F_PATH], false);
     if (!s->grpc.method)
         grpc_unknown(s, v[F_PATH]);
     else if (s->grpc.method->open)
@@ -3955,17 +3853,6 @@ static void grpc_server_end(struct stream *s)
         s->grpc.method->end(s);
 }
 
-static void grpc_drained(struct stream *s)
-{
-    if (s->grpc.method && s->grpc.method->drained)
-        s->grpc.method->drained(s);
-}
-
-static size_t grpc_pull(struct stream *s, uint8_t *p, size_t n)
-{
-    return s->grpc.method->pull(s, p, n);
-}
-
 static void grpc_closed(struct stream *s)
 {
     if (s->grpc.method && s->grpc.method->closed)
@@ -3986,8 +3873,7 @@ static void grpc_abort(struct stream *s, unsigned status, const char *text)
 }
 
 static const struct h2_handler grpc_server = {
-    .headers = grpc_request, .data = grpc_data, .end = grpc_server_end, .drained = grpc_drained, .pull = grpc_pull,
-    .abort = grpc_abort, .closed = grpc_closed,
+    .headers = grpc_request, .data = grpc_data, .end = grpc_server_end, .abort = grpc_abort, .closed = grpc_closed,
 };
 
 /* ---- The client's side, for `cvms agent` and `cvms health` ---- */
@@ -4134,8 +4020,8 @@ static void grpc_client_closed(struct stream *s)
 }
 
 static const struct h2_handler grpc_client = {
-    .headers = grpc_response, .data = grpc_data, .end = grpc_client_end, .drained = grpc_drained,
-    .abort = grpc_client_abort, .lost = grpc_client_lost, .closed = grpc_client_closed,
+    .headers = grpc_response, .data = grpc_data, .end = grpc_client_end, .abort = grpc_client_abort,
+    .lost = grpc_client_lost, .closed = grpc_client_closed,
 };
 
 /* ==== 9. TLS: chain, key, BearSSL pump ============================================================================
@@ -14135,8 +14021,8 @@ static void http_end(struct stream *s)
 
 /* A GET, which ends as a call does that gets no status. */
 static const struct h2_handler http_client = {
-    .headers = http_headers, .data = http_data, .end = http_end, .drained = grpc_drained, .abort = grpc_client_abort,
-    .lost = grpc_client_lost, .closed = grpc_client_closed,
+    .headers = http_headers, .data = http_data, .end = http_end, .abort = grpc_client_abort, .lost = grpc_client_lost,
+    .closed = grpc_client_closed,
 };
 
 static void download_up(struct link *k)
