@@ -2676,6 +2676,7 @@ static void conn_free(struct conn *c)
     for (struct stream *s = c->streams; s; s = s->next)
         stream_done(s);
     conn_reap(c);
+    conn_abandon(c);
     buf_free(&c->in);
     buf_free(&c->block);
     buf_free(&c->goaway);
@@ -3279,6 +3280,7 @@ static void conn_sent(struct conn *c, size_t n)
 static void conn_unheard(struct conn *c)
 {
     c->write_closed = true;
+    c->out.len = c->out_sent = 0;
     for (struct stream *s = c->streams; s; s = s->next)
         stream_drop_queue(s);
 }
@@ -5193,10 +5195,10 @@ static const char *tls_why(const struct tls *t)
     return t->why.failed ? "no memory" : t->why.len ? (const char *)t->why.p : "";
 }
 
-/* The subject of the peer's certificate, in printable ASCII (RFC 4514), or "" when it sent none. */
+/* The subject of the peer's certificate, in printable ASCII (RFC 4514), or NULL when there is none. */
 static const char *tls_peer_subject(const struct tls *t)
 {
-    return t->subject.failed || t->subject.len == 0 ? "" : (const char *)t->subject.p;
+    return t->subject.failed || t->subject.len < 2 ? NULL : (const char *)t->subject.p;
 }
 
 /* Where ciphertext from the peer goes, and how much is wanted now: NULL while tls_app_in has bytes, and at the end.
@@ -5317,7 +5319,7 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #define tls_state(t) ((void)(t), TLS_FAILED)
 #define tls_http1(t) ((void)(t), false)
 #define tls_why(t) ((void)(t), "")
-#define tls_peer_subject(t) ((void)(t), "")
+#define tls_peer_subject(t) ((void)(t), (const char *)NULL)
 #define tls_recv_buf(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
 #define tls_recv_ack(t, n) ((void)(t), (void)(n))
 #define tls_send_buf(t, n) ((void)(t), *(n) = 0, (const uint8_t *)NULL)
@@ -5373,7 +5375,7 @@ struct link {
     struct link *prev, *next;
     size_t heap_at;                   /* place in the heap of deadlines, from 1; 0: not in it */
     int64_t deadline_ms;
-    bool connecting, shut, dead, told;
+    bool connecting, shut, dead;
     struct tls *tls;                  /* NULL: plaintext */
     struct dial *dial;                /* NULL: it was accepted */
     const struct addrinfo *to;        /* while connecting: the address that is tried */
@@ -5670,7 +5672,10 @@ static struct addrinfo *resolve_host(const char *host, unsigned port, int flags,
 
 /* ---- Links ---- */
 
-static struct link *link_new(struct loop *l, int fd, void (*ready)(struct loop *, struct watch *, unsigned))
+static void link_ready(struct loop *l, struct watch *w, unsigned events);
+
+/* A link that has no connection yet. */
+static struct link *link_new(struct loop *l, int fd)
 {
     if (l->link_count + 2 > l->heap_cap) {
         size_t cap = 2 * l->heap_cap + 16;
@@ -5683,8 +5688,9 @@ static struct link *link_new(struct loop *l, int fd, void (*ready)(struct loop *
     struct link *k = calloc(1, sizeof *k);
     if (!k)
         return NULL;
-    k->watch = (struct watch){ .fd = fd, .ready = ready };
+    k->watch.fd = fd;
     k->loop = l;
+    k->connecting = true;
     k->deadline_ms = INT64_MAX;
     k->next = l->links;
     if (l->links)
@@ -5694,19 +5700,18 @@ static struct link *link_new(struct loop *l, int fd, void (*ready)(struct loop *
     return k;
 }
 
-/* Takes the link out; it is freed at the end of the turn, when no event can name it any more. */
+/* Takes the link out; it is freed at the end of the turn, when no event can name it any more, and until then leads who
+ * walks the list to the next. */
 static void link_close(struct link *k, const char *why)
 {
     struct loop *l = k->loop;
     if (k->dead)
         return;
+    void (*told)(struct link *, const char *) = !k->dial ? NULL : k->connecting ? k->dial->down : k->dial->closed;
     k->dead = true;
-    if (k->dial && k->connecting)
-        k->dial->down(k, why);
-    else if (!k->connecting && !k->conn.why)
-        k->conn.why = why;
-    if (k->dial && k->dial->closed && !k->connecting)
-        k->dial->closed(k, why);
+    k->conn.why = k->conn.why ? k->conn.why : why;
+    if (told)
+        told(k, why);
     heap_set(l, k, INT64_MAX);
     poller_forget(&l->poller, &k->watch);
     if (k->watch.fd >= 0)
@@ -5716,12 +5721,25 @@ static void link_close(struct link *k, const char *why)
         k->next->prev = k->prev;
     l->link_count--;
     l->accepted_count -= !k->dial;
-    if (!k->connecting)
-        conn_free(&k->conn);
-    if (k->tls)
-        tls_free(k->tls);
-    k->next = l->graveyard;
+    conn_free(&k->conn);
+    tls_free(k->tls);
+    k->prev = l->graveyard;
     l->graveyard = k;
+}
+
+/* The socket is connected: its connection begins.  False: there is no memory, and it is closed. */
+static bool link_begin(struct link *k, const struct endpoint *e, struct tls_config *tls, const char *name)
+{
+    struct loop *l = k->loop;
+    if (tls && !(k->tls = tls_new(tls, &l->tls_pool, l->core.wall_ms / 1000))) {
+        link_close(k, "out of memory");
+        return false;
+    }
+    k->connecting = false;
+    k->watch.ready = link_ready;
+    conn_init(&k->conn, &l->core, e, name);
+    k->conn.secure = tls != NULL;
+    return true;
 }
 
 /* Waits for what the connection needs next.  Without that it could only hang, so it is closed. */
@@ -5736,40 +5754,10 @@ static void link_interest(struct link *k, bool blocked)
     link_close(k, why);
 }
 
-/* Sends n bytes.  Returns how many have gone; -1: the socket takes no more now, -2: nothing goes out any more. */
-static ssize_t link_send(struct link *k, const uint8_t *p, size_t n)
-{
-    ssize_t sent;
-    do
-        sent = send(k->watch.fd, p, n, 0);
-    while (sent < 0 && errno == EINTR);
-    if (sent >= 0 || errno == EAGAIN || errno == EWOULDBLOCK)
-        return sent;
-    shutdown(k->watch.fd, SHUT_WR);   /* should the peer be there after all, it need not wait */
-    return -2;
-}
-
-/* Plaintext: straight from the connection's output.  True: the socket takes no more now. */
-static bool link_send_plain(struct link *k)
+/* The connection's output becomes records until one has to go out first. */
+static void link_encrypt(struct link *k)
 {
     const uint8_t *p;
-    for (size_t n, turn = 0; (n = conn_peek(&k->conn, &p)) != 0; turn += n) {
-        ssize_t sent = turn > WRITE_TURN ? -1 : link_send(k, p, n);
-        if (sent == -1)
-            return true;
-        if (sent < 0)
-            conn_unheard(&k->conn);
-        else
-            conn_sent(&k->conn, (size_t)sent);
-    }
-    return false;
-}
-
-/* The connection's output becomes records until one has to go out first.  True if anything moved. */
-static bool link_encrypt(struct link *k)
-{
-    const uint8_t *p;
-    bool moved = false;
     for (size_t n, room; (n = conn_peek(&k->conn, &p)) != 0;) {
         uint8_t *to = tls_app_out(k->tls, &room);
         n = to ? min_size(n, room) : 0;
@@ -5780,34 +5768,44 @@ static bool link_encrypt(struct link *k)
         tls_app_out_ack(k->tls, n);
         if (n == 0)
             break;
-        moved = true;
     }
-    if (moved)
-        tls_flush(k->tls);
-    return moved;
+    tls_flush(k->tls);
 }
 
-/* TLS: output to records, records to the socket.  True: the socket takes no more now. */
-static bool link_send_tls(struct link *k)
+/* The bytes that go out next, and how many: the connection's own, or with TLS the records that hold them. */
+static size_t link_peek(struct link *k, const uint8_t **p)
 {
-    size_t turn = 0;
-    for (bool more = true; more;) {
-        const uint8_t *p;
-        if (k->conn.phase != CONN_OPEN && !conn_pending(&k->conn) &&
-            (k->conn.phase == CONN_CLOSING || conn_finished(&k->conn)))
-            tls_close(k->tls);
-        more = link_encrypt(k);
-        for (size_t n; (p = tls_send_buf(k->tls, &n)) != NULL && n; more = true) {
-            ssize_t sent = turn > WRITE_TURN ? -1 : link_send(k, p, n);
-            if (sent == -1)
-                return true;
-            if (sent < 0) {
-                conn_unheard(&k->conn);
-                return false;
-            }
-            tls_send_ack(k->tls, (size_t)sent);
-            turn += (size_t)sent;
+    size_t n;
+    if (!k->tls)
+        return conn_peek(&k->conn, p);
+    if ((*p = tls_send_buf(k->tls, &n)) != NULL && n)
+        return n;
+    if (k->conn.phase == CONN_CLOSING ? !conn_pending(&k->conn) : k->conn.phase != CONN_OPEN && conn_finished(&k->conn))
+        tls_close(k->tls);
+    link_encrypt(k);
+    *p = tls_send_buf(k->tls, &n);
+    return *p ? n : 0;
+}
+
+/* Sends what there is.  True: the socket takes no more now. */
+static bool link_send(struct link *k)
+{
+    const uint8_t *p;
+    for (size_t n, turn = 0; (n = link_peek(k, &p)) != 0;) {
+        ssize_t sent = turn > WRITE_TURN ? 0 : send(k->watch.fd, p, n, 0);
+        if (turn > WRITE_TURN || (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)))
+            return true;
+        if (sent < 0 && errno != EINTR) {
+            shutdown(k->watch.fd, SHUT_WR);   /* should the peer be there after all, it need not wait */
+            conn_unheard(&k->conn);
+            return false;
         }
+        n = sent > 0 ? (size_t)sent : 0;
+        turn += n;
+        if (k->tls)
+            tls_send_ack(k->tls, n);
+        else
+            conn_sent(&k->conn, n);
     }
     return false;
 }
@@ -5817,11 +5815,7 @@ static void link_tls_state(struct link *k)
 {
     struct core *core = &k->loop->core;
     enum tls_state state = tls_state(k->tls);
-    if (state == TLS_OPEN && !k->told) {
-        k->told = true;
-        if (*tls_peer_subject(k->tls))
-            k->conn.subject = tls_peer_subject(k->tls);
-    }
+    k->conn.subject = state == TLS_OPEN ? tls_peer_subject(k->tls) : k->conn.subject;
     if (state < TLS_CLOSING || k->conn.phase >= CONN_CLOSING)
         return;
     if (state == TLS_FAILED && k->conn.client && !k->conn.why) {
@@ -5836,10 +5830,12 @@ static void link_tls_state(struct link *k)
 /* Sends what the connection has to say, closes it when all is said. */
 static void link_flush(struct link *k)
 {
-    bool blocked = k->tls ? link_send_tls(k) : link_send_plain(k);
+    if (k->dead || k->connecting)
+        return;
+    bool blocked = link_send(k);
     if (k->conn.phase == CONN_OPEN && !k->conn.client && !k->conn.eof && conn_finished(&k->conn)) {
         conn_close(&k->conn);
-        blocked = k->tls && link_send_tls(k);
+        blocked = link_send(k);
     }
     k->conn.below = k->tls && blocked;
     if (k->tls)
@@ -5876,7 +5872,7 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
             return false;
         stuck = !taken && tls_state(k->tls) < TLS_CLOSING;
         if (stuck)
-            link_send_tls(k);
+            link_send(k);
         p += taken, n -= taken;
     }
     return true;
@@ -6026,22 +6022,16 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
             accept_refuse(l, fd, name);
             continue;
         }
-        struct link *k = l->refuse > 0 ? NULL : link_new(l, fd, link_ready);
+        struct link *k = l->refuse > 0 ? NULL : link_new(l, fd);
         l->accepted_count += k != NULL;
-        if (k && l->tls && !(k->tls = tls_new(l->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
-            core_note(&l->core, name, "refused: out of memory");
-            k->connecting = true;     /* no connection has been made on it */
-            link_close(k, "out of memory");
+        if (k && link_begin(k, &l->serving, l->tls, name)) {
+            link_ready(l, &k->watch, WATCH_IN);   /* a client speaks first, and mostly has */
             continue;
         }
-        if (!k) {
-            core_note(&l->core, name, l->refuse > 0 ? "refused (-fault refuse)" : "refused: out of memory");
-            l->refuse -= l->refuse > 0;
+        core_note(&l->core, name, l->refuse > 0 ? "refused (-fault refuse)" : "refused: out of memory");
+        l->refuse -= l->refuse > 0;
+        if (!k)
             close(fd);
-            continue;
-        }
-        conn_init(&k->conn, &l->core, &l->serving, name);
-        link_ready(l, &k->watch, WATCH_IN);   /* a client speaks first, and mostly has */
     }
 }
 
@@ -6071,16 +6061,9 @@ static void connect_ready(struct loop *l, struct watch *w, unsigned events)
         connect_fail(k, error);
         return;
     }
-    struct dial *d = k->dial;
-    if (d->tls && !(k->tls = tls_new(d->tls, &l->tls_pool, l->core.wall_ms / 1000))) {
-        link_close(k, "out of memory");
+    if (!link_begin(k, &k->dial->endpoint, k->dial->tls, k->dial->name))
         return;
-    }
-    k->connecting = false;
-    w->ready = link_ready;
-    conn_init(&k->conn, &l->core, &d->endpoint, d->name);
-    k->conn.secure = d->tls != NULL;
-    d->up(k);
+    k->dial->up(k);
     link_flush(k);
 }
 
@@ -6129,12 +6112,12 @@ static void link_dial_on(struct link *k, int error)
 /* A link to the server of d, whose `up` or `down` tells what becomes of it.  NULL without memory. */
 static struct link *link_dial(struct loop *l, struct dial *d, void *user)
 {
-    struct link *k = link_new(l, -1, connect_ready);
+    struct link *k = link_new(l, -1);
     if (!k)
         return NULL;
+    k->watch.ready = connect_ready;
     k->dial = d;
     k->user = user;
-    k->connecting = true;
     heap_set(l, k, l->core.now_ms);
     return k;
 }
@@ -6279,15 +6262,13 @@ static void loop_goodbye(struct loop *l)
     l->stopping = true;
     l->stop_ms = l->core.now_ms + STOP_MS;
     listeners_close(l);
-    for (struct link *k = l->links, *next; k; k = next) {
-        next = k->next;
+    for (struct link *k = l->links; k; k = k->next)
         if (k->connecting) {
             link_close(k, l->stop_why);
-            continue;
+        } else {
+            conn_shutdown(&k->conn, GRPC_UNAVAILABLE, l->stop_why);
+            link_flush(k);
         }
-        conn_shutdown(&k->conn, GRPC_UNAVAILABLE, l->stop_why);
-        link_flush(k);
-    }
 }
 
 static void signals_ready(struct loop *l, struct watch *w, unsigned events)
@@ -6415,10 +6396,7 @@ static void loop_pressure(struct loop *l)
     bool touch = paused != l->paused || release;
     l->paused = paused;
     l->core.backpressure = release ? false : l->core.backpressure || held;
-    for (struct link *k = l->links, *next; touch && k; k = next) {
-        next = k->next;
-        if (k->connecting)
-            continue;
+    for (struct link *k = l->links; touch && k; k = k->next) {
         if (release)
             conn_release(&k->conn);
         link_flush(k);
@@ -6429,18 +6407,15 @@ static void loop_pressure(struct loop *l)
 static void loop_flush_all(struct loop *l)
 {
     l->core.touched = false;
-    for (struct link *k = l->links, *next; k; k = next) {
-        next = k->next;
-        if (!k->connecting)
-            link_flush(k);
-    }
+    for (struct link *k = l->links; k; k = k->next)
+        link_flush(k);
 }
 
 static void loop_bury(struct loop *l)
 {
     while (l->graveyard) {
         struct link *k = l->graveyard;
-        l->graveyard = k->next;
+        l->graveyard = k->prev;
         free(k);
         if (l->accept_full)
             accept_resume(l);
@@ -6542,10 +6517,8 @@ static int loop_run(struct loop *l)
 
 static void loop_free(struct loop *l)
 {
-    for (struct link *k = l->links, *next; k; k = next) {
-        next = k->next;
-        link_close(k, "the program ends");
-    }
+    while (l->links)
+        link_close(l->links, "the program ends");
     loop_bury(l);
     tls_config_free(l->tls);
     tls_pool_free(&l->tls_pool);
@@ -13363,11 +13336,9 @@ static bool client_again(struct client *c, const struct stream *s, unsigned stat
 /* Closes all that was dialled and dials anew, in a while if it is the same once more. */
 static void client_redial(struct client *c, void *user)
 {
-    for (struct link *k = c->loop->links, *next; k; k = next) {
-        next = k->next;
+    for (struct link *k = c->loop->links; k; k = k->next)
         if (k->dial)
             link_close(k, "the connection is over");
-    }
     struct link *k = client_dial(c, user);
     if (k && c->again)
         heap_set(c->loop, k, c->loop->core.now_ms + RETRY_MS);

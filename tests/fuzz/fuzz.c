@@ -580,17 +580,10 @@ static void accept_one(void)
     if (!wire_new(&fd))
         return;
     snprintf(name, sizeof name, "127.0.0.1:%d", fd);
-    struct link *k = link_new(&loop, fd, link_ready);
+    struct link *k = link_new(&loop, fd);
     loop.accepted_count += k != NULL;
-    if (k && loop.tls && !(k->tls = tls_new(loop.tls, &loop.tls_pool, 1800000000))) {
-        k->connecting = true;
-        link_close(k, "out of memory");
-        return;
-    }
-    if (!k)
-        return;
-    conn_init(&k->conn, &loop.core, &loop.serving, name);
-    link_ready(&loop, &k->watch, WATCH_IN);
+    if (k && link_begin(k, &loop.serving, loop.tls, name))
+        link_ready(&loop, &k->watch, WATCH_IN);
 }
 
 /* What the poller does when a connect is through. */

@@ -14,6 +14,11 @@ static int64_t wall;
 static volatile sig_atomic_t hup, term;
 static void on_hup(int s) { if (s == SIGHUP) hup = 1; else term = 1; }
 
+static const char *subject_of(const struct tls *t)
+{
+    return tls_peer_subject(t) ? tls_peer_subject(t) : "";
+}
+
 struct echo_conn { int fd; struct tls *t; bool eof, open; };
 
 /* What a connection has given back to the pool is no longer its own. */
@@ -69,7 +74,7 @@ static bool step(struct echo_conn *c)      /* false: finished */
     } while (moved);
     if (!c->open && tls_state(t) == TLS_OPEN) {
         c->open = true;
-        printf("open %s\n", tls_peer_subject(t));
+        printf("open %s\n", subject_of(t));
     }
     return true;
 }
@@ -181,7 +186,7 @@ static int client(const char *port)
         poison(&pool, 0x5A);
     }
     rc = bad || got != total;
-    printf("state %d sent %zu got %zu bad %d peer %s why %s\n", tls_state(t), sent, got, bad, tls_peer_subject(t), tls_why(t));
+    printf("state %d sent %zu got %zu bad %d peer %s why %s\n", tls_state(t), sent, got, bad, subject_of(t), tls_why(t));
     close(fd);
     tls_free(t);
     tls_config_free(cfg);
