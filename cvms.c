@@ -303,6 +303,15 @@ static bool fd_write(int fd, const void *p, size_t n, int wait_ms)
     return true;
 }
 
+/* Closes a descriptor of no use; errno still tells why.  Returns -1. */
+static int fd_drop(int fd)
+{
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
 /* Writes a buffer and frees it.  False: errno tells why. */
 static bool buf_write(struct buf *b, int fd)
 {
@@ -684,13 +693,7 @@ static int output_open(const char *path)
     if (standard >= 0)
         return fcntl(standard, F_DUPFD_CLOEXEC, 3);
     fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && ftruncate(fd, 0) != 0) {
-        int error = errno;
-        close(fd);
-        fd = -1;
-        errno = error;
-    }
-    return fd;
+    return fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && ftruncate(fd, 0) != 0 ? fd_drop(fd) : fd;
 }
 
 /* What an earlier run has left at a path misleads who waits for it: removed, if it is a regular file of its own. */
@@ -5944,25 +5947,21 @@ static void ipv6_text(char out[INET6_ADDRSTRLEN], const uint8_t ip[16])
     }
 }
 
+_Static_assert(offsetof(struct sockaddr_in, sin_port) == offsetof(struct sockaddr_in6, sin6_port), "one place of ports");
+
 /* "1.2.3.4:5" or "[::1]:5"; an IPv4 address in IPv6 form is shown as IPv4. */
 static void peer_name(char out[56], const struct sockaddr_storage *sa)
 {
-    const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)(const void *)sa;
-    const struct sockaddr_in *four = (const struct sockaddr_in *)(const void *)sa;
-    bool is_six = sa->ss_family == AF_INET6;
-    unsigned port = ntohs(is_six ? six->sin6_port : four->sin_port);
-    uint8_t ip[16];
-    if (is_six)
-        memcpy(ip, &six->sin6_addr, 16);
-    else
-        memcpy(ip + 12, &four->sin_addr, 4);
-    if (is_six && !IN6_IS_ADDR_V4MAPPED(&six->sin6_addr)) {
-        char text[INET6_ADDRSTRLEN];
+    const struct sockaddr_in6 *six = (const void *)sa;
+    const struct sockaddr_in *four = (const void *)sa;
+    bool is_six = sa->ss_family == AF_INET6, mapped = is_six && IN6_IS_ADDR_V4MAPPED(&six->sin6_addr);
+    const uint8_t *ip = is_six ? six->sin6_addr.s6_addr + (mapped ? 12 : 0) : (const uint8_t *)&four->sin_addr;
+    char text[INET6_ADDRSTRLEN];
+    if (is_six && !mapped)
         ipv6_text(text, ip);
-        text_printf(out, 56, "[%s]:%u", text, port);
-    } else {
-        text_printf(out, 56, "%u.%u.%u.%u:%u", ip[12], ip[13], ip[14], ip[15], port);
-    }
+    else
+        text_printf(text, sizeof text, "%u.%u.%u.%u", ip[0], ip[1], ip[2], ip[3]);
+    host_port(out, 56, text, ntohs(four->sin_port));
 }
 
 static bool listeners_watch(struct loop *l, unsigned interest)
@@ -6078,10 +6077,7 @@ static bool link_connect(struct link *k)
     if (fd_prepare(fd) && (connect(fd, k->to->ai_addr, k->to->ai_addrlen) == 0 || errno == EINPROGRESS) &&
         poller_set(&k->loop->poller, &k->watch, WATCH_OUT))
         return true;
-    int error = errno;
-    close(fd);
-    k->watch.fd = -1;
-    errno = error;
+    k->watch.fd = fd_drop(fd);
     return false;
 }
 
@@ -6124,30 +6120,20 @@ static struct link *link_dial(struct loop *l, struct dial *d, void *user)
 
 /* ---- Listening ---- */
 
-static int listen_on(const struct addrinfo *a, unsigned port)
+static int listen_on(const struct addrinfo *a, unsigned port, bool any)
 {
-    struct sockaddr_storage sa;
     int on = 1, off = 0, fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
     if (fd < 0)
         return -1;
-    struct sockaddr_in6 *six = (struct sockaddr_in6 *)(void *)&sa;
-    memcpy(&sa, a->ai_addr, a->ai_addrlen);
+    const struct sockaddr_in6 *six = (const void *)a->ai_addr;
+    struct sockaddr_in *four = (void *)a->ai_addr;
+    bool is_six = a->ai_family == AF_INET6, both = is_six && (any || IN6_IS_ADDR_V4MAPPED(&six->sin6_addr));
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (sa.ss_family == AF_INET6) {   /* "all interfaces" is one socket for both families; ::1 is itself only */
-        bool both = a->ai_flags & AI_PASSIVE || IN6_IS_ADDR_V4MAPPED(&six->sin6_addr);
-        six->sin6_port = htons((uint16_t)port);
+    if (is_six)                       /* "all interfaces" is one socket for both families; ::1 is itself only */
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, both ? &off : &on, sizeof off);
-    } else {
-        ((struct sockaddr_in *)(void *)&sa)->sin_port = htons((uint16_t)port);
-    }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);   /* inherited by what it accepts, on Linux */
-    if (bind(fd, (struct sockaddr *)&sa, a->ai_addrlen) != 0 || !fd_prepare(fd)) {
-        int error = errno;
-        close(fd);
-        errno = error;
-        return -1;
-    }
-    return fd;
+    four->sin_port = htons((uint16_t)port);
+    return bind(fd, a->ai_addr, a->ai_addrlen) == 0 && fd_prepare(fd) ? fd : fd_drop(fd);
 }
 
 /* Lets clients in. */
@@ -6159,71 +6145,50 @@ static bool listeners_open(struct loop *l)
     return listeners_watch(l, WATCH_IN);
 }
 
-static unsigned port_of(int fd)
+static void listeners_close(struct loop *l)
+{
+    listeners_watch(l, 0);
+    while (l->listener_count)
+        close(l->listeners[--l->listener_count].fd);
+}
+
+/* Listens on every address in the list, on one port; where they are all interfaces on the first, IPv6's if there is one,
+ * which takes IPv4 as well.  Those that this machine does not have are passed over, as long as one is left.  Returns the
+ * port, 0 on failure with errno set. */
+static unsigned listen_all(struct loop *l, const struct addrinfo *list, unsigned port, bool any)
 {
     struct sockaddr_storage sa;
-    socklen_t len = sizeof sa;
-    memset(&sa, 0, sizeof sa);
-    if (getsockname(fd, (struct sockaddr *)&sa, &len) != 0)
-        return 0;
-    return sa.ss_family == AF_INET6 ? ntohs(((struct sockaddr_in6 *)(void *)&sa)->sin6_port)
-                                    : ntohs(((struct sockaddr_in *)(void *)&sa)->sin_port);
-}
-
-/* Listens on every address in the list, on one port.  Addresses that this machine does not have are passed over, as
- * long as one is left.  Returns the port, 0 on failure with errno set. */
-static unsigned listen_all(struct loop *l, const struct addrinfo *list, unsigned port)
-{
-    unsigned real = port;
+    const struct sockaddr_in *four = (const void *)&sa;
     int error = EADDRNOTAVAIL;
-    for (const struct addrinfo *a = list; a && l->listener_count < MAX_LISTENERS; a = a->ai_next) {
-        if (a->ai_family != AF_INET && a->ai_family != AF_INET6)
-            continue;
-        if (a->ai_flags & AI_PASSIVE && l->listener_count)
-            break;
-        int fd = listen_on(a, real);
-        if (fd >= 0) {
-            l->listeners[l->listener_count++] = (struct watch){ .fd = fd, .ready = listener_ready };
-            real = port_of(fd);
-            continue;
+    for (int family = AF_INET6; family; family = family == AF_INET6 ? AF_INET : 0)
+        for (const struct addrinfo *a = list; a && l->listener_count < (any ? 1 : MAX_LISTENERS); a = a->ai_next) {
+            if (a->ai_family != family)
+                continue;
+            int fd = listen_on(a, port, any);
+            if (fd >= 0) {
+                if (getsockname(fd, (struct sockaddr *)&sa, &(socklen_t){ sizeof sa }) == 0)
+                    port = ntohs(four->sin_port);
+                l->listeners[l->listener_count++] = (struct watch){ .fd = fd, .ready = listener_ready };
+            } else if ((error = errno) != EADDRNOTAVAIL && error != EAFNOSUPPORT) {
+                listeners_close(l);
+                errno = error;
+                return 0;
+            }
         }
-        error = errno;
-        if (error == EADDRNOTAVAIL || error == EAFNOSUPPORT)
-            continue;
-        while (l->listener_count)
-            close(l->listeners[--l->listener_count].fd);
-        break;
-    }
     errno = error;
-    return l->listener_count ? real : 0;
-}
-
-/* All interfaces: the IPv6 wildcard first, since it takes IPv4 as well. */
-static struct addrinfo *wildcard_first(struct addrinfo *list)
-{
-    for (struct addrinfo **at = &list, *a; (a = *at); at = &a->ai_next)
-        if (a->ai_family == AF_INET6) {
-            *at = a->ai_next;
-            a->ai_next = list;
-            return a;
-        }
-    return list;
+    return l->listener_count ? port : 0;
 }
 
 /* Binds all addresses of a host, all interfaces if it is empty.  Returns the port; 0: *why tells, or errno where that is
  * NULL. */
 static unsigned listen_host(struct loop *l, const char *host, unsigned port, const char **why)
 {
-    int flags = *host ? 0 : AI_PASSIVE;
-    struct addrinfo *list = resolve_host(host, 0, flags, why);
+    struct addrinfo *list = resolve_host(host, 0, *host ? 0 : AI_PASSIVE, why);
     unsigned real = 0;
     if (!list)
         return 0;
-    list = *host ? list : wildcard_first(list);
-    for (struct addrinfo *a = list; a; a = a->ai_next)
-        a->ai_flags = flags;
     for (int try = 0; !real && try < (port ? 1 : 8); try++)   /* a free port of one family may be taken in the other */
-        real = listen_all(l, list, port);
+        real = listen_all(l, list, port, !*host);
     int error = errno;
     addresses_free(list);
     errno = error;
@@ -6247,13 +6212,6 @@ static void loop_stop(struct loop *l, const char *why)
 {
     if (!l->stop_why)
         l->stop_why = why;
-}
-
-static void listeners_close(struct loop *l)
-{
-    listeners_watch(l, 0);
-    while (l->listener_count)
-        close(l->listeners[--l->listener_count].fd);
 }
 
 /* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
