@@ -1134,17 +1134,14 @@ enum setting {
     SETTINGS_INITIAL_WINDOW_SIZE, SETTINGS_MAX_FRAME_SIZE, SETTINGS_MAX_HEADER_LIST_SIZE, SETTINGS_COUNT
 };
 
-/* RFC 9113 6.5.2: the values that a peer may send, and the error for one outside. */
+/* RFC 9113 6.5.2: the values that a peer may send, where not any, and the error for one outside. */
 static const struct {
     uint32_t min, max;
     enum h2_error error;
 } setting_rules[SETTINGS_COUNT] = {
-    [SETTINGS_HEADER_TABLE_SIZE] = { 0, UINT32_MAX, NO_ERROR },
     [SETTINGS_ENABLE_PUSH] = { 0, 1, PROTOCOL_ERROR },
-    [SETTINGS_MAX_CONCURRENT_STREAMS] = { 0, UINT32_MAX, NO_ERROR },
     [SETTINGS_INITIAL_WINDOW_SIZE] = { 0, MAX_WINDOW, FLOW_CONTROL_ERROR },
     [SETTINGS_MAX_FRAME_SIZE] = { MAX_FRAME_SIZE, (1 << 24) - 1, PROTOCOL_ERROR },
-    [SETTINGS_MAX_HEADER_LIST_SIZE] = { 0, UINT32_MAX, NO_ERROR },
 };
 
 struct frame {
@@ -2879,14 +2876,12 @@ static void on_settings(struct conn *c, struct bytes p)
     for (size_t at = 0; at < p.n; at += 6) {
         unsigned id = (unsigned)(p.p[at] << 8 | p.p[at + 1]);
         uint32_t value = get_be32(p.p + at + 2);
-        if (id == 0 || id >= SETTINGS_COUNT)
-            continue;
-        if (value < setting_rules[id].min || value > setting_rules[id].max) {
+        bool ruled = id < SETTINGS_COUNT && setting_rules[id].max;
+        if (ruled && (value < setting_rules[id].min || value > setting_rules[id].max)) {
             conn_fail(c, setting_rules[id].error, "a setting outside its range");
             return;
         }
-        if (id == SETTINGS_HEADER_TABLE_SIZE)
-            c->size_update_due = true;
+        c->size_update_due |= id == SETTINGS_HEADER_TABLE_SIZE;
         if (id == SETTINGS_INITIAL_WINDOW_SIZE && !conn_initial_window(c, value)) {
             conn_fail(c, FLOW_CONTROL_ERROR, "SETTINGS_INITIAL_WINDOW_SIZE overflows a window");
             return;
@@ -4360,11 +4355,9 @@ static void dn_text(struct buf *out, struct bytes name)
 
 static void date_text(char to[32], int64_t t)
 {
-    struct buf b = { .p = (uint8_t *)to, .cap = 32 };   /* large enough: nothing is allocated */
-    if (pb_timestamp(&b, t, 0))
-        to[b.len] = 0;
-    else
-        strcpy(to, "a date out of range");
+    struct buf b = buf_fixed(to, 32);
+    pb_timestamp(&b, t, 0);           /* der_time takes no year that it does not */
+    to[b.len] = 0;
 }
 
 /* ---- Configuration ---- */
@@ -4387,14 +4380,9 @@ struct tls_config {
     br_x509_trust_anchor *anchors;
     size_t anchors_len;
     const char *alpn[3];
-    struct buf warnings;     /* lines, NUL-terminated */
+    struct err warnings;     /* lines of what may go on */
     union tls_engine base; /* initialised: a connection starts as a copy */
 };
-
-static bool source_set(const struct tls_source *s)
-{
-    return s->value && *s->value;
-}
 
 /* err_set after "NAME (path): ", or "NAME: " for PEM text. */
 PRINTF_LIKE(3, 4) static bool source_bad(const struct tls_source *s, struct err *e, const char *fmt, ...)
@@ -4547,25 +4535,12 @@ static bool key_read(const struct tls_source *s, struct buf *der, struct err *e)
     return ok;
 }
 
-static bool key_load(struct tls_config *c, const struct tls_source *s, struct err *e)
-{
-    struct buf der = { 0 };
-    bool ok = key_read(s, &der, e) && key_decode(&c->key, s, (struct bytes){ der.p, der.len }, e);
-    wipe_buf(&der);
-    return ok;
-}
-
 /* Two things were tried: whether both went well, else the mistakes of either, a line for each. */
 static bool err_join(struct err *e, bool ok, bool also, const struct err *more)
 {
-    size_t n = ok ? 0 : strlen(e->text), room = sizeof e->text - 1 - n;
-    size_t m = also || room < 2 ? 0 : min_size(strlen(more->text), room - 1);
-    if (n && m)
-        e->text[n++] = '\n';
-    if (m) {
-        memcpy(e->text + n, more->text, m);
-        e->text[n + m] = 0;
-    }
+    size_t n = ok ? 0 : strlen(e->text);
+    if (!also)
+        text_printf(e->text + n, sizeof e->text - n, "%s%s", n ? "\n" : "", more->text);
     return ok && also;
 }
 
@@ -4586,28 +4561,18 @@ static bool key_fits(const br_skey_decoder_context *key, const br_x509_pkey *pk)
     return n && br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), hash, sizeof hash, &pk->key.ec, sig, n);
 }
 
-/* What may go on, in a line of its own. */
-static void config_warn(struct tls_config *c, const char *line)
-{
-    c->warnings.len -= c->warnings.len > 0;
-    buf_printf(&c->warnings, "%s%s", c->warnings.len ? "\n" : "", line);
-    buf_putc(&c->warnings, '\0');
-}
-
-static const char *tls_config_warnings(const struct tls_config *c)
-{
-    return c->warnings.len && !c->warnings.failed ? (const char *)c->warnings.p : "";
-}
-
 static bool identity_load(struct tls_config *c, const struct tls_options *o, int64_t wall_s, struct err *e)
 {
     struct cert cert = { .pkey = NULL };
+    struct buf der = { 0 };
     struct err more;
-    bool has_cert = source_set(&o->cert);
-    if (!has_cert || !source_set(&o->key))
+    bool has_cert = present(o->cert.value);
+    if (!has_cert || !present(o->key.value))
         return err_set(e, "%s is given without %s: TLS needs both", (has_cert ? &o->cert : &o->key)->name,
                        (has_cert ? &o->key : &o->cert)->name);
-    bool certs = certs_load(&o->cert, &c->chain, &c->chain_len, e), key = key_load(c, &o->key, &more);
+    bool certs = certs_load(&o->cert, &c->chain, &c->chain_len, e);
+    bool key = key_read(&o->key, &der, &more) && key_decode(&c->key, &o->key, (struct bytes){ der.p, der.len }, &more);
+    wipe_buf(&der);
     if (!err_join(e, certs, key, &more))
         return false;
     for (size_t i = c->chain_len; i-- > 0;) { /* the first last: it stays in cert */
@@ -4615,11 +4580,11 @@ static bool identity_load(struct tls_config *c, const struct tls_options *o, int
             continue;
         if (i == 0 || !cert.pkey)
             return false;
-        config_warn(c, e->text); /* a peer that trusts one before it does not look at it */
+        err_join(&c->warnings, false, false, e); /* a peer that trusts one before it does not look at it */
     }
     if (!c->client && !cert_has_names(cert.extensions)) {
         source_bad(&o->cert, e, "the first certificate has no subjectAltName, and agents refuse one that has only a CN");
-        config_warn(c, e->text);
+        err_join(&c->warnings, false, false, e);
     }
     return key_fits(&c->key, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
                                                 o->cert.name);
@@ -4682,7 +4647,6 @@ static void tls_config_free(struct tls_config *c)
         free(c->anchors[i].dn.data);
     free(c->anchors);
     free(c->peer_name);
-    buf_free(&c->warnings);
     wipe(c, sizeof *c);
     free(c);
 }
@@ -4765,10 +4729,10 @@ static bool client_ca_load(struct tls_config *c, const struct tls_options *o, in
 {
     br_x509_certificate *list = NULL;
     size_t n = 0;
-    c->verify = source_set(&o->server_ca) || source_set(&o->client_ca);
+    c->verify = present(o->server_ca.value) || present(o->client_ca.value);
     if (c->peer_name && !c->verify)
         return err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
-    if (source_set(&o->client_ca) && source_set(&o->server_ca)) {
+    if (present(o->client_ca.value) && present(o->server_ca.value)) {
         bool ok = certs_load(&o->server_ca, &list, &n, e);
         certs_free(list, n);
         if (!ok)
@@ -4776,7 +4740,7 @@ static bool client_ca_load(struct tls_config *c, const struct tls_options *o, in
     }
     if (!c->verify)
         return true;
-    if (!anchors_load(c, source_set(&o->client_ca) ? &o->client_ca : &o->server_ca, wall_s, e))
+    if (!anchors_load(c, present(o->client_ca.value) ? &o->client_ca : &o->server_ca, wall_s, e))
         return false;
     br_ssl_server_set_trust_anchor_names_alt(&c->base.server, c->anchors, c->anchors_len);
     return true;
@@ -4799,17 +4763,17 @@ static bool client_load(struct tls_config *c, const struct tls_options *o, int64
     struct tls_source ca = o->server_ca;
     struct err more;
     c->verify = true;
-    bool identity = (!source_set(&o->cert) && !source_set(&o->key)) || identity_load(c, o, wall_s, e);
+    bool identity = (!present(o->cert.value) && !present(o->key.value)) || identity_load(c, o, wall_s, e);
     if (c->peer_name && strlen(c->peer_name) > 255)
         return err_set(e, "TLS: the server name is longer than 255 characters");
     if (c->insecure)
         return identity;
     if (!c->peer_name)
         return err_set(e, "TLS: no server name to verify; give -server-name");
-    for (size_t i = 0; !source_set(&ca) && i < sizeof tls_bundles / sizeof tls_bundles[0]; i++)
+    for (size_t i = 0; !present(ca.value) && i < sizeof tls_bundles / sizeof tls_bundles[0]; i++)
         if (access(tls_bundles[i], R_OK) == 0)
             ca = (struct tls_source){ "the system's authorities", tls_bundles[i] };
-    if (!source_set(&ca))
+    if (!present(ca.value))
         return err_set(e, "TLS: this system has no list of authorities; give one with %s", ca.name);
     bool anchors = anchors_load(c, &ca, wall_s, &more);
     return err_join(e, identity, anchors, &more);
@@ -4829,6 +4793,7 @@ static struct tls_config *config_make(const struct tls_options *o, bool client, 
  * The caller holds one reference. */
 #define tls_server_config(o, wall_s, e) config_make(o, false, wall_s, e)
 #define tls_client_config(o, wall_s, e) config_make(o, true, wall_s, e)
+#define tls_config_warnings(c) ((const char *)(c)->warnings.text)
 
 /* ---- Buffers, lent to a connection while bytes live in them ---- */
 
@@ -6405,18 +6370,13 @@ static void loop_deadlines(struct loop *l)
 
 static int loop_timeout(const struct loop *l)
 {
+    const int64_t due[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms, l->timer_ms, l->stop_ms,
+                            l->accept_full ? l->core.now_ms + 1000 : INT64_MAX };
     int64_t at = l->heap_len ? l->heap[1]->deadline_ms : INT64_MAX;
     if (l->stop_why && !l->stopping)  /* told so later in the turn than it looks for it */
         return 0;
-    if (l->timer_ms < at)
-        at = l->timer_ms;
-    const int64_t retry[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms };
-    for (size_t n = 0; n < PB_COUNT(retry); n++)
-        at = retry[n] < at ? retry[n] : at;
-    if (l->stop_ms < at)
-        at = l->stop_ms;
-    if (l->accept_full && l->core.now_ms + 1000 < at)
-        at = l->core.now_ms + 1000;
+    for (size_t i = 0; i < PB_COUNT(due); i++)
+        at = earlier(at, due[i]);
     int64_t wait = at - l->core.now_ms;
     return at == INT64_MAX ? -1 : wait < 0 ? 0 : wait > 3600000 ? 3600000 : (int)wait;
 }
