@@ -1162,7 +1162,7 @@ static const struct {
     [FRAME_PRIORITY]      = { "PRIORITY",      5, 5,              ON_STREAM | SIZE_ERROR_IS_STREAM | COSTS },
     [FRAME_RST_STREAM]    = { "RST_STREAM",    4, 4,              ON_STREAM },
     [FRAME_SETTINGS]      = { "SETTINGS",      0, MAX_FRAME_SIZE, ON_CONNECTION | COSTS },
-    [FRAME_PUSH_PROMISE]  = { "PUSH_PROMISE",  4, MAX_FRAME_SIZE, ON_STREAM },
+    [FRAME_PUSH_PROMISE]  = { "PUSH_PROMISE",  0, MAX_FRAME_SIZE, 0 },     /* nobody may push here */
     [FRAME_PING]          = { "PING",          8, 8,              ON_CONNECTION | COSTS },
     [FRAME_GOAWAY]        = { "GOAWAY",        8, MAX_FRAME_SIZE, ON_CONNECTION | COSTS },
     [FRAME_WINDOW_UPDATE] = { "WINDOW_UPDATE", 4, 4,              ON_CONNECTION | ON_STREAM },
@@ -2891,12 +2891,6 @@ static void on_settings(struct conn *c, struct bytes p)
     frame_put(conn_out(c), 0, FRAME_SETTINGS, ACK, 0);
 }
 
-static void on_push_promise(struct conn *c, struct bytes p)
-{
-    (void)p;
-    conn_fail(c, PROTOCOL_ERROR, "PUSH_PROMISE");
-}
-
 static void on_ping(struct conn *c, struct bytes p)
 {
     if (c->frame.flags & ACK)
@@ -2989,9 +2983,8 @@ static void on_data(struct conn *c, struct bytes p)
 
 static void (*const frame_handlers[FRAME_TYPES])(struct conn *, struct bytes) = {
     [FRAME_DATA] = on_data, [FRAME_HEADERS] = on_headers, [FRAME_PRIORITY] = on_priority,
-    [FRAME_RST_STREAM] = on_rst_stream, [FRAME_SETTINGS] = on_settings, [FRAME_PUSH_PROMISE] = on_push_promise,
-    [FRAME_PING] = on_ping, [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update,
-    [FRAME_CONTINUATION] = on_continuation,
+    [FRAME_RST_STREAM] = on_rst_stream, [FRAME_SETTINGS] = on_settings, [FRAME_PING] = on_ping,
+    [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update, [FRAME_CONTINUATION] = on_continuation,
 };
 
 /* A frame header is complete: what RFC 9113 4.3, 6.10 and the tables say of it before its payload comes. */
@@ -6777,97 +6770,45 @@ PB_DEFINE(keyProviderKeyWrapProtocolOutput, PB_PLAIN, NULL,
 /* What is offered only while something is delivered that needs it. */
 enum { OFFER_TOKENS = 1, OFFER_UNWRAP = 2 };
 
-static const struct pb_message *const timestamp_messages[] = { &Timestamp_message };
-static const struct pb_file timestamp_file = {
-    .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
-    .messages = timestamp_messages, .n_messages = PB_COUNT(timestamp_messages),
-};
-
-static const struct pb_file *const cvms_deps[] = { &timestamp_file };
-static const struct pb_message *const cvms_messages[] = {
-    &AgentStateReq_message, &AgentStateRes_message, &DisconnectReq_message, &StopComputation_message,
-    &StopComputationResponse_message, &RunResponse_message, &AttestationResponse_message,
-    &azureAttestationToken_message, &AgentEvent_message, &AgentLog_message, &ClientStreamMessage_message,
-    &ServerStreamMessage_message, &RunReqChunks_message, &ComputationRunReq_message, &ResultConsumer_message,
-    &Dataset_message, &Algorithm_message, &Source_message, &KBSConfig_message, &AgentConfig_message,
-};
-static const struct pb_method cvms_methods[] = {
-    { "Process", &ClientStreamMessage_message, &ServerStreamMessage_message, true, true },
-};
-static const struct pb_service cvms_services[] = { { "Service", cvms_methods, PB_COUNT(cvms_methods) } };
-static const struct pb_file cvms_file = {
-    .name = "agent/cvms/cvms.proto", .package = "cvms", .deps = cvms_deps, .n_deps = PB_COUNT(cvms_deps),
-    .messages = cvms_messages, .n_messages = PB_COUNT(cvms_messages),
-    .services = cvms_services, .n_services = PB_COUNT(cvms_services),
-};
-
-static const struct pb_message *const health_messages[] = {
-    &HealthCheckRequest_message, &HealthCheckResponse_message,
-};
-static const struct pb_method health_methods[] = {
-    { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
-    { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true },
-};
-static const struct pb_service health_services[] = { { "Health", health_methods, PB_COUNT(health_methods) } };
-static const struct pb_file health_file = {
-    .name = "grpc/health/v1/health.proto", .package = "grpc.health.v1",
-    .messages = health_messages, .n_messages = PB_COUNT(health_messages),
-    .services = health_services, .n_services = PB_COUNT(health_services),
-};
-
-static const struct pb_message *const reflection_messages[] = {
-    &ServerReflectionRequest_message, &ExtensionRequest_message, &ServerReflectionResponse_message,
-    &FileDescriptorResponse_message, &ExtensionNumberResponse_message, &ListServiceResponse_message,
-    &ServiceResponse_message, &ErrorResponse_message,
-};
-static const struct pb_method reflection_methods[] = {
-    { "ServerReflectionInfo", &ServerReflectionRequest_message, &ServerReflectionResponse_message, true, true },
-};
-static const struct pb_service reflection_services[] = {
-    { "ServerReflection", reflection_methods, PB_COUNT(reflection_methods) },
-};
 #define REFLECTION_FILE(version) { \
     .name = "grpc/reflection/" version "/reflection.proto", .package = "grpc.reflection." version, \
-    .messages = reflection_messages, .n_messages = PB_COUNT(reflection_messages), \
-    .services = reflection_services, .n_services = PB_COUNT(reflection_services), \
+    .messages = PB_MESSAGES(&ServerReflectionRequest_message, &ExtensionRequest_message, \
+                            &ServerReflectionResponse_message, &FileDescriptorResponse_message, \
+                            &ExtensionNumberResponse_message, &ListServiceResponse_message, \
+                            &ServiceResponse_message, &ErrorResponse_message), \
+    .service = "ServerReflection", .methods = PB_METHODS({ "ServerReflectionInfo", \
+        &ServerReflectionRequest_message, &ServerReflectionResponse_message, true, true }) \
 }
-static const struct pb_file reflection_v1_file = REFLECTION_FILE("v1");
-static const struct pb_file reflection_v1alpha_file = REFLECTION_FILE("v1alpha");
 
-static const struct pb_message *const attestation_messages[] = {
-    &GetTeeTypeRequest_message, &GetTeeTypeResponse_message, &GetTokenRequest_message, &GetTokenResponse_message,
-};
-static const struct pb_method attestation_methods[] = {
-    { "GetTeeType", &GetTeeTypeRequest_message, &GetTeeTypeResponse_message, false, false },
-    { "GetToken", &GetTokenRequest_message, &GetTokenResponse_message, false, false },
-};
-static const struct pb_service attestation_services[] = {
-    { "AttestationAgentService", attestation_methods, PB_COUNT(attestation_methods) },
-};
-static const struct pb_file attestation_file = {
-    .name = "attestation-agent.proto", .package = "attestation_agent",
-    .messages = attestation_messages, .n_messages = PB_COUNT(attestation_messages),
-    .services = attestation_services, .n_services = PB_COUNT(attestation_services), .needs = OFFER_TOKENS,
-};
-
-static const struct pb_message *const keyprovider_messages[] = {
-    &keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message,
-};
-static const struct pb_method keyprovider_methods[] = {
-    { "UnWrapKey", &keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message, false, false },
-};
-static const struct pb_service keyprovider_services[] = {
-    { "KeyProviderService", keyprovider_methods, PB_COUNT(keyprovider_methods) },
-};
-static const struct pb_file keyprovider_file = {
-    .name = "utils/keyprovider/keyprovider.proto", .package = "keyprovider",
-    .messages = keyprovider_messages, .n_messages = PB_COUNT(keyprovider_messages),
-    .services = keyprovider_services, .n_services = PB_COUNT(keyprovider_services), .needs = OFFER_UNWRAP,
-};
-
-static const struct pb_file *const all_files[] = {
-    &cvms_file, &timestamp_file, &health_file, &reflection_v1_file, &reflection_v1alpha_file, &attestation_file,
-    &keyprovider_file,
+static const struct pb_file all_files[] = {
+    { .name = "agent/cvms/cvms.proto", .package = "cvms", .imported = &all_files[1],
+      .messages = PB_MESSAGES(
+          &AgentStateReq_message, &AgentStateRes_message, &DisconnectReq_message, &StopComputation_message,
+          &StopComputationResponse_message, &RunResponse_message, &AttestationResponse_message,
+          &azureAttestationToken_message, &AgentEvent_message, &AgentLog_message, &ClientStreamMessage_message,
+          &ServerStreamMessage_message, &RunReqChunks_message, &ComputationRunReq_message, &ResultConsumer_message,
+          &Dataset_message, &Algorithm_message, &Source_message, &KBSConfig_message, &AgentConfig_message),
+      .service = "Service", .methods = PB_METHODS(
+          { "Process", &ClientStreamMessage_message, &ServerStreamMessage_message, true, true }) },
+    { .name = "google/protobuf/timestamp.proto", .package = "google.protobuf",
+      .messages = PB_MESSAGES(&Timestamp_message) },
+    { .name = "grpc/health/v1/health.proto", .package = "grpc.health.v1",
+      .messages = PB_MESSAGES(&HealthCheckRequest_message, &HealthCheckResponse_message),
+      .service = "Health", .methods = PB_METHODS(
+          { "Check", &HealthCheckRequest_message, &HealthCheckResponse_message, false, false },
+          { "Watch", &HealthCheckRequest_message, &HealthCheckResponse_message, false, true }) },
+    REFLECTION_FILE("v1"),
+    REFLECTION_FILE("v1alpha"),
+    { .name = "attestation-agent.proto", .package = "attestation_agent", .needs = OFFER_TOKENS,
+      .messages = PB_MESSAGES(&GetTeeTypeRequest_message, &GetTeeTypeResponse_message, &GetTokenRequest_message,
+                              &GetTokenResponse_message),
+      .service = "AttestationAgentService", .methods = PB_METHODS(
+          { "GetTeeType", &GetTeeTypeRequest_message, &GetTeeTypeResponse_message, false, false },
+          { "GetToken", &GetTokenRequest_message, &GetTokenResponse_message, false, false }) },
+    { .name = "utils/keyprovider/keyprovider.proto", .package = "keyprovider", .needs = OFFER_UNWRAP,
+      .messages = PB_MESSAGES(&keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message),
+      .service = "KeyProviderService", .methods = PB_METHODS({ "UnWrapKey",
+          &keyProviderKeyWrapProtocolInput_message, &keyProviderKeyWrapProtocolOutput_message, false, false }) },
 };
 
 /* ==== 12. Options: one table for every command (Go's flag syntax) ==================================================
@@ -12600,9 +12541,9 @@ static bool symbol_is(struct bytes symbol, const char *package, const char *name
 /* Whether the file defines the symbol: a message, service, or what is named inside one. */
 static bool file_has(const struct pb_file *f, struct bytes symbol)
 {
-    bool found = false;
-    for (size_t i = 0; i < f->n_messages && !found; i++) {
-        const struct pb_message *m = f->messages[i];
+    bool found = f->service && symbol_is(symbol, f->package, f->service, NULL);
+    for (const struct pb_message *const *at = f->messages; *at && !found; at++) {
+        const struct pb_message *m = *at;
         found = symbol_is(symbol, f->package, m->name, NULL) || (m->oneof && symbol_is(symbol, f->package, m->name, m->oneof));
         for (size_t j = 0; j < m->n && !found; j++) {
             const struct pb_enum *values = m->fields[j].kind == PB_ENUM ? m->fields[j].sub : NULL;
@@ -12610,11 +12551,8 @@ static bool file_has(const struct pb_file *f, struct bytes symbol)
                     (values && symbol_is(symbol, f->package, m->name, values->name));
         }
     }
-    for (size_t i = 0; i < f->n_services && !found; i++) {
-        found = symbol_is(symbol, f->package, f->services[i].name, NULL);
-        for (size_t j = 0; j < f->services[i].n && !found; j++)
-            found = symbol_is(symbol, f->package, f->services[i].name, f->services[i].methods[j].name);
-    }
+    for (const struct pb_method *m = f->methods; m && m->name && !found; m++)
+        found = symbol_is(symbol, f->package, f->service, m->name);
     return found;
 }
 
@@ -12627,25 +12565,22 @@ static bool file_offered(const struct stream *s, const struct pb_file *f)
 /* The file that a request asks for, or NULL. */
 static const struct pb_file *reflection_file(const struct stream *s, const struct ServerReflectionRequest *req)
 {
-    for (size_t i = 0; i < PB_COUNT(all_files); i++) {
-        const struct pb_file *f = all_files[i];
-        if (!file_offered(s, f))
-            continue;
-        if (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
-                                    : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol))
+    for (const struct pb_file *f = all_files; f < all_files + PB_COUNT(all_files); f++)
+        if (file_offered(s, f) &&
+            (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
+                                     : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol)))
             return f;
-    }
     return NULL;
 }
 
 /* Answers with the file and what it imports. */
 static void reflection_send_file(struct stream *s, struct ServerReflectionResponse res, const struct pb_file *file)
 {
-    struct buf made[PB_COUNT(all_files)] = { { 0 } };
-    struct bytes wire[PB_COUNT(all_files)] = { pb_file_descriptor(&made[0], file) };
-    size_t n = 1;
-    for (size_t i = 0; i < file->n_deps && n < PB_COUNT(all_files); i++, n++)
-        wire[n] = pb_file_descriptor(&made[n], file->deps[i]);
+    struct buf made[2] = { { 0 } };
+    struct bytes wire[2];
+    size_t n = 0;
+    for (; file; file = file->imported)
+        wire[n] = pb_file_descriptor(&made[n], file), n++;
     struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
     res.file_descriptor_response = &files;
     grpc_send(s, &ServerReflectionResponse_message, &res);
@@ -12658,10 +12593,11 @@ static void reflection_send_services(struct stream *s, struct ServerReflectionRe
     struct ServiceResponse list[PB_COUNT(all_files)];
     char names[PB_COUNT(all_files)][64];
     size_t n = 0;
-    for (size_t i = 0; i < PB_COUNT(all_files); i++)
-        for (size_t j = 0; file_offered(s, all_files[i]) && j < all_files[i]->n_services; j++, n++) {
-            text_printf(names[n], sizeof names[n], "%s.%s", all_files[i]->package, all_files[i]->services[j].name);
+    for (const struct pb_file *f = all_files; f < all_files + PB_COUNT(all_files); f++)
+        if (f->service && file_offered(s, f)) {
+            text_printf(names[n], sizeof names[n], "%s.%s", f->package, f->service);
             list[n].name = bytes_of(names[n]);
+            n++;
         }
     struct ListServiceResponse services = { .service = { .items = list, .n = n } };
     res.list_services_response = &services;
@@ -12687,7 +12623,7 @@ static void reflection_message(struct stream *s, struct bytes wire)
     }
     bool known = false;
     for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
-        known |= file_offered(s, all_files[i]) && file_has(all_files[i], req.all_extension_numbers_of_type);
+        known |= file_offered(s, &all_files[i]) && file_has(&all_files[i], req.all_extension_numbers_of_type);
     if (known)
         res.all_extension_numbers_response = &numbers;
     else

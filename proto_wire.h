@@ -1401,31 +1401,27 @@ struct pb_method {
     bool client_streaming, server_streaming;
 };
 
-struct pb_service {
-    const char *name;
-    const struct pb_method *methods;
-    size_t n;
-};
-
 /* A .proto file of proto3; enums are nested in the message whose field has them. */
 struct pb_file {
     const char *name, *package;
-    const struct pb_file *const *deps;
-    const struct pb_message *const *messages;
-    const struct pb_service *services;
-    size_t n_deps, n_messages, n_services;
-    unsigned needs;              /* what a server must offer for it to be there; 0: nothing */
+    const struct pb_file *imported;             /* or NULL */
+    const struct pb_message *const *messages;   /* up to NULL */
+    const char *service;                        /* or NULL, */
+    const struct pb_method *methods;            /* and its methods, up to one without a name */
+    unsigned needs;                             /* what a server must offer for it to be there; 0: nothing */
 };
+
+#define PB_MESSAGES(...) (const struct pb_message *const[]){ __VA_ARGS__, NULL }
+#define PB_METHODS(...) (const struct pb_method[]){ __VA_ARGS__, { NULL, NULL, NULL, false, false } }
 
 /* Writes ".package.Type"; the package is that of the file, own or imported, that has the outermost message. */
 static void pb_describe_name(struct buf *b, uint32_t number, const struct pb_file *file, const struct pb_message *outer,
                              const char *nested)
 {
     const char *package = file->package;
-    for (size_t i = 0; i < file->n_deps; i++)
-        for (size_t k = 0; k < file->deps[i]->n_messages; k++)
-            if (file->deps[i]->messages[k] == outer)
-                package = file->deps[i]->package;
+    for (const struct pb_message *const *m = file->imported ? file->imported->messages : NULL; m && *m; m++)
+        if (*m == outer)
+            package = file->imported->package;
     char text[3 * PB_NAME_MAX];
     size_t n = text_printf(text, sizeof text, nested ? ".%s.%s.%s" : ".%s.%s", package, outer->name, nested);
     pb_encode_bytes(b, number, (struct bytes){ (uint8_t *)text, n });
@@ -1481,11 +1477,13 @@ static void pb_describe_message(struct buf *b, const struct pb_file *file, const
     pb_close(b, 4, mark);
 }
 
-static void pb_describe_service(struct buf *b, const struct pb_file *file, const struct pb_service *s)
+static void pb_describe_service(struct buf *b, const struct pb_file *file)
 {
-    size_t mark = b->len;
-    for (size_t i = s->n; i-- > 0;) {
-        const struct pb_method *m = &s->methods[i];
+    size_t mark = b->len, n = 0;
+    while (file->methods[n].name)
+        n++;
+    while (n--) {
+        const struct pb_method *m = &file->methods[n];
         size_t method = b->len;
         if (m->server_streaming)
             pb_encode_number(b, 6, 1);
@@ -1496,7 +1494,7 @@ static void pb_describe_service(struct buf *b, const struct pb_file *file, const
         pb_encode_bytes(b, 1, bytes_of(m->name));
         pb_close(b, 2, method);
     }
-    pb_encode_bytes(b, 1, bytes_of(s->name));
+    pb_encode_bytes(b, 1, bytes_of(file->service));
     pb_close(b, 6, mark);
 }
 
@@ -1505,12 +1503,15 @@ static inline struct bytes pb_file_descriptor(struct buf *b, const struct pb_fil
 {
     b->len = 0;
     pb_encode_bytes(b, 12, BYTES("proto3"));
-    for (size_t i = file->n_services; i-- > 0;)
-        pb_describe_service(b, file, &file->services[i]);
-    for (size_t i = file->n_messages; i-- > 0;)
-        pb_describe_message(b, file, file->messages[i]);
-    for (size_t i = file->n_deps; i-- > 0;)
-        pb_encode_bytes(b, 3, bytes_of(file->deps[i]->name));
+    if (file->service)
+        pb_describe_service(b, file);
+    size_t n = 0;
+    while (file->messages[n])
+        n++;
+    while (n--)
+        pb_describe_message(b, file, file->messages[n]);
+    if (file->imported)
+        pb_encode_bytes(b, 3, bytes_of(file->imported->name));
     pb_encode_bytes(b, 2, bytes_of(file->package));
     pb_encode_bytes(b, 1, bytes_of(file->name));
     return pb_written(b);

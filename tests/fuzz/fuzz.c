@@ -1136,9 +1136,9 @@ static const struct pb_message *table_of(unsigned n)
 {
     size_t i = 0;
     for (size_t f = 0; f < PB_COUNT(all_files); f++)
-        for (size_t k = 0; k < all_files[f]->n_messages; k++, i++)
+        for (size_t k = 0; all_files[f].messages[k]; k++, i++)
             if (i == n)
-                return all_files[f]->messages[k];
+                return all_files[f].messages[k];
     return n < 0x80 ? &Line_message : table_of(n - 0x80);
 }
 

@@ -459,10 +459,10 @@ static int write_dictionary(const char *name)
         dict_word(bytes_of(field_names[i]));
     dict_word(BYTES(preface));
     for (size_t f = 0; f < PB_COUNT(all_files); f++) {
-        dict_word(bytes_of(all_files[f]->name));
-        dict_word(bytes_of(all_files[f]->package));
-        for (size_t k = 0; k < all_files[f]->n_messages; k++)
-            dict_word(bytes_of(all_files[f]->messages[k]->name));
+        dict_word(bytes_of(all_files[f].name));
+        dict_word(bytes_of(all_files[f].package));
+        for (size_t k = 0; all_files[f].messages[k]; k++)
+            dict_word(bytes_of(all_files[f].messages[k]->name));
     }
     for (size_t i = 0; i < PB_COUNT(controls); i++)
         dict_word(bytes_of(controls[i].name));

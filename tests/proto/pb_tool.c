@@ -9,12 +9,12 @@
 static const struct pb_message *find_message(const char *full)
 {
     for (size_t i = 0; i < PB_COUNT(all_files); i++) {
-        size_t n = strlen(all_files[i]->package);
-        if (strncmp(full, all_files[i]->package, n) != 0 || full[n] != '.')
+        size_t n = strlen(all_files[i].package);
+        if (strncmp(full, all_files[i].package, n) != 0 || full[n] != '.')
             continue;
-        for (size_t k = 0; k < all_files[i]->n_messages; k++)
-            if (strcmp(all_files[i]->messages[k]->name, full + n + 1) == 0)
-                return all_files[i]->messages[k];
+        for (size_t k = 0; all_files[i].messages[k]; k++)
+            if (strcmp(all_files[i].messages[k]->name, full + n + 1) == 0)
+                return all_files[i].messages[k];
     }
     fprintf(stderr, "no message %s\n", full);
     exit(2);
@@ -29,8 +29,8 @@ static void command(const char *verb, const char *name, int indent, struct bytes
     a = (struct pb_arena){ .limit = (size_t)64 << 20 };
     if (strcmp(verb, "file") == 0) {
         for (size_t i = 0; i < PB_COUNT(all_files); i++)
-            if (strcmp(all_files[i]->name, name) == 0)
-                print_hex(pb_file_descriptor(&out, all_files[i]));
+            if (strcmp(all_files[i].name, name) == 0)
+                print_hex(pb_file_descriptor(&out, &all_files[i]));
         buf_free(&out);
         return;
     }

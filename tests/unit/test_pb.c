@@ -779,7 +779,7 @@ static void test_failing_memory(void)
             else if (job == 3)
                 ok = bytes_eq(json_of(&out, &ServerStreamMessage_message, &full, 4), whole(&text));
             else
-                ok = pb_file_descriptor(&out, &cvms_file).n > 1000;
+                ok = pb_file_descriptor(&out, &all_files[0]).n > 1000;
             CHECK(ok, alloc_count < alloc_fail);
             CHECK(job >= 2 && out.failed == ok, 0);
             buf_free(&out);
