@@ -127,7 +127,7 @@ static int accept_nonblocking(int fd, struct sockaddr_storage *sa, socklen_t *le
 #endif
 }
 
-enum { WATCH_IN = 1, WATCH_OUT = 2, WATCH_ERROR = 4 };
+enum { WATCH_IN = POLLIN, WATCH_OUT = POLLOUT, WATCH_ERROR = POLLERR | POLLHUP | POLLNVAL };
 
 struct loop;
 struct watch {
@@ -140,6 +140,8 @@ struct watch {
 static void loop_clock(struct loop *l);  /* to be called after each wait */
 
 #if CVMS_LINUX
+_Static_assert(EPOLLIN == POLLIN && EPOLLOUT == POLLOUT && EPOLLERR == POLLERR && EPOLLHUP == POLLHUP, "one set of bits");
+
 struct poller {
     int epoll;
 };
@@ -155,8 +157,7 @@ static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
 {
     if (w->interest == interest)
         return true;
-    struct epoll_event e = { .events = (interest & WATCH_IN ? (uint32_t)EPOLLIN : 0) |
-                                       (interest & WATCH_OUT ? (uint32_t)EPOLLOUT : 0), .data.ptr = w };
+    struct epoll_event e = { .events = interest, .data.ptr = w };
     int op = !interest ? EPOLL_CTL_DEL : w->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
     if (epoll_ctl(p->epoll, op, w->fd, &e) != 0)
         return false;
@@ -172,10 +173,8 @@ static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
     loop_clock(l);
     for (int i = 0; i < n; i++) {
         struct watch *w = e[i].data.ptr;
-        unsigned events = (e[i].events & EPOLLIN ? WATCH_IN : 0u) | (e[i].events & EPOLLOUT ? WATCH_OUT : 0u) |
-                          (e[i].events & (EPOLLERR | EPOLLHUP) ? WATCH_ERROR : 0u);
         if (w->interest)
-            w->ready(l, w, events);
+            w->ready(l, w, e[i].events);
     }
 }
 
@@ -218,7 +217,6 @@ static bool poller_grow(struct poller *p)
 
 static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
 {
-    short events = (short)((interest & WATCH_IN ? POLLIN : 0) | (interest & WATCH_OUT ? POLLOUT : 0));
     if (!w->interest && interest) {
         if (p->count == p->cap && !poller_grow(p))
             return false;
@@ -231,7 +229,7 @@ static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
         last->index = w->index;
     }
     if (interest)
-        p->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = events };
+        p->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = (short)interest };
     w->interest = interest;
     return true;
 }
@@ -248,9 +246,7 @@ static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
     for (size_t i = p->count; n > 0 && i-- > 0;) {
         if (i >= p->count)
             continue;
-        short got = p->polls[i].revents;
-        unsigned events = (got & POLLIN ? WATCH_IN : 0u) | (got & POLLOUT ? WATCH_OUT : 0u) |
-                          (got & (POLLERR | POLLHUP | POLLNVAL) ? WATCH_ERROR : 0u);
+        unsigned events = (unsigned short)p->polls[i].revents;
         p->polls[i].revents = 0;
         if (events)
             p->watches[i]->ready(l, p->watches[i], events);
@@ -2448,7 +2444,6 @@ static struct stream *conn_next_sendable(struct conn *c)
 static bool stream_may_go_on(struct stream *s)
 {
     struct conn *c = s->conn;
-    struct stream *first = NULL;
     if (!s->long_message || s->share)
         return true;
     if (!s->share_ticket) {
@@ -2456,10 +2451,10 @@ static bool stream_may_go_on(struct stream *s)
         c->share_waiting++;
     }
     for (struct stream *w = c->streams; w; w = w->next)
-        if (w->share_ticket && (!first || w->share_ticket < first->share_ticket))
-            first = w;
+        if (w->share_ticket && w->share_ticket < s->share_ticket)
+            return false;
     size_t need = power_of_two(s->long_message);
-    if (first != s || c->shared + need > power_of_two(c->endpoint->max_message))
+    if (c->shared + need > power_of_two(c->endpoint->max_message))
         return false;
     c->shared += s->share = need;
     s->share_ticket = 0;
@@ -3788,49 +3783,36 @@ static bool grpc_prefix(struct stream *s)
     return false;
 }
 
-static void grpc_deliver(struct stream *s, struct bytes message)
-{
-    s->grpc.prefix_len = 0;
-    if (s->grpc.method && s->grpc.method->message)
-        s->grpc.method->message(s, message);
-}
-
-/* Takes bytes of a message whose prefix is known; a message that lies whole in p is not copied. */
-static size_t grpc_message_part(struct stream *s, struct bytes p)
-{
-    size_t n = min_size(p.n, s->grpc.message_len - s->grpc.message.len);
-    if (s->grpc.message.len == 0 && n == s->grpc.message_len) {
-        grpc_deliver(s, (struct bytes){ p.p, n });
-        return n;
-    }
-    buf_put(&s->grpc.message, p.p, n);
-    s->conn->out.failed |= s->grpc.message.failed;
-    if (s->grpc.message.len == s->grpc.message_len) {
-        struct buf whole = s->grpc.message;
-        s->grpc.message = (struct buf){ 0 };
-        grpc_deliver(s, (struct bytes){ whole.p, whole.len });
-        buf_free(&whole);
-        stream_end_long(s);
-    }
-    return n;
-}
-
-/* DATA: length-prefixed messages, cut anywhere. */
+/* DATA: length-prefixed messages, cut anywhere; one that lies whole in p is not copied. */
 static void grpc_data(struct stream *s, struct bytes p)
 {
-    while (p.n && !s->dead && !s->grpc.finishing) {
-        size_t n;
-        if (s->grpc.prefix_len < sizeof s->grpc.prefix) {
-            n = min_size(p.n, sizeof s->grpc.prefix - s->grpc.prefix_len);
-            memcpy(s->grpc.prefix + s->grpc.prefix_len, p.p, n);
-            s->grpc.prefix_len = (uint8_t)(s->grpc.prefix_len + n);
-            if (s->grpc.prefix_len == sizeof s->grpc.prefix && grpc_prefix(s) && s->grpc.message_len == 0)
-                grpc_deliver(s, (struct bytes){ 0 });
-        } else {
-            n = grpc_message_part(s, p);
+    struct grpc_stream *g = &s->grpc;
+    while (p.n && !s->dead && !g->finishing) {
+        size_t prefix = sizeof g->prefix - g->prefix_len;   /* what is missing of it */
+        struct bytes part = { p.p, min_size(p.n, prefix ? prefix : g->message_len - g->message.len) };
+        p = bytes_from(p, part.n);
+        if (prefix) {
+            memcpy(g->prefix + g->prefix_len, part.p, part.n);
+            g->prefix_len = (uint8_t)(g->prefix_len + part.n);
+            if (part.n < prefix || !grpc_prefix(s) || g->message_len)
+                continue;
+            part.n = 0;
         }
-        p.p += n;
-        p.n -= n;
+        struct buf whole = { 0 };
+        if (part.n < g->message_len) {
+            buf_put(&g->message, part.p, part.n);
+            s->conn->out.failed |= g->message.failed;
+            if (g->message.len < g->message_len)
+                continue;
+            whole = g->message;
+            g->message = (struct buf){ 0 };
+            part = (struct bytes){ whole.p, whole.len };
+        }
+        g->prefix_len = 0;
+        if (g->method && g->method->message)
+            g->method->message(s, part);
+        buf_free(&whole);
+        stream_end_long(s);
     }
 }
 
