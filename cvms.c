@@ -140,7 +140,7 @@ struct watch {
 static void loop_clock(struct loop *l);  /* to be called after each wait */
 
 #if CVMS_LINUX
-_Static_assert(EPOLLIN == POLLIN && EPOLLOUT == POLLOUT && EPOLLERR == POLLERR && EPOLLHUP == POLLHUP, "one set of bits");
+_Static_assert(EPOLLIN == POLLIN && EPOLLOUT == POLLOUT && EPOLLERR == POLLERR && EPOLLHUP == POLLHUP, "one set");
 
 struct poller {
     int epoll;
@@ -545,8 +545,8 @@ struct mistakes {
     bool usage, start, warned;
 };
 
-/* kind: "usage" for a mistake in the words, "start" for one in what they name, "warning" for what may go on. */
-enum severity { USAGE, START, WARNING };
+/* A mistake in the words, one in what they name, what may go on, what is no mistake. */
+enum severity { USAGE, START, WARNING, NOTE };
 
 static void tell_no_memory(void)
 {
@@ -554,11 +554,15 @@ static void tell_no_memory(void)
     fd_write(STDERR_FILENO, line, sizeof line - 1, TOLD_MS);
 }
 
-PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_list ap)
+/* One line on stderr; *r remembers a mistake. */
+PRINTF_LIKE(3, 4) static void tell(struct mistakes *r, enum severity kind, const char *fmt, ...)
 {
     struct buf text = { 0 }, line = { 0 };
+    va_list ap;
+    va_start(ap, fmt);
     buf_vprintf(&text, fmt, ap);
-    buf_puts(&line, head);
+    va_end(ap);
+    buf_puts(&line, kind == WARNING ? "cvms: warning: " : "cvms: ");
     put_text(&line, (struct bytes){ text.p, text.len }, NULL);
     buf_putc(&line, '\n');
     if (text.failed || line.failed)
@@ -567,18 +571,15 @@ PRINTF_LIKE(2, 0) static void tell_line(const char *head, const char *fmt, va_li
         fd_write(STDERR_FILENO, line.p, line.len, TOLD_MS);
     buf_free(&text);
     buf_free(&line);
-}
-
-PRINTF_LIKE(3, 4) static void tell(struct mistakes *r, enum severity kind, const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    tell_line(kind == WARNING ? "cvms: warning: " : "cvms: ", fmt, ap);
-    va_end(ap);
+    if (!r)
+        return;
     r->usage |= kind == USAGE;
     r->start |= kind == START;
     r->warned |= kind == WARNING;
 }
+
+/* Before or behind the loop. */
+#define tell_note(...) tell(NULL, NOTE, __VA_ARGS__)
 
 /* Several mistakes, a line for each. */
 static void tell_lines(struct mistakes *r, enum severity kind, const char *text)
@@ -587,15 +588,6 @@ static void tell_lines(struct mistakes *r, enum severity kind, const char *text)
         n = strcspn(text, "\n");
         tell(r, kind, "%.*s", (int)n, text);
     }
-}
-
-/* A line that is no mistake, before the loop runs. */
-PRINTF_LIKE(1, 2) static void tell_note(const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    tell_line("cvms: ", fmt, ap);
-    va_end(ap);
 }
 
 /* p, or the end of the program if there is no memory.  Only before the port opens. */
@@ -5144,31 +5136,30 @@ static const char *tls_peer_subject(const struct tls *t)
     return t->subject.failed || t->subject.len < 2 ? NULL : (const char *)t->subject.p;
 }
 
-/* Where ciphertext from the peer goes, and how much is wanted now: NULL while tls_app_in has bytes, and at the end.
- * Every tls_recv_buf is followed by tls_recv_ack, with 0 if nothing came; likewise tls_app_out and its ack. */
-static uint8_t *tls_recv_buf(struct tls *t, size_t *n)
+/* Takes ciphertext from the peer, and returns how much: less than n while tls_app_in has bytes, and at the end. */
+static size_t tls_take(struct tls *t, const uint8_t *p, size_t n)
 {
-    *n = 0;
+    size_t room = 0;
     if (!t->failed && !tls_hold(t))
         tls_fail(t, TLS_ERR_MEMORY);
-    return t->failed ? NULL : br_ssl_engine_recvrec_buf(&t->u.eng, n);
-}
-
-static void tls_recv_ack(struct tls *t, size_t n)
-{
-    if (t->failed || !t->buffers)
-        return;
-    if (n && !t->greeted && t->buffers->in[0] >= 'A' && t->buffers->in[0] <= 'Z') { /* "PRI" or "GET": no record type */
+    if (t->failed)
+        return 0;
+    uint8_t *to = br_ssl_engine_recvrec_buf(&t->u.eng, &room);
+    n = to ? min_size(n, room) : 0;
+    if (n && !t->greeted && *p >= 'A' && *p <= 'Z') { /* "PRI" or "GET": no record type */
         tls_fail(t, TLS_ERR_PLAINTEXT);
-        return;
+        return n;
     }
     t->greeted |= n > 0;
     t->last.p = br_ssl_engine_sendrec_buf(&t->u.eng, &t->last.n);
-    if (n)
+    if (n) {
+        memcpy(to, p, n);
         br_ssl_engine_recvrec_ack(&t->u.eng, n);
+    }
     tls_settle(t);
     if (!t->failed)
         t->last = (struct bytes){ NULL, 0 };
+    return n;
 }
 
 /* Ciphertext for the peer; NULL when there is none. */
@@ -5205,28 +5196,22 @@ static void tls_app_in_ack(struct tls *t, size_t n)
     }
 }
 
-/* Where plaintext for the peer goes; NULL while a record waits to be sent, and outside TLS_OPEN. */
-static uint8_t *tls_app_out(struct tls *t, size_t *n)
+/* Makes a record of plaintext for the peer, and returns how much it holds: 0 while another waits, outside TLS_OPEN. */
+static size_t tls_put(struct tls *t, const uint8_t *p, size_t n)
 {
-    *n = 0;
+    size_t room = 0;
     if (tls_state(t) == TLS_OPEN && !tls_hold(t))
         tls_fail(t, TLS_ERR_MEMORY);
-    return tls_state(t) == TLS_OPEN ? br_ssl_engine_sendapp_buf(&t->u.eng, n) : NULL;
-}
-
-static void tls_app_out_ack(struct tls *t, size_t n)
-{
-    if (n && !t->failed)
+    uint8_t *to = tls_state(t) == TLS_OPEN ? br_ssl_engine_sendapp_buf(&t->u.eng, &room) : NULL;
+    n = to ? min_size(n, room) : 0;
+    if (n) {
+        memcpy(to, p, n);
         br_ssl_engine_sendapp_ack(&t->u.eng, n);
+        br_ssl_engine_flush(&t->u.eng, 0);
+    }
     if (t->buffers)
         tls_settle(t);
-}
-
-/* Makes a record of what was put in so far. */
-static void tls_flush(struct tls *t)
-{
-    if (t->buffers && !t->failed)
-        br_ssl_engine_flush(&t->u.eng, 0);
+    return n;
 }
 
 /* Starts the end: flushes, then close_notify (RFC 5246 7.2.1). */
@@ -5263,15 +5248,12 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #define tls_http1(t) ((void)(t), false)
 #define tls_why(t) ((void)(t), "")
 #define tls_peer_subject(t) ((void)(t), (const char *)NULL)
-#define tls_recv_buf(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
-#define tls_recv_ack(t, n) ((void)(t), (void)(n))
+#define tls_take(t, p, n) ((void)(t), (void)(p), (void)(n), (size_t)0)
 #define tls_send_buf(t, n) ((void)(t), *(n) = 0, (const uint8_t *)NULL)
 #define tls_send_ack(t, n) ((void)(t), (void)(n))
 #define tls_app_in(t, n) ((void)(t), *(n) = 0, (const uint8_t *)NULL)
 #define tls_app_in_ack(t, n) ((void)(t), (void)(n))
-#define tls_app_out(t, n) ((void)(t), *(n) = 0, (uint8_t *)NULL)
-#define tls_app_out_ack(t, n) ((void)(t), (void)(n))
-#define tls_flush(t) ((void)(t))
+#define tls_put(t, p, n) ((void)(t), (void)(p), (void)(n), (size_t)0)
 #define tls_close(t) ((void)(t))
 #endif
 
@@ -5697,24 +5679,6 @@ static void link_interest(struct link *k, bool blocked)
     link_close(k, why);
 }
 
-/* The connection's output becomes records until one has to go out first. */
-static void link_encrypt(struct link *k)
-{
-    const uint8_t *p;
-    for (size_t n, room; (n = conn_peek(&k->conn, &p)) != 0;) {
-        uint8_t *to = tls_app_out(k->tls, &room);
-        n = to ? min_size(n, room) : 0;
-        if (n) {
-            memcpy(to, p, n);
-            conn_sent(&k->conn, n);
-        }
-        tls_app_out_ack(k->tls, n);
-        if (n == 0)
-            break;
-    }
-    tls_flush(k->tls);
-}
-
 /* The bytes that go out next, and how many: the connection's own, or with TLS the records that hold them. */
 static size_t link_peek(struct link *k, const uint8_t **p)
 {
@@ -5725,7 +5689,8 @@ static size_t link_peek(struct link *k, const uint8_t **p)
         return n;
     if (k->conn.phase == CONN_CLOSING ? !conn_pending(&k->conn) : k->conn.phase != CONN_OPEN && conn_finished(&k->conn))
         tls_close(k->tls);
-    link_encrypt(k);
+    while ((n = conn_peek(&k->conn, p)) != 0 && (n = tls_put(k->tls, *p, n)) != 0)
+        conn_sent(&k->conn, n);
     *p = tls_send_buf(k->tls, &n);
     return *p ? n : 0;
 }
@@ -5798,14 +5763,8 @@ static void link_flush(struct link *k)
  * without reading it. */
 static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
 {
-    bool stuck = false;
-    while (n && tls_state(k->tls) < TLS_CLOSING) {
-        size_t room, plain;
-        uint8_t *to = tls_recv_buf(k->tls, &room);
-        size_t taken = to ? min_size(n, room) : 0;
-        if (taken)
-            memcpy(to, p, taken);
-        tls_recv_ack(k->tls, taken);
+    for (bool stuck = false; n && tls_state(k->tls) < TLS_CLOSING;) {
+        size_t plain, taken = tls_take(k->tls, p, n);
         for (const uint8_t *in; (in = tls_app_in(k->tls, &plain)) != NULL && plain;) {
             k->conn.no_h2 = tls_http1(k->tls);
             conn_recv(&k->conn, in, plain);
@@ -5887,7 +5846,7 @@ static void ipv6_text(char out[INET6_ADDRSTRLEN], const uint8_t ip[16])
     }
 }
 
-_Static_assert(offsetof(struct sockaddr_in, sin_port) == offsetof(struct sockaddr_in6, sin6_port), "one place of ports");
+_Static_assert(offsetof(struct sockaddr_in, sin_port) == offsetof(struct sockaddr_in6, sin6_port), "one place");
 
 /* "1.2.3.4:5" or "[::1]:5"; an IPv4 address in IPv6 form is shown as IPv4. */
 static void peer_name(char out[56], const struct sockaddr_storage *sa)
@@ -5990,7 +5949,7 @@ static void connect_fail(struct link *k, int error)
 
 static void connect_ready(struct loop *l, struct watch *w, unsigned events)
 {
-    (void)events;
+    (void)l, (void)events;
     struct link *k = (struct link *)w;
     int error = 0;
     socklen_t len = sizeof error;
@@ -6100,8 +6059,9 @@ static unsigned listen_all(struct loop *l, const struct addrinfo *list, unsigned
     struct sockaddr_storage sa;
     const struct sockaddr_in *four = (const void *)&sa;
     int error = EADDRNOTAVAIL;
+    const size_t max = any ? 1 : MAX_LISTENERS;
     for (int family = AF_INET6; family; family = family == AF_INET6 ? AF_INET : 0)
-        for (const struct addrinfo *a = list; a && l->listener_count < (any ? 1 : MAX_LISTENERS); a = a->ai_next) {
+        for (const struct addrinfo *a = list; a && l->listener_count < max; a = a->ai_next) {
             if (a->ai_family != family)
                 continue;
             int fd = listen_on(a, port, any);

@@ -606,17 +606,11 @@ static void far_turn(struct wire *w, struct buf *plain)
         return;
     }
     for (bool moved = true; moved;) {
-        size_t n, room;
-        moved = false;
-        uint8_t *to = w->sent.len ? tls_recv_buf(w->far, &room) : NULL;
-        if (to && room) {
-            n = min_size(room, w->sent.len);
-            memcpy(to, w->sent.p, n);
-            tls_recv_ack(w->far, n);
-            memmove(w->sent.p, w->sent.p + n, w->sent.len - n);
-            w->sent.len -= n;
-            moved = true;
-        }
+        size_t n = w->sent.len ? tls_take(w->far, w->sent.p, w->sent.len) : 0;
+        moved = n;
+        w->sent.len -= n;
+        if (n)
+            memmove(w->sent.p, w->sent.p + n, w->sent.len);
         const uint8_t *p;
         while ((p = tls_app_in(w->far, &n)) != NULL && n) {
             buf_put(plain, p, n);
@@ -644,14 +638,8 @@ static void feed(struct wire *w, struct bytes b, bool as_it_is)
         return;
     }
     while (b.n) {
-        size_t room, n;
         far_turn(w, &w->plain);
-        uint8_t *to = tls_app_out(w->far, &room);
-        n = to ? min_size(room, b.n) : 0;
-        if (n)
-            memcpy(to, b.p, n);
-        tls_app_out_ack(w->far, n);
-        tls_flush(w->far);
+        size_t n = tls_put(w->far, b.p, b.n);
         if (!n)
             return;
         b = bytes_from(b, n);

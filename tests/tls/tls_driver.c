@@ -31,16 +31,20 @@ static void poison(struct tls_pool *pool, int with)
 /* moves app data in -> out; true if anything moved */
 static bool echo(struct tls *t)
 {
-    size_t a, b, n;
-    const uint8_t *in = tls_app_in(t, &a);
-    if (!in) return false;
-    uint8_t *out = tls_app_out(t, &b);
-    if (!out) { tls_app_out_ack(t, 0); return false; }
-    n = a < b ? a : b;
-    memcpy(out, in, n);
-    tls_app_out_ack(t, n);
+    size_t n;
+    const uint8_t *in = tls_app_in(t, &n);
+    n = in ? tls_put(t, in, n) : 0;
     tls_app_in_ack(t, n);
-    return true;
+    return n;
+}
+
+/* what the socket has, as far as TLS takes it: how much that was; 0 at its end, -1 if there was nothing */
+static ssize_t take(struct tls *t, int fd)
+{
+    uint8_t b[1 << 16];
+    ssize_t r = recv(fd, b, chunk < sizeof b ? chunk : sizeof b, MSG_PEEK);
+    size_t n = tls_take(t, b, r > 0 ? (size_t)r : 0);
+    return r == 0 ? 0 : n ? recv(fd, b, n, 0) : -1;
 }
 
 static bool step(struct echo_conn *c)      /* false: finished */
@@ -51,7 +55,6 @@ static bool step(struct echo_conn *c)      /* false: finished */
         size_t n;
         moved = false;
         while (echo(t)) moved = true;
-        tls_flush(t);
         const uint8_t *out;
         while ((out = tls_send_buf(t, &n)) != NULL) {
             ssize_t w = send(c->fd, out, n < chunk ? n : chunk, MSG_NOSIGNAL);
@@ -64,13 +67,9 @@ static bool step(struct echo_conn *c)      /* false: finished */
             if (!out) return false;
             break;
         }
-        uint8_t *in = tls_recv_buf(t, &n);
-        if (in && n) {
-            ssize_t r = recv(c->fd, in, n < chunk ? n : chunk, 0);
-            if (r == 0) { c->eof = true; tls_recv_ack(t, 0); return false; }
-            tls_recv_ack(t, r > 0 ? (size_t)r : 0);
-            if (r > 0) moved = true;
-        }
+        ssize_t r = take(t, c->fd);
+        if (r == 0) { c->eof = true; return false; }
+        if (r > 0) moved = true;
     } while (moved);
     if (!c->open && tls_state(t) == TLS_OPEN) {
         c->open = true;
@@ -153,32 +152,24 @@ static int client(const char *port)
     bool bad = false, eof = false;
     while (!eof) {
         const uint8_t *p;
-        uint8_t *q;
+        uint8_t q[1 << 14];
         while ((p = tls_app_in(t, &n)) != NULL) {
             for (size_t i = 0; i < n; i++) bad |= p[i] != (uint8_t)((got + i) * 131 >> 3);
             got += n;
             tls_app_in_ack(t, n);
         }
         if (got == total && tls_state(t) == TLS_OPEN) tls_close(t);
-        if (sent < total && (q = tls_app_out(t, &n)) != NULL) {
-            if (n > total - sent) n = total - sent;
-            for (size_t i = 0; i < n; i++) q[i] = (uint8_t)((sent + i) * 131 >> 3);
-            sent += n;
-            tls_app_out_ack(t, n);
-        }
-        tls_flush(t);
+        n = sizeof q < total - sent ? sizeof q : total - sent;
+        for (size_t i = 0; i < n; i++) q[i] = (uint8_t)((sent + i) * 131 >> 3);
+        if (n) sent += tls_put(t, q, n);
         while ((p = tls_send_buf(t, &n)) != NULL) {
             ssize_t w = send(fd, p, n < chunk ? n : chunk, MSG_NOSIGNAL);
             if (w <= 0) break;
             tls_send_ack(t, (size_t)w);
         }
         if (!p && tls_state(t) >= TLS_CLOSING) break;
-        ssize_t r = -1;
-        if ((q = tls_recv_buf(t, &n)) != NULL && n) {
-            r = recv(fd, q, n < chunk ? n : chunk, 0);
-            tls_recv_ack(t, r > 0 ? (size_t)r : 0);
-            if (r == 0) eof = true;
-        }
+        ssize_t r = take(t, fd);
+        eof = r == 0;
         if (r < 0) {
             struct pollfd pf = { fd, (short)(POLLIN | (tls_send_buf(t, &n) ? POLLOUT : 0)), 0 };
             if (poll(&pf, 1, 20000) <= 0) break;
@@ -197,19 +188,15 @@ static int client(const char *port)
 /* copies everything from one end to the other, cutting at `cut` bytes of the whole stream, or every byte if cut == 0 */
 static bool carry(struct tls *from, struct tls *to, size_t *at, size_t cut, struct tls_pool *pool)
 {
-    size_t n, m;
+    size_t n;
     const uint8_t *p = tls_send_buf(from, &n);
     if (!p) return false;
     if (cut == 0) n = 1;
     else if (*at < cut && n > cut - *at) n = cut - *at;
-    uint8_t *q = tls_recv_buf(to, &m);
-    if (!q) { tls_recv_ack(to, 0); return false; }
-    if (n > m) n = m;
-    memcpy(q, p, n);
-    tls_recv_ack(to, n);
+    if (!(n = tls_take(to, p, n))) return false;
     tls_send_ack(from, n);
     *at += n;
-    tls_recv_buf(to, &m), tls_recv_ack(to, 0);      /* an empty read, as at EAGAIN */
+    tls_take(to, NULL, 0);      /* an empty read, as at EAGAIN */
     poison(pool, 0xC3);
     return true;
 }
@@ -222,13 +209,9 @@ static const char *pair(struct tls_config *s, struct tls_config *c, size_t cut, 
     const char *bad = NULL;
     for (int rounds = 0; got < want && rounds < 200000; rounds++) {
         while (carry(b, a, &up, cut, &pool) || carry(a, b, &down, cut, &pool)) ;
-        echo(a), tls_flush(a);
-        uint8_t *q;
+        echo(a);
         const uint8_t *p;
-        if (sent < want && tls_state(b) == TLS_OPEN) {
-            if ((q = tls_app_out(b, &n)) != NULL) { q[0] = (uint8_t)sent++; tls_app_out_ack(b, 1); tls_flush(b); }
-            else tls_app_out_ack(b, 0);
-        }
+        if (sent < want && tls_state(b) == TLS_OPEN) { sent += tls_put(b, &(uint8_t){ (uint8_t)sent }, 1); }
         while ((p = tls_app_in(b, &n)) != NULL) { if (*p != (uint8_t)got++) bad = "data"; tls_app_in_ack(b, 1); }
         if (tls_state(a) >= TLS_CLOSING || tls_state(b) >= TLS_CLOSING) break;
     }
