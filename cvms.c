@@ -159,7 +159,7 @@ static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
         return true;
     struct epoll_event e = { .events = interest, .data.ptr = w };
     int op = !interest ? EPOLL_CTL_DEL : w->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
-    if (epoll_ctl(p->epoll, op, w->fd, &e) != 0)
+    if (epoll_ctl(p->epoll, op, w->fd, &e) != 0 && interest)
         return false;
     w->interest = interest;
     return true;
@@ -176,13 +176,6 @@ static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
         if (w->interest)
             w->ready(l, w, e[i].events);
     }
-}
-
-/* The descriptor is about to be closed, which takes it out of epoll. */
-static void poller_forget(struct poller *p, struct watch *w)
-{
-    (void)p;
-    w->interest = 0;
 }
 
 static void poller_free(struct poller *p)
@@ -232,11 +225,6 @@ static bool poller_set(struct poller *p, struct watch *w, unsigned interest)
         p->polls[w->index] = (struct pollfd){ .fd = w->fd, .events = (short)interest };
     w->interest = interest;
     return true;
-}
-
-static void poller_forget(struct poller *p, struct watch *w)
-{
-    poller_set(p, w, 0);
 }
 
 static void poller_wait(struct poller *p, struct loop *l, int timeout_ms)
@@ -1071,13 +1059,6 @@ static void hpack_encode_field(struct buf *out, struct bytes name, struct bytes 
     hpack_put_string(out, value);
 }
 
-/* Tells the peer a new maximum for the table that this encoder does not use: needed at the start of the next field
- * block once the peer's SETTINGS_HEADER_TABLE_SIZE has gone under it (RFC 7541 4.2). */
-static void hpack_encode_size_update(struct buf *out, uint32_t max)
-{
-    hpack_put_int(out, 0x20, 5, max);
-}
-
 /* ==== 4. Frames (RFC 9113 4, 6); request heads of HTTP/1 (RFC 9112) =================================================
  * Owns: the nine-byte frame header, what each type must look like, the names and codes of the standard; the form of an
  * HTTP/1 request's head.
@@ -1398,11 +1379,8 @@ static bool pem_boundary(struct bytes line, const char *prefix, char label[PEM_L
     if (!bytes_start(line, prefix) || line.n < start + 5 || line.n - start - 5 >= PEM_LABEL)
         return false;
     size_t n = line.n - start - 5;
-    if (memcmp(line.p + start + n, "-----", 5) != 0)
+    if (memcmp(line.p + start + n, "-----", 5) != 0 || !bytes_printable((struct bytes){ line.p + start, n }))
         return false;
-    for (size_t i = 0; i < n; i++)
-        if (line.p[start + i] < ' ' || line.p[start + i] > '~')
-            return false;
     memcpy(label, line.p + start, n);
     label[n] = '\0';
     return true;
@@ -1666,10 +1644,7 @@ static const char *core_stamp(struct core *core)
         text_printf(core->day, sizeof core->day, "%02d:%02d:%02d", day.tm_hour, day.tm_min, day.tm_sec);
     }
     core->stamp_ms = core->wall_ms;
-    int ms = (int)(core->wall_ms % 1000);
-    core->stamp[20] = (char)('0' + ms / 100);
-    core->stamp[21] = (char)('0' + ms / 10 % 10);
-    core->stamp[22] = (char)('0' + ms % 10);
+    text_printf(core->stamp + 20, 5, "%03dZ", (int)(core->wall_ms % 1000));
     return core->stamp;
 }
 
@@ -2358,17 +2333,14 @@ static bool stream_sendable(const struct stream *s)
 }
 
 /* Puts a whole field block into the output.  The first one after a peer's SETTINGS_HEADER_TABLE_SIZE begins with the
- * update that it asks for; we add nothing to the table, so nought is always right (RFC 7541 4.2). */
+ * update that it asks for, one byte; we add nothing to the table, so nought is always right (RFC 7541 4.2, 6.3). */
 static void conn_put_block(struct conn *c, uint32_t id, struct bytes block, unsigned flags)
 {
-    struct buf update = { 0 };
-    if (c->size_update_due)
-        hpack_encode_size_update(&update, 0);
+    size_t update = c->size_update_due;
     c->size_update_due = false;
-    frame_put(conn_out(c), (uint32_t)(update.len + block.n), FRAME_HEADERS, END_HEADERS | flags, id);
-    buf_put(&c->out, update.p, update.len);
+    frame_put(conn_out(c), (uint32_t)(update + block.n), FRAME_HEADERS, END_HEADERS | flags, id);
+    buf_put(&c->out, "\x20", update);
     buf_put(&c->out, block.p, block.n);
-    buf_free(&update);
 }
 
 /* Puts n bytes of an item into the output.  False: the body that they belong to breaks off, and the stream is reset. */
@@ -5446,6 +5418,11 @@ static ssize_t sink_write(const struct sink *s, const void *p, size_t n)
  * written, though a line's end takes two: they are tried again in a while. */
 static void sink_wait(struct loop *l, struct sink *s)
 {
+    if (s->sent >= HOLD_BYTES / 4) {  /* a long wait does not make the buffer grow without bound */
+        s->lines->len -= s->sent;
+        memmove(s->lines->p, s->lines->p + s->sent, s->lines->len);
+        s->sent = 0;
+    }
     bool full = poll(&(struct pollfd){ .fd = s->watch.fd, .events = POLLOUT }, 1, 0) == 0;
     if (full && poller_set(&l->poller, &s->watch, WATCH_OUT))
         return;
@@ -5494,16 +5471,6 @@ static void sink_flush(struct loop *l, struct sink *s)
         sink_fail(l, s, ENOMEM);
     if (s->broken || s->lines->cap > 4 * READ_LEN)
         buf_free(s->lines);
-}
-
-/* Moves what waits to the front, so that a long wait does not grow the buffer without bound. */
-static void sink_compact(struct sink *s)
-{
-    if (s->sent < HOLD_BYTES / 4)
-        return;
-    memmove(s->lines->p, s->lines->p + s->sent, sink_pending(s));
-    s->lines->len -= s->sent;
-    s->sent = 0;
 }
 
 static void sink_ready(struct loop *l, struct watch *w, unsigned events)
@@ -5638,7 +5605,7 @@ static void link_close(struct link *k, const char *why)
     if (told)
         told(k, why);
     heap_set(l, k, INT64_MAX);
-    poller_forget(&l->poller, &k->watch);
+    poller_set(&l->poller, &k->watch, 0);
     if (k->watch.fd >= 0)
         close(k->watch.fd);
     *(k->prev ? &k->prev->next : &l->links) = k->next;
@@ -5935,36 +5902,6 @@ static void listener_ready(struct loop *l, struct watch *w, unsigned events)
 
 /* ---- Connecting ---- */
 
-static void link_dial_on(struct link *k, int error);
-
-/* This address is not to be had: on to the next. */
-static void connect_fail(struct link *k, int error)
-{
-    poller_set(&k->loop->poller, &k->watch, 0);
-    close(k->watch.fd);
-    k->watch.fd = -1;
-    k->to = k->to->ai_next;
-    link_dial_on(k, error);
-}
-
-static void connect_ready(struct loop *l, struct watch *w, unsigned events)
-{
-    (void)l, (void)events;
-    struct link *k = (struct link *)w;
-    int error = 0;
-    socklen_t len = sizeof error;
-    if (getsockopt(w->fd, SOL_SOCKET, SO_ERROR, &error, &len) != 0)
-        error = errno;
-    if (error) {
-        connect_fail(k, error);
-        return;
-    }
-    if (!link_begin(k, &k->dial->endpoint, k->dial->tls, k->dial->name))
-        return;
-    k->dial->up(k);
-    link_flush(k);
-}
-
 /* Begins to connect to k->to.  False: errno tells why not. */
 static bool link_connect(struct link *k)
 {
@@ -5980,13 +5917,19 @@ static bool link_connect(struct link *k)
     return false;
 }
 
-/* Tries the addresses from k->to on; after the last, all of them again in a while, until it is time to give up. */
+/* Tries the next address, for the last was not to be had; after all, the first again in a while, until it is time to give
+ * up. */
 static void link_dial_on(struct link *k, int error)
 {
     struct loop *l = k->loop;
     struct dial *d = k->dial;
     int64_t now = l->core.now_ms, left = d->give_up_ms - now;
-    for (; k->to; k->to = k->to->ai_next) {
+    if (k->watch.fd >= 0) {
+        poller_set(&l->poller, &k->watch, 0);
+        close(k->watch.fd);
+        k->watch.fd = -1;
+    }
+    for (k->to = k->to ? k->to->ai_next : d->addresses; k->to; k->to = k->to->ai_next) {
         if (link_connect(k)) {
             heap_set(l, k, now + (left > 0 && left < d->connect_ms ? left : d->connect_ms));
             return;
@@ -6002,6 +5945,24 @@ static void link_dial_on(struct link *k, int error)
                   (long long)left / 1000);
     d->retry_told = true;
     heap_set(l, k, now + RETRY_MS);
+}
+
+static void connect_ready(struct loop *l, struct watch *w, unsigned events)
+{
+    (void)l, (void)events;
+    struct link *k = (struct link *)w;
+    int error = 0;
+    socklen_t len = sizeof error;
+    if (getsockopt(w->fd, SOL_SOCKET, SO_ERROR, &error, &len) != 0)
+        error = errno;
+    if (error) {
+        link_dial_on(k, error);
+        return;
+    }
+    if (!link_begin(k, &k->dial->endpoint, k->dial->tls, k->dial->name))
+        return;
+    k->dial->up(k);
+    link_flush(k);
 }
 
 /* A link to the server of d, whose `up` or `down` tells what becomes of it.  NULL without memory. */
@@ -6244,16 +6205,10 @@ static struct loop *loop_new(void)
 static void loop_pressure(struct loop *l)
 {
     size_t waiting = loop_backlog(l);
-    bool paused = waiting > PAUSE_BYTES, held = waiting > HOLD_BYTES;
-    bool release = l->core.backpressure && waiting < HOLD_BYTES / 4;
-    sink_compact(&l->out);
-    sink_compact(&l->err);
-    sink_compact(&l->record);
-    if (paused == l->paused && !(held && !l->core.backpressure) && !release)
-        return;
+    bool paused = waiting > PAUSE_BYTES, release = l->core.backpressure && waiting < HOLD_BYTES / 4;
     bool touch = paused != l->paused || release;
     l->paused = paused;
-    l->core.backpressure = release ? false : l->core.backpressure || held;
+    l->core.backpressure = !release && (l->core.backpressure || waiting > HOLD_BYTES);
     for (struct link *k = l->links; touch && k; k = k->next) {
         if (release)
             conn_release(&k->conn);
@@ -6284,14 +6239,8 @@ static void loop_deadlines(struct loop *l)
 {
     while (l->heap_len && l->heap[1]->deadline_ms <= l->core.now_ms) {
         struct link *k = l->heap[1];
-        if (k->connecting && k->watch.fd >= 0) {
-            connect_fail(k, ETIMEDOUT);
-            continue;
-        }
         if (k->connecting) {
-            heap_set(l, k, INT64_MAX);
-            k->to = k->dial->addresses;
-            link_dial_on(k, EADDRNOTAVAIL);
+            link_dial_on(k, k->watch.fd >= 0 ? ETIMEDOUT : EADDRNOTAVAIL);
             continue;
         }
         conn_tick(&k->conn);
