@@ -1882,7 +1882,7 @@ struct blob {
     uint8_t p[];
 };
 
-enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_TRAILERS };
+enum item_kind { ITEM_DATA, ITEM_LAST_DATA, ITEM_PULLED, ITEM_TRAILERS };
 
 struct item {
     struct item *next;
@@ -2290,10 +2290,13 @@ static void stream_local_end(struct stream *s)
         stream_reset(s, NO_ERROR);
 }
 
-static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, enum item_kind kind)
+/* Queues bytes for the stream and takes over the caller's reference to them, also when it fails (NULL included); a body
+ * that is pulled has none.  Behind the last item nothing more is said. */
+static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
 {
     bool over = s->dead || s->local_closed || (s->tail && s->tail->kind != ITEM_DATA);
-    struct item *i = over ? NULL : malloc(sizeof *i);
+    uint64_t n = kind == ITEM_PULLED ? s->grpc.length : blob ? blob->n : 0;
+    struct item *i = over || (!blob && kind != ITEM_PULLED) ? NULL : malloc(sizeof *i);
     if (!i) {
         blob_unref(blob);
         s->conn->out.failed |= !over;
@@ -2309,27 +2312,11 @@ static void stream_queue_item(struct stream *s, struct blob *blob, uint64_t n, e
     s->queued++;
 }
 
-/* Queues bytes for the stream and takes over the caller's reference, also when it fails (NULL blob included).  Behind
- * the last item nothing more is said. */
-static void stream_queue(struct stream *s, struct blob *blob, enum item_kind kind)
-{
-    if (blob)
-        stream_queue_item(s, blob, blob->n, kind);
-    else
-        s->conn->out.failed = true;
-}
-
 /* As many bytes of DATA as can go out at once: what the windows let out, at most a frame.  HTTP/1 has neither. */
 static size_t stream_window(const struct stream *s)
 {
     int32_t window = s->send_window < s->conn->send_window ? s->send_window : s->conn->send_window;
     return s->conn->http1 ? OUT_TARGET / 2 : window > 0 ? min_size((size_t)window, MAX_FRAME_SIZE) : 0;
-}
-
-static bool stream_sendable(const struct stream *s)
-{
-    const struct item *i = s->head;
-    return i && (i->kind == ITEM_TRAILERS || i->left == 0 || stream_window(s));
 }
 
 /* Puts a whole field block into the output.  The first one after a peer's SETTINGS_HEADER_TABLE_SIZE begins with the
@@ -2395,7 +2382,7 @@ static struct stream *conn_next_sendable(struct conn *c)
 {
     struct stream *s = c->next_to_send ? c->next_to_send : c->streams;
     for (uint32_t n = c->stream_count; n && s; n--, s = s->next ? s->next : c->streams)
-        if (stream_sendable(s)) {
+        if (s->head && (s->head->kind == ITEM_TRAILERS || s->head->left == 0 || stream_window(s))) {
             c->next_to_send = s->next;
             return s;
         }
@@ -2445,17 +2432,6 @@ static void conn_give_credit(struct conn *c)
     frame_put_u32(conn_out(c), FRAME_WINDOW_UPDATE, 0, c->recv_credit);
     c->recv_window += (int32_t)c->recv_credit;
     c->recv_credit = 0;
-}
-
-/* n bytes of the stream's DATA have been dealt with (s may be NULL: DATA that nobody wanted). */
-static void conn_consumed(struct conn *c, struct stream *s, size_t n)
-{
-    c->recv_credit += (uint32_t)n;
-    conn_give_credit(c);
-    if (s) {
-        s->recv_credit += (uint32_t)n;
-        stream_give_credit(s);
-    }
 }
 
 /* stdout has caught up, or a share is free: gives all credit that was held back. */
@@ -2934,8 +2910,13 @@ static void on_data(struct conn *c, struct bytes p)
             c->discard_window -= f->len;
         else if (!s->dead)
             stream_data(s, p, f->len);
-        conn_consumed(c, s && !s->dead ? s : NULL, f->len);
-        if (end && s && !s->dead && !s->remote_closed)
+        c->recv_credit += f->len;
+        conn_give_credit(c);
+        if (!s || s->dead)
+            return;
+        s->recv_credit += f->len;
+        stream_give_credit(s);
+        if (end && !s->remote_closed)
             conn_remote_end(s);
     }
 }
@@ -3562,7 +3543,7 @@ static void plain_answer(struct stream *s)
     else if (a->text)
         stream_queue(s, blob_copy((struct bytes){ body.p, body.len }), ITEM_LAST_DATA);
     else
-        stream_queue_item(s, NULL, n, ITEM_LAST_DATA);
+        stream_queue(s, NULL, ITEM_PULLED);
     s->conn->out.failed |= body.failed;
     buf_free(&body);
 }
@@ -3865,15 +3846,11 @@ static void percent_decode(struct buf *out, struct bytes t)
 {
     for (size_t i = 0; i < t.n; i++) {
         char two[3] = { 0 };
-        if (t.p[i] == '%' && i + 2 < t.n) {
+        if (t.p[i] == '%' && i + 2 < t.n)
             memcpy(two, t.p + i + 1, 2);
-            if (strspn(two, "0123456789abcdefABCDEF") == 2) {
-                buf_putc(out, (int)strtoul(two, NULL, 16));
-                i += 2;
-                continue;
-            }
-        }
-        buf_putc(out, t.p[i]);
+        bool coded = strspn(two, "0123456789abcdefABCDEF") == 2;
+        buf_putc(out, coded ? (int)strtoul(two, NULL, 16) : t.p[i]);
+        i += coded ? 2 : 0;
     }
 }
 
@@ -4785,8 +4762,8 @@ struct tls {
     struct tls_verify *verify;   /* until the handshake ends */
     struct buf subject, why;     /* NUL-terminated */
     struct bytes last;           /* failed: what still goes out; before that, the same of the step that is under way */
-    bool greeted, open, closing, failed; /* greeted: the peer has sent something */
-    bool secret;                 /* our records are encrypted */
+    enum tls_state state;
+    bool greeted, secret;        /* the peer has sent something; our records are encrypted */
 };
 
 /* Verifies the peer's chain: a br_x509_class around br_x509_minimal that keeps the first certificate. */
@@ -4978,9 +4955,9 @@ static void alert_say(struct tls *t, int number)
 static void tls_fail(struct tls *t, int err)
 {
     const struct tls_row *reason = tls_reason(err);
-    if (t->failed)
+    if (t->state == TLS_FAILED)
         return;
-    t->failed = true;
+    t->state = TLS_FAILED;
     if (t->why.len == 0 && err >= BR_ERR_RECV_FATAL_ALERT && err < BR_ERR_SEND_FATAL_ALERT)
         alert_say(t, err - BR_ERR_RECV_FATAL_ALERT);
     else if (t->why.len == 0)
@@ -5001,25 +4978,27 @@ static void tls_settle(struct tls *t)
     unsigned state = br_ssl_engine_current_state(eng);
     const uint8_t *out = br_ssl_engine_sendrec_buf(eng, &n);
     bool app = state & (BR_SSL_SENDAPP | BR_SSL_RECVAPP), hello = t->greeted && out && out[0] == 22; /* the answer to one */
-    if (t->failed)
+    if (t->state == TLS_FAILED)
         return;
     if (state == BR_SSL_CLOSED) {
-        t->closing = true;
+        t->state = TLS_CLOSING;
         if (br_ssl_engine_last_error(eng) != 0)
             tls_fail(t, br_ssl_engine_last_error(eng));
         return;
     }
     t->secret |= out && n == 6 && memcmp(out, "\x14\x03\x03\x00\x01\x01", 6) == 0; /* our ChangeCipherSpec */
-    if (!t->open && (app || hello) && !br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn &&
+    bool begins = t->state == TLS_HANDSHAKE;
+    if (begins && (app || hello) && !br_ssl_engine_get_selected_protocol(eng) && !t->config->allow_no_alpn &&
         !t->config->http1) {
         tls_fail(t, TLS_ERR_ALPN);
         return;
     }
-    if (!t->open && app) {
-        t->open = true;
+    if (begins && app) {
+        t->state = TLS_OPEN;
         verify_free(t);
     }
-    t->closing |= t->open && !(state & (BR_SSL_RECVREC | BR_SSL_RECVAPP)); /* close_notify, or renegotiation (RFC 9113 9.2.1) */
+    if (t->state == TLS_OPEN && !(state & (BR_SSL_RECVREC | BR_SSL_RECVAPP)))
+        t->state = TLS_CLOSING;  /* close_notify, or renegotiation (RFC 9113 9.2.1) */
     tls_unhold(t);
 }
 
@@ -5084,11 +5063,6 @@ static struct tls *tls_new(struct tls_config *c, struct tls_pool *pool, int64_t 
     return t;
 }
 
-static enum tls_state tls_state(const struct tls *t)
-{
-    return t->failed ? TLS_FAILED : t->closing ? TLS_CLOSING : t->open ? TLS_OPEN : TLS_HANDSHAKE;
-}
-
 /* Whether HTTP/2 has not been agreed on, and has to be. */
 static bool tls_http1(struct tls *t)
 {
@@ -5112,9 +5086,9 @@ static const char *tls_peer_subject(const struct tls *t)
 static size_t tls_take(struct tls *t, const uint8_t *p, size_t n)
 {
     size_t room = 0;
-    if (!t->failed && !tls_hold(t))
+    if (t->state != TLS_FAILED && !tls_hold(t))
         tls_fail(t, TLS_ERR_MEMORY);
-    if (t->failed)
+    if (t->state == TLS_FAILED)
         return 0;
     uint8_t *to = br_ssl_engine_recvrec_buf(&t->u.eng, &room);
     n = to ? min_size(n, room) : 0;
@@ -5129,7 +5103,7 @@ static size_t tls_take(struct tls *t, const uint8_t *p, size_t n)
         br_ssl_engine_recvrec_ack(&t->u.eng, n);
     }
     tls_settle(t);
-    if (!t->failed)
+    if (t->state != TLS_FAILED)
         t->last = (struct bytes){ NULL, 0 };
     return n;
 }
@@ -5138,14 +5112,14 @@ static size_t tls_take(struct tls *t, const uint8_t *p, size_t n)
 static const uint8_t *tls_send_buf(struct tls *t, size_t *n)
 {
     *n = t->last.n;
-    if (t->failed)
+    if (t->state == TLS_FAILED)
         return t->last.n ? t->last.p : NULL;
     return t->buffers ? br_ssl_engine_sendrec_buf(&t->u.eng, n) : NULL;
 }
 
 static void tls_send_ack(struct tls *t, size_t n)
 {
-    if (t->failed) {
+    if (t->state == TLS_FAILED) {
         t->last = bytes_from(t->last, n);
     } else if (n && t->buffers) {
         br_ssl_engine_sendrec_ack(&t->u.eng, n);
@@ -5157,12 +5131,12 @@ static void tls_send_ack(struct tls *t, size_t n)
 static const uint8_t *tls_app_in(struct tls *t, size_t *n)
 {
     *n = 0;
-    return t->failed || !t->buffers ? NULL : br_ssl_engine_recvapp_buf(&t->u.eng, n);
+    return t->state == TLS_FAILED || !t->buffers ? NULL : br_ssl_engine_recvapp_buf(&t->u.eng, n);
 }
 
 static void tls_app_in_ack(struct tls *t, size_t n)
 {
-    if (n && !t->failed) {
+    if (n && t->state != TLS_FAILED) {
         br_ssl_engine_recvapp_ack(&t->u.eng, n);
         tls_settle(t);
     }
@@ -5172,9 +5146,9 @@ static void tls_app_in_ack(struct tls *t, size_t n)
 static size_t tls_put(struct tls *t, const uint8_t *p, size_t n)
 {
     size_t room = 0;
-    if (tls_state(t) == TLS_OPEN && !tls_hold(t))
+    if (t->state == TLS_OPEN && !tls_hold(t))
         tls_fail(t, TLS_ERR_MEMORY);
-    uint8_t *to = tls_state(t) == TLS_OPEN ? br_ssl_engine_sendapp_buf(&t->u.eng, &room) : NULL;
+    uint8_t *to = t->state == TLS_OPEN ? br_ssl_engine_sendapp_buf(&t->u.eng, &room) : NULL;
     n = to ? min_size(n, room) : 0;
     if (n) {
         memcpy(to, p, n);
@@ -5189,9 +5163,9 @@ static size_t tls_put(struct tls *t, const uint8_t *p, size_t n)
 /* Starts the end: flushes, then close_notify (RFC 5246 7.2.1). */
 static void tls_close(struct tls *t)
 {
-    if (t->failed || t->closing || !tls_hold(t))
+    if (t->state >= TLS_CLOSING || !tls_hold(t))
         return;
-    t->closing = true;
+    t->state = TLS_CLOSING;
     br_ssl_engine_close(&t->u.eng);
     tls_settle(t);
 }
@@ -5200,7 +5174,7 @@ static void tls_close(struct tls *t)
 
 struct tls_config { int unused; };
 struct tls_pool { int unused; };
-struct tls { int unused; };
+struct tls { enum tls_state state; };
 
 static struct tls_config *tls_server_config(const struct tls_options *o, int64_t wall_s, struct err *e)
 {
@@ -5216,7 +5190,6 @@ static struct tls_config *tls_server_config(const struct tls_options *o, int64_t
 #define tls_pool_free(pool) ((void)(pool))
 #define tls_new(c, pool, wall_s) ((void)(c), (void)(pool), (void)(wall_s), (struct tls *)NULL)
 #define tls_free(t) ((void)(t))
-#define tls_state(t) ((void)(t), TLS_FAILED)
 #define tls_http1(t) ((void)(t), false)
 #define tls_why(t) ((void)(t), "")
 #define tls_peer_subject(t) ((void)(t), (const char *)NULL)
@@ -5689,7 +5662,7 @@ static bool link_send(struct link *k)
 static void link_tls_state(struct link *k)
 {
     struct core *core = &k->loop->core;
-    enum tls_state state = tls_state(k->tls);
+    enum tls_state state = k->tls->state;
     k->conn.subject = state == TLS_OPEN ? tls_peer_subject(k->tls) : k->conn.subject;
     if (state < TLS_CLOSING || k->conn.phase >= CONN_CLOSING)
         return;
@@ -5730,7 +5703,7 @@ static void link_flush(struct link *k)
  * without reading it. */
 static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
 {
-    for (bool stuck = false; n && tls_state(k->tls) < TLS_CLOSING;) {
+    for (bool stuck = false; n && k->tls->state < TLS_CLOSING;) {
         size_t plain, taken = tls_take(k->tls, p, n);
         for (const uint8_t *in; (in = tls_app_in(k->tls, &plain)) != NULL && plain;) {
             k->conn.no_h2 = tls_http1(k->tls);
@@ -5739,7 +5712,7 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
         }
         if (!taken && stuck)
             return false;
-        stuck = !taken && tls_state(k->tls) < TLS_CLOSING;
+        stuck = !taken && k->tls->state < TLS_CLOSING;
         if (stuck)
             link_send(k);
         p += taken, n -= taken;
@@ -5751,7 +5724,7 @@ static bool link_decrypt(struct link *k, const uint8_t *p, size_t n)
  * wrong. */
 static void link_eof(struct link *k)
 {
-    bool handshake = k->tls && tls_state(k->tls) == TLS_HANDSHAKE;
+    bool handshake = k->tls && k->tls->state == TLS_HANDSHAKE;
     if (k->conn.client && !k->conn.why)
         k->conn.why = handshake ? "the server went away during the TLS handshake; does that port speak TLS?"
                     : !k->conn.settings_seen && !k->tls
@@ -10953,7 +10926,7 @@ static void results_message(struct stream *s, struct bytes wire)
     enum pb_error err = pb_decode(&ResultResponse_message, &res, wire, &core->arena, &unknown);
     if (err != PB_OK) {
         courier_fail(c, "a message of " BYTES_FMT " among the results is not an agent.ResultResponse: %s", BYTES_OF(wire.n),
-                     pb_error_text(err));
+                     pb_error_text[err]);
         return;
     }
     if (res.file.n > c->expected - courier_parcel(c)->bytes) {
@@ -12292,7 +12265,7 @@ static void process_message(struct stream *s, struct bytes wire)
     if (err != PB_OK) {
         char text[160];
         text_printf(text, sizeof text, "message %llu of " BYTES_FMT " is not a cvms.ClientStreamMessage: %s",
-                    (unsigned long long)session->messages + 1, BYTES_OF(wire.n), pb_error_text(err));
+                    (unsigned long long)session->messages + 1, BYTES_OF(wire.n), pb_error_text[err]);
         core_tell(core, session_whom(session, false), "%s", text);
         grpc_abort(s, GRPC_INTERNAL, text);
         return;
@@ -12377,7 +12350,7 @@ static bool message_decode(struct stream *s, const struct pb_message *type, void
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(type, msg, wire, &core->arena, NULL);
     if (err != PB_OK)
-        s->conn->on->abort(s, GRPC_INTERNAL, pb_error_text(err));
+        s->conn->on->abort(s, GRPC_INTERNAL, pb_error_text[err]);
     return err == PB_OK;
 }
 
@@ -13328,7 +13301,7 @@ static void agent_check_manifest(struct agent *a)
     a->need_count = 0;
     enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena, NULL);
     if (err != PB_OK) {
-        client_fail(&a->c, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text(err));
+        client_fail(&a->c, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text[err]);
         return;
     }
     core_note(&a->c.loop->core, NULL, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
@@ -13453,7 +13426,7 @@ static void agent_message(struct stream *s, struct bytes wire)
     if (msg.runReqChunks && !a->whole)
         client_step(s);
     if (err != PB_OK) {
-        client_fail(&a->c, "a message of " BYTES_FMT " does not parse: %s", BYTES_OF(wire.n), pb_error_text(err));
+        client_fail(&a->c, "a message of " BYTES_FMT " does not parse: %s", BYTES_OF(wire.n), pb_error_text[err]);
     } else if (msg.runReqChunks) {
         agent_chunk(a, msg.runReqChunks);
     } else if (msg.runReq) {

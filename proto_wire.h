@@ -434,18 +434,14 @@ static inline bool pb_utf8_valid(struct bytes s)
 /* ---- Decoding ---------------------------------------------------------------------------------------------------- */
 enum pb_error { PB_OK, PB_TRUNCATED, PB_MALFORMED, PB_UTF8, PB_DEPTH, PB_LIMIT };
 
-static inline const char *pb_error_text(enum pb_error e)
-{
-    static const char *const text[] = {
-        [PB_OK] = "ok",
-        [PB_TRUNCATED] = "message ends inside a field",
-        [PB_MALFORMED] = "malformed message",
-        [PB_UTF8] = "string field contains invalid UTF-8",
-        [PB_DEPTH] = "message nested too deep",
-        [PB_LIMIT] = "message needs too much memory",
-    };
-    return text[e];
-}
+static const char *const pb_error_text[] = {
+    [PB_OK] = "ok",
+    [PB_TRUNCATED] = "message ends inside a field",
+    [PB_MALFORMED] = "malformed message",
+    [PB_UTF8] = "string field contains invalid UTF-8",
+    [PB_DEPTH] = "message nested too deep",
+    [PB_LIMIT] = "message needs too much memory",
+};
 
 struct pb_decoder {
     struct pb_arena *arena;

@@ -626,7 +626,7 @@ static void far_turn(struct wire *w, struct buf *plain)
             moved = true;
         }
     }
-    if (tls_state(w->far) >= TLS_CLOSING)
+    if (w->far->state >= TLS_CLOSING)
         w->sent.len = 0;
 }
 
@@ -1798,7 +1798,7 @@ static void check_seen(void)
     }
     for (int i = 0; i <= PB_LIMIT; i++)
         if (!CHECK(seen.protobuf[i], true))
-            printf("no message that is: %s\n", pb_error_text((enum pb_error)i));
+            printf("no message that is: %s\n", pb_error_text[i]);
     CHECK(seen.hpack[HPACK_OK] && seen.hpack[HPACK_COMPRESSION_ERROR] && seen.hpack[HPACK_TOO_MANY], true);
 }
 

@@ -39,7 +39,7 @@ static void command(const char *verb, const char *name, int indent, struct bytes
     enum pb_error e = PB_OK;
     if (strcmp(verb, "wire") == 0 ? !pb_json_parse(m, msg, in, &a, err, sizeof err)
                                   : (e = pb_decode(m, msg, in, &a, &unknown)) != PB_OK)
-        printf("error: %s\n", *err ? err : pb_error_text(e));
+        printf("error: %s\n", *err ? err : pb_error_text[e]);
     else if (strcmp(verb, "json") == 0) {
         pb_json(&out, m, msg, indent);
         print_hex(whole(&out));

@@ -63,7 +63,7 @@ static bool step(struct echo_conn *c)      /* false: finished */
             moved = true;
         }
         if (out && errno != EAGAIN) return false;
-        if (tls_state(t) == TLS_FAILED || tls_state(t) == TLS_CLOSING) {
+        if (t->state == TLS_FAILED || t->state == TLS_CLOSING) {
             if (!out) return false;
             break;
         }
@@ -71,7 +71,7 @@ static bool step(struct echo_conn *c)      /* false: finished */
         if (r == 0) { c->eof = true; return false; }
         if (r > 0) moved = true;
     } while (moved);
-    if (!c->open && tls_state(t) == TLS_OPEN) {
+    if (!c->open && t->state == TLS_OPEN) {
         c->open = true;
         printf("open %s\n", subject_of(t));
     }
@@ -113,7 +113,7 @@ static int server(void)
         if (poll(ps, (nfds_t)nc + 1, -1) < 0) continue;
         for (int i = nc; i-- > 0;)
             if (ps[i + 1].revents && !step(&cs[i])) {
-                printf("end %d %s\n", tls_state(cs[i].t), tls_why(cs[i].t));
+                printf("end %d %s\n", cs[i].t->state, tls_why(cs[i].t));
                 shutdown(cs[i].fd, SHUT_WR);
                 { char junk[4096]; struct pollfd d = { cs[i].fd, POLLIN, 0 }; /* let the alert arrive */
                   while (!cs[i].eof && poll(&d, 1, 300) > 0 && recv(cs[i].fd, junk, sizeof junk, 0) > 0) ; }
@@ -158,7 +158,7 @@ static int client(const char *port)
             got += n;
             tls_app_in_ack(t, n);
         }
-        if (got == total && tls_state(t) == TLS_OPEN) tls_close(t);
+        if (got == total && t->state == TLS_OPEN) tls_close(t);
         n = sizeof q < total - sent ? sizeof q : total - sent;
         for (size_t i = 0; i < n; i++) q[i] = (uint8_t)((sent + i) * 131 >> 3);
         if (n) sent += tls_put(t, q, n);
@@ -167,7 +167,7 @@ static int client(const char *port)
             if (w <= 0) break;
             tls_send_ack(t, (size_t)w);
         }
-        if (!p && tls_state(t) >= TLS_CLOSING) break;
+        if (!p && t->state >= TLS_CLOSING) break;
         ssize_t r = take(t, fd);
         eof = r == 0;
         if (r < 0) {
@@ -177,7 +177,7 @@ static int client(const char *port)
         poison(&pool, 0x5A);
     }
     rc = bad || got != total;
-    printf("state %d sent %zu got %zu bad %d peer %s why %s\n", tls_state(t), sent, got, bad, subject_of(t), tls_why(t));
+    printf("state %d sent %zu got %zu bad %d peer %s why %s\n", t->state, sent, got, bad, subject_of(t), tls_why(t));
     close(fd);
     tls_free(t);
     tls_config_free(cfg);
@@ -211,15 +211,15 @@ static const char *pair(struct tls_config *s, struct tls_config *c, size_t cut, 
         while (carry(b, a, &up, cut, &pool) || carry(a, b, &down, cut, &pool)) ;
         echo(a);
         const uint8_t *p;
-        if (sent < want && tls_state(b) == TLS_OPEN) { sent += tls_put(b, &(uint8_t){ (uint8_t)sent }, 1); }
+        if (sent < want && b->state == TLS_OPEN) { sent += tls_put(b, &(uint8_t){ (uint8_t)sent }, 1); }
         while ((p = tls_app_in(b, &n)) != NULL) { if (*p != (uint8_t)got++) bad = "data"; tls_app_in_ack(b, 1); }
-        if (tls_state(a) >= TLS_CLOSING || tls_state(b) >= TLS_CLOSING) break;
+        if (a->state >= TLS_CLOSING || b->state >= TLS_CLOSING) break;
     }
-    if (got != want && !bad) { bad = "stuck"; printf("cut %zu: a %d %s, b %d %s\n", cut, tls_state(a), tls_why(a), tls_state(b), tls_why(b)); }
+    if (got != want && !bad) { bad = "stuck"; printf("cut %zu: a %d %s, b %d %s\n", cut, a->state, tls_why(a), b->state, tls_why(b)); }
     if (CVMS_TLS_POOL && !bad && (a->buffers || b->buffers)) bad = "idle connection holds buffers";
     tls_close(b);
     while (carry(b, a, &up, cut, &pool) || carry(a, b, &down, cut, &pool)) ;
-    if (!bad && (tls_state(a) != TLS_CLOSING || tls_state(b) != TLS_CLOSING)) bad = "close";
+    if (!bad && (a->state != TLS_CLOSING || b->state != TLS_CLOSING)) bad = "close";
     *len = up > down ? up : down;
     tls_free(a), tls_free(b);
     tls_pool_free(&pool);
