@@ -2049,6 +2049,11 @@ static struct buf *conn_out(struct conn *c)
     }
     if (c->out.len == c->out_sent)
         c->progress_ms = c->core->now_ms;
+    if (c->out_sent >= OUT_TARGET / 2) {   /* a peer that never lets it drain does not make it grow */
+        c->out.len -= c->out_sent;
+        memmove(c->out.p, c->out.p + c->out_sent, c->out.len);
+        c->out_sent = 0;
+    }
     return &c->out;
 }
 
@@ -2122,6 +2127,8 @@ static void conn_close(struct conn *c)
         return;
     c->phase = CONN_CLOSING;
     c->closing_ms = c->core->now_ms;
+    for (struct stream *s = c->streams; s; s = s->next)
+        stream_done(s);
 }
 
 /* Nothing more goes out or is read; the loop closes the descriptor. */
@@ -2139,8 +2146,6 @@ static void conn_end(struct conn *c, enum h2_error code, const char *why)
         conn_put_settings(c);
     if (!c->http1)
         frame_put_goaway(conn_out(c), c->client ? 0 : c->last_id, code, why);
-    for (struct stream *s = c->streams; s; s = s->next)
-        stream_done(s);
     conn_close(c);
 }
 
@@ -3146,25 +3151,14 @@ static size_t conn_wants_input(const struct conn *c)
     return never ? 0 : head ? HTTP1_HEAD_MAX - min_size(c->in.len, HTTP1_HEAD_MAX) : SIZE_MAX;
 }
 
-/* Moves what waits to the front of its buffer. */
-static void conn_compact(struct conn *c)
-{
-    if (c->out_sent) {
-        memmove(c->out.p, c->out.p + c->out_sent, conn_pending(c));
-        c->out.len -= c->out_sent;
-        c->out_sent = 0;
-    }
-}
-
 /* Puts more DATA behind what waits, in turn from the streams that may send. */
 static void conn_fill(struct conn *c)
 {
     if (!c->queued_bytes || c->phase != CONN_OPEN || conn_pending(c) >= OUT_TARGET / 2)
         return;
     struct buf *out = conn_out(c);
-    conn_compact(c);
     struct stream *s;
-    while (out->len < OUT_TARGET && !out->failed && (s = conn_next_sendable(c)))
+    while (conn_pending(c) < OUT_TARGET && !out->failed && (s = conn_next_sendable(c)))
         stream_emit(s);
     if (c->reap)
         conn_reap(c);
@@ -3194,11 +3188,8 @@ static void conn_sent(struct conn *c, size_t n)
 {
     c->out_sent += n;
     c->progress_ms = c->core->now_ms;
-    if (c->out_sent < c->out.len) {
-        if (c->out_sent >= OUT_TARGET)    /* a peer that never lets it drain does not make it grow */
-            conn_compact(c);
+    if (c->out_sent < c->out.len)
         return;
-    }
     c->out.len = c->out_sent = 0;
     if (!c->core->spare.p && !c->out.failed)
         c->core->spare = c->out;
@@ -3230,10 +3221,8 @@ static void conn_eof(struct conn *c)
 static void conn_cut(struct conn *c)
 {
     conn_unheard(c);
-    for (struct stream *s = c->streams; s; s = s->next)
-        stream_done(s);
-    conn_reap(c);
     conn_close(c);
+    conn_reap(c);
 }
 
 /* Ends in good order: every stream gets this status, and then comes GOAWAY (RFC 9113 6.8). */
