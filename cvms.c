@@ -2202,18 +2202,13 @@ static struct stream *stream_find(struct conn *c, uint32_t id)
 /* A new open stream, or NULL without memory.  Owned by the connection. */
 static struct stream *stream_new(struct conn *c, uint32_t id)
 {
-    struct stream *s = calloc(1, sizeof *s);
+    struct stream *s = malloc(sizeof *s);
     if (!s) {
         c->out.failed = true;
         return NULL;
     }
-    s->conn = c;
-    s->id = id;
-    s->send_window = (int32_t)c->peer_initial_window;
-    s->recv_window = DEFAULT_WINDOW;
-    s->content_length = -1;
-    s->deadline_ms = INT64_MAX;
-    s->next = c->streams;
+    *s = (struct stream){ .next = c->streams, .conn = c, .id = id, .send_window = (int32_t)c->peer_initial_window,
+                          .recv_window = DEFAULT_WINDOW, .content_length = -1, .deadline_ms = INT64_MAX };
     c->streams = c->current = s;
     c->stream_count++;
     return s;
@@ -4609,11 +4604,10 @@ static struct tls_config *config_new(const struct tls_options *o, bool client, s
     }
     struct tls_config *c = calloc(1, sizeof *c);
     n -= n > 1 && name[n - 1] == '.'; /* the root's, which no certificate names */
-    if (c && n && !(c->peer_name = text_copy((struct bytes){ (const uint8_t *)name, n }, SIZE_MAX))) {
+    if (c && n)
+        c->peer_name = text_copy((struct bytes){ (const uint8_t *)name, n }, SIZE_MAX);
+    if (!c || (n && !c->peer_name)) {
         free(c);
-        c = NULL;
-    }
-    if (!c) {
         err_set(e, "TLS: no memory");
         return NULL;
     }
@@ -4774,8 +4768,6 @@ static struct tls_verify *verify_of(const br_x509_class **ctx)
 static void verify_start_chain(const br_x509_class **ctx, const char *server_name)
 {
     struct tls_verify *v = verify_of(ctx);
-    v->count = 0;
-    v->leaf.len = 0;
     v->minimal.vtable->start_chain(&v->minimal.vtable, server_name);
 }
 
@@ -5539,14 +5531,10 @@ static struct link *link_new(struct loop *l, int fd)
         l->heap = heap;
         l->heap_cap = cap;
     }
-    struct link *k = calloc(1, sizeof *k);
+    struct link *k = malloc(sizeof *k);
     if (!k)
         return NULL;
-    k->watch.fd = fd;
-    k->loop = l;
-    k->connecting = true;
-    k->deadline_ms = INT64_MAX;
-    k->next = l->links;
+    *k = (struct link){ .watch.fd = fd, .loop = l, .next = l->links, .deadline_ms = INT64_MAX, .connecting = true };
     if (l->links)
         l->links->prev = k;
     l->links = k;
@@ -6104,9 +6092,7 @@ static void on_signal_end(int number)
 static bool signals_init(struct loop *l)
 {
     int fds[2];
-    if (pipe(fds) != 0)
-        return false;
-    if (!fd_prepare(fds[0]) || !fd_prepare(fds[1]))
+    if (pipe(fds) != 0 || !fd_prepare(fds[0]) || !fd_prepare(fds[1]))
         return false;
     signal_pipe = fds[1];
     l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
