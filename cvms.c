@@ -5254,8 +5254,9 @@ struct loop {
     struct tls_pool tls_pool;
     struct link **heap;
     size_t heap_len, heap_cap;
-    bool accept_full, paused, stopping, hurry, reload;   /* reload: SIGHUP has come */
+    bool paused, stopping, hurry, reload;   /* reload: SIGHUP has come */
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
+    int64_t accept_ms;                /* how long the listeners rest; INT64_MAX: they don't */
     int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
     int exit_status, signal_number;
     char progress[80], drawn[80];     /* how far what takes long is, and what of it stands on the terminal now */
@@ -5795,13 +5796,8 @@ static void accept_error(struct loop *l)
     if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM)
         return;
     core_cap(&l->core, NULL, CAP_DESCRIPTORS);
-    l->accept_full = true;
+    l->accept_ms = l->core.now_ms + 1000;
     listeners_watch(l, 0);
-}
-
-static void accept_resume(struct loop *l)
-{
-    l->accept_full = !l->stopping && !listeners_watch(l, WATCH_IN);
 }
 
 /* One connection too many: it is told so, as far as it understands, and closed. */
@@ -6130,7 +6126,7 @@ static unsigned terminal_look(int fd)
 static struct loop *loop_new(void)
 {
     struct loop *l = or_exit(calloc(1, sizeof *l));
-    l->stop_ms = l->timer_ms = INT64_MAX;
+    l->stop_ms = l->timer_ms = l->accept_ms = INT64_MAX;
     huffman_init(&l->core.huffman);
     l->core.arena.limit = 64 << 20;
     sink_init(&l->out, STDOUT_FILENO, &l->core.out);
@@ -6178,8 +6174,8 @@ static void loop_bury(struct loop *l)
         struct link *k = l->graveyard;
         l->graveyard = k->prev;
         free(k);
-        if (l->accept_full)
-            accept_resume(l);
+        if (l->accept_ms != INT64_MAX)
+            l->accept_ms = l->core.now_ms;
     }
 }
 
@@ -6196,14 +6192,13 @@ static void loop_deadlines(struct loop *l)
         if (!k->dead && k->deadline_ms <= l->core.now_ms)
             link_close(k, "timed out");
     }
-    if (l->accept_full)
-        accept_resume(l);
+    if (l->core.now_ms >= l->accept_ms)
+        l->accept_ms = l->stopping || listeners_watch(l, WATCH_IN) ? INT64_MAX : l->core.now_ms + 1000;
 }
 
 static int loop_timeout(const struct loop *l)
 {
-    const int64_t due[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms, l->timer_ms, l->stop_ms,
-                            l->accept_full ? l->core.now_ms + 1000 : INT64_MAX };
+    const int64_t due[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms, l->timer_ms, l->stop_ms, l->accept_ms };
     int64_t at = l->heap_len ? l->heap[1]->deadline_ms : INT64_MAX;
     if (l->stop_why && !l->stopping)  /* told so later in the turn than it looks for it */
         return 0;

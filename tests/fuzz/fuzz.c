@@ -909,7 +909,7 @@ static void loop_begin(void)
 {
     ASAN_UNPOISON_MEMORY_REGION(loop.read_buf, sizeof loop.read_buf);
     memset(&loop, 0, offsetof(struct loop, read_buf));
-    loop.stop_ms = loop.timer_ms = INT64_MAX;
+    loop.stop_ms = loop.timer_ms = loop.accept_ms = INT64_MAX;
     loop.core.huffman = core.huffman;
     loop.core.arena.limit = 64 << 20;
     sink_init(&loop.out, 1, &loop.core.out);
@@ -1754,6 +1754,13 @@ static void check_pause(void)
         CHECK(w->in_at == w->in.len, n <= PAUSE_BYTES);
     }
     loop.core.out.len = 0;
+    errno = EMFILE;                   /* without a descriptor the listeners rest for a second, and the loop with them */
+    accept_error(&loop);
+    loop_deadlines(&loop);
+    CHECK(loop.accept_ms, loop.core.now_ms + 1000);
+    loop.core.now_ms += 1000;
+    loop_deadlines(&loop);
+    CHECK(loop.accept_ms, INT64_MAX);
     server_silence();
     loop_end();
     manifest_free(&st.server.manifest);
