@@ -3954,7 +3954,6 @@ enum {
     TLS_CHAIN_MAX = 10,       /* certificates in a peer's chain; each costs a signature check */
     TLS_NAMES_MAX = 65535,    /* RFC 5246 7.4.4: authorities in a CertificateRequest, in bytes */
     TLS_SUBJECT_MAX = 240,    /* characters of a subject in a log line */
-    TLS_POOL_MAX = 16,        /* idle buffers that are kept */
     TLS_RSA_MIN = 2048, TLS_RSA_MAX = 4096,
     TLS_EC_MAX = 66           /* bytes of a number of P-521 */
 };
@@ -4629,16 +4628,14 @@ static bool client_ca_load(struct tls_config *c, const struct tls_options *o, in
     br_x509_certificate *list = NULL;
     size_t n = 0;
     c->verify = present(o->server_ca.value) || present(o->client_ca.value);
-    if (c->peer_name && !c->verify)
-        return err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
+    if (!c->verify)
+        return !c->peer_name || err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
     if (present(o->client_ca.value) && present(o->server_ca.value)) {
         bool ok = certs_load(&o->server_ca, &list, &n, e);
         certs_free(list, n);
         if (!ok)
             return false;
     }
-    if (!c->verify)
-        return true;
     if (!anchors_load(c, present(o->client_ca.value) ? &o->client_ca : &o->server_ca, wall_s, e))
         return false;
     br_ssl_server_set_trust_anchor_names_alt(&c->base.server, c->anchors, c->anchors_len);
@@ -4697,42 +4694,26 @@ static struct tls_config *config_make(const struct tls_options *o, bool client, 
 /* ---- Buffers, lent to a connection while bytes live in them ---- */
 
 struct tls_buffers {
-    struct tls_buffers *next;
     uint8_t in[BR_SSL_BUFSIZE_INPUT], out[BR_SSL_BUFSIZE_OUTPUT];
 };
 
 /* All zero is empty.  Outlives its connections. */
 struct tls_pool {
-    struct tls_buffers *idle;
-    unsigned count;
+    struct tls_buffers *idle;         /* the last that were given back, for the next connection that needs some */
 };
-
-static struct tls_buffers *pool_take(struct tls_pool *pool)
-{
-    struct tls_buffers *b = pool->idle;
-    if (!b)
-        return malloc(sizeof *b);
-    pool->idle = b->next;
-    pool->count--;
-    return b;
-}
 
 static void pool_give(struct tls_pool *pool, struct tls_buffers *b)
 {
-    if (!b || pool->count >= TLS_POOL_MAX) {
-        free(b);
-        return;
+    if (b) {
+        free(pool->idle);
+        pool->idle = b;
     }
-    b->next = pool->idle;
-    pool->idle = b;
-    pool->count++;
 }
 
 static void tls_pool_free(struct tls_pool *pool)
 {
-    while (pool->idle)
-        free(pool_take(pool));
-    pool->count = 0;
+    free(pool->idle);
+    pool->idle = NULL;
 }
 
 /* ---- A connection ---- */
@@ -4898,10 +4879,12 @@ static void verify_free(struct tls *t)
 /* Lends buffers; false if there is no memory. */
 static bool tls_hold(struct tls *t)
 {
-    if (!t->buffers && (t->buffers = pool_take(t->pool))) {
+    if (!t->buffers) {
+        t->buffers = t->pool->idle ? t->pool->idle : malloc(sizeof *t->buffers);
+        t->pool->idle = NULL;
 #if CVMS_TLS_POOL
-        t->u.eng.ibuf = t->buffers->in;
-        t->u.eng.obuf = t->buffers->out;
+        t->u.eng.ibuf = t->buffers ? t->buffers->in : NULL;
+        t->u.eng.obuf = t->buffers ? t->buffers->out : NULL;
 #endif
     }
     return t->buffers != NULL;
@@ -5747,20 +5730,16 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
  * would bring all of printf into a static binary.) */
 static void ipv6_text(char out[INET6_ADDRSTRLEN], const uint8_t ip[16])
 {
-    unsigned group[8], at = 8, zeros = 1;
-    for (unsigned i = 0; i < 8; i++)
-        group[i] = (unsigned)ip[2 * i] << 8 | ip[2 * i + 1];
-    for (unsigned i = 0, n; i < 8; i += n + 1) {
-        for (n = 0; i + n < 8 && !group[i + n];)
-            n++;
-        if (n > zeros) {
-            zeros = n;
-            at = i;
-        }
+    unsigned at = 16, zeros = 2;
+    for (unsigned i = 0, n; i < 16; i += n + 2) {
+        for (n = 0; i + n < 16 && !ip[i + n] && !ip[i + n + 1];)
+            n += 2;
+        at = n > zeros ? i : at;
+        zeros = n > zeros ? n : zeros;
     }
-    for (unsigned i = 0; i < 8; i += i == at ? zeros : 1) {
-        bool first = i == 0 || i == at + zeros;
-        out += i == at ? text_printf(out, 3, "::") : text_printf(out, 6, first ? "%x" : ":%x", group[i]);
+    for (unsigned i = 0; i < 16; i += i == at ? zeros : 2) {
+        const char *form = i == at ? "::" : i == 0 || i == at + zeros ? "%x" : ":%x";
+        out += text_printf(out, 6, form, (unsigned)ip[i] << 8 | ip[i + 1]);
     }
 }
 
