@@ -1974,8 +1974,7 @@ struct conn {
                                        * left the output has not gone out yet */
     /* input */
     uint8_t header[PREFACE_LEN], header_len;   /* the first bytes of a connection, then of a frame */
-    uint8_t continuations;
-    uint8_t block_flags;              /* END_STREAM of the HEADERS frame whose block is being joined */
+    uint8_t block_flags, block_frames;    /* of the HEADERS frame whose block is being joined, and how many it has */
     struct frame frame;
     uint32_t block_id, block_dependency;  /* stream of the open field block, 0: none */
     struct buf in, block;             /* a frame's payload, or a head of HTTP/1, in pieces; a field block in pieces */
@@ -2250,33 +2249,6 @@ static void conn_stream_error(struct conn *c, uint32_t id, enum h2_error code)
     conn_remember_closed(c, id, true);
 }
 
-static void stream_end_long(struct stream *s);
-
-/* Frees the streams that are done. */
-static void conn_reap(struct conn *c)
-{
-    c->reap = false;
-    for (struct stream **at = &c->streams, *s; (s = *at);) {
-        if (!s->dead) {
-            at = &s->next;
-            continue;
-        }
-        c->on->closed(s);
-        stream_end_long(s);
-        *at = s->next;
-        if (c->next_to_send == s)
-            c->next_to_send = s->next;
-        c->current = NULL;
-        if (!conn_how_closed(c, s->id))
-            conn_remember_closed(c, s->id, false);
-        stream_drop_queue(s);
-        buf_free(&s->grpc.message);
-        free(s);
-        c->stream_count--;
-        c->idle_ms = c->core->now_ms;
-    }
-}
-
 /* Our END_STREAM is in the output.  A server that has said all it has to say stops the client's side too
  * (RFC 9113 8.1). */
 static void stream_local_end(struct stream *s)
@@ -2456,6 +2428,31 @@ static void stream_end_long(struct stream *s)
     s->share_ticket = 0;
     if (free && c->share_waiting)
         conn_release(c);
+}
+
+/* Frees the streams that are done. */
+static void conn_reap(struct conn *c)
+{
+    c->reap = false;
+    for (struct stream **at = &c->streams, *s; (s = *at);) {
+        if (!s->dead) {
+            at = &s->next;
+            continue;
+        }
+        c->on->closed(s);
+        stream_end_long(s);
+        *at = s->next;
+        if (c->next_to_send == s)
+            c->next_to_send = s->next;
+        c->current = NULL;
+        if (!conn_how_closed(c, s->id))
+            conn_remember_closed(c, s->id, false);
+        stream_drop_queue(s);
+        buf_free(&s->grpc.message);
+        free(s);
+        c->stream_count--;
+        c->idle_ms = c->core->now_ms;
+    }
 }
 
 /* ==== 7. Connections: preface, fields, dispatch, errors (RFC 9113 3.4, 5.4, 6, 8; RFC 9112) =========================
@@ -2716,15 +2713,16 @@ static void conn_block(struct conn *c, struct bytes block)
         conn_spend_control(c);
 }
 
-static void conn_block_part(struct conn *c, struct bytes part, uint8_t flags)
+/* The next frame of a field block, HEADERS or CONTINUATION. */
+static void conn_block_part(struct conn *c, struct bytes part)
 {
-    bool whole = flags & END_HEADERS;
-    if (whole && c->block.len == 0 && c->continuations == 0) {
+    bool whole = c->frame.flags & END_HEADERS, many = c->block_frames++ > MAX_CONTINUATIONS;
+    if (whole && c->block_frames == 1) {
         conn_block(c, part);
         return;
     }
-    if (c->block.len + part.n > MAX_FIELD_BLOCK || c->continuations > MAX_CONTINUATIONS) {
-        conn_over_cap(c, c->continuations > MAX_CONTINUATIONS ? CAP_CONTINUATIONS : CAP_FIELD_BLOCK);
+    if (c->block.len + part.n > MAX_FIELD_BLOCK || many) {
+        conn_over_cap(c, many ? CAP_CONTINUATIONS : CAP_FIELD_BLOCK);
         return;
     }
     buf_put(&c->block, part.p, part.n);
@@ -2760,14 +2758,8 @@ static void on_headers(struct conn *c, struct bytes p)
     c->block_dependency = fixed ? get_be32(p.p - fixed) & 0x7fffffff : 0;
     c->block_id = c->frame.stream_id;
     c->block_flags = flags;
-    c->continuations = 0;
-    conn_block_part(c, p, flags);
-}
-
-static void on_continuation(struct conn *c, struct bytes p)
-{
-    c->continuations++;
-    conn_block_part(c, p, c->frame.flags);
+    c->block_frames = 0;
+    conn_block_part(c, p);
 }
 
 static void on_priority(struct conn *c, struct bytes p)
@@ -2924,7 +2916,7 @@ static void on_data(struct conn *c, struct bytes p)
 static void (*const frame_handlers[FRAME_TYPES])(struct conn *, struct bytes) = {
     [FRAME_DATA] = on_data, [FRAME_HEADERS] = on_headers, [FRAME_PRIORITY] = on_priority,
     [FRAME_RST_STREAM] = on_rst_stream, [FRAME_SETTINGS] = on_settings, [FRAME_PING] = on_ping,
-    [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update, [FRAME_CONTINUATION] = on_continuation,
+    [FRAME_GOAWAY] = on_goaway, [FRAME_WINDOW_UPDATE] = on_window_update, [FRAME_CONTINUATION] = conn_block_part,
 };
 
 /* A frame header is complete: what RFC 9113 4.3, 6.10 and the tables say of it before its payload comes. */
@@ -3032,15 +3024,6 @@ static bool conn_http1_next(struct conn *c)
     return true;
 }
 
-static void conn_http1_recv(struct conn *c, struct bytes p)
-{
-    if (!c->in.len)
-        c->opened_ms = c->core->now_ms;
-    if (!c->goaway_sent)
-        buf_put(&c->in, p.p, p.n);
-    c->out.failed |= c->in.failed;
-}
-
 /* What a client is, by its first bytes; PREFACE_LEN of them tell it. */
 enum client_kind { CLIENT_UNKNOWN, CLIENT_HTTP2, CLIENT_HTTP1, CLIENT_TLS, CLIENT_OTHER };
 
@@ -3122,7 +3105,10 @@ static void conn_recv(struct conn *c, const uint8_t *p, size_t n)
             taken = conn_begin(c, rest, PREFACE_LEN);
             conn_preface(c);
         } else if (c->http1) {
-            conn_http1_recv(c, rest);
+            if (!c->in.len)
+                c->opened_ms = c->core->now_ms;
+            buf_put(&c->in, p, c->goaway_sent ? 0 : n);
+            c->out.failed |= c->in.failed;
             taken = n;
         } else if (c->header_len < FRAME_HEADER_LEN) {
             taken = conn_begin(c, rest, FRAME_HEADER_LEN);
@@ -5318,7 +5304,12 @@ static size_t loop_backlog(const struct loop *l)
     return out > record ? out : record;
 }
 
-static void loop_stop(struct loop *l, const char *why);
+/* The loop is to end, once the turn is over; may be called from anywhere.  why is what the peers get to read. */
+static void loop_stop(struct loop *l, const char *why)
+{
+    if (!l->stop_why)
+        l->stop_why = why;
+}
 
 /* Writing has failed for good: what waits is dropped.  Without stdout the program has no purpose: it ends. */
 static void sink_fail(struct loop *l, struct sink *s, int error)
@@ -5502,8 +5493,6 @@ static struct addrinfo *resolve_host(const char *host, unsigned port, int flags,
 
 /* ---- Links ---- */
 
-static void link_ready(struct loop *l, struct watch *w, unsigned events);
-
 /* A link that has no connection yet. */
 static struct link *link_new(struct loop *l, int fd)
 {
@@ -5551,21 +5540,6 @@ static void link_close(struct link *k, const char *why)
     tls_free(k->tls);
     k->prev = l->graveyard;
     l->graveyard = k;
-}
-
-/* The socket is connected: its connection begins.  False: there is no memory, and it is closed. */
-static bool link_begin(struct link *k, const struct endpoint *e, struct tls_config *tls, const char *name)
-{
-    struct loop *l = k->loop;
-    if (tls && !(k->tls = tls_new(tls, &l->tls_pool, l->core.wall_ms / 1000))) {
-        link_close(k, "out of memory");
-        return false;
-    }
-    k->connecting = false;
-    k->watch.ready = link_ready;
-    conn_init(&k->conn, &l->core, e, name);
-    k->conn.secure = tls != NULL;
-    return true;
 }
 
 /* Waits for what the connection needs next.  Without that it could only hang, so it is closed. */
@@ -5724,6 +5698,21 @@ static void link_ready(struct loop *l, struct watch *w, unsigned events)
         sink_flush(l, &l->out);
         sink_flush(l, &l->record);
     }
+}
+
+/* The socket is connected: its connection begins.  False: there is no memory, and it is closed. */
+static bool link_begin(struct link *k, const struct endpoint *e, struct tls_config *tls, const char *name)
+{
+    struct loop *l = k->loop;
+    if (tls && !(k->tls = tls_new(tls, &l->tls_pool, l->core.wall_ms / 1000))) {
+        link_close(k, "out of memory");
+        return false;
+    }
+    k->connecting = false;
+    k->watch.ready = link_ready;
+    conn_init(&k->conn, &l->core, e, name);
+    k->conn.secure = tls != NULL;
+    return true;
 }
 
 /* An IPv6 address as RFC 5952 has it: the longest run of zeros, if of two groups at least, becomes "::".  (inet_ntop
@@ -5991,13 +5980,6 @@ static void on_signal(int number)
     ssize_t n = write((int)signal_pipe, &byte, 1);
     (void)n;
     errno = saved;
-}
-
-/* The loop is to end, once the turn is over; may be called from anywhere.  why is what the peers get to read. */
-static void loop_stop(struct loop *l, const char *why)
-{
-    if (!l->stop_why)
-        l->stop_why = why;
 }
 
 /* Says goodbye to every peer; the loop ends when all have gone, at the latest after STOP_MS. */
