@@ -4615,7 +4615,8 @@ static bool client_ca_load(struct tls_config *c, const struct tls_options *o, in
     size_t n = 0;
     c->verify = present(o->server_ca.value) || present(o->client_ca.value);
     if (!c->verify)
-        return !c->peer_name || err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
+        return !c->peer_name ||
+               err_set(e, "-client-san needs %s, which turns client certificates on", o->client_ca.name);
     if (present(o->client_ca.value) && present(o->server_ca.value)) {
         bool ok = certs_load(&o->server_ca, &list, &n, e);
         certs_free(list, n);
@@ -5831,8 +5832,8 @@ static bool link_connect(struct link *k)
     return false;
 }
 
-/* Tries the next address, for the last was not to be had; after all, the first again in a while, until it is time to give
- * up. */
+/* Tries the next address, since the last was not to be had; behind them all, the first again in a while, until it is
+ * time to give up. */
 static void link_dial_on(struct link *k, int error)
 {
     struct loop *l = k->loop;
@@ -5926,9 +5927,9 @@ static void listeners_close(struct loop *l)
         close(l->listeners[--l->listener_count].fd);
 }
 
-/* Listens on every address in the list, on one port; where they are all interfaces on the first, IPv6's if there is one,
- * which takes IPv4 as well.  Those that this machine does not have are passed over, as long as one is left.  Returns the
- * port, 0 on failure with errno set. */
+/* Listens on every address in the list, on one port; if they are all interfaces on one, IPv6's if possible, which takes
+ * IPv4 as well.  Those that this machine does not have are passed over, as long as one is left.  Returns the port, 0 on
+ * failure with errno set. */
 static unsigned listen_all(struct loop *l, const struct addrinfo *list, unsigned port, bool any)
 {
     struct sockaddr_storage sa;
@@ -6057,8 +6058,7 @@ static bool signals_init(struct loop *l)
     sigemptyset(&sa.sa_mask);
     sigaction(SIGHUP, &sa, NULL);
     signals_handle(on_signal);
-    sa.sa_handler = SIG_IGN;
-    sigaction(SIGPIPE, &sa, NULL);
+    signal(SIGPIPE, SIG_IGN);
     return poller_set(&l->poller, &l->signals, WATCH_IN);
 }
 
@@ -6159,7 +6159,8 @@ static void loop_deadlines(struct loop *l)
 
 static int loop_timeout(const struct loop *l)
 {
-    const int64_t due[] = { l->out.retry_ms, l->err.retry_ms, l->record.retry_ms, l->timer_ms, l->stop_ms, l->accept_ms };
+    const int64_t due[] = { l->timer_ms, l->stop_ms, l->accept_ms, l->out.retry_ms, l->err.retry_ms,
+                            l->record.retry_ms };
     int64_t at = l->heap_len ? l->heap[1]->deadline_ms : INT64_MAX;
     if (l->stop_why && !l->stopping)  /* told so later in the turn than it looks for it */
         return 0;

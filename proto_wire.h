@@ -1060,14 +1060,12 @@ static const struct pb_field *pb_field_named(struct pb_reader *r, const struct p
     return NULL;
 }
 
-/* A new item of the list; NULL, and a failure, when the arena is used up. */
-static void *pb_item_add(struct pb_reader *r, const struct pb_field *f, struct pb_list *list)
+/* The item of the list, behind the last a new one; NULL, and a failure, when the arena is used up. */
+static void *pb_item(struct pb_reader *r, const struct pb_field *f, struct pb_list *list, size_t index)
 {
-    buf_printf(&r->path, "[%zu]", list->n);
-    void *item = pb_list_add(r->arena, list, pb_item_size(f));
-    if (!item)
-        pb_json_fail(r, "not enough memory");
-    return item;
+    buf_printf(&r->path, "[%zu]", index);
+    bool ok = index < list->n || pb_list_add(r->arena, list, pb_item_size(f)) || pb_json_fail(r, "not enough memory");
+    return ok ? (uint8_t *)list->items + index * pb_item_size(f) : NULL;
 }
 
 /* The next byte that is not white space, not taken; 0 at the end. */
@@ -1305,7 +1303,7 @@ static bool pb_parse_items(struct pb_reader *r, const struct pb_message *m, cons
     uint64_t seen = 0;
     do {
         size_t mark = r->path.len;
-        void *item = m ? NULL : pb_item_add(r, f, at);
+        void *item = m ? NULL : pb_item(r, f, at, ((const struct pb_list *)at)->n);
         if (m ? !pb_parse_member(r, m, at, depth, &seen) : !item || !pb_parse_value(r, f, item, depth))
             return false;
         r->path.len = mark;
@@ -1353,12 +1351,7 @@ static const struct pb_field *pb_path_step(struct pb_reader *r, const struct pb_
         pb_json_fail(r, "a list of %zu: [0] to [%zu] must follow, of which the last adds one", list->n, list->n);
         return NULL;
     }
-    if (index == list->n)
-        *at = pb_item_add(r, f, list);
-    else {
-        buf_printf(&r->path, "[%zu]", (size_t)index);
-        *at = (uint8_t *)list->items + (size_t)index * pb_item_size(f);
-    }
+    *at = pb_item(r, f, list, (size_t)index);
     return *at ? f : NULL;
 }
 
