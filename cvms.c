@@ -1620,7 +1620,7 @@ struct core {
     bool touched;                     /* something was sent outside a connection's own turn */
     void *app;                        /* what the command knows: struct server, agent, replay or health */
     int64_t stamp_ms;                 /* what stamp and, in local time, day say */
-    char stamp[STAMP_LEN + 1], day[9];
+    char stamp[STAMP_LEN + 1], day[9], port[KIND_COLUMN + 1];
     int64_t cap_told_ms[CAPS];        /* when the log last told of each cap; 0: never */
     struct pb_arena arena;            /* one decoded message */
     struct huffman huffman;
@@ -1707,13 +1707,14 @@ static unsigned core_look(const struct core *core)
 }
 
 /* One line on stderr, with what a peer or a user has put into it made safe. */
-PRINTF_LIKE(3, 0) static void core_vtell(struct core *core, const struct whom *w, const char *fmt, va_list ap)
+PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const char *fmt, ...)
 {
     char text[2000];
+    va_list ap;
     static const struct whom self = { .name = { (const uint8_t *)"cvms", 4 }, .kind = "server" };
     struct buf *out = core->joined ? &core->out : &core->err;
     unsigned look = core_look(core);
-    bool dim = look & LOOK_COLOR && w->dim;
+    bool dim = look & LOOK_COLOR && w.dim;
     size_t before = out->len;
     if (before > (core->joined ? JOINED_MAX : NOTES_MAX)) {
         core->notes_lost++;
@@ -1723,23 +1724,17 @@ PRINTF_LIKE(3, 0) static void core_vtell(struct core *core, const struct whom *w
         put_whom(core, out, look, &self);
         buf_printf(out, "%lu lines are lost: stderr is not read, or memory is short\n", core->notes_lost);
     }
-    put_whom(core, out, look, w);
+    put_whom(core, out, look, &w);
     buf_puts(out, dim ? COLOR_DIM : "");
+    va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
     put_text(out, bytes_of(text), NULL);
     buf_puts(out, dim ? COLOR_OFF "\n" : "\n");
     if (out->failed)                  /* not half a line */
         out->len = before;
     core->notes_lost = out->failed ? core->notes_lost + 1 : 0;
     out->failed = false;
-}
-
-PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const char *fmt, ...)
-{
-    va_list ap;
-    va_start(ap, fmt);
-    core_vtell(core, &w, fmt, ap);
-    va_end(ap);
 }
 
 /* How long the host is in HOST:PORT. */
@@ -1749,21 +1744,17 @@ static size_t host_len(const char *peer)
     return colon ? (size_t)(colon - peer) : strlen(peer);
 }
 
-/* The same about a connection, HOST:PORT, or (NULL) this program itself. */
-PRINTF_LIKE(3, 4) static void core_note(struct core *core, const char *peer, const char *fmt, ...)
+/* A connection, HOST:PORT, or (NULL) this program itself.  It holds until the next call. */
+static struct whom core_whom(struct core *core, const char *peer)
 {
-    char port[KIND_COLUMN + 1];
-    struct whom w = { .name = BYTES("cvms"), .kind = core->role ? core->role : "server" };
-    if (peer) {
-        size_t n = host_len(peer);
-        text_printf(port, sizeof port, "port %s", peer[n] ? peer + n + 1 : "-");
-        w = (struct whom){ .name = { (const uint8_t *)peer, n }, .kind = port };
-    }
-    va_list ap;
-    va_start(ap, fmt);
-    core_vtell(core, &w, fmt, ap);
-    va_end(ap);
+    if (!peer)
+        return (struct whom){ .name = BYTES("cvms"), .kind = core->role ? core->role : "server" };
+    size_t n = host_len(peer);
+    text_printf(core->port, sizeof core->port, "port %s", peer[n] ? peer + n + 1 : "-");
+    return (struct whom){ .name = { (const uint8_t *)peer, n }, .kind = core->port };
 }
+
+#define core_note(core, peer, ...) core_tell(core, core_whom(core, peer), __VA_ARGS__)
 
 enum {
     MAX_CONCURRENT_STREAMS = 100,
