@@ -366,7 +366,8 @@ static size_t row_find(const void *table, size_t n, size_t size, struct bytes na
 
 /* The same of a number of bytes. */
 #define BYTES_FMT "%llu byte%s"
-#define BYTES_OF(n) (unsigned long long)(n), (n) == 1 ? "" : "s"
+#define PLURAL(n) (n) == 1 ? "" : "s"
+#define BYTES_OF(n) (unsigned long long)(n), PLURAL(n)
 /* At most so many bytes as text, for %.*s. */
 #define TEXT_OF(b, max) (int)min_size((b).n, max), (const char *)(b).p
 
@@ -1722,7 +1723,7 @@ PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const 
     }
     if (core->notes_lost) {
         put_whom(core, out, look, &self);
-        buf_printf(out, "%lu lines are lost: stderr is not read, or memory is short\n", core->notes_lost);
+        buf_printf(out, "%lu line%s lost: stderr is not read, or memory is short\n", core->notes_lost, PLURAL(core->notes_lost));
     }
     put_whom(core, out, look, &w);
     buf_puts(out, dim ? COLOR_DIM : "");
@@ -1833,7 +1834,7 @@ static bool core_strangers(struct core *core, bool end)
     if (!bucket_take(&core->strangers, core->now_ms, STRANGERS_MAX, STRANGERS_PER_S) && !end)
         return false;
     if (core->left_out)
-        core_note(core, NULL, "%lu more lines about connections that failed are left out", core->left_out);
+        core_note(core, NULL, "%lu more line%s about connections that failed left out", core->left_out, PLURAL(core->left_out));
     core->left_out = 0;
     return true;
 }
@@ -6004,7 +6005,7 @@ static void signals_ready(struct loop *l, struct watch *w, unsigned events)
             return;
         }
         core_note(&l->core, NULL, "signal %d (%s): saying goodbye to %zu connection%s", number, strsignal(number),
-                  l->link_count, l->link_count == 1 ? "" : "s");
+                  l->link_count, PLURAL(l->link_count));
         l->signal_number = number;
         loop_stop(l, "the server is shutting down");
     }
@@ -6207,7 +6208,7 @@ static int loop_run(struct loop *l)
     sink_end(l, &l->out, "stdout");
     sink_end(l, &l->record, "-record");
     if (l->core.notes_lost && sink_pending(&l->err) == 0)
-        tell_note("%lu lines of the log are lost: memory is short", l->core.notes_lost);
+        tell_note("%lu line%s of the log lost: memory is short", l->core.notes_lost, PLURAL(l->core.notes_lost));
     if (l->hurry)
         return 128 + l->signal_number;
     return l->exit_status;
@@ -9460,7 +9461,7 @@ static void set_datasets(struct manifest *m, struct options *o, struct mistakes 
     for (enum column c = COL_URL; c < COLUMNS; c++)
         if (col[c].n && (c == COL_UNPACK ? col[c].n > n : col[c].n != n))
             tell(r, c == COL_UNPACK ? WARNING : USAGE, "-%s has %zu element%s for %zu dataset%s: give one for each",
-                 dataset_part.flag[c], col[c].n, col[c].n == 1 ? "" : "s", n, n == 1 ? "" : "s");
+                 dataset_part.flag[c], col[c].n, PLURAL(col[c].n), n, PLURAL(n));
     struct bytes hash = parse_hash(o, r, "dataset-hash", o->dataset_hash);
     for (size_t i = 0; i < n; i++) {
         const char *unpack = nth(&col[COL_UNPACK], i);
@@ -10357,7 +10358,7 @@ static void verdict_summary(const struct verdict *v, struct buf *out, const char
         for (int i = STAGE_CONNECTED; i <= (int)h->stage; i++)
             buf_printf(out, " %s " SECONDS "%s", stage_names[i], SECONDS_OF(h->reached_ms[i]),
                        i < (int)h->stage ? "," : " s\ncvms:     ");
-        buf_printf(out, " %llu message%s, " BYTES_FMT "\n", (unsigned long long)h->messages, h->messages == 1 ? "" : "s",
+        buf_printf(out, " %llu message%s, " BYTES_FMT "\n", (unsigned long long)h->messages, PLURAL(h->messages),
                    BYTES_OF(h->bytes));
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel(out, &h->parcels[i]);
@@ -11861,7 +11862,7 @@ static void put_unknowns(struct buf *out, struct bytes wire, bool json)
     pb_unknown(&ClientStreamMessage_message, wire, put_unknown, &u);
     buf_puts(out, json ? "]" : "");
     if (u.count > UNKNOWN_MAX)
-        buf_printf(out, json ? ",\"unknown_left_out\":%lu" : "  (%lu more unknown fields)", u.count - UNKNOWN_MAX);
+        buf_printf(out, json ? ",\"unknown_left_out\":%lu" : "  (unknown fields left out: %lu)", u.count - UNKNOWN_MAX);
 }
 
 /* The word in front of an entry, and what it names; coloured by what they say. */
@@ -12249,7 +12250,7 @@ static void process_closed(struct stream *s)
     if (!session)
         return;
     core_tell(s->conn->core, session_whom(session, true), "stream ended after %llu message%s, " BYTES_FMT,
-              (unsigned long long)session->messages, session->messages == 1 ? "" : "s", BYTES_OF(session->bytes));
+              (unsigned long long)session->messages, PLURAL(session->messages), BYTES_OF(session->bytes));
     if (session->host)
         verdict_stream(&server_of(s)->verdict, session->host, session->kind == KIND_AGENT, -1, s->conn->core->now_ms);
     *(session->prev ? &session->prev->next : &server_of(s)->sessions) = session->next;
@@ -12785,7 +12786,7 @@ static void control_agents(struct server *v)
     size_t n = 0;
     for (const struct session *s = v->sessions; s; s = s->next, n++)
         core_tell(core, session_whom(s, false), "%s%sfrom %s, %llu message%s", s->job_id ? s->job_id : "",
-                  s->job_id ? " " : "", s->stream->conn->peer, (unsigned long long)s->messages, s->messages == 1 ? "" : "s");
+                  s->job_id ? " " : "", s->stream->conn->peer, (unsigned long long)s->messages, PLURAL(s->messages));
     if (n == 0)
         core_note(core, NULL, "no agent is connected");
 }
@@ -13228,7 +13229,7 @@ static void agent_check_manifest(struct agent *a)
         return;
     }
     core_note(&a->c.loop->core, NULL, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
-              a->chunks == 1 ? "" : "s", req->datasets.n, req->datasets.n == 1 ? "" : "s");
+              PLURAL(a->chunks), req->datasets.n, PLURAL(req->datasets.n));
     size_t before = out->len;
     if (a->c.o->once)
         pb_json(out, &ComputationRunReq_message, req, 2), json_defuse(out, before), buf_putc(out, '\n');
@@ -14166,7 +14167,7 @@ static void replay_status(struct stream *s, unsigned status, struct bytes text)
                     TEXT_OF(text, 300));
     } else if (++r->done == r->part_count) {
         core_note(&r->c.loop->core, NULL, "%zu message%s replayed on %zu stream%s: the server has taken "
-                  "everything", r->line_count, r->line_count == 1 ? "" : "s", r->part_count, r->part_count == 1 ? "" : "s");
+                  "everything", r->line_count, PLURAL(r->line_count), r->part_count, PLURAL(r->part_count));
         loop_stop(r->c.loop, "done");
     }
 }

@@ -1003,7 +1003,7 @@ static void test_notes_full(void)
     CHECK(core.err.len, full);
     core.err.len = 0;
     core_note(&core, "peer", "the next");
-    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z cvms      server        1000 lines are lost: stderr is not read, or memory is short\n"
+    CHECK_TEXT(whole(&core.err), "2023-11-14T22:13:20.123Z cvms      server        1000 lines lost: stderr is not read, or memory is short\n"
                                  "2023-11-14T22:13:20.123Z peer      port -        the next\n");
     core.err.len = 0;
     core_note(&core, "peer", "one more");
