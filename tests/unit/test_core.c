@@ -136,7 +136,7 @@ struct frame_words {
 
 static void frame_word(struct frame_words *w, const char *word)
 {
-    static const char *const options[] = { "stream", "flags", "pad", "dep", "add", "len", "last", "type" };
+    static const char *const named[] = { "stream", "flags", "pad", "dep", "add", "len", "last", "type" };
     unsigned long *const to[] = { &w->stream, &w->flags, &w->pad, &w->dep, &w->add, &w->len, &w->last, NULL };
     static const char *const flags[] = { "END_STREAM", "ACK", "END_HEADERS", "PADDED", "PRIORITY" };
     static const unsigned bits[] = { END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY };
@@ -152,7 +152,7 @@ static void frame_word(struct frame_words *w, const char *word)
         uint8_t code[4];
         put_be32(code, (uint32_t)i);
         buf_put(&w->payload, code, 4);
-    } else if (is && (i = name_index(name, options, 8)) >= 0) {
+    } else if (is && (i = name_index(name, named, 8)) >= 0) {
         if (to[i])
             *to[i] = strtoul(is + 1, NULL, 0);
         if (i == 0 && strchr(is, '+'))
