@@ -9982,8 +9982,7 @@ struct parcel {
 /* One agent host: an agent and its log-forwarder, told from others by job-id, else by address. */
 struct host {
     struct host *next;
-    bool failed;
-    char *name, *failure;             /* failure: why it has failed; NULL without memory */
+    char *name, *failure;             /* failure: why it has failed; NULL: it has not */
     char at[56];                      /* the address that its last stream came from */
     enum stage stage;
     int64_t reached_ms[STAGES], lost_ms;  /* since the start; lost_ms: when its last agent stream ended */
@@ -10013,6 +10012,8 @@ struct verdict {
     struct buf why;                   /* one line: the reason of the end */
 };
 
+static char unexplained[] = "out of memory for the reason";    /* of a host's failure */
+
 static void verdict_free(struct verdict *v)
 {
     while (v->hosts) {
@@ -10021,7 +10022,8 @@ static void verdict_free(struct verdict *v)
         for (size_t i = 0; i < h->context_count; i++)
             free(h->context[i]);
         free(h->name);
-        free(h->failure);
+        if (h->failure != unexplained)
+            free(h->failure);
         free(h->parcels);
         free(h->trouble);
         free(h);
@@ -10033,7 +10035,7 @@ static void verdict_free(struct verdict *v)
 static struct host *verdict_host(struct verdict *v, const char *job_id, const char *peer)
 {
     struct bytes name = job_id ? bytes_of(job_id) : (struct bytes){ (const uint8_t *)peer, host_len(peer) };
-    if (!v || !(v->wanted || v->control))
+    if (!v->wanted && !v->control)
         return NULL;
     struct host **at = &v->hosts;
     for (; *at; at = &(*at)->next)
@@ -10060,7 +10062,7 @@ static bool host_has(const struct host *h, enum stage stage)
 
 static bool host_is_done(const struct verdict *v, const struct host *h)
 {
-    return !h->failed && host_has(h, v->until) && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
+    return !h->failure && host_has(h, v->until) && h->stage >= v->until && h->expected == v->expect.n && (v->until || v->expect.n);
 }
 
 /* Stages are counted until the host is where it should be. */
@@ -10076,13 +10078,14 @@ PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
 {
     char text[CONTEXT_BYTES];
     va_list ap;
-    if (h->failed)
+    if (h->failure)
         return;
-    h->failed = true;
     va_start(ap, fmt);
     text_vprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     h->failure = text_safe(bytes_of(text));
+    if (!h->failure)
+        h->failure = unexplained;
 }
 
 /* What keeps uploads from a host, for the reason of a time-out; NULL: nothing. */
@@ -10090,11 +10093,6 @@ static void host_trouble(struct host *h, const char *text)
 {
     free(h->trouble);
     h->trouble = text ? text_safe(bytes_of(text)) : NULL;
-}
-
-static const char *host_failure(const struct host *h)
-{
-    return h->failure ? h->failure : "out of memory for the reason";
 }
 
 /* Keeps a line of the host's log, made safe; the oldest gives way. */
@@ -10119,7 +10117,7 @@ static void host_context(struct host *h, struct bytes head, struct bytes text)
 /* -reject: a line in which one of the texts stands is a failure. */
 static void verdict_reject(const struct verdict *v, struct host *h, struct bytes text)
 {
-    while (text.n && v->reject.n && !h->failed) {
+    while (text.n && v->reject.n && !h->failure) {
         struct bytes line = bytes_take(&text, '\n');
         for (size_t i = 0; i < v->reject.n; i++)
             if (bytes_match(line, v->reject.v[i]))
@@ -10142,7 +10140,7 @@ static void host_stands(const struct verdict *v, struct host *h, struct bytes ty
 {
     size_t row = ROW_FIND(waits, type);
     h->wait = row < PB_COUNT(waits) ? &waits[row] : NULL;
-    for (size_t i = 0; !h->failed && i < PB_COUNT(stands); i++)
+    for (size_t i = 0; !h->failure && i < PB_COUNT(stands); i++)
         if (bytes_eq(type, bytes_of(stands[i].type)) &&
             (!stands[i].status || (status ? bytes_eq(*status, bytes_of(stands[i].status)) : stands[i].state)))
             host_reach(v, h, stands[i].stage, now_ms);
@@ -10278,9 +10276,9 @@ static int64_t verdict_tick(struct verdict *v, int64_t now_ms)
         return INT64_MAX;
     for (const struct host *h = v->hosts; h; h = h->next) {
         done += host_is_done(v, h);
-        if (h->failed && v->end_ms == INT64_MAX) {
+        if (h->failure && v->end_ms == INT64_MAX) {
             v->end_ms = now_ms + CONTEXT_MS;
-            buf_printf(&v->why, "the agent %s failed: %s", h->name, host_failure(h));
+            buf_printf(&v->why, "the agent %s failed: %s", h->name, h->failure);
         }
     }
     int64_t at = earlier(v->end_ms, earlier(v->timeout_ms, v->next_poll_ms));
@@ -10362,9 +10360,9 @@ static void verdict_summary(const struct verdict *v, struct buf *out, const char
                    BYTES_OF(h->bytes));
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel(out, &h->parcels[i]);
-        if (!h->failed)
+        if (!h->failure)
             continue;
-        buf_printf(out, "cvms:      failed: %s\n", host_failure(h));
+        buf_printf(out, "cvms:      failed: %s\n", h->failure);
         if (h->context_count)
             buf_printf(out, "cvms:   the last lines of %s:\n", h->name);
         for (size_t i = 0; i < h->context_count; i++)
@@ -10421,15 +10419,15 @@ static void verdict_json(const struct verdict *v, struct buf *out, int64_t ms)
                        SECONDS_OF(h->reached_ms[i]));
         buf_printf(out, "},\"messages\":%llu,\"bytes\":%llu,\"failure\":", (unsigned long long)h->messages,
                    (unsigned long long)h->bytes);
-        if (h->failed)
-            pb_json_string(out, bytes_of(host_failure(h)));
+        if (h->failure)
+            pb_json_string(out, bytes_of(h->failure));
         else
             buf_puts(out, "null");
         buf_puts(out, h->parcel_count ? ",\"deliveries\":[" : "");
         for (size_t i = 0; i < h->parcel_count; i++)
             put_parcel_json(out, &h->parcels[i], i == 0);
         buf_puts(out, h->parcel_count ? "],\"lines\":[" : ",\"lines\":[");
-        for (size_t i = 0; h->failed && i < h->context_count; i++) {
+        for (size_t i = 0; h->failure && i < h->context_count; i++) {
             buf_puts(out, i ? "," : "");
             pb_json_string(out, bytes_of(h->context[i]));
         }
@@ -11763,24 +11761,19 @@ static void put_as_hex(struct buf *out, struct bytes b)
         buf_printf(out, "%02x", b.p[i]);
 }
 
-/* The first bytes: as text if they are printable ASCII, else in hex. */
-static void put_first_bytes(struct buf *out, struct bytes b, size_t most)
+/* A bytes field: as text if it is printable ASCII (an event's details are JSON) and no report, else its length and first
+ * bytes. */
+static void put_bytes_field(struct buf *out, struct bytes b, bool report)
 {
-    struct bytes first = { b.p, min_size(b.n, most) };
+    bool text = !report && bytes_printable(b);
+    struct bytes first = { b.p, text ? b.n : min_size(b.n, report ? REPORT_BYTES : TEXT_BYTES) };
+    if (!text)
+        buf_printf(out, BYTES_FMT " ", BYTES_OF(b.n));
     if (bytes_printable(first))
         put_text(out, first, NULL);
     else
         put_as_hex(out, first);
     buf_puts(out, first.n < b.n ? "..." : "");
-}
-
-/* A bytes field: as text if it is printable ASCII (an event's details are JSON), else its length and first bytes. */
-static void put_bytes_field(struct buf *out, struct bytes b)
-{
-    bool text = bytes_printable(b);
-    if (!text)
-        buf_printf(out, BYTES_FMT " ", BYTES_OF(b.n));
-    put_first_bytes(out, b, text ? b.n : TEXT_BYTES);
 }
 
 /* Whether a time is more than a second off the line's own. */
@@ -11815,7 +11808,7 @@ static void put_field_text(struct buf *out, const struct pb_field *f, const void
     if (f->kind == PB_STRING) {
         put_text(out, *(const struct bytes *)at, NULL);
     } else if (f->kind == PB_BYTES) {
-        put_bytes_field(out, *(const struct bytes *)at);
+        put_bytes_field(out, *(const struct bytes *)at, false);
     } else {
         const struct Timestamp *t = pb_pointer(at);
         if (!pb_timestamp(out, t->seconds, t->nanos))
@@ -11850,7 +11843,7 @@ static void put_unknown(void *arg, const char *path, unsigned wire, uint64_t num
     else if (u->json)
         pb_base64(u->out, value);
     else
-        put_bytes_field(u->out, value);
+        put_bytes_field(u->out, value, false);
     buf_puts(u->out, u->json ? "\"}" : ")");
 }
 
@@ -11896,12 +11889,12 @@ static void put_entry(struct buf *out, uint32_t member, struct bytes text, bool 
     bool report = member == 6 || member == 7;
     if (member == 3)
         buf_puts(out, text.n ? "error: " : "accepted");
-    else if (report && text.n)
-        buf_printf(out, BYTES_FMT " ", BYTES_OF(text.n)), put_first_bytes(out, text, REPORT_BYTES);
-    else if (report)
-        buf_puts(out, unknown ? "" : "empty: no TEE");
     if (!report)
         put_text(out, text, "    | ");  /* a mark that is seen: runners trim blanks before they look for commands */
+    else if (text.n)
+        put_bytes_field(out, text, true);
+    else
+        buf_puts(out, unknown ? "" : "empty: no TEE");
 }
 
 /* One entry a message: whose, head, text; every other field that says something follows in brackets.  member NULL: it is
