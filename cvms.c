@@ -10136,7 +10136,8 @@ static void verdict_log(const struct verdict *v, struct host *h, const struct Ag
 }
 
 /* The host says where it stands: by an event, or (status NULL) by its state. */
-static void host_stands(const struct verdict *v, struct host *h, struct bytes type, const struct bytes *status, int64_t now_ms)
+static void host_stands(const struct verdict *v, struct host *h, struct bytes type, const struct bytes *status,
+                        int64_t now_ms)
 {
     size_t row = ROW_FIND(waits, type);
     h->wait = row < PB_COUNT(waits) ? &waits[row] : NULL;
@@ -11819,7 +11820,7 @@ static void put_field_text(struct buf *out, const struct pb_field *f, const void
 static struct bytes string_field(const struct pb_message *m, const void *msg, uint32_t number)
 {
     size_t row = pb_row(m, number);
-    return row < m->n ? *(const struct bytes *)(const void *)((const char *)msg + m->fields[row].offset) : (struct bytes){ 0 };
+    return row < m->n ? *(const struct bytes *)(const void *)((const char *)msg + m->fields[row].offset) : BYTES("");
 }
 
 /* Unknown fields on their way out: of one message UNKNOWN_MAX are shown, the others counted. */
@@ -11967,7 +11968,8 @@ static void put_json_line(struct buf *out, const struct conn *c, const char *str
             buf_printf(out, ",\"%s\":", names[i][0]);
             pb_json_string(out, bytes_of(names[i][1]));
         }
-    buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":" : type == &Request_message ? ",\"request\":" : ",\"sent\":");
+    buf_puts(out, type == &ClientStreamMessage_message ? ",\"message\":"
+                  : type == &ServerStreamMessage_message ? ",\"sent\":" : ",\"request\":");
     pb_json(out, type, msg, 0);
     if (wire.n)
         put_unknowns(out, wire, true);
@@ -12016,8 +12018,9 @@ static void record_sent(struct stream *s, const struct blob *b)
     for (size_t at = 0, n; core->recording && at < b->n; at += 5 + n) {
         struct ServerStreamMessage msg = { 0 };
         n = get_be32(b->p + at + 1);
+        struct bytes wire = { b->p + at + 5, n };
         pb_arena_reset(&core->arena);
-        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, (struct bytes){ b->p + at + 5, n }, &core->arena, NULL);
+        enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, NULL);
         if (err == PB_OK)
             record_line(s, &ServerStreamMessage_message, &msg, BYTES(""));
         core->record.failed |= err == PB_LIMIT;
@@ -12218,7 +12221,8 @@ static void process_drained(struct stream *s)
     if (!session || session->announced)
         return;
     session->announced = true;
-    core_tell(s->conn->core, session_whom(session, true), "manifest sent: " BYTES_FMT, BYTES_OF(session->manifest->len));
+    core_tell(s->conn->core, session_whom(session, true), "manifest sent: " BYTES_FMT,
+              BYTES_OF(session->manifest->len));
     if (faults && faults->value[FAULT_RST] >= 0)
         stream_reset(s, INTERNAL_ERROR);
     if (faults && faults->value[FAULT_GOAWAY] >= 0)
@@ -13216,13 +13220,14 @@ static void agent_check_manifest(struct agent *a)
     a->arena = (struct pb_arena){ .limit = (64 << 20) + 8 * (len < SIZE_MAX / 16 ? len : SIZE_MAX / 16) };
     a->req = (struct ComputationRunReq){ .algorithm = NULL };
     a->need_count = 0;
-    enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena, NULL);
+    enum pb_error err = pb_decode(&ComputationRunReq_message, &a->req, (struct bytes){ a->manifest.p, len }, &a->arena,
+                                  NULL);
     if (err != PB_OK) {
         client_fail(&a->c, "the manifest of " BYTES_FMT " does not parse: %s", BYTES_OF(len), pb_error_text[err]);
         return;
     }
-    core_note(&a->c.loop->core, NULL, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len), a->chunks,
-              PLURAL(a->chunks), req->datasets.n, PLURAL(req->datasets.n));
+    core_note(&a->c.loop->core, NULL, "manifest received: " BYTES_FMT " in %zu chunk%s, %zu dataset%s", BYTES_OF(len),
+              a->chunks, PLURAL(a->chunks), req->datasets.n, PLURAL(req->datasets.n));
     size_t before = out->len;
     if (a->c.o->once)
         pb_json(out, &ComputationRunReq_message, req, 2), json_defuse(out, before), buf_putc(out, '\n');
@@ -13426,7 +13431,8 @@ static void agent_bind(struct agent *a, unsigned port)
         client_fail(&a->c, "can't take uploads at port %u: %s; -agent-port 0 takes any free one", port,
                     why ? why : strerror(errno));
     else
-        core_note(&a->c.loop->core, NULL, "uploads are taken at %s%u", local ? "localhost:" : "all interfaces, port ", a->port);
+        core_note(&a->c.loop->core, NULL, "uploads are taken at %s%u", local ? "localhost:" : "all interfaces, port ",
+                  a->port);
 }
 
 /* Refuses a call with a real agent's words. */
@@ -13438,7 +13444,8 @@ static void service_refuse(struct stream *s, unsigned status, const char *words)
     bool planned = agent_refusal(a, role);
     core_note(s->conn->core, NULL, "refuses the %s%s: %s", roles[role].what, planned ? ", as told" : "", words);
     a->c.loop->exit_status |= !planned && strcmp(words, NOT_NOW) != 0 && strcmp(words, NO_RESULTS_YET) != 0;
-    text_printf(line, sizeof line, "Method %s took 0s to complete with error: %s", strrchr(s->grpc.method->path, '/') + 1, words);
+    text_printf(line, sizeof line, "Method %s took 0s to complete with error: %s",
+                strrchr(s->grpc.method->path, '/') + 1, words);
     if (status == GRPC_UNKNOWN)
         agent_tell(a, &(struct step){ .level = "WARN", .text = line });
     s->conn->core->touched = true;
@@ -13512,7 +13519,8 @@ static void upload_message(struct stream *s, struct bytes wire)
 }
 
 /* The need that an upload fulfils, by its name; where the manifest has none, by its hash.  NULL: *why tells. */
-static struct need *upload_need(struct agent *a, enum user_role role, struct bytes name, const uint8_t *hash, const char **why)
+static struct need *upload_need(struct agent *a, enum user_role role, struct bytes name, const uint8_t *hash,
+                                const char **why)
 {
     *why = UNDECLARED;
     for (size_t i = 0; i < a->need_count; i++) {
@@ -13735,7 +13743,7 @@ static void download_next(struct agent *a, enum user_role role)
         download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
 }
 
-/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "".  Returns its bytes in the clear. */
+/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "".  Returns how long it is. */
 static uint64_t download_check(struct download *l)
 {
     uint8_t piece[FILE_READ], hash[SHA3_256_LEN];
@@ -14080,7 +14088,8 @@ static bool replay_unknown(struct buf *b, const struct UnknownField *u, struct e
     if (wire == PB_VARINT)
         pb_before_varint(b, v);
     else
-        pb_before_bytes(b, is_number ? (struct bytes){ fixed, wire == PB_FIXED64 ? 8 : 4 } : (struct bytes){ raw.p, raw.len });
+        pb_before_bytes(b, is_number ? (struct bytes){ fixed, wire == PB_FIXED64 ? 8 : 4 }
+                                     : (struct bytes){ raw.p, raw.len });
     if (wire == PB_LEN)
         pb_before_varint(b, raw.len);
     pb_before_varint(b, (uint64_t)number[--depth] << 3 | (unsigned)wire);
@@ -14227,7 +14236,8 @@ static int cmd_replay(struct options *o, struct mistakes *report)
 
 static int cmd_agent(struct options *o, struct mistakes *r)
 {
-    struct agent a = { .c = { .o = o, .dial = { .up = agent_up, .down = client_down } }, .run = 1, .state = "ReceivingManifest" };
+    struct agent a = { .c = { .o = o, .dial = { .up = agent_up, .down = client_down } }, .run = 1,
+                       .state = "ReceivingManifest" };
     size_t row = ROW_FIND(failures, bytes_of(o->fail ? o->fail : ""));
     int64_t port = o->agent_port ? parse_decimal(bytes_of(o->agent_port)) : 0;
     a.fail = row < PB_COUNT(failures) ? &failures[row] : NULL;
@@ -14396,9 +14406,10 @@ static bool positional_form(struct options *o, struct mistakes *r, bool any_flag
         if (near < COMMANDS && command_table[near].command != CMD_SERVE)
             tell(r, USAGE, "\"%s\" is no command: did you mean %s?", word, command_table[near].name);
         else
-            tell(r, USAGE, near < COMMANDS ? "\"%s\" is no command: the server needs no word, only its flags; see cvms -help"
-                 : "\"%s\" is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see cvms -help",
-                 word);
+            tell(r, USAGE, near < COMMANDS
+                 ? "\"%s\" is no command: the server needs no word, only its flags; see cvms -help"
+                 : "\"%s\" is neither a command (agent, manifest, checksum, health, encrypt, decrypt) nor a flag; see "
+                   "cvms -help", word);
         return false;
     }
     tell(r, WARNING, "the positional form is old: use -algo-path %s -public-key-path %s -attested-tls-bool %s%s", word,
