@@ -12315,29 +12315,28 @@ static void health_watch_end(struct stream *s)
 
 /* ---- grpc.reflection ---- */
 
-/* Whether a symbol is package.name.member, or, without a member, package.name. */
-static bool symbol_is(struct bytes symbol, const char *package, const char *name, const char *member)
+/* Whether a symbol is PACKAGE.name.member, or, without a member, PACKAGE.name. */
+static bool symbol_is(struct bytes symbol, const struct pb_file *f, const char *name, const char *member)
 {
     char full[256];
-    size_t n = text_printf(full, sizeof full, "%s.%s%s%s", package, name, member ? "." : "", member ? member : "");
+    size_t n = text_printf(full, sizeof full, "%s.%s%s%s", f->package, name, member ? "." : "", member ? member : "");
     return bytes_eq(symbol, (struct bytes){ (uint8_t *)full, n });
 }
 
 /* Whether the file defines the symbol: a message, service, or what is named inside one. */
 static bool file_has(const struct pb_file *f, struct bytes symbol)
 {
-    bool found = f->service && symbol_is(symbol, f->package, f->service, NULL);
+    bool found = f->service && symbol_is(symbol, f, f->service, NULL);
     for (const struct pb_message *const *at = f->messages; *at && !found; at++) {
         const struct pb_message *m = *at;
-        found = symbol_is(symbol, f->package, m->name, NULL) || (m->oneof && symbol_is(symbol, f->package, m->name, m->oneof));
+        found = symbol_is(symbol, f, m->name, NULL) || (m->oneof && symbol_is(symbol, f, m->name, m->oneof));
         for (size_t j = 0; j < m->n && !found; j++) {
             const struct pb_enum *values = m->fields[j].kind == PB_ENUM ? m->fields[j].sub : NULL;
-            found = symbol_is(symbol, f->package, m->name, m->fields[j].name) ||
-                    (values && symbol_is(symbol, f->package, m->name, values->name));
+            found = symbol_is(symbol, f, m->name, m->fields[j].name) || (values && symbol_is(symbol, f, m->name, values->name));
         }
     }
     for (const struct pb_method *m = f->methods; m && m->name && !found; m++)
-        found = symbol_is(symbol, f->package, f->service, m->name);
+        found = symbol_is(symbol, f, f->service, m->name);
     return found;
 }
 
@@ -12347,46 +12346,13 @@ static bool file_offered(const struct stream *s, const struct pb_file *f)
     return !(f->needs & ~s->conn->endpoint->offers);
 }
 
-/* The file that a request asks for, or NULL. */
-static const struct pb_file *reflection_file(const struct stream *s, const struct ServerReflectionRequest *req)
+/* The file of this name, or that defines a symbol; of those that the server has.  NULL: none. */
+static const struct pb_file *reflection_file(const struct stream *s, struct bytes name, struct bytes symbol)
 {
     for (const struct pb_file *f = all_files; f < all_files + PB_COUNT(all_files); f++)
-        if (file_offered(s, f) &&
-            (req->file_by_filename.p ? bytes_eq(req->file_by_filename, bytes_of(f->name))
-                                     : req->file_containing_symbol.p && file_has(f, req->file_containing_symbol)))
+        if (file_offered(s, f) && (name.p ? bytes_eq(name, bytes_of(f->name)) : symbol.p && file_has(f, symbol)))
             return f;
     return NULL;
-}
-
-/* Answers with the file and what it imports. */
-static void reflection_send_file(struct stream *s, struct ServerReflectionResponse res, const struct pb_file *file)
-{
-    struct buf made[2] = { { 0 } };
-    struct bytes wire[2];
-    size_t n = 0;
-    for (; file; file = file->imported)
-        wire[n] = pb_file_descriptor(&made[n], file), n++;
-    struct FileDescriptorResponse files = { .file_descriptor_proto = { .items = wire, .n = n } };
-    res.file_descriptor_response = &files;
-    grpc_send(s, &ServerReflectionResponse_message, &res);
-    for (size_t i = 0; i < n; i++)
-        buf_free(&made[i]);
-}
-
-static void reflection_send_services(struct stream *s, struct ServerReflectionResponse res)
-{
-    struct ServiceResponse list[PB_COUNT(all_files)];
-    char names[PB_COUNT(all_files)][64];
-    size_t n = 0;
-    for (const struct pb_file *f = all_files; f < all_files + PB_COUNT(all_files); f++)
-        if (f->service && file_offered(s, f)) {
-            text_printf(names[n], sizeof names[n], "%s.%s", f->package, f->service);
-            list[n].name = bytes_of(names[n]);
-            n++;
-        }
-    struct ListServiceResponse services = { .service = { .items = list, .n = n } };
-    res.list_services_response = &services;
-    grpc_send(s, &ServerReflectionResponse_message, &res);
 }
 
 static void reflection_message(struct stream *s, struct bytes wire)
@@ -12395,25 +12361,37 @@ static void reflection_message(struct stream *s, struct bytes wire)
     if (!message_decode(s, &ServerReflectionRequest_message, &req, wire))
         return;
     struct ServerReflectionResponse res = { .valid_host = req.host, .original_request = &req };
-    const struct pb_file *file = reflection_file(s, &req);
     struct ErrorResponse error = { .error_code = GRPC_NOT_FOUND, .error_message = BYTES("not found") };
     struct ExtensionNumberResponse numbers = { .base_type_name = req.all_extension_numbers_of_type };
-    if (file) {
-        reflection_send_file(s, res, file);
-        return;
-    }
-    if (req.list_services.p) {
-        reflection_send_services(s, res);
-        return;
-    }
-    bool known = false;
-    for (size_t i = 0; req.all_extension_numbers_of_type.p && i < PB_COUNT(all_files); i++)
-        known |= file_offered(s, &all_files[i]) && file_has(&all_files[i], req.all_extension_numbers_of_type);
-    if (known)
+    struct buf made[2] = { { 0 } };   /* a file, and what it imports */
+    struct bytes files[2];
+    char names[PB_COUNT(all_files)][64];
+    struct ServiceResponse services[PB_COUNT(all_files)];
+    struct FileDescriptorResponse described = { .file_descriptor_proto.items = files };
+    struct ListServiceResponse list = { .service.items = services };
+    size_t n = 0;
+    const struct pb_file *f = reflection_file(s, req.file_by_filename, req.file_containing_symbol);
+    for (; f; f = f->imported, n++)
+        files[n] = pb_file_descriptor(&made[n], f);
+    if ((described.file_descriptor_proto.n = n) > 0) {
+        res.file_descriptor_response = &described;
+    } else if (req.list_services.p) {
+        for (f = all_files; f < all_files + PB_COUNT(all_files); f++)
+            if (f->service && file_offered(s, f)) {
+                text_printf(names[n], sizeof names[n], "%s.%s", f->package, f->service);
+                services[n].name = bytes_of(names[n]);
+                n++;
+            }
+        list.service.n = n;
+        res.list_services_response = &list;
+    } else if (reflection_file(s, (struct bytes){ 0 }, req.all_extension_numbers_of_type)) {
         res.all_extension_numbers_response = &numbers;
-    else
+    } else {
         res.error_response = &error;
+    }
     grpc_send(s, &ServerReflectionResponse_message, &res);
+    for (size_t i = 0; i < PB_COUNT(made); i++)
+        buf_free(&made[i]);
 }
 
 /* ---- What agents fetch ---- */
