@@ -13043,8 +13043,8 @@ struct agent {
     struct client c;
     struct download download;
     struct stream *stream[STREAMS];
-    bool done[STREAMS];
     int64_t run;
+    int ended;                        /* streams that have ended well */
     size_t chunks, step;              /* step: row of run_steps that comes next */
     bool whole, begun, over, next_run;
     struct buf manifest, id;
@@ -13347,18 +13347,16 @@ static void agent_message(struct stream *s, struct bytes wire)
 static void agent_status(struct stream *s, unsigned status, struct bytes text)
 {
     struct agent *a = s->conn->core->app;
-    int which = s->user == &a->stream[AGENT] ? AGENT : FORWARDER;
     bool verdict = a->whole && status == GRPC_UNAVAILABLE && bytes_eq(text, BYTES(VERDICT_OVER));
     bool early = status == GRPC_OK && !s->local_closed;   /* it has not heard our end */
     if (a->c.loop->stop_why || a->c.again || a->next_run || (!a->chunks && client_again(&a->c, s, status, text)))
         return;
     if (!verdict && (status != GRPC_OK || !a->over || early)) {
-        client_fail(&a->c, "the %s's stream ended%s: %s: %.*s", which == AGENT ? "agent" : "log-forwarder",
+        client_fail(&a->c, "the %s's stream ended%s: %s: %.*s", s->user == &a->stream[AGENT] ? "agent" : "log-forwarder",
                     early ? " before the server had taken everything" : "", grpc_status_names[status], TEXT_OF(text, 300));
         return;
     }
-    a->done[which] = true;
-    if (!a->done[AGENT] || !(a->done[FORWARDER] || a->c.o->once))
+    if (++a->ended < (a->c.o->once ? 1 : STREAMS))
         return;
     core_note(&a->c.loop->core, NULL, "run %lld of %lld is over: the server has %s", (long long)a->run,
               (long long)a->c.o->repeat, verdict ? "its verdict" : "taken everything");
@@ -13876,7 +13874,8 @@ static void agent_turn(struct loop *l)
     download_free(a);
     a->run += a->next_run;
     a->chunks = a->step = a->announced = 0;
-    a->next_run = a->whole = a->begun = a->over = a->done[AGENT] = a->done[FORWARDER] = false;
+    a->ended = 0;
+    a->next_run = a->whole = a->begun = a->over = false;
     a->state = "ReceivingManifest";
     buf_free(&a->manifest);
     buf_free(&a->id);
@@ -14255,16 +14254,6 @@ struct health {
     int32_t answer;                   /* a ServingStatus, which counts once the call has ended with OK; -1: none */
 };
 
-static void health_end(struct health *h, int status, const char *text)
-{
-    struct loop *l = h->c.loop;
-    if (l->stop_why)
-        return;
-    core_note(&l->core, NULL, "%s: %s", h->c.dial.where, text);
-    l->exit_status = status;
-    loop_stop(l, "done");
-}
-
 static void health_answer(struct stream *s, struct bytes wire)
 {
     struct health *h = s->conn->core->app;
@@ -14277,14 +14266,14 @@ static void health_answer(struct stream *s, struct bytes wire)
 static void health_status_end(struct stream *s, unsigned status, struct bytes text)
 {
     struct health *h = s->conn->core->app;
-    char line[400];
-    if (h->c.loop->stop_why || client_again(&h->c, s, status, text))
+    struct loop *l = h->c.loop;
+    bool good = status == GRPC_OK, known = h->answer >= 0;
+    if (l->stop_why || client_again(&h->c, s, status, text))
         return;
-    text_printf(line, sizeof line, "%s: %.*s", grpc_status_names[status], TEXT_OF(text, 300));
-    if (status != GRPC_OK)
-        health_end(h, 1, line);
-    else
-        health_end(h, h->answer != HEALTH_SERVING, h->answer < 0 ? "no status" : ServingStatus_values[h->answer]);
+    core_note(&l->core, NULL, "%s: %s%s%.*s", h->c.dial.where, !good ? grpc_status_names[status]
+              : known ? ServingStatus_values[h->answer] : "no status", good ? "" : ": ", TEXT_OF(text, good ? 0 : 300));
+    l->exit_status = !good || h->answer != HEALTH_SERVING;
+    loop_stop(l, "done");
 }
 
 static const struct grpc_method health_method = {
@@ -14297,7 +14286,7 @@ static void health_up(struct link *k)
     struct HealthCheckRequest req = { .service = bytes_of(h->c.o->service) };
     struct stream *s = grpc_call(&k->conn, &health_method, h->c.dial.where, NULL);
     if (!s) {
-        health_end(h, 1, "out of memory");
+        client_fail(&h->c, "out of memory");
         return;
     }
     h->answer = -1;
@@ -14308,7 +14297,11 @@ static void health_up(struct link *k)
 
 static void health_down(struct link *k, const char *why)
 {
-    health_end(k->loop->core.app, 1, why);
+    if (k->loop->stop_why)
+        return;
+    core_note(&k->loop->core, NULL, "%s: %s", k->dial->where, why);
+    k->loop->exit_status = 1;
+    loop_stop(k->loop, "done");
 }
 
 static void health_turn(struct loop *l)
