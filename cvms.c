@@ -409,15 +409,9 @@ static int64_t earlier(int64_t a_ms, int64_t b_ms)
 /* Decimal digits only, up to 18 of them; -1 if it is anything else. */
 static int64_t parse_decimal(struct bytes b)
 {
-    int64_t v = 0;
-    if (b.n == 0 || b.n > 18)
-        return -1;
-    for (size_t i = 0; i < b.n; i++) {
-        if (b.p[i] < '0' || b.p[i] > '9')
-            return -1;
-        v = v * 10 + (b.p[i] - '0');
-    }
-    return v;
+    uint64_t v;
+    size_t n = b.n;
+    return n && n <= 18 && pb_digits_take(&b, &v) == n ? (int64_t)v : -1;
 }
 
 static bool bytes_printable(struct bytes b)
