@@ -306,13 +306,19 @@ static bool buf_write(struct buf *b, int fd)
     return ok;
 }
 
+/* What a variadic function has got behind fmt, as text in an array, at whose end it is cut. */
+#define TEXT_REST(to, fmt) \
+    do { \
+        va_list rest; \
+        va_start(rest, fmt); \
+        text_vprintf(to, sizeof(to), fmt, rest); \
+        va_end(rest); \
+    } while (0)
+
 /* Sets the text and returns false, so that a function can end with `return err_set(...)`. */
 PRINTF_LIKE(2, 3) static bool err_set(struct err *e, const char *fmt, ...)
 {
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(e->text, sizeof e->text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(e->text, fmt);
     return false;
 }
 
@@ -1705,7 +1711,6 @@ static unsigned core_look(const struct core *core)
 PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const char *fmt, ...)
 {
     char text[2000];
-    va_list ap;
     static const struct whom self = { .name = { (const uint8_t *)"cvms", 4 }, .kind = "server" };
     struct buf *out = core->joined ? &core->out : &core->err;
     unsigned look = core_look(core);
@@ -1721,9 +1726,7 @@ PRINTF_LIKE(3, 4) static void core_tell(struct core *core, struct whom w, const 
     }
     put_whom(core, out, look, &w);
     buf_puts(out, dim ? COLOR_DIM : "");
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     put_text(out, bytes_of(text), NULL);
     buf_puts(out, dim ? COLOR_OFF "\n" : "\n");
     if (out->failed)                  /* not half a line */
@@ -1837,10 +1840,7 @@ static bool core_strangers(struct core *core, bool end)
 PRINTF_LIKE(3, 4) static void core_fault(struct core *core, const char *peer, const char *fmt, ...)
 {
     char text[600];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     if (core_strangers(core, false))
         core_note(core, peer, "%s", text);
     else
@@ -3789,10 +3789,7 @@ static void grpc_client_status(struct stream *s, unsigned status, struct bytes t
 PRINTF_LIKE(3, 4) static void grpc_client_fail(struct stream *s, unsigned status, const char *fmt, ...)
 {
     char text[600];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     if (!s->grpc.finishing)
         grpc_client_status(s, status, bytes_of(text));
 }
@@ -4259,10 +4256,7 @@ struct tls_config {
 PRINTF_LIKE(3, 4) static bool source_bad(const struct tls_source *s, struct err *e, const char *fmt, ...)
 {
     char text[400];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     if (strstr(s->value, "-----BEGIN"))
         return err_set(e, "%s: %s", s->name, text);
     return err_set(e, "%s (%.150s): %s", s->name, s->value, text);
@@ -10071,12 +10065,9 @@ static void host_reach(const struct verdict *v, struct host *h, enum stage stage
 PRINTF_LIKE(2, 3) static void host_fail(struct host *h, const char *fmt, ...)
 {
     char text[CONTEXT_BYTES];
-    va_list ap;
     if (h->failure)
         return;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     h->failure = text_safe(bytes_of(text));
     if (!h->failure)
         h->failure = unexplained;
@@ -10618,10 +10609,7 @@ static const struct errand *courier_errand(const struct courier *c)
 PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, ...)
 {
     char text[1000];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     core_tell(&c->delivery->loop->core, (struct whom){ .name = bytes_of(c->host->name), .kind = "delivery" }, "%s", text);
 }
 
@@ -10629,10 +10617,7 @@ PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, .
 PRINTF_LIKE(2, 3) static void courier_fail(struct courier *c, const char *fmt, ...)
 {
     char text[800];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     courier_note(c, "%s", text);
     host_fail(c->host, "%s", text);
     c->over = true;
@@ -12892,10 +12877,7 @@ struct client {
 PRINTF_LIKE(2, 3) static void client_fail(struct client *c, const char *fmt, ...)
 {
     char text[900];
-    va_list ap;
-    va_start(ap, fmt);
-    text_vprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
+    TEXT_REST(text, fmt);
     core_note(&c->loop->core, NULL, "FAILED: %s", text);
     c->loop->exit_status = 1;
     loop_stop(c->loop, "the client ends");
@@ -13539,12 +13521,9 @@ static void upload_end(struct stream *s)
 
 PRINTF_LIKE(2, 3) static void download_end(struct download *l, const char *fmt, ...)
 {
-    va_list ap;
     if (l->over)
         return;
-    va_start(ap, fmt);
-    text_vprintf(l->why, sizeof l->why, fmt, ap);
-    va_end(ap);
+    TEXT_REST(l->why, fmt);
     l->over = true;
 }
 
