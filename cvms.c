@@ -2419,6 +2419,8 @@ static void stream_end_long(struct stream *s)
 /* Frees the streams that are done. */
 static void conn_reap(struct conn *c)
 {
+    if (!c->reap)
+        return;
     c->reap = false;
     for (struct stream **at = &c->streams, *s; (s = *at);) {
         if (!s->dead) {
@@ -2943,8 +2945,7 @@ static size_t conn_payload(struct conn *c, struct bytes p)
     if (c->frame.type < FRAME_TYPES)
         frame_handlers[c->frame.type](c, p);
     buf_free(&c->in);
-    if (c->reap)
-        conn_reap(c);
+    conn_reap(c);
     return n;
 }
 
@@ -2986,8 +2987,7 @@ static void conn_http1_request(struct conn *c, size_t n, unsigned status)
     memmove(c->in.p, c->in.p + n, c->in.len);
     if (!c->in.len)
         buf_free(&c->in);
-    if (c->reap)
-        conn_reap(c);
+    conn_reap(c);
 }
 
 /* Takes up the next request, if it is whole and the one before is done.  False: there is none. */
@@ -3127,15 +3127,13 @@ static void conn_fill(struct conn *c)
     struct stream *s;
     while (conn_pending(c) < OUT_TARGET && !out->failed && (s = conn_next_sendable(c)))
         stream_emit(s);
-    if (c->reap)
-        conn_reap(c);
+    conn_reap(c);
 }
 
 /* The bytes that wait to go out, and how many; they hold until the next call on this connection. */
 static size_t conn_peek(struct conn *c, const uint8_t **p)
 {
-    if (c->reap)
-        conn_reap(c);
+    conn_reap(c);
     do
         conn_fill(c);
     while (conn_http1_next(c));
