@@ -7012,23 +7012,21 @@ static void option_set(struct mistakes *r, struct options *o, const struct optio
                                            "server-name" };
     const char *why;
     int64_t n;
-    if (value && !*value && ROW_FIND(secures, bytes_of(opt->name)) < PB_COUNT(secures))
-        tell(r, USAGE, "-%s is empty, as of a variable that is not set; leave it out if that is meant", opt->name);
-    else if (opt->commands & BOTH && opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && !*value &&
-        opt->offset != AT(algo_args))
-        tell(r, WARNING, "-%s is empty, as of a variable that is not set", opt->name);
+    bool secure = ROW_FIND(secures, bytes_of(opt->name)) < PB_COUNT(secures), input = opt->commands & BOTH &&
+                  opt->kind >= OPT_LIST && opt->kind <= OPT_PATHS && opt->offset != AT(algo_args);
+    if (value && !*value && (secure || input))
+        tell(r, secure ? USAGE : WARNING, "-%s is empty, as of a variable that is not set%s", opt->name,
+             secure ? "; leave it out if that is meant" : "");
+    if ((opt->kind == OPT_TEXT || opt->kind == OPT_LIST) && !pb_utf8_valid(bytes_of(value)))
+        tell(r, USAGE, "-%s: \"%s\" is not UTF-8, which all text in a manifest has to be", opt->name, value);
     switch (opt->kind) {
     case OPT_TEXT:
-    case OPT_LIST:
-        if (!pb_utf8_valid(bytes_of(value)))
-            tell(r, USAGE, "-%s: \"%s\" is not UTF-8, which all text in a manifest has to be", opt->name, value);
-        /* fall through */
     case OPT_PATH:
+        *(const char **)at = value;
+        break;
+    case OPT_LIST:
     case OPT_PATHS:
-        if (opt->kind == OPT_LIST || opt->kind == OPT_PATHS)
-            values_add(o, at, value);
-        else
-            *(const char **)at = value;
+        values_add(o, at, value);
         break;
     case OPT_FLAG:
         n = value ? parse_bool(value) : 1;
@@ -7037,16 +7035,14 @@ static void option_set(struct mistakes *r, struct options *o, const struct optio
         *(bool *)at = n > 0;
         break;
     case OPT_COUNT:
-        n = parse_decimal(bytes_of(value));
+        *(int64_t *)at = n = parse_decimal(bytes_of(value));
         if (n <= 0 || n > UINT32_MAX)
             tell(r, USAGE, "-%s: \"%s\" is not a number from 1 to %lu", opt->name, value, (unsigned long)UINT32_MAX);
-        *(int64_t *)at = n;
         break;
     case OPT_DURATION:
-        n = parse_duration(value, &why);
+        *(int64_t *)at = n = parse_duration(value, &why);
         if (n < 0)
             tell(r, USAGE, "-%s: \"%s\" %s; write it like 90s or 2m30s", opt->name, value, why);
-        *(int64_t *)at = n;
         break;
     case OPT_IGNORED:
         tell(r, WARNING, "-%s is %s", opt->name, opt->help);
@@ -7089,28 +7085,21 @@ static size_t option_take(struct mistakes *r, struct options *o, char **words, s
  * address have flags behind these as well. */
 static void options_parse(struct mistakes *r, struct options *o, char **words, size_t n)
 {
-    bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM | CRYPT);
-    size_t i = 0, kept = 0;
+    bool anywhere = o->command & (CLIENTS | CMD_CHECKSUM | CRYPT), flags = true;
     o->given = option_alloc(o, OPTIONS * sizeof *o->given);
+    o->args = option_alloc(o, (n + 1) * sizeof *o->args);
     for (const struct option *opt = option_table; opt < option_table + OPTIONS; opt++)
         if (opt->preset && opt->commands & (unsigned)o->command)
             option_set(r, o, opt, opt->preset);
-    while (i < n) {
-        if (words[i][0] == '-' && words[i][1]) {
-            if (strcmp(words[i++], "--") == 0)
-                break;
-            o->flagged = true;
-            i += option_take(r, o, words + i - 1, n - i + 1) - 1;
-        } else if (anywhere) {
-            words[kept++] = words[i++];
-        } else {
-            break;
-        }
+    for (size_t i = 0; i < n; i++) {
+        bool flag = flags && words[i][0] == '-' && words[i][1];
+        flags = flags && (flag ? strcmp(words[i], "--") != 0 : anywhere);
+        if (!flag)
+            o->args[o->arg_count++] = words[i];
+        else if (flags)
+            i += option_take(r, o, words + i, n - i) - 1;
+        o->flagged |= flag && flags;
     }
-    while (kept && i < n)
-        words[kept++] = words[i++];
-    o->args = (const char **)(kept ? words : words + i);
-    o->arg_count = kept ? kept : n - i;
 }
 
 /* -fault NAME[=VALUE], each of them. */
