@@ -6605,10 +6605,9 @@ struct options {
     const char *public_key_path, *attested_tls, *algo_path, *algo_source_url, *algo_kbs_path, *kbs_url, *algo_kbs_url,
         *algo_source_type, *dataset_source_type, *algo_type, *algo_hash, *dataset_hash, *client_ca_file, *compat,
         *output, *ready_file, *fail, *service, *out_file, *job_id, *manifest, *algo_encrypted, *algo_public_key_path,
-        *until, *report, *record, *replay, *server_cert, *new_key,
-        *server_key, *client_ca_certs, *client_san, *ca, *cert, *key, *server_name, *deliver, *deliver_host,
-        *deliver_key, *private_key_path,
-        *agent_address, *algo_requirements, *python_runtime, *results, *agent_port;
+        *until, *report, *record, *replay, *server_cert, *new_key, *server_key, *client_ca_certs, *client_san, *ca,
+        *cert, *key, *server_name, *deliver, *deliver_host, *deliver_key, *private_key_path, *agent_address,
+        *algo_requirements, *python_runtime, *results, *agent_port;
     struct values data_paths, dataset_source_urls, dataset_kbs_paths, dataset_kbs_urls, algo_args, dataset_decompress,
         dataset_hashes, dataset_encrypted, dataset_public_key_paths, result_consumer_keys, set, manifest_for, expect,
         reject, fault;
@@ -7492,35 +7491,25 @@ static bool tzif_offset(struct bytes in, int32_t *offset)
     return ok;
 }
 
-static bool zone_load(const char *folder, const char *name, int32_t *offset)
-{
-    enum { ZONE_FILE_MAX = 10 << 20 };
-    char path[PATH_MAX];
-    struct buf file = { 0 };
-    struct err ignored;
-    text_printf(path, sizeof path, "%s%s", folder, name);
-    bool ok = file_load(path, ZONE_FILE_MAX, &file, &ignored) &&
-              tzif_offset((struct bytes){ file.p, file.len }, offset);
-    buf_free(&file);
-    return ok;
-}
-
 /* The local zone's offset at Unix time 0, which is the agent's only if it is found as Go finds it: the C library takes
  * TZ=JST-9 for a rule, Go for a file that is not there, and then for UTC. */
 static int32_t zone_offset(void)
 {
-    static const char *const folders[] = { "/usr/share/zoneinfo/", "/usr/share/lib/zoneinfo/", "/usr/lib/locale/TZ/",
+    enum { ZONE_FILE_MAX = 10 << 20 };
+    static const char *const folders[] = { "", "/usr/share/zoneinfo/", "/usr/share/lib/zoneinfo/", "/usr/lib/locale/TZ/",
                                            "/etc/zoneinfo/" };
     const char *tz = getenv("TZ");
+    tz = tz ? tz + (*tz == ':') : "/etc/localtime";
+    size_t i = *tz == '/' ? 0 : 1, end = *tz == '/' ? 1 : PB_COUNT(folders);
     int32_t offset = 0;
-    if (!tz)
-        tz = "/etc/localtime";
-    tz += *tz == ':';
-    if (*tz == '/')
-        zone_load("", tz, &offset);
-    else if (*tz && strcmp(tz, "UTC") != 0)
-        for (size_t i = 0; i < PB_COUNT(folders) && !zone_load(folders[i], tz, &offset);)
-            i++;
+    for (bool found = !*tz || strcmp(tz, "UTC") == 0; !found && i < end; i++) {
+        char path[PATH_MAX];
+        struct buf file = { 0 };
+        struct err ignored;
+        text_printf(path, sizeof path, "%s%s", folders[i], tz);
+        found = file_load(path, ZONE_FILE_MAX, &file, &ignored) && tzif_offset((struct bytes){ file.p, file.len }, &offset);
+        buf_free(&file);
+    }
     return offset;
 }
 
@@ -8344,6 +8333,7 @@ static int image_step(struct image *im, const char *path, struct err *e)
 /* One path to hash, and the answer: hash, size and id if ok, else why, to be freed (NULL: out of memory). */
 struct checksum {
     const char *path;
+    const struct part *part;     /* whose it is, in a manifest */
     char *why;
     bool ok;
     uint64_t size;               /* of what is hashed: of a folder, its zip */
@@ -8417,7 +8407,7 @@ static bool checksums_start(struct checksums *j, struct checksum *c, size_t n)
     unsigned features = n > 1 ? sha3_features() : 0, most = sha3_256_lanes(features);
     *j = (struct checksums){ .c = c, .n = n, .features = features, .width = n < most ? (unsigned)n : most };
     for (size_t i = 0; i < n; i++)
-        c[i] = (struct checksum){ .path = c[i].path, .image = c[i].image };
+        c[i] = (struct checksum){ .path = c[i].path, .part = c[i].part, .image = c[i].image };
     j->lanes = n ? calloc(j->width, sizeof *j->lanes) : NULL;
     return j->lanes || n == 0;
 }
@@ -8585,6 +8575,12 @@ static int cmd_checksum(struct mistakes *r, bool base64, const char *const *path
 
 /* ---- cvms encrypt, cvms decrypt ---- */
 
+static bool is_file(const char *path, const struct stat *file)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
+}
+
 #if CVMS_TLS
 /* What is written: to a file beside `path` that gets its name when all is right, or to what can't be renamed. */
 struct output {
@@ -8605,12 +8601,6 @@ MUST_USE static bool source_open_any(struct source *s, const char *path, struct 
         return source_open(s, path, e);
     *s = (struct source){ .path = "stdin", .fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3) };
     return s->fd >= 0 || file_err(e, s->path, strerror(errno));
-}
-
-static bool is_file(const char *path, const struct stat *file)
-{
-    struct stat st;
-    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
 }
 
 /* Whether a path leads, or would lead, to a place in this folder, at any depth. */
@@ -8796,12 +8786,11 @@ static int cmd_crypt(const struct options *o, struct mistakes *r)
 #define KEY_FROM_PRIVATE "openssl pkey -in PRIVATE.pem -pubout"
 #define KEY_ANEW "openssl genpkey -algorithm ed25519 -out new.pem && openssl pkey -in new.pem -pubout"
 
-/* What stands where a public key should, and the command that makes one of it; @ is the file. */
-struct key_mistake {
+/* What stands where a public key should, and the command that makes one of it; @ is the file.  sign: the end or beginning
+ * of a PEM block's label, the type in DER, or the beginning of a text; the first that fits. */
+static const struct {
     const char *sign, *what, *make;
-};
-
-static const struct key_mistake label_mistakes[] = { /* the end of the label; the first that fits */
+} key_mistakes[] = {
     { "RSA PUBLIC KEY", "a PKCS#1 RSA public key", "openssl rsa -RSAPublicKey_in -in @ -pubout" },
     { "OPENSSH ED25519", "an OpenSSH Ed25519 private key, which ssh-keygen cannot turn into PEM", KEY_ANEW },
     { "OPENSSH PRIVATE KEY", "an OpenSSH private key", "ssh-keygen -e -m PKCS8 -f @" },
@@ -8809,20 +8798,15 @@ static const struct key_mistake label_mistakes[] = { /* the end of the label; th
     { "EC PARAMETERS", "the curve that comes before an EC private key", "openssl pkey -in @ -pubout" },
     { "CERTIFICATE REQUEST", "a certificate request", "openssl req -in @ -pubkey -noout" },
     { "CERTIFICATE", "a certificate", "openssl x509 -in @ -pubkey -noout" },
-};
-
-static const struct key_mistake text_mistakes[] = {  /* the beginning of a file without any PEM block */
-    { "ssh-ed25519 ", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM", KEY_ANEW },
+    { "SubjectPublicKeyInfo", "a public key in binary DER", "openssl pkey -pubin -inform DER -in @" },
+    { "RSAPublicKey", "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in @ -pubout" },
+    { "ssh-ed25519", "an OpenSSH Ed25519 public key, which ssh-keygen cannot turn into PEM", KEY_ANEW },
     { "ssh-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f @" },
     { "ecdsa-sha2-", "an OpenSSH public key", "ssh-keygen -e -m PKCS8 -f @" },
     { "\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t ASCII @" },
     { "\xef\xbb\xbf", "text with a byte order mark before it", "tail -c +4 @" },
 };
-
-static const struct key_mistake der_mistakes[] = {
-    { NULL, "a public key in binary DER", "openssl pkey -pubin -inform DER -in @" },
-    { NULL, "a PKCS#1 RSA public key in binary DER", "openssl rsa -RSAPublicKey_in -inform DER -in @ -pubout" },
-};
+enum { KEY_SIGN = sizeof "ssh-ed25519" - 1 }; /* bytes of a text that are looked at */
 
 /* A command in which @ is a path, as a shell word. */
 static void put_command(struct buf *out, const char *command, const char *path)
@@ -8850,37 +8834,31 @@ static bool key_err(struct err *e, const char *path, const char *what, const cha
     return false;
 }
 
-static bool mistake_err(struct err *e, const char *path, const struct key_mistake *m)
+/* True: nothing that is known has this sign. */
+static bool key_mistake(const char *path, struct bytes sign, struct err *e)
 {
     char what[200];
-    text_printf(what, sizeof what, "is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one", m->what);
-    return key_err(e, path, what, m->make);
-}
-
-/* A PEM block of another label than PUBLIC KEY. */
-static bool label_mistake(const char *path, const char *label, struct err *e)
-{
-    size_t len = strlen(label);
-    for (size_t i = 0; i < PB_COUNT(label_mistakes); i++) {
-        size_t n = strlen(label_mistakes[i].sign);
-        if (len >= n && strcmp(label + len - n, label_mistakes[i].sign) == 0)
-            return mistake_err(e, path, &label_mistakes[i]);
+    for (size_t i = 0; i < PB_COUNT(key_mistakes); i++) {
+        struct bytes behind = bytes_behind(sign, bytes_of(key_mistakes[i].sign));
+        if (!behind.p || (behind.n && !bytes_start(sign, key_mistakes[i].sign)))
+            continue;
+        text_printf(what, sizeof what, "is %s, not a public key in PEM (\"BEGIN PUBLIC KEY\"); make one",
+                    key_mistakes[i].what);
+        return key_err(e, path, what, key_mistakes[i].make);
     }
-    return err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
-                   KEY_FROM_PRIVATE, path, label);
+    return true;
 }
 
 /* A file without any PEM block. */
 static bool text_mistake(const char *path, struct bytes text, struct err *e)
 {
+    struct bytes sign = { text.p, min_size(text.n, KEY_SIGN) };
     if (text.n == 0)
         return key_err(e, path, "is empty; make a public key", KEY_FROM_PRIVATE);
-    if (der_is_spki(text) || der_is_pkcs1_public(text))
-        return mistake_err(e, path, &der_mistakes[!der_is_spki(text)]);
-    for (size_t i = 0; i < PB_COUNT(text_mistakes); i++)
-        if (bytes_start(text, text_mistakes[i].sign))
-            return mistake_err(e, path, &text_mistakes[i]);
-    return key_err(e, path, "has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key",
+    return key_mistake(path, der_is_spki(text)           ? BYTES("SubjectPublicKeyInfo")
+                             : der_is_pkcs1_public(text) ? BYTES("RSAPublicKey")
+                                                         : sign, e) &&
+           key_err(e, path, "has no PEM block (\"-----BEGIN PUBLIC KEY-----\"); make one from the private key",
                    KEY_FROM_PRIVATE);
 }
 
@@ -8895,10 +8873,11 @@ MUST_USE static bool public_key_parse(const char *path, struct bytes text, struc
         return text_mistake(path, text, e);
     if (der->failed)
         return err_set(e, "%s: no memory for the key", path);
-    if (strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain(key, "ssh-ed25519"))
-        return label_mistake(path, "OPENSSH ED25519", e);
+    bool ed25519 = strcmp(label, "OPENSSH PRIVATE KEY") == 0 && bytes_contain(key, "ssh-ed25519");
     if (strcmp(label, PEM_PUBLIC_KEY) != 0)
-        return label_mistake(path, label, e);
+        return key_mistake(path, ed25519 ? BYTES("OPENSSH ED25519") : bytes_of(label), e) &&
+               err_set(e, "%s: the first PEM block is \"%s\", not \"PUBLIC KEY\"; make one from the private key with: "
+                       KEY_FROM_PRIVATE, path, label);
     if (got < 0 || (!der_is_spki(key) && !der_is_pkcs1_public(key)))
         return key_err(e, path, "its PEM block is damaged or cut off; make it again from the private key",
                        KEY_FROM_PRIVATE);
@@ -9303,9 +9282,8 @@ static size_t check_choice(struct mistakes *r, const char *flag, const char *val
 /* Whether both lead to one file, or will. */
 static bool same_file(const char *a, const char *b)
 {
-    struct stat x, y;
-    bool there = stat(a, &x) == 0;
-    return there ? S_ISREG(x.st_mode) && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino : strcmp(a, b) == 0;
+    struct stat st;
+    return stat(a, &st) == 0 ? S_ISREG(st.st_mode) && is_file(b, &st) : strcmp(a, b) == 0;
 }
 
 /* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
@@ -9410,7 +9388,7 @@ static void set_part(struct manifest *m, struct options *o, struct mistakes *r, 
     struct bytes given = parse_hash(o, r, p->flag[COL_HASH], hash);
     if (path) {
         struct checksum *in = &m->inputs[m->input_count++];
-        in->path = path;
+        *in = (struct checksum){ .path = path, .part = p };
         to->hash = (struct bytes){ in->hash, SHA3_256_LEN };
     }
     if (present(hash) ? !path || p == &dataset_part : url && !to->hash.n)
@@ -9609,11 +9587,6 @@ static void manifest_check(struct mistakes *r, const struct manifest *m)
     }
 }
 
-static const struct part *input_part(const struct manifest *m, size_t i)
-{
-    return m->algo_input && i + 1 == m->input_count ? &algorithm_part : &dataset_part;
-}
-
 /* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
 static void check_inputs(const struct manifest *m, struct mistakes *r)
 {
@@ -9628,7 +9601,7 @@ static void check_inputs(const struct manifest *m, struct mistakes *r)
         if (*path && source_open(&s, path, &e))
             source_close(&s);
         else if (*path)
-            tell(r, START, "-%s: %s%s", input_part(m, i)->flag[COL_PATH], e.text,
+            tell(r, START, "-%s: %s%s", m->inputs[i].part->flag[COL_PATH], e.text,
                  *path == ' ' ? " (it begins with a blank)" : "");
     }
 }
@@ -9643,16 +9616,16 @@ static void hash_inputs(struct manifest *m, struct mistakes *r)
         all &= m->inputs[i].ok;
     for (size_t i = 0; i < m->input_count; i++) {
         struct checksum *in = &m->inputs[i];
-        const char *flag = input_part(m, i)->flag[COL_PATH];
+        const char *flag = in->part->flag[COL_PATH];
         char hex[2 * SHA3_256_LEN + 1];
         hex_text(hex, in->hash, SHA3_256_LEN);
         if (!in->ok)
             tell(r, START, "-%s: %s", flag, checksum_why(in));
         else if (all)
-            tell_note("%s %s, " BYTES_FMT ", %s", input_part(m, i)->what, in->path, BYTES_OF(in->size), hex);
+            tell_note("%s %s, " BYTES_FMT ", %s", in->part->what, in->path, BYTES_OF(in->size), hex);
         if (all && in->size == 0)
             tell(r, WARNING, "-%s: %s is empty%s", flag, in->path,
-                 (input_part(m, i) == &dataset_part ? data[i].source : m->req.algorithm->source) ? "" :
+                 (in->part == &dataset_part ? data[i].source : m->req.algorithm->source) ? "" :
                  ": agents refuse an upload without a byte");
         free(in->why);
         in->why = NULL;
