@@ -7693,13 +7693,11 @@ static void tar_put(struct zip *z, int type, struct bytes name, uint64_t size)
     put_octal(h + 100, 7, 0755);
     put_octal(h + 108, 7, 0);         /* of nobody in particular, from Unix time 0 */
     put_octal(h + 116, 7, 0);
-    put_octal(h + 124, 11, size);
     put_octal(h + 136, 11, 0);
-    if (size > TAR_OCTAL_MAX) {       /* as GNU and Go write it: base 256 */
-        h[124] = 0x80;
-        for (int i = 11; i > 0; i--)
-            h[124 + i] = (uint8_t)(i > 3 ? size >> 8 * (11 - i) : 0);
-    }
+    if (size <= TAR_OCTAL_MAX)
+        put_octal(h + 124, 11, size);
+    else                              /* as GNU and Go write it: base 256 */
+        put_be32(h + 128, (uint32_t)(size >> 32)), put_be32(h + 132, (uint32_t)size), h[124] = 0x80;
     memset(h + 148, ' ', 8);
     h[156] = (uint8_t)type;
     memcpy(h + 257, "ustar\00000", 8);
@@ -8234,8 +8232,8 @@ static bool image_text(struct image *im, enum image_part part, struct buf *text)
  * unwrapping one needs nothing. */
 static void image_annotations(const struct image *im, struct buf *out)
 {
-    uint8_t nonce[16] = { [15] = LAYER_COUNTER };
-    struct buf options = { 0 };
+    uint8_t nonce[16] = { [15] = LAYER_COUNTER }, text[200];
+    struct buf options = buf_fixed(text, sizeof text);
     memcpy(nonce, im->nonce, sizeof im->nonce);
     buf_puts(&options, "{\"cipher\":\"AES_256_CTR_HMAC_SHA256\",\"hmac\":\"");
     pb_base64(&options, (struct bytes){ im->mac, sizeof im->mac });
@@ -8246,8 +8244,6 @@ static void image_annotations(const struct image *im, struct buf *out)
                   "\"org.opencontainers.image.enc.pubopts\":\"");
     pb_base64(out, (struct bytes){ options.p, options.len });
     buf_puts(out, "\"}");
-    out->failed |= options.failed;
-    buf_free(&options);
 }
 
 /* Config and manifest of a layer whose digest is made; tar is that of what is in it.  False without memory. */
@@ -8560,13 +8556,13 @@ static int cmd_checksum(struct mistakes *r, bool base64, const char *const *path
     for (size_t i = 0; i < n; i++)
         c[i].path = paths[i];
     checksum_files(c, n);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         if (c[i].ok)
             checksum_line(&lines, &c[i], base64);
         else
             tell(r, START, "checksum: %s", checksum_why(&c[i]));
-    for (size_t i = 0; i < n; i++)
         free(c[i].why);
+    }
     if (!buf_write(&lines, STDOUT_FILENO))
         tell(r, START, "checksum: stdout: %s", strerror(errno));
     free(c);
@@ -9846,17 +9842,16 @@ static bool manifest_look(struct manifest *m, struct core *core)
 static bool manifest_take(struct manifest *m, struct checksum *in, struct checksum *fresh, struct core *core)
 {
     char hex[2 * SHA3_256_LEN + 1];
-    bool differs = fresh->ok && memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0;
-    if (fresh->ok) {
-        hex_text(hex, fresh->hash, SHA3_256_LEN);
-        core_note(core, NULL, "%s has changed: hashed again, now %s", in->path, hex);
-        differs |= in->image != NULL; /* which may have a new name */
-        fresh->version = differs ? m->version + 1 : in->version;
-        *in = *fresh;
-    } else {
+    if (!fresh->ok) {
         core_note(core, NULL, "%s has changed and can't be read; the manifest keeps its old hash", in->path);
         in->id = path_id(in->path);
+        return false;
     }
+    hex_text(hex, fresh->hash, SHA3_256_LEN);
+    core_note(core, NULL, "%s has changed: hashed again, now %s", in->path, hex);
+    bool differs = in->image || memcmp(in->hash, fresh->hash, SHA3_256_LEN) != 0; /* an image may have a new name */
+    fresh->version = differs ? m->version + 1 : in->version;
+    *in = *fresh;
     return differs;
 }
 
