@@ -7282,16 +7282,12 @@ struct file_id {
     uint8_t digest[32];
 };
 
-/* "PATH: reason", with the end of a long path and without control characters; returns false. */
+/* "PATH: reason", with the end of a long path; returns false. */
 static bool file_err(struct err *e, const char *path, const char *why)
 {
     enum { KEEP = 400 };
     size_t n = strlen(path);
-    err_set(e, "%s%s: %s", n > KEEP ? "..." : "", n > KEEP ? path + n - KEEP : path, why);
-    for (char *c = e->text; *c; c++)
-        if ((unsigned char)*c < 0x20 || *c == 0x7f)
-            *c = '?';
-    return false;
+    return err_set(e, "%s%s: %s", n > KEEP ? "..." : "", n > KEEP ? path + n - KEEP : path, why);
 }
 
 /* Opens a regular file, without waiting for a pipe's writer.  Returns the descriptor and fills st, or -1: e has the
@@ -7992,10 +7988,7 @@ MUST_USE static bool source_open_as(struct source *s, const char *path, const ch
     return ok;
 }
 
-MUST_USE static bool source_open(struct source *s, const char *path, struct err *e)
-{
-    return source_open_as(s, path, NULL, e);
-}
+#define source_open(s, path, e) source_open_as(s, path, NULL, e)
 
 /* source_read, before any sealing. */
 MUST_USE static ssize_t source_pull(struct source *s, uint8_t *p, size_t n, struct err *e)
@@ -8130,13 +8123,8 @@ static ssize_t seal_read(struct source *s, uint8_t *p, size_t n, struct err *e)
     }
 }
 #else
-MUST_USE static bool source_seal(struct source *s, const uint8_t *key, const uint8_t *nonce, struct err *e)
-{
-    (void)key, (void)nonce;
-    source_close(s);
-    return err_set(e, "this cvms was built without TLS (make TLS=0), and so without AES; build it with TLS");
-}
-
+#define source_seal(s, key, nonce, e) \
+    (source_close(s), err_set(e, "this cvms was built without TLS (make TLS=0), and so without AES; build it with TLS"))
 #define seal_read source_pull
 #endif
 
@@ -8357,44 +8345,37 @@ struct checksums {
     uint64_t done;               /* bytes */
 };
 
-/* Takes up a path.  One that cannot be opened is done. */
-static void lane_start(struct lane *l, struct checksum *c, unsigned features)
+/* Sees to it that a whole block waits, of the lane's path or of the next one, which it takes up.  A path that has ended,
+ * or can't be read, is done.  False: there is no path left. */
+static bool lane_fill(struct checksums *j, struct lane *l)
 {
     struct err e;
-    if (!source_open(&l->source, c->path, &e)) {
-        c->why = strdup(e.text);
-        return;
-    }
-    c->id = l->source.id;
-    l->c = c;
-    l->at = l->len = sizeof l->data;
-    sha3_256_init(&l->h, features);
-}
-
-/* Sees to it that a whole block waits.  If there is none left, the source is done and the lane free: returns false. */
-static bool lane_fill(struct lane *l)
-{
-    ssize_t n = 0;
-    struct err e;
-    while (l->len - l->at < SHA3_256_RATE) {
-        if (l->len == sizeof l->data && (n = source_read(&l->source, l->data, sizeof l->data, &e)) >= 0) {
+    for (ssize_t n = 0; l->c || j->next < j->n;) {
+        struct checksum *c = l->c ? l->c : &j->c[j->next++];
+        if (!l->c && source_open(&l->source, c->path, &e)) {
+            l->c = c;
+            c->id = l->source.id;
+            l->at = l->len = sizeof l->data;
+            sha3_256_init(&l->h, j->features);
+        } else if (!l->c) {
+            c->why = strdup(e.text);
+        } else if (l->len - l->at >= SHA3_256_RATE) {
+            return true;
+        } else if (l->len == sizeof l->data && (n = source_read(&l->source, l->data, sizeof l->data, &e)) >= 0) {
             l->at = 0;
             l->len = (size_t)n;
-            l->c->size += (uint64_t)n;
-            continue;
-        }
-        l->c->ok = n >= 0;
-        if (l->c->ok) {
-            sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
-            sha3_256_final(&l->h, l->c->hash);
+            c->size += (uint64_t)n;
         } else {
-            l->c->why = strdup(e.text);
+            c->ok = n >= 0;
+            c->why = c->ok ? NULL : strdup(e.text);
+            sha3_256_update(&l->h, l->data + l->at, l->len - l->at);
+            sha3_256_final(&l->h, c->hash);
+            source_close(&l->source);
+            l->c = NULL;
+            n = 0;
         }
-        source_close(&l->source);
-        l->c = NULL;
-        return false;
     }
-    return true;
+    return false;
 }
 
 /* Begins with n paths; all members of each but path are set.  False without memory. */
@@ -8436,9 +8417,7 @@ static bool checksums_step(struct checksums *j)
     unsigned some = 0;
     for (unsigned i = 0; i < j->width; i++) {
         struct lane *l = &j->lanes[i];
-        while (!(l->c && lane_fill(l)) && j->next < j->n)
-            lane_start(l, &j->c[j->next++], j->features);
-        if (!l->c)
+        if (!lane_fill(j, l))
             continue;
         step = min_size(step, (l->len - l->at) / SHA3_256_RATE * SHA3_256_RATE);
         busy[some] = l;
@@ -8470,31 +8449,24 @@ static size_t checksums_text(const struct checksums *j, char *out, size_t cap)
                        (unsigned long long)(j->done / 1000000), j->next, j->n);
 }
 
-/* Shows it on a terminal, over what was shown before; at the end nothing stays. */
-static void checksums_show(const struct checksums *j, bool end)
-{
-    char line[80] = "\r";
-    size_t n = 1 + checksums_text(j, line + 1, sizeof line - 1);
-    memset(line + 1, ' ', end ? n - 1 : 0);
-    line[n++] = end ? '\r' : ' ';
-    fd_write(STDERR_FILENO, line, n, 0);
-}
-
-/* Hashes n paths before the loop runs, and shows what takes over a second.  Sets all members but path of each. */
+/* Hashes n paths before the loop runs, and shows on a terminal what takes over a second, each time over what was shown
+ * before; at the end nothing stays.  Sets all members but path of each. */
 static void checksum_files(struct checksum *c, size_t n)
 {
     struct checksums j;
+    char line[80] = "\r";
+    size_t shown = 0;
     int64_t next = isatty(STDERR_FILENO) ? clock_ms(CLOCK_MONOTONIC) + PROGRESS_MS : INT64_MAX;
-    bool shown = false;
     if (checksums_start(&j, c, n))
         while (checksums_step(&j))
             if (next < INT64_MAX && clock_ms(CLOCK_MONOTONIC) >= next) {
-                checksums_show(&j, false);
-                shown = true;
+                shown = 1 + checksums_text(&j, line + 1, sizeof line - 1);
+                fd_write(STDERR_FILENO, line, shown, 0);
                 next = clock_ms(CLOCK_MONOTONIC) + PROGRESS_STEP_MS;
             }
-    if (shown)
-        checksums_show(&j, true);
+    memset(line + 1, ' ', shown);
+    line[shown] = '\r';
+    fd_write(STDERR_FILENO, line, shown ? shown + 1 : 0, 0);
     checksums_free(&j);
 }
 
@@ -8529,16 +8501,13 @@ static bool checksum_changed(const char *path, const struct file_id *id)
 static void checksum_line(struct buf *b, const struct checksum *c, bool base64)
 {
     static const char escaped[] = "\n\r\\", letters[] = "nr\\";
+    char hex[2 * sizeof c->hash + 1];
+    hex_text(hex, c->hash, sizeof c->hash);
     if (strpbrk(c->path, escaped))
         buf_putc(b, '\\');
-    if (base64) {
+    if (base64)
         pb_base64(b, (struct bytes){ c->hash, sizeof c->hash });
-    } else {
-        char hex[2 * sizeof c->hash + 1];
-        hex_text(hex, c->hash, sizeof c->hash);
-        buf_puts(b, hex);
-    }
-    buf_puts(b, "  ");
+    buf_printf(b, "%s  ", base64 ? "" : hex);
     for (const char *p = c->path; *p; p++) {
         const char *at = strchr(escaped, *p);
         if (at)
@@ -9088,12 +9057,9 @@ static int signature_check(struct bytes spki, struct bytes text, struct bytes si
 #else
 struct user_key { int unused; };
 
-static struct user_key *user_key_make(struct err *e)
-{
-    err_set(e, "this cvms was built without TLS (make TLS=0), and so without keys; build it with TLS");
-    return NULL;
-}
-
+#define user_key_make(e) \
+    (err_set(e, "this cvms was built without TLS (make TLS=0), and so without keys; build it with TLS"), \
+     (struct user_key *)NULL)
 #define user_key_load(path, e) ((void)(path), user_key_make(e))
 #define user_key_free(k) ((void)(k))
 #define user_key_public(k, spki) ((void)(k), (void)(spki), false)
@@ -9715,14 +9681,12 @@ static void manifest_read(struct manifest *m, struct options *o, struct mistakes
 {
     struct buf text = { 0 };
     struct err e;
-    if (!file_load(path, MANIFEST_FILE_MAX, &text, &e)) {
-        tell(r, START, "-%s: %s", flag, e.text);
-        buf_free(&text);
-        return;
-    }
-    struct bytes json = { (const uint8_t *)option_text(o, (struct bytes){ text.p, text.len }), text.len };
+    bool ok = file_load(path, MANIFEST_FILE_MAX, &text, &e);
+    struct bytes json = { ok ? (const uint8_t *)option_text(o, (struct bytes){ text.p, text.len }) : NULL, text.len };
     buf_free(&text);
-    if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text))
+    if (!ok)
+        tell(r, START, "-%s: %s", flag, e.text);
+    else if (!pb_json_parse(&ComputationRunReq_message, &m->req, json, &o->arena, e.text, sizeof e.text))
         tell(r, START, "-%s: %s: %s", flag, path, e.text);
 }
 
