@@ -5202,7 +5202,7 @@ struct loop {
     struct tls_pool tls_pool;
     struct link **heap;
     size_t heap_len, heap_cap;
-    bool paused, stopping, hurry, reload;   /* reload: SIGHUP has come */
+    bool paused, stopping, hurry, reload, nohup;   /* reload: SIGHUP has come; nohup: it was to be ignored */
     int64_t stop_ms, timer_ms;        /* timer_ms: when the application wants its turn; INT64_MAX: never */
     int64_t accept_ms;                /* how long the listeners rest; INT64_MAX: they don't */
     int64_t refuse;                   /* so many connections are closed at once (-fault refuse) */
@@ -5981,7 +5981,7 @@ static void signals_ready(struct loop *l, struct watch *w, unsigned events)
     uint8_t number;
     (void)events;
     while (read(w->fd, &number, 1) == 1) {
-        if (number == SIGHUP) {
+        if (number == SIGHUP && (!l->core.role || l->nohup)) {   /* a client ends with its terminal */
             l->reload = true;
             continue;
         }
@@ -6032,9 +6032,7 @@ static bool signals_init(struct loop *l)
         return false;
     signal_pipe = fds[1];
     l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
-    struct sigaction sa = { .sa_handler = on_signal };
-    sigemptyset(&sa.sa_mask);
-    sigaction(SIGHUP, &sa, NULL);
+    l->nohup = signal(SIGHUP, on_signal) == SIG_IGN;
     signals_handle(on_signal);
     signal(SIGPIPE, SIG_IGN);
     return poller_set(&l->poller, &l->signals, WATCH_IN);

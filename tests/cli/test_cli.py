@@ -1945,13 +1945,17 @@ def test_stopped_while_connecting():
         same("connecting: -wait is over: status", r.status, 1)
         has("connecting: -wait is over", r.err, re.escape(where), "timed out")
         check("connecting: as long as -wait says", 0.45 <= r.seconds < 8, r.seconds, "0.5 s")
-        p = subprocess.Popen([W.cvms, "agent", "-wait", "20s", where], env=environment(), stdin=subprocess.DEVNULL,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait_for_connect(p.pid)
-        p.send_signal(signal.SIGTERM)
-        err = p.communicate(timeout=LIMIT)[1].decode(errors="replace")
-        same("stopped while it connects: status", p.returncode, 143)
-        sanitizers("stopped while it connects", err)
+        nohup = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for numbers, before, status in (([signal.SIGTERM], None, 143), ([signal.SIGHUP], None, 129), ([signal.SIGHUP, signal.SIGTERM], nohup, 143)):
+            p = subprocess.Popen([W.cvms, "agent", "-wait", "20s", where], env=environment(), stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before)
+            wait_for_connect(p.pid)
+            for number in numbers:
+                p.send_signal(number)
+            err = p.communicate(timeout=LIMIT)[1].decode(errors="replace")
+            same(f"stopped by {numbers} while it connects: status", p.returncode, status)
+            same(f"stopped by {numbers} while it connects: told", len(re.findall("signal ", err)), 1)
+            sanitizers("stopped while it connects", err)
 
 
 def wait_for_connect(pid):
