@@ -5700,7 +5700,7 @@ static void ipv6_text(char out[INET6_ADDRSTRLEN], const uint8_t ip[16])
 {
     unsigned at = 16, zeros = 2;
     for (unsigned i = 0, n; i < 16; i += n + 2) {
-        for (n = 0; i + n < 16 && !ip[i + n] && !ip[i + n + 1];)
+        for (n = 0; i + n < 15 && !ip[i + n] && !ip[i + n + 1];)
             n += 2;
         at = n > zeros ? i : at;
         zeros = n > zeros ? n : zeros;
