@@ -13837,10 +13837,8 @@ static bool client_open(struct client *c, struct mistakes *r, void (*turn)(struc
     if (r->usage || !client_tls(o, r, at.host, &d->tls))
         return false;
     d->addresses = client_resolve(o, r, &at);
-    if (!d->addresses) {
-        tls_config_free(d->tls);
+    if (!d->addresses)
         return false;
-    }
     struct loop *l = c->loop = loop_new();
     l->core.app = c;
     l->core.role = o->command == CMD_HEALTH ? "health" : "agent";
@@ -13854,17 +13852,16 @@ static bool client_open(struct client *c, struct mistakes *r, void (*turn)(struc
     return true;
 }
 
-/* Runs it to its end and frees it.  Returns the exit status, which is never 0 when a signal has cut it short; also of a
- * client without a loop. */
+/* Runs a client, if it has been opened, and frees what it has.  Returns the exit status, which is never 0 when a signal
+ * has cut it short. */
 static int client_run(struct client *c, const struct mistakes *r)
 {
     struct loop *l = c->loop;
-    if (!l)
-        return r->usage ? 2 : 1;
-    int status = loop_run(l);
-    if (l->signal_number && !status)
+    int status = l ? loop_run(l) : r->usage ? 2 : 1;
+    if (l && l->signal_number && !status)
         status = 128 + l->signal_number;
-    loop_free(l);
+    if (l)
+        loop_free(l);
     tls_config_free(c->dial.tls);
     addresses_free(c->dial.addresses);
     return status;
