@@ -10276,15 +10276,14 @@ static void verdict_summary(const struct verdict *v, struct buf *out, const char
 /* XML text: the five characters, and nothing that XML 1.0 forbids (put_text has escaped control characters). */
 static void put_xml(struct buf *out, struct bytes t)
 {
-    static const char special[] = "<>&\"'";
-    static const char *const names[] = { "&lt;", "&gt;", "&amp;", "&quot;", "&apos;" };
-    for (size_t i = 0; i < t.n; i++) {
-        const char *at = t.p[i] ? strchr(special, t.p[i]) : NULL;
-        if (at)
-            buf_puts(out, names[at - special]);
+    static const char *const names[256] = {
+        ['<'] = "&lt;", ['>'] = "&gt;", ['&'] = "&amp;", ['"'] = "&quot;", ['\''] = "&apos;",
+    };
+    for (size_t i = 0; i < t.n; i++)
+        if (names[t.p[i]])
+            buf_puts(out, names[t.p[i]]);
         else
             buf_putc(out, t.p[i]);
-    }
 }
 
 /* JUnit XML: the verdict is one test case, the summary its output. */
@@ -12174,9 +12173,9 @@ static bool message_decode(struct stream *s, const struct pb_message *type, void
 /* A unary call takes one message; its answer waits for the client's END_STREAM. */
 static bool unary_first(struct stream *s)
 {
-    if (s->grpc.answered)
-        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
     bool first = !s->grpc.answered;
+    if (!first)
+        grpc_finish(s, GRPC_UNIMPLEMENTED, "a unary call with more than one message");
     s->grpc.answered = true;
     return first;
 }
@@ -12326,19 +12325,17 @@ static void parcel_fetched(struct parcel *p, bool key)
 /* Whose request it is: of the hosts at its address, the first that lacks what it asks for; the only host there is. */
 static void fetch_host(struct fetch *t, const char *peer)
 {
-    struct host *all = t->d->verdict->hosts;
-    for (struct host *h = all; h && t->resource; h = h->next) {
+    struct host *all = t->d->verdict->hosts, *first = NULL;
+    for (struct host *h = t->resource ? all : NULL; h; h = h->next) {
         if (!bytes_eq(bytes_of(h->at), (struct bytes){ (const uint8_t *)peer, host_len(peer) }))
             continue;
-        struct host *before = t->host;
+        first = first ? first : h;
         t->host = h;
         const struct parcel *p = fetch_parcel(t);
         if (p && !(t->key ? p->keys : p->fetched))
             return;
-        t->host = before ? before : h;
     }
-    if (!t->host && all && !all->next)
-        t->host = all;
+    t->host = first ? first : all && !all->next ? all : NULL;
 }
 
 /* The same of an image: /v2/NAME/manifests/... or /v2/NAME/blobs/... (OCI distribution specification 1.0). */
@@ -12583,7 +12580,6 @@ static void unwrap_seen(struct stream *s, size_t n)
     struct fetch t = { .d = d, .key = true, .part = IMAGE_LAYER };
     for (size_t i = 0; i < d->resource_count; i++) {
         t.resource = &d->resources[i];
-        t.host = NULL;
         fetch_host(&t, s->conn->peer);
         struct parcel *p = t.resource->image && t.resource->sealed ? fetch_parcel(&t) : NULL;
         if (p)
