@@ -133,6 +133,15 @@ char *inject_strdup(const char *s)
     return strdup(s);
 }
 
+char *inject_realpath(const char *path, char *resolved);
+char *inject_realpath(const char *path, char *resolved)
+{
+    FAIL("alloc", NULL);
+    char *real = realpath(path, resolved);
+    state.blocks += real && !resolved;
+    return real;
+}
+
 void inject_free(void *p);
 void inject_free(void *p)
 {
