@@ -7032,14 +7032,12 @@ static void option_set(struct mistakes *r, struct options *o, const struct optio
         *(bool *)at = n > 0;
         break;
     case OPT_COUNT:
-        *(int64_t *)at = n = parse_decimal(bytes_of(value));
-        if (n <= 0 || n > UINT32_MAX)
-            tell(r, USAGE, "-%s: \"%s\" is not a number from 1 to %lu", opt->name, value, (unsigned long)UINT32_MAX);
-        break;
     case OPT_DURATION:
-        *(int64_t *)at = n = parse_duration(value, &why);
-        if (n < 0)
-            tell(r, USAGE, "-%s: \"%s\" %s; write it like 90s or 2m30s", opt->name, value, why);
+        why = "is not a number from 1 to 4294967295";
+        *(int64_t *)at = n = opt->kind == OPT_COUNT ? parse_decimal(bytes_of(value)) : parse_duration(value, &why);
+        if (n < 0 || (opt->kind == OPT_COUNT && (n == 0 || n > UINT32_MAX)))
+            tell(r, USAGE, "-%s: \"%s\" %s%s", opt->name, value, why,
+                 opt->kind == OPT_COUNT ? "" : "; write it like 90s or 2m30s");
         break;
     case OPT_IGNORED:
         tell(r, WARNING, "-%s is %s", opt->name, opt->help);
