@@ -3226,8 +3226,8 @@ enum conn_timer { TIMER_LINGER, TIMER_STUCK, TIMER_PREFACE, TIMER_IDLE, TIMER_SI
 static void conn_timers(const struct conn *c, int64_t at[CONN_TIMERS])
 {
     bool live = c->phase < CONN_CLOSING, open = c->phase == CONN_OPEN;
-    bool head = c->http1 ? c->in.len && !c->streams : !c->settings_seen;   /* the preface, or a request, has begun */
-    int64_t from = c->http1 && c->idle_ms > c->opened_ms ? c->idle_ms : c->opened_ms;
+    bool head = c->http1 ? c->in.len && !c->streams && !conn_pending(c) : !c->settings_seen;   /* it has begun, and we listen */
+    int64_t from = c->http1 && c->progress_ms > c->opened_ms ? c->progress_ms : c->opened_ms;
     at[TIMER_LINGER] = c->phase == CONN_CLOSING ? c->closing_ms + LINGER_MS : NEVER;
     at[TIMER_STUCK] = live && (conn_pending(c) || c->below) ? c->progress_ms + STUCK_MS : NEVER;
     at[TIMER_PREFACE] = live && head ? from + PREFACE_MS : NEVER;

@@ -653,6 +653,24 @@ static void test_output_full(void)
     side_close(&a);
 }
 
+/* HTTP/1: the time for a head begins when the answer before it has gone out. */
+static void test_head_behind_answer(void)
+{
+    struct side a;
+    const uint8_t *p;
+    core_reset();
+    side_open(&a);
+    buf_puts(&a.in, "GET / HTTP/1.1\r\nhost: x\r\n\r\nGET ");
+    side_send(&a);
+    size_t n = conn_peek(&a.conn, &p);
+    core.now_ms += PREFACE_MS + 1;
+    conn_tick(&a.conn);
+    CHECK(conn_peek(&a.conn, &p), n);
+    conn_sent(&a.conn, n);
+    CHECK(conn_deadline(&a.conn), core.now_ms + PREFACE_MS);
+    side_close(&a);
+}
+
 /* A peer that takes a little less than it makes us say, for ever: the output's buffer does not grow with it. */
 static void test_never_drained(void)
 {
@@ -1345,6 +1363,7 @@ int main(void)
     run_fetch_still(0);
     test_output_full();
     test_never_drained();
+    test_head_behind_answer();
     run_queued_bytes(MAX_QUEUED_BYTES - 1);
     run_queued_bytes(MAX_QUEUED_BYTES);
     run_queued_bytes(MAX_QUEUED_BYTES + 1);
