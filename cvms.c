@@ -5595,11 +5595,12 @@ static void link_flush(struct link *k)
     if (k->dead || k->connecting)
         return;
     bool blocked = link_send(k);
+    k->conn.below = k->tls && blocked;
     if (k->conn.phase == CONN_OPEN && !k->conn.client && !k->conn.eof && conn_finished(&k->conn)) {
         conn_close(&k->conn);
         blocked = link_send(k);
+        k->conn.below = k->tls && blocked;
     }
-    k->conn.below = k->tls && blocked;
     if (k->tls)
         link_tls_state(k);
     if (k->conn.phase == CONN_CLOSING && !k->shut && !blocked && !conn_pending(&k->conn)) {
@@ -6032,7 +6033,9 @@ static bool signals_init(struct loop *l)
         return false;
     signal_pipe = fds[1];
     l->signals = (struct watch){ .fd = fds[0], .ready = signals_ready };
-    l->nohup = signal(SIGHUP, on_signal) == SIG_IGN;
+    struct sigaction before, hup = { .sa_handler = on_signal };   /* signal() may hold for one time only */
+    sigemptyset(&hup.sa_mask);
+    l->nohup = sigaction(SIGHUP, &hup, &before) == 0 && before.sa_handler == SIG_IGN;
     signals_handle(on_signal);
     signal(SIGPIPE, SIG_IGN);
     return poller_set(&l->poller, &l->signals, WATCH_IN);

@@ -126,26 +126,38 @@ def large_manifest():
         check("20 MiB: unchanged", json.loads(out)["description"] == manifest["description"], len(out))
 
 
-def half_closed():
-    """A client that has shut its side without close_notify, and reads slowly, gets the last record too."""
+def last_record():
+    """A slow reader gets the last record, too, if it has shut its side without close_notify; close_notify, if it has said GOAWAY."""
+    for goaway in (False, True):
+        with Server("-manifest", "big.json", env={"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}) as s, socket.socket() as k:
+            take_slowly(s, k, goaway)
+
+
+def take_slowly(s, k, goaway):
+    name = "GOAWAY" if goaway else "half-closed"
     context = ssl.create_default_context(cafile="ca.pem")
     context.set_alpn_protocols(["h2"])
-    with Server("-manifest", "big.json", env={"SERVER_CERT": "server.pem", "SERVER_KEY": "server.key"}) as s, socket.socket() as k:
-        k.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        k.settimeout(20)
-        k.connect(("127.0.0.1", s.port))
-        k = context.wrap_socket(k, server_hostname="localhost")
-        k.sendall(PREFACE + frame(4, 0, 0, b"\0\4\x7f\xff\xff\xff") + frame(8, 0, 0, b"\x70\0\0\0") + harness.request(1, flags=5))
+    k.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    k.settimeout(20)
+    k.connect(("127.0.0.1", s.port))
+    k = context.wrap_socket(k, server_hostname="localhost", suppress_ragged_eofs=not goaway)
+    k.sendall(PREFACE + frame(4, 0, 0, b"\0\4\x7f\xff\xff\xff") + frame(8, 0, 0, b"\x70\0\0\0") + harness.request(1, flags=5) +
+              frame(GOAWAY, 0, 0, b"\0" * 8) * goaway)
+    if not goaway:
         with socket.socket(fileno=os.dup(k.fileno())) as raw:
             raw.shutdown(socket.SHUT_WR)
-        got = bytearray()
+    got, fault = bytearray(), None
+    try:
         while piece := k.recv(1 << 14):
             got += piece
-        k.close()
-        frames = harness.frames_of(memoryview(got))[0]
-        size = sum(len(f[3]) for f in frames if f[0] == 0)
-        check("half-closed: the manifest", size > 20 << 20, size)
-        check("half-closed: the status", frames[-1][0] == 1 and frames[-1][1] & 1, [f[:3] for f in frames[-3:]])
+    except OSError as e:
+        fault = e
+    k.close()
+    frames = harness.frames_of(memoryview(got))[0]
+    size = sum(len(f[3]) for f in frames if f[0] == 0)
+    check(f"{name}: the manifest", size > 20 << 20, size)
+    check(f"{name}: the status", any(f[0] == 1 and f[1] & 1 for f in frames[-2:]), [f[:3] for f in frames[-3:]])
+    check(f"{name}: the end", not fault, fault)
 
 
 def clients(s, certificate):
@@ -318,7 +330,7 @@ def tests():
         shell(f"openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr && openssl x509 -req "
               f"-in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile {extensions} -out {name}.pem")
     return [(test.__name__, test) for test in (start_up, tls_to_plaintext, goaway_then_ping, server_tls, mutual_tls, large_manifest,
-                                               half_closed, keys_are_wiped)]
+                                               last_record, keys_are_wiped)]
 
 
 W.make(CVMS)
