@@ -12926,7 +12926,10 @@ struct download {
     struct addrinfo *own;             /* addresses that are not the server's */
     struct link *link;
     char where[300], path[1024], why[300];
-    struct buf blob, token, key;
+    struct buf blob, token, key;      /* blob: of what is encrypted, until its key is there */
+    struct sha3_256 sha3;             /* of the bytes as they are; how many, and the first ones */
+    uint64_t bytes;
+    uint8_t head[2];
 };
 
 struct agent {
@@ -13480,6 +13483,15 @@ static void http_headers(struct stream *s, const struct fields *f, bool end)
         grpc_client_fail(s, GRPC_UNKNOWN, "HTTP status %.*s", TEXT_OF(status, 3));
 }
 
+/* What is in the clear is looked at as it comes, and not kept: it may be larger than memory. */
+static void download_take(struct download *l, const uint8_t *p, size_t n)
+{
+    for (size_t i = 0; i < n && l->bytes + i < sizeof l->head; i++)
+        l->head[l->bytes + i] = p[i];
+    sha3_256_update(&l->sha3, p, n);
+    l->bytes += n;
+}
+
 static void http_data(struct stream *s, struct bytes p)
 {
     struct download *l = download_of(s);
@@ -13487,8 +13499,12 @@ static void http_data(struct stream *s, struct bytes p)
     client_step(s);
     if (to == &l->key && l->key.len + p.n > AES_KEY)
         download_end(l, "the key has more than %d bytes", AES_KEY);
-    if (!l->over)
+    if (!l->over && l->need->source->encrypted)
         buf_put(to, p.p, p.n);
+    else if (!l->over)
+        download_take(l, p.p, p.n);
+    if (to->failed)
+        download_end(l, "out of memory");
 }
 
 static void http_end(struct stream *s)
@@ -13601,32 +13617,26 @@ static void download_next(struct agent *a, enum user_role role)
     if (l->phase || !n)
         return;
     l->need = n;
+    sha3_256_init(&l->sha3, sha3_features());
     download_phase(a, DOWNLOAD_BLOB);
     if (n->source->encrypted && !CVMS_TLS)
         download_end(l, "this cvms was built without TLS (make TLS=0), and so without ciphers");
 }
 
-/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "".  Returns how long it is. */
-static uint64_t download_check(struct download *l)
+/* What is wrong with the whole resource, as a real agent says it, in l->why; nothing: "". */
+static void download_check(struct download *l)
 {
     uint8_t piece[FILE_READ], hash[SHA3_256_LEN];
     char hex[2][2 * SHA3_256_LEN + 1];
-    bool sealed = l->need->source->encrypted, zip = false;
-    struct sha3_256 sha3;
+    bool sealed = l->need->source->encrypted;
     struct unseal u = { 0 };
-    uint64_t bytes = 0;
-    sha3_256_init(&sha3, sha3_features());
     if (sealed)
         unseal_init(&u, l->key.p);
     for (size_t at = 0, n; at < l->blob.len; at += n) {
-        const uint8_t *p = sealed ? piece : l->blob.p + at;
         n = min_size(l->blob.len - at, sizeof piece);
-        size_t len = sealed ? unseal_update(&u, l->blob.p + at, n, piece) : n;
-        sha3_256_update(&sha3, p, len);
-        zip |= at == 0 && len >= 2 && memcmp(p, "PK", 2) == 0;
-        bytes += len;
+        download_take(l, piece, unseal_update(&u, l->blob.p + at, n, piece));
     }
-    sha3_256_final(&sha3, hash);
+    sha3_256_final(&l->sha3, hash);
     hex_text(hex[0], l->need->hash.p, SHA3_256_LEN);
     hex_text(hex[1], hash, SHA3_256_LEN);
     l->over = false;
@@ -13634,20 +13644,19 @@ static uint64_t download_check(struct download *l)
         download_end(l, "failed to decrypt resource: cipher: message authentication failed");
     else if (strcmp(hex[0], hex[1]) != 0)
         download_end(l, "hash mismatch: expected %s, got %s", hex[0], hex[1]);
-    else if (l->need->decompress && !zip)
+    else if (l->need->decompress && memcmp(l->head, "PK", 2) != 0)
         download_end(l, "failed to unzip: zip: not a valid zip file");
-    return bytes;
 }
 
 /* It is there; or it has failed, which is said as a real agent says it, and the run is over. */
-static void download_finish(struct agent *a, const char *before, uint64_t bytes)
+static void download_finish(struct agent *a, const char *before)
 {
     const struct download *l = &a->download;
     struct need *n = l->need;
     char line[700];
     if (!*l->why) {
         core_note(&a->c.loop->core, NULL, "the %s is fetched: " BYTES_FMT " with the manifest's hash", roles[n->role].what,
-                  BYTES_OF(bytes));
+                  BYTES_OF(l->bytes));
         n->there = true;
         return;
     }
@@ -13674,9 +13683,10 @@ static void download_turn(struct agent *a)
         download_phase(a, (enum download_phase)(l->phase + 1));
         return;
     }
-    uint64_t bytes = good ? download_check(l) : 0;
+    if (good)
+        download_check(l);
     if (!a->over)
-        download_finish(a, good ? "" : of_phase[l->phase], bytes);
+        download_finish(a, good ? "" : of_phase[l->phase]);
     download_free(a);
     agent_go(a);
 }

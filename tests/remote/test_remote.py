@@ -457,6 +457,18 @@ def test_large(gib=1, part=256 * MIB):
         check("under 16 MiB", s.memory("VmHWM") < 16 * MIB, s.memory("VmHWM"))
 
 
+def test_larger_than_memory():
+    """A stand-in hashes what is plain as it comes; what is encrypted it keeps, and says so when it can't."""
+    path = write("huge", b"")
+    os.truncate(path, 96 * MIB)
+    for deliver, status, told in (("http-plain", 0, "the dataset is fetched: 100663296 bytes with the manifest's hash"),
+                                  ("http", 1, "failed to download resource: out of memory")):
+        with Remote(f"huge, {deliver}", deliver=deliver, data=[path], program=FAST) as s:
+            p = subprocess.run(["sh", "-c", f"ulimit -v 65536; exec {FAST} agent {s.address}"], capture_output=True, timeout=LIMIT)
+            same(f"{deliver}: status", p.returncode, status)
+            has(f"{deliver}: told", p.stderr.decode(), told)
+
+
 # ---- Faults on purpose ----
 
 def test_faults():
