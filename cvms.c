@@ -11126,6 +11126,8 @@ static void resources_renew(void *arg)
         struct resource *x = &d->resources[i];
         bool ours = !x->source->url.p || x->source->url.p == (uint8_t *)x->url;   /* else -set has another */
         char hex[17];
+        if (x->image && !*x->image->name)
+            continue;                 /* it could not be made anew: it keeps its old name */
         if (x->image) {
             text_printf(x->path, sizeof x->path, "/v2/%s", x->image->name);
             text_printf(x->url, sizeof x->url, "docker://%s/%s:latest", strstr(d->base, "//") + 2, x->image->name);

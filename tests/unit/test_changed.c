@@ -189,6 +189,23 @@ static void test_source(void)
     NEED(!unlink("s/a") && !rmdir("s/empty") && !unlink("s/sub/\xc3\xa4") && !rmdir("s/sub") && !rmdir("s") && !rmdir("none"));
 }
 
+/* An image that could not be made anew has no name: its old address stays in the manifest. */
+static void test_image_without_name(void)
+{
+    struct checksum input = { .ok = true };
+    struct image image = { .name = "algorithm-1" };
+    struct Source source = { .url = { NULL, 0 } };
+    struct KBSConfig kbs = { .url = { NULL, 0 } };
+    struct resource x = { .input = &input, .image = &image, .source = &source, .kbs = &kbs };
+    struct delivery d = { .base = "http://h:1", .resources = &x, .resource_count = 1 };
+    resources_renew(&d);
+    CHECK_STR(x.url, "docker://h:1/algorithm-1:latest");
+    *image.name = 0;
+    resources_renew(&d);
+    CHECK_STR(x.url, "docker://h:1/algorithm-1:latest");
+    CHECK_STR(x.path, "/v2/algorithm-1");
+}
+
 int main(void)
 {
     char folder[300];
@@ -199,6 +216,7 @@ int main(void)
     test_folder();
     test_files();
     test_source();
+    test_image_without_name();
     NEED(chdir("/") == 0 && rmdir(folder) == 0);
     return closing();
 }
