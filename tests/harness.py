@@ -31,6 +31,9 @@ LOCAL = {"HOST": "127.0.0.1", "PORT": "0"}
 OWN = re.compile(r"(HOST|PORT|NO_COLOR|INJECT|(SERVER|CLIENT)_(CERT|KEY|CA_CERTS)|AGENT_CVM.*)$")
 totals = {"passed": 0, "failed": 0, "skipped": 0}
 lock = threading.Lock()
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):   # nohup's or a shell's & ignore some
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ---- Telling results ----
