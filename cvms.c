@@ -4114,10 +4114,11 @@ static bool cert_extension(struct bytes extensions, struct bytes oid, struct byt
     return false;
 }
 
-/* True if there is no extended key usage, or it holds this purpose or any (RFC 5280 4.2.1.12). */
-static bool cert_allows(struct bytes extensions, struct bytes purpose)
+/* True if there is no extended key usage, or it holds that of a server, or of a client, or any (RFC 5280 4.2.1.12). */
+static bool cert_allows(struct bytes extensions, bool server)
 {
-    struct bytes value, list, id;
+    struct bytes value, list, id, purpose = server ? BYTES("\x2b\x06\x01\x05\x05\x07\x03\x01") /* id-kp-serverAuth */
+                                                   : BYTES("\x2b\x06\x01\x05\x05\x07\x03\x02"); /* id-kp-clientAuth */
     if (!cert_extension(extensions, BYTES("\x55\x1d\x25"), &value))
         return true;
     if (der_next(&value, &list) != DER_SEQUENCE)
@@ -4449,6 +4450,11 @@ static bool identity_load(struct tls_config *c, const struct tls_options *o, int
         source_bad(&o->cert, e, "the first certificate has no subjectAltName, and agents refuse one that has only a CN");
         err_join(&c->warnings, false, false, e);
     }
+    if (!cert_allows(cert.extensions, !c->client)) {
+        source_bad(&o->cert, e, "the first certificate has an extended key usage without %s, and %s refuse it",
+                   c->client ? "clientAuth" : "serverAuth", c->client ? "servers" : "agents");
+        err_join(&c->warnings, false, false, e);
+    }
     return key_fits(&c->key, cert.pkey) || source_bad(&o->key, e, "is not the private key of the first certificate in %s",
                                                 o->cert.name);
 }
@@ -4747,8 +4753,7 @@ static int verify_leaf(const struct tls_verify *v)
 {
     const struct tls_config *c = v->tls->config;
     struct bytes ext = v->cert.extensions;
-    if (!cert_allows(ext, c->client ? BYTES("\x2b\x06\x01\x05\x05\x07\x03\x01") : /* id-kp-serverAuth */
-                     BYTES("\x2b\x06\x01\x05\x05\x07\x03\x02")))                  /* id-kp-clientAuth */
+    if (!cert_allows(ext, c->client))
         return TLS_ERR_USAGE;
     if (!c->client && c->peer_name && !cert_has_name(ext, c->peer_name))
         return TLS_ERR_ACCESS;

@@ -112,8 +112,11 @@ for a in (["-cca", "ca.crt"], ["-sca", "ca.crt"], ["-cca", "roots.crt", "-sca", 
     check("check " + str(a)[:40], run("check", "x", "-cert", C, "-key", K, *a) == (0, "ok"))
 
 # ---- start-up: what is warned of ----
-for c, w, frag in ((C, now, None), ("cnonly.crt", now, "SERVER_CERT (cnonly.crt): the first certificate has no subjectAltName"), ("longchain.crt", now + 100 * day, 'SERVER_CERT (longchain.crt): certificate 2, "CN=int,O=Test", expired on 20')):
+for c, w, frag in ((C, now, None), ("cnonly.crt", now, "SERVER_CERT (cnonly.crt): the first certificate has no subjectAltName"), ("srvclient.crt", now, "SERVER_CERT (srvclient.crt): the first certificate has an extended key usage without serverAuth"), ("longchain.crt", now + 100 * day, 'SERVER_CERT (longchain.crt): certificate 2, "CN=int,O=Test", expired on 20')):
     rc, msg = run("check", "x", "-cert", c, "-key", K, "-wall", w); check("warning " + c, rc == 0 and msg.startswith("ok, warning: " + frag if frag else "ok") and (frag or msg == "ok"), msg)
+
+for c, want in (("c.crt", "ok"), ("noeku.crt", "ok"), ("anyeku.crt", "ok"), ("srvonly.crt", "ok, warning: -cert (srvonly.crt): the first certificate has an extended key usage without clientAuth, and servers refuse it")):
+    rc, msg = run("ccheck", "x", "-name", "x", "-ca", "ca.crt", "-ccert", c, "-ckey", "c.key"); check("a client's warning " + c, (rc, msg) == (0, want), msg)
 
 # ---- start-up: every refusal ----
 bad = [((C, K, "-wall", now + 100 * day), 'SERVER_CERT (ec256.crt): certificate 1, "CN=server.example", expired on 20'),
