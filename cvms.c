@@ -10940,6 +10940,14 @@ static void courier_dial(struct courier *c)
 
 /* ---- What the agents say ---- */
 
+/* Nothing of what calls carry is there yet. */
+static void host_calls(const struct delivery *d, struct host *h)
+{
+    for (size_t i = 0; i < d->count; i++)
+        h->parcels[i] = (struct parcel){ .what = roles[d->errands[i].role].what, .name = d->errands[i].filename,
+                                         .stage = d->errands[i].role == ROLE_RESULT ? STAGE_COMPLETE : STAGE_RUNNING };
+}
+
 /* What is carried for a host: as many as there are calls, then as many as there are resources.  False without memory. */
 static bool host_parcels(struct delivery *d, struct host *h)
 {
@@ -10947,6 +10955,7 @@ static bool host_parcels(struct delivery *d, struct host *h)
     if (h->parcels || !n || !(h->parcels = calloc(n, sizeof *h->parcels)))
         return h->parcels;
     h->parcel_count = n;
+    host_calls(d, h);
     for (size_t i = 0; i < d->resource_count; i++)
         h->parcels[d->count + i] = (struct parcel){ .what = roles[d->resources[i].role].what, .stage = STAGES,
                                                     .name = d->resources[i].name, .sealed = d->resources[i].sealed };
@@ -10984,10 +10993,7 @@ static void courier_start(struct courier *c, enum agent_state state, unsigned ve
     c->broken = 0;
     c->dropped = false;
     c->redial_ms = d->loop->core.now_ms;
-    for (size_t i = 0; i < d->count; i++)
-        c->host->parcels[i] = (struct parcel){
-            .what = roles[d->errands[i].role].what, .name = d->errands[i].filename,
-            .stage = d->errands[i].role == ROLE_RESULT ? STAGE_COMPLETE : STAGE_RUNNING };
+    host_calls(d, c->host);
 }
 
 static enum agent_state agent_state_of(struct bytes name)

@@ -649,6 +649,17 @@ def test_results_of_another_size():
             same(f"size {more:+}: nothing is left", os.listdir(folder), [])
 
 
+def test_never_accepted():
+    """The agent says where it stands, but never that it has the manifest: a time-out, and in the report nothing is there."""
+    report = os.path.join(temp(), "r.json")
+    with Agent() as go, Run("never accepted", "-results", os.path.join(temp(), "out"), "-timeout", "2s", "-report", report, go=go) as r:
+        r.connect()
+        r.forwarder.events("ReceivingAlgorithm/InProgress")
+        r.server.ended(4, "stood at connected")
+        same("never accepted: the report", [(x["what"], x["done"]) for x in json.loads(read(report))["agents"][0]["deliveries"]],
+             [("algorithm", False), ("results", False)])
+
+
 def test_results_endless():
     folder = temp()
     limit = "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); " \
