@@ -13225,8 +13225,8 @@ static void agent_message(struct stream *s, struct bytes wire)
     struct core *core = s->conn->core;
     struct agent *a = core->app;
     struct ServerStreamMessage msg = { 0 };
-    if (s->user != &a->stream[AGENT])
-        return;                       /* a log-forwarder takes no notice of what it gets */
+    if (s->user != &a->stream[AGENT] || a->c.again)
+        return;                       /* a log-forwarder takes no notice of what it gets; nor who is about to try again */
     pb_arena_reset(&core->arena);
     enum pb_error err = pb_decode(&ServerStreamMessage_message, &msg, wire, &core->arena, NULL);
     if (msg.runReqChunks && !a->whole)
