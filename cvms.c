@@ -7281,9 +7281,14 @@ enum {
 
 #define ZIP_32_MAX UINT32_C(0xffffffff) /* stands in a 32-bit field whose value is in the Zip64 record */
 
-/* What identifies an unchanged input: SHA3-256 of the names and stats of its files. */
+/* What stat tells of a file.  No padding: it counts as bytes. */
+struct file_stat {
+    uint64_t dev, ino, size, mtime, mtime_ns, ctime, ctime_ns;
+};
+
+/* What identifies an unchanged input: a file's stat; of a folder SHA3-256 of the names and stats of its files. */
 struct file_id {
-    uint8_t digest[32];
+    uint8_t bytes[sizeof(struct file_stat)];
 };
 
 /* "PATH: reason", with the end of a long path; returns false. */
@@ -7331,11 +7336,6 @@ static ssize_t file_read(int fd, uint8_t *p, size_t n)
 
 /* ---- The files of a folder ---- */
 
-/* What stat tells of a file.  No padding: it is hashed as bytes. */
-struct file_stat {
-    uint64_t dev, ino, size, mtime, mtime_ns, ctime, ctime_ns;
-};
-
 /* One file of a folder, or a file by itself, whose name is empty. */
 struct tree_entry {
     struct file_stat st;
@@ -7358,13 +7358,15 @@ struct tree {
  * leads to, and only the root may be one to a folder. */
 static bool tree_add(struct tree *t, const char *folder, int fd, const char *name, struct err *e)
 {
-    size_t n = strlen(folder), cap = n + strlen(name) + 2;
-    char *path = pb_arena_alloc(&t->arena, cap);
+    size_t n = strlen(folder), slash = n && folder[n - 1] != '/', len = strlen(name) + 1;
+    char *path = pb_arena_alloc(&t->arena, n + slash + len);
     struct tree_entry *entry = path ? pb_list_add(&t->arena, &t->found, sizeof *entry) : NULL;
     struct stat st = { .st_mode = 0 };
     if (!entry)
         return file_err(e, t->root, "out of memory");
-    text_printf(path, cap, "%s%s%s", folder, n && folder[n - 1] != '/' ? "/" : "", name);
+    memcpy(path, folder, n);
+    path[n] = '/';
+    memcpy(path + n + slash, name, len);
     entry->path = path;
     entry->name = path + strlen(t->root);
     entry->name += *entry->name == '/';
@@ -7421,6 +7423,12 @@ static bool tree_walk(struct tree *t, struct file_id *id, struct err *e)
             return false;
     }
     t->entry = t->found.items;
+    *id = (struct file_id){ { 0 } };
+    if (!t->entry->folder) {          /* thousands of small files: nothing to hash for each */
+        t->n = 1;
+        memcpy(id->bytes, &t->entry->st, sizeof id->bytes);
+        return true;
+    }
     for (size_t i = 0; i < t->found.n; i++)
         if (!t->entry[i].folder)
             t->entry[t->n++] = t->entry[i];
@@ -7430,7 +7438,7 @@ static bool tree_walk(struct tree *t, struct file_id *id, struct err *e)
         sha3_256_update(&h, t->entry[i].name, strlen(t->entry[i].name) + 1);
         sha3_256_update(&h, &t->entry[i].st, sizeof t->entry[i].st);
     }
-    sha3_256_final(&h, id->digest);
+    sha3_256_final(&h, id->bytes);
     return true;
 }
 
@@ -9080,7 +9088,6 @@ enum {
     SHA3_256_LEN = 32,
     MANIFEST_FILE_MAX = 512 << 20,    /* bytes of a manifest, too */
     MANIFEST_ID_MAX = 1024,           /* bytes of its id, which stands in every chunk */
-    NAMES_LOOK = 10000,               /* datasets whose names are held against each other */
 };
 enum compat { COMPAT_ALL, COMPAT_SEED, COMPAT_HEAD, COMPATS };
 static const char *const compat_names[COMPATS] = { "all", "seed", "head" };
@@ -9245,13 +9252,6 @@ static size_t check_choice(struct mistakes *r, const char *flag, const char *val
     return 0;
 }
 
-/* Whether both lead to one file, or will. */
-static bool same_file(const char *a, const char *b)
-{
-    struct stat st;
-    return stat(a, &st) == 0 ? S_ISREG(st.st_mode) && is_file(b, &st) : strcmp(a, b) == 0;
-}
-
 /* Whether a file that is written later can be: told together with all other mistakes, not at the end of a long run. */
 static void check_output(struct mistakes *r, const char *flag, const char *path)
 {
@@ -9274,13 +9274,15 @@ static void check_apart(struct mistakes *r, struct options *o)
     for (size_t i = 0; i < PB_COUNT(outputs); i++) {
         const struct option *out = option_find(outputs[i], strlen(outputs[i]), o->command);
         const char *path = out ? *(const char **)((char *)o + out->offset) : NULL;
-        bool standard = path && path_is_standard(path) >= 0;
-        for (const struct option *opt = option_table; present(path) && !standard && opt < option_table + OPTIONS; opt++) {
+        struct stat st;
+        bool there = present(path) && stat(path, &st) == 0, plain = present(path) && (!there || S_ISREG(st.st_mode));
+        plain = plain && path_is_standard(path) < 0;
+        for (const struct option *opt = option_table; plain && opt < option_table + OPTIONS; opt++) {
             size_t k = opt->name ? ROW_FIND(outputs, bytes_of(opt->name)) : i;
             bool names = o->given[opt - option_table] && (opt->kind == OPT_PATH || opt->kind == OPT_PATHS);
             struct values in = names && (k < i || k == PB_COUNT(outputs)) ? option_values(o, opt->name) : (struct values){ 0 };
             for (size_t n = 0; n < in.n; n++)
-                if (same_file(path, in.v[n]))
+                if (there ? is_file(in.v[n], &st) : strcmp(path, in.v[n]) == 0)   /* it leads there, or will */
                     tell(r, USAGE, "-%s: %s is the file of -%s as well, which would be overwritten", out->name, path,
                          opt->name);
         }
@@ -9526,6 +9528,32 @@ static void kbs_check(struct mistakes *r, const char *what, const struct KBSConf
              "https://", what, (int)min_size(url.n, 200), (const char *)url.p);
 }
 
+static int dataset_order(const void *a, const void *b)
+{
+    const struct Dataset *x = *(const struct Dataset *const *)a, *y = *(const struct Dataset *const *)b;
+    const struct bytes p = x->filename, q = y->filename;
+    int order = memcmp(p.p, q.p, min_size(p.n, q.n));
+    return order ? order : p.n != q.n ? (p.n < q.n ? -1 : 1) : x < y ? -1 : 1;
+}
+
+/* Datasets of one name, in which an agent would write one over the other. */
+static void names_check(struct mistakes *r, const struct Dataset *d, size_t n)
+{
+    const struct Dataset **named = or_exit(calloc(n + 1, sizeof *named)), *first = NULL;
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++)
+        if (d[i].filename.n)
+            named[count++] = &d[i];
+    qsort(named, count, sizeof *named, dataset_order);
+    for (size_t i = 0; i < count; i++)
+        if (!first || !bytes_eq(first->filename, named[i]->filename))
+            first = named[i];
+        else if (!named[i]->decompress)
+            tell(r, WARNING, "datasets %zu and %zu are both called %.*s: an agent keeps the last one only",
+                 (size_t)(first - d), (size_t)(named[i] - d), TEXT_OF(first->filename, 200));
+    free(named);
+}
+
 /* What a manifest must not have, wherever it comes from.  Files are yet to be hashed. */
 static void manifest_check(struct mistakes *r, const struct manifest *m)
 {
@@ -9544,13 +9572,9 @@ static void manifest_check(struct mistakes *r, const struct manifest *m)
         if (i >= m->input_count - m->algo_input)
             hash_check(r, of, what, d->hash, &data);
         kbs_check(r, what, d->kbs, req->kbs);
-        size_t same = d->filename.n && !d->decompress && i < NAMES_LOOK ? 0 : i;
-        while (same < i && !bytes_eq(d->filename, (d - i + same)->filename))
-            same++;
-        if (same < i)
-            tell(r, WARNING, "datasets %zu and %zu are both called %.*s: an agent keeps the last one only", same, i,
-                 (int)min_size(d->filename.n, 200), (const char *)d->filename.p);
     }
+    if (!r->start)
+        names_check(r, req->datasets.items, req->datasets.n);
 }
 
 /* Whether the ids are of a sensible length, and every file and folder is there, before any is hashed. */
