@@ -412,6 +412,13 @@ static int64_t earlier(int64_t a_ms, int64_t b_ms)
     return a_ms < b_ms ? a_ms : b_ms;
 }
 
+/* The byte that two hexadecimal digits say; -1 if they are none. */
+static int hex_byte(const uint8_t *p)
+{
+    const char two[3] = { (char)p[0], (char)p[1] };
+    return strspn(two, "0123456789abcdefABCDEF") == 2 ? (int)strtoul(two, NULL, 16) : -1;
+}
+
 /* Decimal digits only, up to 18 of them; -1 if it is anything else. */
 static int64_t parse_decimal(struct bytes b)
 {
@@ -650,13 +657,19 @@ MUST_USE static bool file_load(const char *path, size_t max, struct buf *out, st
     return true;
 }
 
+/* Whether a path leads to this file. */
+static bool is_file(const char *path, const struct stat *file)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
+}
+
 /* Whether a path leads to what stdin, stdout or stderr is; returns that descriptor, or -1. */
 static int path_is_standard(const char *path)
 {
-    struct stat st, own;
-    for (int fd = 0; fd < 3 && stat(path, &st) == 0; fd++)
-        if (fstat(fd, &own) == 0 && own.st_dev == st.st_dev && own.st_ino == st.st_ino &&
-            (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
+    struct stat own;
+    for (int fd = 0; fd < 3; fd++)
+        if (fstat(fd, &own) == 0 && is_file(path, &own) && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY)
             return fd;
     return -1;
 }
@@ -3796,12 +3809,9 @@ PRINTF_LIKE(3, 4) static void grpc_client_fail(struct stream *s, unsigned status
 static void percent_decode(struct buf *out, struct bytes t)
 {
     for (size_t i = 0; i < t.n; i++) {
-        char two[3] = { 0 };
-        if (t.p[i] == '%' && i + 2 < t.n)
-            memcpy(two, t.p + i + 1, 2);
-        bool coded = strspn(two, "0123456789abcdefABCDEF") == 2;
-        buf_putc(out, coded ? (int)strtoul(two, NULL, 16) : t.p[i]);
-        i += coded ? 2 : 0;
+        int c = t.p[i] == '%' && i + 2 < t.n ? hex_byte(t.p + i + 1) : -1;
+        buf_putc(out, c >= 0 ? c : t.p[i]);
+        i += c >= 0 ? 2 : 0;
     }
 }
 
@@ -3820,7 +3830,7 @@ static void grpc_http_answer(struct stream *s, const struct bytes *v)
         if (map[i].http == http)
             status = map[i].status;
     grpc_client_fail(s, status, "HTTP status %lld with content-type \"%.*s\" is no answer of a gRPC server",
-                     (long long)http, (int)min_size(type.n, 100), type.n ? (const char *)type.p : "");
+                     (long long)http, TEXT_OF(type, 100));
     stream_reset(s, CANCEL);
 }
 
@@ -5558,14 +5568,16 @@ static size_t link_peek(struct link *k, const uint8_t **p)
 static bool link_send(struct link *k)
 {
     const uint8_t *p;
+    bool blocked = false;
     for (size_t n, turn = 0; (n = link_peek(k, &p)) != 0;) {
         ssize_t sent = turn > WRITE_TURN ? 0 : send(k->watch.fd, p, n, 0);
-        if (turn > WRITE_TURN || (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)))
-            return true;
+        blocked = turn > WRITE_TURN || (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK));
+        if (blocked)
+            break;
         if (sent < 0 && errno != EINTR) {
             shutdown(k->watch.fd, SHUT_WR);   /* should the peer be there after all, it need not wait */
             conn_unheard(&k->conn);
-            return false;
+            break;
         }
         n = sent > 0 ? (size_t)sent : 0;
         turn += n;
@@ -5574,7 +5586,8 @@ static bool link_send(struct link *k)
         else
             conn_sent(&k->conn, n);
     }
-    return false;
+    k->conn.below = k->tls && blocked;
+    return blocked;
 }
 
 /* TLS has failed or the peer has closed it: a line for the log, and the connection has nothing more to say. */
@@ -5600,11 +5613,9 @@ static void link_flush(struct link *k)
     if (k->dead || k->connecting)
         return;
     bool blocked = link_send(k);
-    k->conn.below = k->tls && blocked;
     if (k->conn.phase == CONN_OPEN && !k->conn.client && !k->conn.eof && conn_finished(&k->conn)) {
         conn_close(&k->conn);
         blocked = link_send(k);
-        k->conn.below = k->tls && blocked;
     }
     if (k->tls)
         link_tls_state(k);
@@ -7838,7 +7849,7 @@ MUST_USE static bool seal_key_load(const char *path, uint8_t key[AES_KEY], struc
 {
     struct buf raw = { 0 };
     struct stat st = { .st_mode = S_IFREG }, in;
-    bool piped = stat(path, &st) == 0 && fstat(STDIN_FILENO, &in) == 0 && st.st_dev == in.st_dev && st.st_ino == in.st_ino;
+    bool piped = stat(path, &st) == 0 && fstat(STDIN_FILENO, &in) == 0 && is_file(path, &in);
     if (!S_ISREG(st.st_mode) && !piped)
         return err_set(e, "%s: is not a regular file, nor stdin", path);
     if (S_ISREG(st.st_mode) && st.st_mode & 077)
@@ -8552,12 +8563,6 @@ static int cmd_checksum(struct mistakes *r, bool base64, const char *const *path
 
 /* ---- cvms encrypt, cvms decrypt ---- */
 
-static bool is_file(const char *path, const struct stat *file)
-{
-    struct stat st;
-    return stat(path, &st) == 0 && st.st_dev == file->st_dev && st.st_ino == file->st_ino;
-}
-
 #if CVMS_TLS
 /* What is written: to a file beside `path` that gets its name when all is right, or to what can't be renamed. */
 struct output {
@@ -9166,12 +9171,12 @@ static const char *nth(const struct values *v, size_t i)
 /* 64 hex digits.  False: they are not. */
 static bool hash_read(uint8_t hash[SHA3_256_LEN], const char *s)
 {
-    char two[3] = "";
-    if (strlen(s) != 2 * SHA3_256_LEN || strspn(s, "0123456789abcdefABCDEF") != 2 * SHA3_256_LEN)
-        return false;
-    for (size_t i = 0; i < SHA3_256_LEN; i++)
-        hash[i] = (uint8_t)strtoul(memcpy(two, s + 2 * i, 2), NULL, 16);
-    return true;
+    int c = strlen(s) == 2 * SHA3_256_LEN ? 0 : -1;
+    for (size_t i = 0; i < SHA3_256_LEN && c >= 0; i++) {
+        c = hex_byte((const uint8_t *)s + 2 * i);
+        hash[i] = (uint8_t)c;
+    }
+    return c >= 0;
 }
 
 /* The hash of something remote, kept, empty after a mistake: absent it is 32 zero bytes, of which hash_check warns. */
@@ -9525,7 +9530,7 @@ static void kbs_check(struct mistakes *r, const char *what, const struct KBSConf
     size_t scheme = http_scheme(url);
     if (url.n && (!scheme || url.n == scheme) && !(other && bytes_eq(url, other->url)))
         tell(r, WARNING, "the key broker of %s, \"%.*s\", is no URL that an agent can reach: it lacks http:// or "
-             "https://", what, (int)min_size(url.n, 200), (const char *)url.p);
+             "https://", what, TEXT_OF(url, 200));
 }
 
 static int dataset_order(const void *a, const void *b)
@@ -10552,12 +10557,10 @@ static const struct errand *courier_errand(const struct courier *c)
     return &c->delivery->errands[c->next];
 }
 
-PRINTF_LIKE(2, 3) static void courier_note(struct courier *c, const char *fmt, ...)
-{
-    char text[1000];
-    TEXT_REST(text, fmt);
-    core_tell(&c->delivery->loop->core, (struct whom){ .name = bytes_of(c->host->name), .kind = "delivery" }, "%s", text);
-}
+/* A line about what is delivered to a host. */
+#define delivery_note(d, h, ...) \
+    core_tell(&(d)->loop->core, (struct whom){ .name = bytes_of((h)->name), .kind = "delivery" }, __VA_ARGS__)
+#define courier_note(c, ...) delivery_note((c)->delivery, (c)->host, __VA_ARGS__)
 
 /* Nothing more is done for this agent until its next run.  The verdict, if one is wanted, is its failure. */
 PRINTF_LIKE(2, 3) static void courier_fail(struct courier *c, const char *fmt, ...)
@@ -10629,10 +10632,12 @@ static void courier_done(struct courier *c)
         c->state = AGENT_DATA;        /* it says so itself, but later */
 }
 
-/* A call has moved: the time that it may stand still begins anew. */
-static void courier_moves(struct stream *s)
+/* A call, or a body over HTTP/2, has moved: the time that it may stand still begins anew.  Over HTTP/1 the connection
+ * itself would be stuck. */
+static void stream_moves(struct stream *s)
 {
-    s->deadline_ms = s->conn->core->now_ms + STILL_MS;
+    if (!s->conn->http1)
+        s->deadline_ms = s->conn->core->now_ms + STILL_MS;
 }
 
 /* ---- Uploads ---- */
@@ -10644,7 +10649,7 @@ static void courier_pull(struct stream *s)
     struct delivery *d = c->delivery;
     const struct errand *errand = courier_errand(c);
     struct err e;
-    courier_moves(s);
+    stream_moves(s);
     if (c->whole || c->over)
         return;
     ssize_t n = source_read(&c->source, d->piece, PIECE_LEN, &e);
@@ -10767,7 +10772,7 @@ static void results_message(struct stream *s, struct bytes wire)
     struct core *core = s->conn->core;
     struct ResultResponse res = { 0 };
     bool unknown;
-    courier_moves(s);
+    stream_moves(s);
     if (c->over)
         return;
     pb_arena_reset(&core->arena);
@@ -10872,7 +10877,7 @@ static void courier_status(struct stream *s, unsigned status, struct bytes words
         words = s->grpc.ended ? BYTES("nothing has moved for 300 s") : words;
         text_printf(broke, sizeof broke, "the %s of %s %s %s broke off after " BYTES_FMT ": %.*s",
                     results ? "transfer" : "upload", courier_parcel(c)->name, results ? "from" : "to", c->where,
-                    BYTES_OF(courier_parcel(c)->bytes), (int)min_size(words.n, 300), words.n ? (const char *)words.p : "");
+                    BYTES_OF(courier_parcel(c)->bytes), TEXT_OF(words, 300));
         courier_note(c, "%s", broke);
         host_trouble(c->host, broke);
         courier_again(c);
@@ -10927,7 +10932,7 @@ static void courier_up(struct link *k)
         courier_note(c, results ? "fetching the %s%s from %s" : "uploading the %s %s to %s", roles[errand->role].what,
                      results ? "" : errand->filename, c->where);
     if (results) {
-        courier_moves(s);
+        stream_moves(s);
         grpc_send(s, &ResultRequest_message, &(struct ResultRequest){ 0 });
         grpc_half_close(s);
         return;
@@ -10993,8 +10998,7 @@ static struct courier *courier_of(struct delivery *d, struct host *h)
     struct courier *c = calloc(1, sizeof *c);
     if (!c || !host_parcels(d, h)) {
         free(c);
-        core_tell(&d->loop->core, (struct whom){ .name = bytes_of(h->name), .kind = "delivery" },
-                  "out of memory: nothing is delivered to this agent");
+        delivery_note(d, h, "out of memory: nothing is delivered to this agent");
         return NULL;
     }
     *c = (struct courier){ .delivery = d, .host = h, .next = d->count, .unreachable_ms = INT64_MAX, .fd = -1,
@@ -11314,7 +11318,7 @@ static void check_metadata(struct mistakes *r, const char *flag, struct bytes va
 {
     if (!bytes_printable(value) || (value.n && (value.p[0] == ' ' || value.p[value.n - 1] == ' ')))
         tell(r, USAGE, "-%s: \"%.*s\" can't be uploaded: gRPC carries it as metadata, which is printable ASCII without "
-             "blanks at its ends", flag, (int)min_size(value.n, 80), (const char *)value.p);
+             "blanks at its ends", flag, TEXT_OF(value, 80));
 }
 
 /* Adds a call; key is the public half that its resource has in the manifest. */
@@ -12452,13 +12456,6 @@ static unsigned fetch_authorize(struct fetch *t, struct bytes authorization)
     return refuse || (scheme.n && t->note) ? 401 : 200;
 }
 
-/* A body over HTTP/2 has moved.  Over HTTP/1 the connection itself would be stuck. */
-static void fetch_moves(struct stream *s)
-{
-    if (!s->conn->http1)
-        s->deadline_ms = s->conn->core->now_ms + STILL_MS;
-}
-
 static void fetch_open(struct stream *s, const struct fields *f)
 {
     struct fetch *t = calloc(1, sizeof *t);
@@ -12479,7 +12476,7 @@ static void fetch_open(struct stream *s, const struct fields *f)
     fetch_host(t, c->peer);
     if (status == 200)
         status = t->key ? fetch_authorize(t, v[F_AUTHORIZATION]) : fetch_source(t, c->core);
-    fetch_moves(s);
+    stream_moves(s);
     s->grpc.plain = (uint16_t)status;
     s->grpc.length = t->key ? sizeof t->d->seal_key : t->source.size;
     if (t->body)
@@ -12499,7 +12496,7 @@ static size_t fetch_pull(struct stream *s, uint8_t *to, size_t n)
     struct parcel *p = t->key || t->part != IMAGE_LAYER ? NULL : fetch_parcel(t);
     struct err e;
     ssize_t got = (ssize_t)n;
-    fetch_moves(s);
+    stream_moves(s);
     if (t->key)
         memcpy(to, t->d->seal_key + t->bytes, n);
     else if (t->body)

@@ -1177,14 +1177,21 @@ def test_outputs_not_plain():
         same("FIFO of a server that can't start: status", s.wait(), 1)
 
 
+def descriptors(pid):
+    """What a process has open; any of it may go meanwhile."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
 def hashing(p, path):
     """Waits until the process has the file open."""
     for _ in range(2000):
-        try:
-            if any(os.readlink(f"/proc/{p.pid}/fd/{n}") == path for n in os.listdir(f"/proc/{p.pid}/fd")):
-                return True
-        except OSError:
-            pass
+        if path in descriptors(p.pid):
+            return True
         time.sleep(0.005)
     return False
 
@@ -1963,9 +1970,9 @@ def wait_for_connect(pid):
     """Returns once a socket of the process is in the state SYN_SENT; /proc can't be waited for."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
-        inodes = {os.readlink(f"/proc/{pid}/fd/{fd}")[8:-1] for fd in os.listdir(f"/proc/{pid}/fd")}
+        sockets = descriptors(pid)
         with open("/proc/net/tcp") as f:
-            if any(row.split()[3] == "02" and row.split()[9] in inodes for row in f.readlines()[1:]):
+            if any(row.split()[3] == "02" and f"socket:[{row.split()[9]}]" in sockets for row in f.readlines()[1:]):
                 return
         time.sleep(0.02)
     check("stopped while it connects: it connects", False, "no socket", "one in SYN_SENT")

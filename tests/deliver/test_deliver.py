@@ -93,6 +93,16 @@ class Run:
         self.forwarder.events("Running/Starting", "Running/InProgress", *DONE)
         return self
 
+    def to_the_end(self, status, words):
+        """The rest of a run without data; what ends with 0 has its results fetched."""
+        self.connect().accept()
+        need(self.go.saw("algo"), "no algorithm")
+        self.results()
+        if not status:
+            self.said("results in")
+            self.forwarder.events("Complete/Completed")
+        self.server.ended(status, words)
+
     def said(self, pattern, times=1):
         return check(f"{self.name}: says {pattern}", self.server.err.until(pattern, times=times), self.server.err.text(), pattern)
 
@@ -591,12 +601,7 @@ def test_results_in_bytes():
     out = os.path.join(temp(), "out")
     with Agent() as go, Run("bytes", "-results", out, go=go) as r:
         go.tell("results 5000 1")
-        r.connect().accept()
-        need(go.saw("algo"), "no algorithm")
-        r.results()
-        r.said("results in")
-        r.forwarder.events("Complete/Completed")
-        r.server.ended(0, "complete reached")
+        r.to_the_end(0, "complete reached")
         same("bytes: results", read(out), counting(5000))
 
 
@@ -606,13 +611,7 @@ def test_results_in_one_message():
     for more, status, words in ((["-max-message", "5000010"], 0, "complete"), ([], 3, r"the results can't be taken: .* larger than max \(5000005 vs. 4194304\)")):
         with Agent() as go, Run("one message", "-results", out, *more, go=go) as r:
             go.tell("results 5000000 5000000")
-            r.connect().accept()
-            need(go.saw("algo"), "no algorithm")
-            r.results()
-            if not status:
-                r.said("results in")
-                r.forwarder.events("Complete/Completed")
-            r.server.ended(status, words)
+            r.to_the_end(status, words)
     same("one message: its name is free", os.listdir(os.path.dirname(out)), ["out"])
 
 
@@ -623,13 +622,7 @@ def test_results_behind_a_link():
         os.symlink(target, f"{folder}/{name}")
     for name, status, words in (("out", 0, "complete"), ("bad", 3, "-results: .*bad.part: File exists")):
         with Agent() as go, Run(f"link {name}", "-results", f"{folder}/{name}", go=go) as r:
-            r.connect().accept()
-            need(go.saw("algo"), "no algorithm")
-            r.results()
-            if not status:
-                r.said("results in")
-                r.forwarder.events("Complete/Completed")
-            r.server.ended(status, words)
+            r.to_the_end(status, words)
     same("link: what is there", sorted((x, os.path.islink(f"{folder}/{x}")) for x in os.listdir(folder)), [("bad.part", True), ("out", True), ("real", False)])
     with open(folder + "/log", "wb") as log:
         r = run("results to stdout, a file", [*basic(), "-deliver", "upload", "-results", "/dev/stdout"], stdout=log)
@@ -642,10 +635,7 @@ def test_results_of_another_size():
         folder = temp()
         with Agent() as go, Run(f"size {more:+}", "-results", folder + "/out", go=go) as r:
             go.tell(f"mode result more {more}")
-            r.connect().accept()
-            need(go.saw("algo"), "no algorithm")
-            r.results()
-            r.server.ended(3, words)
+            r.to_the_end(3, words)
             same(f"size {more:+}: nothing is left", os.listdir(folder), [])
 
 
